@@ -1,0 +1,220 @@
+"""The command line; composition only.
+
+    python -m bench table2                       # the paper's Table 2 at the size that this machine can do
+    python -m bench run --method malora          # one run
+    python -m bench leaderboard                  # tables from records
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import malora
+from bench import UserError, record, report
+from bench.experiments import EXPERIMENTS, choose_rates, final, sweep
+from bench.model import load, load_adapter, prepare
+from bench.profiles import PROFILES, Profile, default_profile
+from bench.run import Setting, configure, run, run_all
+from bench.score import score
+from tasks import FORMATS, MIXTURES, DataError, Folder, build
+
+LOCAL = record.RESULTS / "local"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries, to their developers
+    try:
+        return options.command(options) or 0
+    except (UserError, DataError) as error:
+        print(f"{Path(sys.argv[0]).parent.name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on.", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, experiment in EXPERIMENTS.items():
+        table = commands.add_parser(name, help=f"{experiment.title}: train, score, lay out", formatter_class=_Help)
+        _add_setting(table)
+        table.add_argument("--methods", type=_methods, default=list(experiment.methods), metavar="A,B",
+                           help="methods to compare, by commas")
+        table.add_argument("--seeds", type=_positive, metavar="K", help="runs a row (default: the profile's)")
+        table.add_argument("--sweep", action="store_true",
+                           help="first try each of the profile's rates for each method; without it the published choice counts")
+        table.add_argument("--jobs", type=_positive, metavar="J", help="runs at a time (default: one a core, or one on a GPU)")
+        table.set_defaults(command=_table, experiment=experiment)
+
+    one = commands.add_parser("run", help="one run: train, score, record", formatter_class=_Help)
+    _add_setting(one)
+    one.add_argument("--method", type=_method, default="malora", metavar="M", help="what to train")
+    one.add_argument("--mixture", type=_one_of("mixture", MIXTURES), default="intra", metavar="NAME",
+                     help="tasks to train together; the tiny profile has a stand-in for intra")
+    one.add_argument("--seed", type=int, default=0, metavar="S", help="of initialisation, order and dropout")
+    one.add_argument("--learning-rate", type=float, metavar="R", help="(default: the paper's)")
+    one.add_argument("--backend", type=_one_of("backend", malora.BACKENDS), default="dense", metavar="B",
+                     help="how mixtures of experts are computed")
+    one.add_argument("--save", type=Path, metavar="DIR", help="keep the trained adapter there")
+    one.set_defaults(command=_run)
+
+    scored = commands.add_parser("score", help="score a saved adapter on a mixture's tests", formatter_class=_Help)
+    _add_setting(scored)
+    scored.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="what save_pretrained wrote")
+    scored.add_argument("--mixture", type=_one_of("mixture", MIXTURES), default="intra", metavar="NAME", help="whose tests")
+    scored.set_defaults(command=_score)
+
+    board = commands.add_parser("leaderboard", help="write results/**/*.md and the README's table from records",
+                                formatter_class=_Help)
+    board.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is not what the records give")
+    board.set_defaults(command=_leaderboard)
+
+    publish = commands.add_parser("publish", help="move clean, whole records to results/PROFILE", formatter_class=_Help)
+    publish.add_argument("--profile", type=_one_of("profile", PROFILES), default=default_profile(), metavar="P", help="whose")
+    publish.add_argument("--results", type=Path, metavar="DIR", help="where from (default: results/local/PROFILE)")
+    publish.set_defaults(command=_publish)
+    return parser
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows an option's default unless there is none to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def _add_setting(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--profile", type=_one_of("profile", PROFILES), default=default_profile(), metavar="P",
+                        help=f"size of the experiment: {', '.join(PROFILES)}")
+    parser.add_argument("--data", type=Path, metavar="DIR",
+                        help="folder of *.jsonl.gz (default: the profile's: generated for tiny, else the Hugging Face hub)")
+    parser.add_argument("--model", metavar="M", help="built-in name, folder or hub id (default: the profile's)")
+    parser.add_argument("--format", type=_one_of("format", FORMATS), default="letters", metavar="F",
+                        help=f"how questions are put: {', '.join(FORMATS)}")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="for records (default: results/local/PROFILE)")
+    parser.add_argument("--max-steps", type=_positive, metavar="N", help="stop training early, to try things out")
+    parser.add_argument("--max-items", type=_positive, metavar="N", help="score so many items a task, to try things out")
+
+
+def _one_of(what: str, choices) -> type:
+    def check(value: str) -> str:
+        if value not in choices:
+            raise argparse.ArgumentTypeError(f"unknown {what} {value!r}; there are {', '.join(choices)}")
+        return value
+
+    return check
+
+
+_method = _one_of("method", malora.METHODS)
+
+
+def _methods(value: str) -> list[str]:
+    return [_method(name) for name in value.split(",")]
+
+
+def _positive(value: str) -> int:
+    if not (value.isdigit() and int(value) > 0):
+        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number from 1")
+    return int(value)
+
+
+def _setting(options: argparse.Namespace, mixture: str) -> Setting:
+    profile: Profile = PROFILES[options.profile]
+    if options.data and profile.name == "tiny" and not options.model:
+        raise UserError("the tiny base knows the words of the procedural tasks only; with --data take --profile small.")
+    return Setting(
+        profile=profile,
+        model=options.model or profile.model,
+        source=Folder(options.data) if options.data else profile.source,
+        mixture=mixture,
+        format=options.format,
+        results=options.results or LOCAL / profile.name,
+        backend=getattr(options, "backend", "dense"),
+        max_steps=options.max_steps,
+        max_items=options.max_items,
+        save=getattr(options, "save", None),
+    )
+
+
+def _table(options: argparse.Namespace) -> int:
+    setting = _setting(options, options.experiment.mixture)
+    published = record.read_all(record.RESULTS / setting.profile.name)
+    jobs = options.jobs or (os.cpu_count() if setting.device.type == "cpu" else 1)
+    seeds = options.seeds or setting.profile.seeds
+    if options.sweep:
+        known = _run_and_print(sweep(setting, options.methods), setting, jobs, "sweep")
+    else:
+        known = published or record.read_all(setting.results)
+    tuned = choose_rates(report.comparable(known, options.experiment)[0])
+    if without := [m for m in options.methods if m not in tuned]:
+        print(f"no rate is tuned for {', '.join(without)}: the paper's only; --sweep tunes.", file=sys.stderr)
+    runs = _run_and_print(final(setting, options.methods, seeds, tuned), setting, jobs, options.experiment.name)
+    page = setting.results / f"{options.experiment.name}.md"
+    everything = record.read_all(setting.results)
+    page.write_text(report.experiment_page(options.experiment, everything, setting.profile.name, tuned, published))
+    print(f"\n{page.read_text()}\nwritten to {page}")
+    return int(any(r.status == "failed" for r in runs))
+
+
+def _run_and_print(configs: list[record.RunConfig], setting: Setting, jobs: int, what: str) -> list[record.Record]:
+    records = []
+    for number, one in enumerate(run_all(configs, setting, jobs), 1):
+        records.append(one)
+        result = f"mean {one.mean():.1f}" if one.status == "ok" else f"{one.status}: {(one.error or '').splitlines()[0]}"
+        print(f"{what} {number}/{len(configs)} {one.config.id}: {result}", file=sys.stderr, flush=True)
+    return records
+
+
+def _run(options: argparse.Namespace) -> int:
+    setting = _setting(options, options.mixture)
+    one = run(configure(setting, options.method, options.seed, options.learning_rate), setting)
+    if one.status == "failed":
+        print(one.error, file=sys.stderr)
+        return 1
+    for task, result in (one.test or {}).items():
+        print(f"{task:16} {100 * result['value']:5.1f} ± {196 * result['stderr']:.1f}  ({result['metric']}, {result['n']} items)")
+    print(f"{one.status}; recorded in {one.path}")
+    return 0
+
+
+def _score(options: argparse.Namespace) -> int:
+    setting = _setting(options, options.mixture)
+    model, tokenizer = load(prepare(setting.model), setting.device)
+    model = load_adapter(model, options.adapter)
+    data = build(MIXTURES[setting.mixture_name], setting.source, format=setting.format, seed=0)
+    tests = {task: items[: setting.max_items] for task, items in data.test.items()}
+    results, _ = score(model, tokenizer, tests, format=setting.format, batch_size=setting.profile.eval_batch_size)
+    for task, result in results.items():
+        print(f"{task:16} {100 * result['value']:5.1f} ± {196 * result['stderr']:.1f}  ({result['metric']}, {result['n']} items)")
+    return 0
+
+
+def _leaderboard(options: argparse.Namespace) -> int:
+    records = {name: record.read_all(record.RESULTS / name) for name in PROFILES}
+    records = {name: found for name, found in records.items() if found}
+    pages = {record.RESULTS / name: text for name, text in report.published_pages(records).items()}
+    readme = record.ROOT / "README.md"
+    pages[readme] = report.fill_readme(readme.read_text(), records)
+    stale = [path for path, text in pages.items() if not path.is_file() or path.read_text() != text]
+    for path in stale:
+        if not options.check:
+            path.write_text(pages[path])
+        print(f"{'not what the records give' if options.check else 'written'}: {path.relative_to(record.ROOT)}")
+    return int(options.check and bool(stale))
+
+
+def _publish(options: argparse.Namespace) -> int:
+    folder = record.RESULTS / options.profile
+    paths = record.publish(record.read_all(options.results or LOCAL / options.profile), folder)
+    print(f"{len(paths)} new records in {folder}; `python -m bench leaderboard` writes its tables.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Examples as tokens, and batches of like length. Shapes: B batch, S sequence, L label tokens of a batch."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from tasks import Example
+
+# Batches are cut from runs of this many, sorted by length: enough that a batch's lengths are nearly equal, few enough
+# that every part of an epoch has batches of every length.
+BATCHES_SORTED_TOGETHER = 50
+PAD_TO_MULTIPLE = 8  # tensor cores want it
+
+
+class Encoded(NamedTuple):
+    """An example as token ids; the last `label_length` of them are the label."""
+
+    ids: list[int]
+    label_length: int
+
+
+@dataclass
+class Batch:
+    """Right-padded ids, and where in them which label token is to be predicted.
+
+    The padding stands behind all that is read, so under causal attention nothing but the balance loss needs a mask.
+    """
+
+    ids: Tensor  # [B, S]
+    mask: Tensor  # [B, S], 1 for tokens and 0 for padding
+    row: Tensor  # [L]
+    column: Tensor  # [L]: the position before each label token
+    target: Tensor  # [L]
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_length: int) -> list[Encoded]:
+    """Prompts with their labels. A prompt that is too long loses its beginning, as in lm-eval.
+
+    As in lm-eval too, the label's tokens are those that the prompt alone does not have.
+    """
+    whole = tokenizer([e.prompt + e.label for e in examples])["input_ids"]
+    prompts = tokenizer([e.prompt for e in examples])["input_ids"]
+    return [Encoded(ids[-max_length:], len(ids) - len(prompt)) for ids, prompt in zip(whole, prompts, strict=True)]
+
+
+def label_tokens(examples: list[Example], encoded: list[Encoded]) -> dict[str, dict[str, int]]:
+    """By task: how many examples, tokens and label tokens it gives an epoch."""
+    counts: dict[str, dict[str, int]] = {}
+    for example, code in zip(examples, encoded, strict=True):
+        count = counts.setdefault(example.task, {"examples": 0, "tokens": 0, "label_tokens": 0})
+        count["examples"] += 1
+        count["tokens"] += len(code.ids)
+        count["label_tokens"] += code.label_length
+    return counts
+
+
+def schedule(lengths: list[int], *, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
+    """The batches of a whole training, as indices; a function of its arguments alone.
+
+    An epoch sees every example once, in batches of like length; the last batch of an epoch may be short.
+    """
+    rng = random.Random(seed)
+    batches = []
+    for _ in range(epochs):
+        order = list(range(len(lengths)))
+        rng.shuffle(order)
+        span = batch_size * BATCHES_SORTED_TOGETHER
+        for start in range(0, len(order), span):
+            order[start : start + span] = sorted(order[start : start + span], key=lengths.__getitem__)
+        epoch = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        rng.shuffle(epoch)
+        batches += epoch
+    return batches
+
+
+def collate(encoded: list[Encoded], pad_id: int) -> Batch:
+    """The last label token is a target only; nothing is predicted from it, so it is not read."""
+    inputs = [code.ids[:-1] for code in encoded]
+    width = max(map(len, inputs))
+    width += -width % PAD_TO_MULTIPLE
+    ids = torch.full((len(inputs), width), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(inputs):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = 1
+    places = [
+        (row, len(code.ids) - 1 - back, code.ids[-back])
+        for row, code in enumerate(encoded)
+        for back in range(code.label_length, 0, -1)
+    ]
+    row, column, target = torch.tensor(places).T.contiguous()
+    return Batch(ids, mask, row, column, target)

@@ -1,0 +1,293 @@
+"""Records to Markdown. Pure: the same records give the same bytes, and no number comes from anywhere else.
+
+The paper's own figures are those of `paper.json`, and are marked as the paper's wherever they stand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from tabulate import tabulate
+
+from bench.experiments import EXPERIMENTS, SWEEP_SEED, Experiment, choose_rates
+from bench.profiles import PROFILES
+from bench.record import Record
+from bench.run import BASE
+from bench.stats import LEVEL, Mean, compare, holm, mean_over_seeds
+from tasks import TASKS
+
+TITLES = {"lora": "LoRA", "asylora": "AsyLoRA", "dora": "DoRA", "molora": "MoLoRA", "moasylora": "MoAsyLoRA",
+          "malora": "MALoRA", "malora-small": "MALoRA-Small", BASE: "base, no adapter"}  # fmt: skip
+
+
+@cache
+def paper() -> dict:
+    return json.loads((Path(__file__).parent / "paper.json").read_text())
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method at one rate, all its seeds."""
+
+    method: str
+    rate: float | None
+    records: list[Record]  # status ok, by seed
+    broken: list[Record]  # diverged or out of memory
+
+    @property
+    def title(self) -> str:
+        return TITLES.get(self.method, self.method)
+
+    @property
+    def mean(self) -> Mean:
+        return mean_over_seeds([record.items for record in self.records])
+
+    def task_mean(self, task: str) -> float:
+        return 100 * sum(record.test[task]["value"] for record in self.records) / len(self.records)
+
+
+def comparable(records: list[Record], experiment: Experiment) -> tuple[list[Record], int]:
+    """The records of an experiment that agree in everything but method, rate and seed, and how many do not.
+
+    Where a folder holds several such groups (a profile was changed, say), the largest counts; the latest of equals.
+    """
+    mixtures = {experiment.mixture, *(p.mixtures.get(experiment.mixture) for p in PROFILES.values())}
+    mine = [r for r in records if r.config.mixture in mixtures and r.complete and r.config.method in (*experiment.methods, BASE)]
+    groups: dict[tuple, list[Record]] = {}
+    for record in mine:
+        key = (record.config.format, record.config.model_hash, record.config.mixture, record.config.device_type,
+               record.config.epochs, record.config.batch_size, _test_hash(record))  # fmt: skip
+        groups.setdefault(key, []).append(record)
+    if not groups:
+        return [], 0
+    largest = max(groups.values(), key=lambda group: (len(group), max(r.provenance["time"] for r in group)))
+    return largest, len(mine) - len(largest)
+
+
+def _test_hash(record: Record) -> str | None:
+    return record.data["sha256"]["test"] if record.data else None
+
+
+def rows(records: list[Record], methods: tuple[str, ...], rates: dict[str, float]) -> list[Row]:
+    """A row a method, at the rate given for it."""
+    found = []
+    for method in methods:
+        runs = sorted((r for r in records if r.config.method == method and r.config.learning_rate == rates.get(method)),
+                      key=lambda r: r.config.seed)  # fmt: skip
+        ok = [r for r in runs if r.status == "ok"]
+        if runs:
+            found.append(Row(method, rates.get(method), ok, [r for r in runs if r.status != "ok"]))
+    return found
+
+
+def experiment_page(
+    experiment: Experiment,
+    records: list[Record],
+    profile: str,
+    tuned: dict[str, float],
+    published: list[Record] | None = None,
+) -> str:
+    """The page of one experiment and profile; with `published`, how these records compare with the published ones."""
+    mine, others = comparable(records, experiment)
+    if not mine:
+        return f"# {experiment.title}, profile {profile}\n\nNo whole run is recorded yet.\n"
+    some = mine[0].config
+    paper_rate = PROFILES[profile].paper_rate
+    parts = [f"# {experiment.title}, profile {profile}", _intro(mine, some, others)]
+    if tuned:
+        parts += ["## Each method at its own rate, chosen on validation", leaderboard(experiment, mine, tuned)]
+    parts += [f"## Every method at the paper's rate, {paper_rate:g}",
+              leaderboard(experiment, mine, dict.fromkeys(experiment.methods, paper_rate))]  # fmt: skip
+    if tuned:
+        parts += ["## What each rate gave", sweep_table(experiment, mine, tuned)]
+    if routers := router_table(experiment, mine):
+        parts += ["## What the routers did", routers]
+    if published is not None:
+        parts += ["## Against the published records", reproduction(experiment, mine, published, profile)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _intro(records: list[Record], config, others: int) -> str:
+    devices = sorted({r.provenance["device"] for r in records})
+    train = next((r.data["train"] for r in records if r.data and r.data.get("train")), {})
+    dropped = records[0].data["dropped"]
+    lines = [
+        f"Base `{config.model}` (sha256 `{config.model_hash[:12]}`), mixture `{config.mixture}`, format `{config.format}`, "
+        f"{config.epochs} epochs, {config.batch_size} examples a batch, on {', '.join(devices)}. Scores are accuracy in "
+        f"percent by lm-eval. {len(records)} records.",
+        "Trained on " + ", ".join(
+            f"{c['examples']:,} of {TASKS[t].title} ({c['label_tokens']:,} label tokens)" for t, c in sorted(train.items())
+        ) + "; " + ", ".join(f"{n} of {TASKS[t].title}" for t, n in sorted(dropped.items()) if n) + " left out because they "
+        "stand in a validation or test set." if any(dropped.values()) else "Trained on " + ", ".join(
+            f"{c['examples']:,} of {TASKS[t].title}" for t, c in sorted(train.items())) + ".",
+    ]  # fmt: skip
+    if others:
+        lines.append(f"{others} records of other settings in this folder are not in these tables.")
+    return "\n\n".join(lines)
+
+
+def leaderboard(experiment: Experiment, records: list[Record], rates: dict[str, float]) -> str:
+    """Methods by rows, tasks by columns, and each method tested against the one with the best mean."""
+    found = rows(records, experiment.methods, rates)
+    scored = [row for row in found if row.records]
+    tasks = list(scored[0].records[0].test) if scored else []
+    best = max(scored, key=lambda row: row.mean.value) if scored else None
+    verdicts = _verdicts(scored, best)
+    figures = paper()[experiment.name]
+    titles = [TASKS[t].title for t in tasks]
+    body = []
+    for row in [*rows(records, (BASE,), {}), *found]:
+        if not row.records:
+            body.append([row.title, f"{row.rate:g}", *[""] * (len(tasks) + 3), _broken(row)])
+            continue
+        parameters = row.records[0].parameters
+        body.append([
+            row.title, "" if row.rate is None else f"{row.rate:g}",
+            f"{parameters['trainable']:,}" if parameters else "",
+            *(f"{row.task_mean(task):.1f}" for task in tasks),
+            str(row.mean), len(row.records),
+            ". ".join(filter(None, [verdicts.get(row.method, ""), _broken(row)])),
+        ])  # fmt: skip
+        if row.title in figures:
+            theirs = figures[row.title]
+            cells = [f"*{theirs[t]:.1f}*" if t in theirs else "" for t in titles]
+            body.append([f"*{row.title}, the paper's*", "", "", *cells, f"*{theirs['AVG']:.1f}*", "*1*", ""])
+    head = ["method", "rate", "trainable", *titles, "mean", "seeds", "against the best"]
+    table = tabulate(body, head, tablefmt="pipe", disable_numparse=True, colalign=("left", *["right"] * (len(head) - 2), "left"))
+    overs = {row.mean.over for row in scored}
+    notes = [f"± is half a {LEVEL:.0%} interval over {' or '.join(sorted(overs))}."] if overs else []
+    if "items" in overs:
+        notes.append("With one seed neither it nor the test knows how much a run varies.")
+    notes.append(
+        "Against the best: difference of the means in points with its 95% interval, by a bootstrap paired over seeds and "
+        f"items, Holm-corrected. *Italics* are the paper's own figures ({paper()['source']}): another, larger model."
+    )
+    return f"{table}\n\n{' '.join(notes)}"
+
+
+def _broken(row: Row) -> str:
+    counts = Counter(record.status for record in row.broken)
+    return ", ".join(f"{n} of {n + len(row.records)} runs {status}" for status, n in sorted(counts.items()))
+
+
+def _verdicts(scored: list[Row], best: Row | None) -> dict[str, str]:
+    others = [row for row in scored if row is not best]
+    differences = []
+    for row in others:
+        seeds = {r.config.seed for r in row.records} & {r.config.seed for r in best.records}
+        paired = [[r.items for r in side.records if r.config.seed in seeds] for side in (best, row)]
+        differences.append(compare(*paired) if seeds else None)
+    adjusted = iter(holm([d.p for d in differences if d]))
+    verdicts = {best.method: "best"} if best else {}
+    for row, d in zip(others, differences, strict=True):
+        if d is None:
+            verdicts[row.method] = "no seed in common"
+            continue
+        p = next(adjusted)
+        word = "worse" if p < 1 - LEVEL else "not distinguishable"
+        verdicts[row.method] = f"{word}: {d.value:+.1f} [{d.low:+.1f}, {d.high:+.1f}], p={p:.2g}"
+    return verdicts
+
+
+def sweep_table(experiment: Experiment, records: list[Record], tuned: dict[str, float]) -> str:
+    """Validation means of the sweep's seed, by method and rate."""
+    runs = {(r.config.method, r.config.learning_rate): r for r in records if r.config.seed == SWEEP_SEED}
+    rates = sorted({rate for _, rate in runs if rate is not None})
+    body = []
+    for method in experiment.methods:
+        cells = []
+        for rate in rates:
+            record = runs.get((method, rate))
+            if record is None:
+                cells.append("")
+            elif record.status != "ok":
+                steps = f" by step {record.train['steps']}" if record.train else ""
+                cells.append(f"{record.status}{steps}")
+            else:
+                cell = f"{record.mean('validation'):.1f}"
+                cells.append(f"**{cell}**" if rate == tuned.get(method) else cell)
+        if any(cells):
+            body.append([TITLES.get(method, method), *cells])
+    head = ["method", *(f"{rate:g}" for rate in rates)]
+    table = tabulate(body, head, tablefmt="pipe", disable_numparse=True, colalign=("left", *["right"] * len(rates)))
+    return f"{table}\n\nMean over the validation sets, seed {SWEEP_SEED}. Bold: chosen. No test item took part in the choice."
+
+
+def router_table(experiment: Experiment, records: list[Record]) -> str:
+    """How decided the routers were at the end of each run of the sweep's seed, and how far gradients had grown."""
+    body = []
+    for r in sorted(records, key=lambda r: (r.config.method, r.config.learning_rate or 0)):
+        if r.config.seed == SWEEP_SEED and r.train and r.train["router"] and r.config.method in experiment.methods:
+            first, last = r.train["router"][0], r.train["router"][-1]
+            norms = [point["grad_norm"] for point in r.train["curve"] if point["grad_norm"] is not None]
+            body.append([
+                TITLES.get(r.config.method, r.config.method), f"{r.config.learning_rate:g}", r.status,
+                f"{_n(first['gate_sum'])} → {_n(last['gate_sum'])}", f"{_n(first['entropy'])} → {_n(last['entropy'])}",
+                _n(last["largest_share"]), last["unused_experts"], _n(max(norms, default=None)), _n(norms[-1] if norms else None),
+            ])  # fmt: skip
+    if not body:
+        return ""
+    head = ["method", "rate", "status", "gate sum", "entropy", "largest share", "unused experts", "largest gradient", "last gradient"]
+    table = tabulate(body, head, tablefmt="pipe", disable_numparse=True)
+    return (
+        f"{table}\n\nFrom the first to the last reading, means over layers: the gate sum is what the top k's update is scaled "
+        "by, since gates are not renormalised (k/N for a router that does not choose, 1 for one that is certain); entropy "
+        "in nats; the largest expert's share of the assignments; experts without a token in the last batch read, over all "
+        "layers; gradient norms before clipping, means of ten steps."
+    )
+
+
+def _n(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def reproduction(experiment: Experiment, mine: list[Record], published: list[Record], profile: str) -> str:
+    """One line a method and rate: whether this machine's mean is where another run of the published one would fall."""
+    theirs, _ = comparable(published, experiment)
+    if not theirs:
+        return "Nothing is published for this profile yet."
+    lines = []
+    paper_rate = PROFILES[profile].paper_rate
+    for label, rates in (("its own rate", choose_rates(theirs)), ("the paper's rate", dict.fromkeys(experiment.methods, paper_rate))):
+        ours = {row.method: row for row in rows(mine, experiment.methods, rates) if row.records}
+        for row in rows(theirs, experiment.methods, rates):
+            if row.method not in ours or not row.records:
+                continue
+            here, there = ours[row.method].mean, row.mean
+            away, allowed = here.value - there.value, there.interval_of_another(here.seeds)
+            verdict = "reproduced" if abs(away) <= allowed else "not reproduced"
+            lines.append(
+                f"- {row.title} at {label}, {row.rate:g}: **{verdict}**: {here.value:.1f} here, {there.value:.1f} published, "
+                f"{away:+.1f} where ±{allowed:.1f} is within the published interval."
+            )
+    note = (
+        "The interval is for another mean of as many seeds as were run here: wider than that of the published mean itself, "
+        "which a faithful repetition would miss in one case of six."
+    )
+    return "\n".join(lines) + f"\n\n{note}" if lines else "No method here is among the published ones."
+
+
+def published_pages(records: dict[str, list[Record]]) -> dict[str, str]:
+    """The generated files of `results/`, by path in it, from the published records of each profile."""
+    return {
+        f"{profile}/{experiment.name}.md": experiment_page(experiment, mine, profile, choose_rates(comparable(mine, experiment)[0]))
+        for profile, mine in records.items()
+        for experiment in EXPERIMENTS.values()
+    }
+
+
+def fill_readme(readme: str, records: dict[str, list[Record]]) -> str:
+    """The README with each part between `<!-- NAME PROFILE -->` and `<!-- end -->` made anew."""
+
+    def table(match: re.Match) -> str:
+        experiment, profile = EXPERIMENTS[match["experiment"]], match["profile"]
+        mine, _ = comparable(records.get(profile, []), experiment)
+        text = leaderboard(experiment, mine, choose_rates(mine)) if mine else "No run is published yet."
+        return f"{match['start']}\n\n{text}\n\n<!-- end -->"
+
+    return re.sub(r"(?P<start><!-- (?P<experiment>\w+) (?P<profile>\w+) -->).*?<!-- end -->", table, readme, flags=re.DOTALL)

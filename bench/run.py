@@ -1,0 +1,225 @@
+"""One run from its configuration to its record, and many of them side by side."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import multiprocessing
+import time
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+import malora
+from bench import record as records
+from bench.data import encode, label_tokens
+from bench.model import add_adapter, count_parameters, load, prepare, targets
+from bench.profiles import Profile
+from bench.record import Record, RunConfig
+from bench.score import score
+from bench.train import DivergedError, train
+from tasks import MIXTURES, MixtureData, Source, build
+
+BASE = "base"  # the method that trains nothing
+PAPER_BETA = {"intra": 1.25}  # by suite; elsewhere 1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the runs of an experiment have in common, and where their records go."""
+
+    profile: Profile
+    model: str
+    source: Source
+    mixture: str  # the experiment's name for it; the profile may have a stand-in
+    format: str
+    results: Path
+    backend: str = "dense"
+    max_steps: int | None = None
+    max_items: int | None = None
+    save: Path | None = None  # a folder for the trained adapter
+
+    @property
+    def mixture_name(self) -> str:
+        stand_in = self.profile.mixtures.get(self.mixture, self.mixture)
+        return stand_in if isinstance(self.source, type(self.profile.source)) else self.mixture
+
+    @property
+    def device(self) -> torch.device:
+        return PartialState().device
+
+
+def configure(setting: Setting, method: str, seed: int, learning_rate: float | None = None) -> RunConfig:
+    """The configuration of a run; `learning_rate` None is the paper's."""
+    profile, base = setting.profile, prepare(setting.model)
+    if method == BASE:
+        options, learning_rate, seed = {}, None, 0
+    else:
+        options = method_options(method, setting)
+        learning_rate = learning_rate or profile.paper_rate
+    data_hash = hashlib.sha256(repr(sorted(_data(setting, seed).sha256.items())).encode()).hexdigest()
+    return RunConfig(
+        profile=profile.name,
+        model=base.name,
+        model_hash=base.hash,
+        method=method,
+        method_options=options,
+        mixture=setting.mixture_name,
+        format=setting.format,
+        data_hash=data_hash,
+        seed=seed,
+        learning_rate=learning_rate,
+        epochs=profile.epochs,
+        batch_size=profile.batch_size,
+        warmup_ratio=profile.warmup_ratio,
+        weight_decay=profile.weight_decay,
+        balance_factor=profile.balance_factor,
+        max_grad_norm=profile.max_grad_norm,
+        max_length=profile.max_length,
+        device_type=setting.device.type,
+        max_steps=setting.max_steps,
+        max_items=setting.max_items,
+    )
+
+
+def method_options(method: str, setting: Setting) -> dict:
+    """What the setting changes in the paper's method: ranks for a small model, β for the suite, the backend."""
+    config = malora.METHODS[method]()
+    divisor = setting.profile.rank_divisor
+    options = {}
+    if divisor > 1:
+        options |= {"r": config.r // divisor, "lora_alpha": config.lora_alpha // divisor}
+        if getattr(config, "d", None):
+            options["d"] = config.d // divisor
+    if method in ("malora", "malora-small") and setting.mixture in PAPER_BETA:
+        options["beta"] = PAPER_BETA[setting.mixture]
+    if setting.backend != "dense" and isinstance(config, malora.MaloraConfig):
+        options["backend"] = setting.backend
+    return options
+
+
+def run(config: RunConfig, setting: Setting, jobs: int = 1) -> Record:
+    """Make a run, or give back its record if the results folder has it. Failures of a run are recorded, not raised."""
+    state = PartialState()
+    if found := records.find(config, setting.results):
+        return found
+    checkpoint = setting.results / "checkpoints" / f"{config.id}.pt"
+    record = Record(config, status="ok", provenance=records.provenance(setting.device, jobs))
+    try:
+        _train_and_score(record, setting, checkpoint)
+    except DivergedError as error:
+        record.status, record.error, record.train = "diverged", str(error), _train_section(error.log)
+    except torch.OutOfMemoryError as error:
+        record.status, record.error = "oom", str(error)
+    except Exception as error:
+        record.status, record.error = "failed", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+    if state.is_main_process:
+        records.write(record, setting.results)
+        checkpoint.unlink(missing_ok=True)
+    state.wait_for_everyone()
+    gc.collect()
+    if setting.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return record
+
+
+def _train_and_score(record: Record, setting: Setting, checkpoint: Path) -> None:
+    config, profile = record.config, setting.profile
+    data = _data(setting, config.seed)
+    model, tokenizer = load(prepare(setting.model), setting.device)
+    record.data = {"sha256": data.sha256, "dropped": data.dropped}
+    if config.method != BASE:
+        options = {"target_modules": targets(prepare(setting.model)), **config.method_options}
+        model = add_adapter(model, malora.METHODS[config.method](**options), config.seed)
+        record.parameters = count_parameters(model)
+        encoded = encode(tokenizer, data.train, config.max_length)
+        record.data["train"] = label_tokens(data.train, encoded)
+        torch.manual_seed(config.seed)
+        log = train(
+            model,
+            encoded,
+            config,
+            pad_id=tokenizer.pad_token_id or 0,
+            checkpoint=checkpoint,
+            checkpoint_every=profile.checkpoint_every,
+        )
+        record.train = _train_section(log)
+        if setting.save and PartialState().is_main_process:
+            model.save_pretrained(setting.save)
+    if not PartialState().is_main_process:
+        return
+    start = time.perf_counter()
+    score_with = {
+        "format": config.format,
+        "batch_size": profile.eval_batch_size,
+        "mixed_precision": "bfloat16" if config.device_type == "cuda" else None,
+    }
+    if config.method != BASE:
+        record.validation, _ = score(model, tokenizer, _limited(data.validation, config), **score_with)
+    record.test, record.items = score(model, tokenizer, _limited(data.test, config), **score_with)
+    if record.train:
+        record.train["seconds"]["evaluation"] = time.perf_counter() - start
+
+
+def _train_section(log) -> dict:
+    section = dict(vars(log))
+    section["curve"] = [{k: _rounded(v) for k, v in point.items()} for point in log.curve]
+    section["router"] = [{k: _rounded(v) for k, v in point.items()} for point in log.router]
+    return section
+
+
+def _rounded(value: float) -> float | None:
+    """Five digits are plenty for a curve. JSON knows no infinity."""
+    return float(f"{value:.5g}") if value - value == 0 else None
+
+
+def _limited(examples: dict[str, list], config: RunConfig) -> dict[str, list]:
+    return {name: items[: config.max_items] for name, items in examples.items()}
+
+
+def _data(setting: Setting, seed: int) -> MixtureData:
+    mixture = MIXTURES[setting.mixture_name]
+    if mixture.blend == "size":
+        seed = 0  # it takes everything, so the seed changes nothing
+    return _build(setting.mixture_name, setting.source, setting.format, seed)
+
+
+@lru_cache(maxsize=8)
+def _build(mixture: str, source: Source, format: str, seed: int) -> MixtureData:
+    return build(MIXTURES[mixture], source, format=format, seed=seed)
+
+
+def run_all(configs: list[RunConfig], setting: Setting, jobs: int) -> Iterator[Record]:
+    """Make the runs that the results folder does not have, `jobs` at a time; yields the record of each as it is there."""
+    done = {config.id: found for config in configs if (found := records.find(config, setting.results))}
+    yield from done.values()
+    missing = [config for config in configs if config.id not in done]
+    if jobs == 1 or len(missing) <= 1:
+        _limit_threads(setting.profile.threads)
+        for config in missing:
+            yield run(config, setting)
+        return
+    # Processes, each with models and libraries of its own: threads would take turns at the interpreter.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, len(missing)), context, _limit_threads, (setting.profile.threads,)) as pool:
+        futures = [pool.submit(run, config, setting, jobs) for config in missing]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _limit_threads(threads: int | None) -> None:
+    if threads:
+        torch.set_num_threads(threads)
+
+
+__all__ = ["BASE", "Setting", "configure", "method_options", "run", "run_all"]

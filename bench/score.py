@@ -1,0 +1,100 @@
+"""Scores by lm-eval: the live model goes to its HFLM, and each task is a configuration made from our examples.
+
+Nothing here touches the network or the disk: lm-eval gets the examples themselves, the same that training read.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import datasets
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from tasks import Example
+
+VERSION = 1  # of the prompts and metrics; counts up when a score could change
+
+# By prompt format. A letter is one token, so likelihoods compare as they are; answers of different lengths are compared
+# by likelihood a character, which is what lm-eval reports for ARC, OpenBookQA and PIQA.
+METRICS = {"letters": "acc", "cloze": "acc_norm"}
+
+
+def score(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: dict[str, list[Example]],
+    *,
+    format: str,
+    batch_size: int,
+    mixed_precision: str | None = None,
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[int]]]:
+    """Scores by task (metric, value, stderr, n, version), and for each item 1 if it was answered right, else 0."""
+    metric = METRICS[format]
+    was_training = model.training
+    model.eval()
+    with _quiet("lm_eval", "lm-eval", "lm_eval.models.huggingface", "lm_eval.api.task", "lm_eval.evaluator"):
+        language_model = HFLM(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=mixed_precision
+        )
+        with torch.no_grad():
+            results = simple_evaluate(
+                model=language_model,
+                tasks=[task_config(name, items, metric) for name, items in examples.items()],
+                task_manager=TaskManager(include_defaults=False),
+                num_fewshot=0,
+                bootstrap_iters=1,  # lm-eval omits the standard error at 0; that of a mean needs no bootstrap
+                log_samples=True,
+                verbosity="ERROR",
+            )
+    model.train(was_training)
+    scores, outcomes = {}, {}
+    for name in examples:
+        row = results["results"][name]
+        samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
+        outcomes[name] = [int(sample[metric]) for sample in samples]
+        scores[name] = {
+            "metric": metric,
+            "value": float(row[f"{metric},none"]),
+            "stderr": float(row[f"{metric}_stderr,none"]),
+            "n": len(samples),
+            "version": VERSION,
+        }
+    return scores, outcomes
+
+
+def task_config(name: str, examples: list[Example], metric: str) -> dict[str, Any]:
+    """An lm-eval multiple-choice task over these examples."""
+    rows = [{"prompt": e.prompt, "choices": list(e.choices), "answer": e.answer} for e in examples]
+    return {
+        "task": name,
+        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows)},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "target_delimiter": "",  # our choices begin with their blank
+        "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}],
+    }
+
+
+class _quiet:
+    """Silences loggers, and lm-eval's progress bars, which would tear ours."""
+
+    def __init__(self, *names: str) -> None:
+        self.loggers = [logging.getLogger(name) for name in names]
+
+    def __enter__(self) -> None:
+        self.levels = [logger.level for logger in self.loggers]
+        for logger in self.loggers:
+            logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        for logger, level in zip(self.loggers, self.levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,237 @@
+"""The training loop: one method, one mixture, one seed. Plain, on accelerate.
+
+The head runs on label positions only; there the answers are one token of a hundred, and the head is a third of a small
+model's work. A loss or gradient that is not finite ends the run as diverged.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import get_linear_schedule_with_warmup
+
+import malora
+from bench.data import Batch, Encoded, collate, schedule
+from bench.record import RunConfig
+
+# Reading a loss from a GPU makes the host wait for it. Every so many steps is often enough to notice a divergence
+# and to draw a curve.
+CHECK_EVERY = 10
+ROUTER_EVERY = 50
+
+
+class DivergedError(ArithmeticError):
+    """A loss or a gradient was not finite."""
+
+
+@dataclass
+class TrainLog:
+    """What training measured. Seconds are those of this process's steps, those before a resume included."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(Stopwatch.PARTS, 0.0))
+    curve: list[dict[str, float]] = field(default_factory=list)  # step, loss, balance_loss, grad_norm: means since last
+    router: list[dict[str, float]] = field(default_factory=list)
+    peak_bytes: int | None = None  # of the GPU's memory
+
+
+class Stopwatch:
+    """Seconds by part of a step, without making the host wait: on a GPU, events that are read at the end."""
+
+    PARTS = ("data", "forward", "backward", "optimizer")
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.marks: list[tuple[str | None, Any]] = []
+
+    def start(self) -> None:
+        self._mark(None)
+
+    def done(self, part: str) -> None:
+        """What ran since the last mark was `part`."""
+        self._mark(part)
+
+    def _mark(self, part: str | None) -> None:
+        if self.on_gpu:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.perf_counter()
+        self.marks.append((part, now))
+
+    def add_to(self, seconds: dict[str, float]) -> None:
+        """Add what was measured since the last call."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        for (_, before), (part, now) in zip(self.marks, self.marks[1:], strict=False):
+            if part is not None:
+                seconds[part] += before.elapsed_time(now) / 1000 if self.on_gpu else now - before
+        self.marks.clear()
+
+
+@contextmanager
+def label_positions_only(model: nn.Module, batch: Batch) -> Iterator[None]:
+    """Inside it, the model's head sees the hidden states of label positions only: its logits are [L, vocabulary]."""
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][batch.row, batch.column],))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def train(
+    model: nn.Module,
+    encoded: list[Encoded],
+    config: RunConfig,
+    *,
+    pad_id: int,
+    checkpoint: Path,
+    checkpoint_every: int,
+) -> TrainLog:
+    """Train the model's adapter in place, from its checkpoint if there is one.
+
+    Raises:
+        DivergedError: a loss or gradient was not finite; its `log` says how far training came.
+    """
+    accelerator = Accelerator(mixed_precision="bf16" if config.device_type == "cuda" else "no")
+    routed = malora.has_router(model)
+    batches = schedule(
+        [len(code.ids) for code in encoded], batch_size=config.batch_size, epochs=config.epochs, seed=config.seed
+    )
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=config.device_type == "cuda",
+    )
+    # The schedule is that of the whole run even if --max-steps ends it early.
+    warmup_steps = round(config.warmup_ratio * len(batches))
+    scheduler = get_linear_schedule_with_warmup(optimizer, warmup_steps, len(batches))
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    state = _Checkpoint(checkpoint, config.hash, model, optimizer, scheduler)
+    log = state.load() or TrainLog()
+    watch = Stopwatch(accelerator.device)
+    pending: list[Tensor] = []
+    last = min(len(batches), config.max_steps or len(batches))
+
+    def read_pending() -> None:
+        """Bring the losses of the last steps over from the device, and stop if one is not finite."""
+        watch.add_to(log.seconds)
+        loss, balance, norm = torch.stack(pending).mean(0).tolist()
+        log.curve.append({"step": log.steps, "loss": loss, "balance_loss": balance, "grad_norm": norm})
+        pending.clear()
+        if not all(map(_finite, (loss, balance, norm))):
+            error = DivergedError(f"the loss or its gradient was not finite in the {CHECK_EVERY} steps to {log.steps}")
+            error.log = log
+            raise error
+
+    wrapped.train()
+    start, tokens_before = time.perf_counter(), log.tokens
+    with tqdm(total=last, initial=log.steps, unit="step", desc=config.id, disable=None, leave=False) as bar:
+        while log.steps < last:
+            watch.start()
+            chosen = batches[log.steps][accelerator.process_index :: accelerator.num_processes]
+            chosen = chosen or batches[log.steps][:1]  # a short last batch may not reach every process
+            batch = collate([encoded[i] for i in chosen], pad_id).to(accelerator.device)
+            watch.done("data")
+            with label_positions_only(model, batch):
+                logits = wrapped(input_ids=batch.ids, use_cache=False).logits
+            loss = F.cross_entropy(logits.float(), batch.target)
+            balance = malora.balance_loss(model, batch.mask) if routed else torch.zeros_like(loss)
+            watch.done("forward")
+            accelerator.backward(loss + config.balance_factor * balance)
+            watch.done("backward")
+            norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            watch.done("optimizer")
+
+            log.steps += 1
+            log.tokens += sum(len(encoded[i].ids) for i in batches[log.steps - 1])
+            pending.append(torch.stack([loss.detach(), balance.detach(), norm.detach()]))
+            if routed and log.steps % ROUTER_EVERY == 0:
+                log.router.append({"step": log.steps} | _router_summary(model, batch.mask))
+            if log.steps % CHECK_EVERY == 0 or log.steps == last:
+                read_pending()
+                speed = (log.tokens - tokens_before) / (time.perf_counter() - start)
+                bar.set_postfix_str(f"loss {log.curve[-1]['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
+            if log.steps % checkpoint_every == 0 and log.steps < last and accelerator.is_main_process:
+                if pending:
+                    read_pending()
+                state.save(log)
+            bar.update()
+    if config.device_type == "cuda":
+        log.peak_bytes = torch.cuda.max_memory_allocated()
+    accelerator.wait_for_everyone()
+    return log
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0
+
+
+def _router_summary(model: nn.Module, mask: Tensor) -> dict[str, float]:
+    """Means over the routed layers, and how many of their experts served no token of the batch."""
+    stats = malora.router_stats(model, mask).values()
+    return {
+        "entropy": sum(s.entropy for s in stats) / len(stats),
+        "gate_sum": sum(s.gate_sum for s in stats) / len(stats),
+        "largest_share": sum(max(s.share) for s in stats) / len(stats),
+        "unused_experts": sum(len(s.unused) for s in stats),
+    }
+
+
+class _Checkpoint:
+    """All that decides how a run goes on. Written whole or not at all; only a run of the same configuration reads it."""
+
+    def __init__(self, path: Path, config_hash: str, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
+        self.path, self.config_hash = path, config_hash
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer, self.scheduler = optimizer, scheduler
+
+    def save(self, log: TrainLog) -> None:
+        state = {
+            "config_hash": self.config_hash,
+            "log": vars(log),
+            "parameters": {name: p.detach() for name, p in self.parameters.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        torch.save(state, temporary)
+        os.replace(temporary, self.path)
+
+    def load(self) -> TrainLog | None:
+        """Restore the state and return its log; None where there is nothing to go on from."""
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            return None
+        if state["config_hash"] != self.config_hash:
+            return None
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state["parameters"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"])
+        return TrainLog(**state["log"])

@@ -1,0 +1,156 @@
+"""The layer: a frozen linear map and, beside it, gated low-rank experts.
+
+All methods are one algebra, `y = W x + scaling · up(g(x) ⊙ down(x))`, over the stacked tensors of `Factors`; which of
+them exist and which are trained is a setting. Shapes: n in, m out, N experts, r rank, d rank of the subspace.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from malora.backends import BACKENDS, Factors
+from malora.config import MaloraConfig
+from malora.init import init_factors_, kaiming_uniform
+from malora.routing import RoutingLog, route
+
+PREFIX = "malora_"
+
+
+class MaloraLayer(nn.Module, BaseTunerLayer):
+    """An `nn.Linear` with experts. Each factor is a dict of parameters by adapter name, as PEFT keeps them."""
+
+    adapter_layer_names = tuple(PREFIX + name for name in ("router", *Factors._fields))
+    other_param_names = ("malora_dropout",)
+
+    def __init__(self, base_layer: nn.Linear, name: str, log: RoutingLog) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.name = name
+        self.routing_log = log
+        self.settings: dict[str, MaloraConfig] = {}
+        for attribute in self.adapter_layer_names:
+            setattr(self, attribute, nn.ParameterDict())
+        self.malora_dropout = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+
+    def update_layer(self, adapter: str, config: MaloraConfig) -> None:
+        """Add an adapter: create its tensors and start them as the paper does."""
+        self.settings[adapter] = config
+        self.malora_dropout[adapter] = nn.Dropout(config.lora_dropout)
+        for name, shape in self._shapes(config).items():
+            getattr(self, PREFIX + name)[adapter] = nn.Parameter(torch.empty(shape))
+        factors = self.factors(adapter)
+        if not any(tensor.is_meta for tensor in factors if tensor is not None):
+            init_factors_(factors, beta=config.beta, same_start=config.same_start)
+            if config.has_router:
+                router = self.malora_router[adapter]
+                router.data.copy_(kaiming_uniform(router.shape))
+        self._move_adapter_to_device_of_base_layer(adapter)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _shapes(self, config: MaloraConfig) -> dict[str, tuple[int, ...]]:
+        n, m, N, r, d = self.in_features, self.out_features, config.num_experts, config.r, config.d
+        shapes: dict[str, tuple[int, ...]] = {"router": (N, n)} if config.has_router else {}
+        if config.down == "A_t":
+            shapes |= {"A": (N, r, n)}
+        elif config.down == "P_t S":
+            shapes |= {"P": (N, r, d), "S": (d, n)}
+        else:
+            shapes |= {"P": (N, r, d // N), "S": (N, d // N, n)}
+        return shapes | ({"B": (N, r, m)} if config.up == "B_t" else {"Q": (N, r, d), "S_B": (d, m)})
+
+    def factors(self, adapter: str) -> Factors:
+        """The adapter's stacked experts."""
+        tensors = (getattr(self, PREFIX + name) for name in Factors._fields)
+        return Factors(*(by_adapter[adapter] if adapter in by_adapter else None for by_adapter in tensors))
+
+    @property
+    def routes(self) -> bool:
+        """Whether an active adapter of this layer has a router."""
+        return any(name in self.malora_router for name in self.active_adapters)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        y = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return y
+        for adapter in self.active_adapters:
+            if adapter in self.settings:
+                y = y + self.delta(adapter, x).to(y.dtype)
+        return y
+
+    def delta(self, adapter: str, x: Tensor) -> Tensor:
+        """What the adapter adds to W x, for x [..., n]."""
+        config, factors = self.settings[adapter], self.factors(adapter)
+        if not torch.is_autocast_enabled(x.device.type):  # autocast narrows the weights instead
+            x = self._cast_input_dtype(x, factors.dtype)
+        gate_TN = None
+        if config.has_router:
+            routing = route(x, self.malora_router[adapter], config.top_k)
+            self.routing_log.keep(self.name, adapter, routing)
+            gate_TN = routing.gate.flatten(0, -2)
+        x_Tn = self.malora_dropout[adapter](x).flatten(0, -2)
+        y_Tm = BACKENDS[config.backend](x_Tn, gate_TN, factors, config.scaling)
+        return y_Tm.unflatten(0, x.shape[:-1])
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._keep_frozen()
+
+    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad=requires_grad)
+        self._keep_frozen()
+
+    def _keep_frozen(self) -> None:
+        """PEFT makes all of an active adapter trainable; a method's frozen factors must stay frozen."""
+        for adapter, config in self.settings.items():
+            for name in config.freeze:
+                getattr(self, PREFIX + name)[adapter].requires_grad_(False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.settings.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The change of W, [m, n] in the adapter's dtype.
+
+        Raises:
+            ValueError: the adapter has a router, so its change depends on the token.
+        """
+        config = self.settings[adapter]
+        if config.has_router:
+            raise ValueError(
+                f"adapter {adapter!r} routes tokens among {config.num_experts} experts: its change depends on the "
+                "input and cannot be merged into one weight. Keep it as an adapter, or use unload() to drop it."
+            )
+        return self.factors(adapter).delta_weight(config.scaling)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters' change to the frozen weight.
+
+        Raises:
+            ValueError: an adapter has a router; or, with `safe_merge`, the merged weight is not finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.settings]
+        deltas = [self.get_delta_weight(name) for name in names]  # all or none
+        weight = self.get_base_layer().weight
+        for name, delta in zip(names, deltas, strict=True):
+            merged = weight.data + delta.to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"merging adapter {name!r} would put values that are not finite into {self.name}.")
+            weight.data = merged
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        weight = self.get_base_layer().weight
+        while self.merged_adapters:
+            weight.data -= self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
+
+    def __repr__(self) -> str:
+        return "malora." + super().__repr__()

@@ -1,0 +1,91 @@
+"""The PEFT tuner: puts experts on a model's linear maps, freezes what must not train, saves and loads through PEFT."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cached_property
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from malora.config import MaloraConfig
+from malora.layer import PREFIX, MaloraLayer
+from malora.routing import RoutingLog
+
+_LLAMA_LIKE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj", "gate_proj"]
+
+# The paper's targets, Q, K, V, Up, Down and Gate, under the names that each `model_type` uses. Without the attention's
+# output: with it the paper's parameter shares do not come out.
+TARGET_MODULES: dict[str, list[str]] = {
+    **dict.fromkeys(
+        ["llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo2"],
+        _LLAMA_LIKE,
+    ),
+    "phi3": ["qkv_proj", "gate_up_proj", "down_proj"],
+    "gpt_neox": ["query_key_value", "dense_h_to_4h", "dense_4h_to_h"],
+    "opt": ["q_proj", "k_proj", "v_proj", "fc1", "fc2"],
+}
+
+
+class MaloraModel(BaseTuner):
+    """A model whose targeted `nn.Linear` modules have experts beside them; made by `peft.get_peft_model`.
+
+    Raises:
+        ValueError: a target matches no module, or one that is not an `nn.Linear`; the message names what there is.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = MaloraLayer
+    target_module_mapping = TARGET_MODULES
+
+    @cached_property  # not set in __init__, because BaseTuner's already injects layers, which need it
+    def routing_log(self) -> RoutingLog:
+        return RoutingLog()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = inspect.signature(self.model.forward).bind_partial(*args, **kwargs).arguments
+        mask = arguments.get("attention_mask")
+        is_padding_mask = mask is not None and mask.dim() == 2
+        with self.routing_log.listen(mask if is_padding_mask else None):
+            return super().forward(*args, **kwargs)
+
+    def _prepare_model(self, peft_config: MaloraConfig, model: nn.Module) -> None:
+        """Called by PEFT before anything is replaced: the place to refuse."""
+        targets = peft_config.target_modules
+        if isinstance(targets, str):
+            return  # a regular expression, or "all-linear"; PEFT says so if it matches nothing
+        linear = {
+            name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear | MaloraLayer)
+        } - {"base_layer"}
+        names = [name for name, _ in model.named_modules()]
+        missing = [t for t in sorted(targets) if not any(name == t or name.endswith(f".{t}") for name in names)]
+        if missing:
+            raise ValueError(
+                f"target_modules {missing} match nothing in this {type(model).__name__}. "
+                f"Its linear modules are called {sorted(linear)}; name some of these."
+            )
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, MaloraLayer):
+            target.update_layer(adapter_name, peft_config)
+        elif isinstance(target, nn.Linear):
+            layer = MaloraLayer(target, current_key, self.routing_log)
+            layer.set_adapter(self.active_adapters)
+            layer.update_layer(adapter_name, peft_config)
+            self._replace_module(parent, target_name, layer, target)
+        else:
+            raise ValueError(
+                f"{current_key} is a {type(target).__name__}; experts go on nn.Linear modules only. "
+                "Leave it out of target_modules, or add it to exclude_modules."
+            )
