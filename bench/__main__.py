@@ -1,8 +1,8 @@
 """The command line; composition only.
 
-    python -m bench table2                       # the paper's Table 2 at the size that this machine can do
-    python -m bench run --method malora          # one run
-    python -m bench leaderboard                  # tables from records
+python -m bench table2                       # the paper's Table 2 at the size that this machine can do
+python -m bench run --method malora          # one run
+python -m bench leaderboard                  # tables from records
 """
 
 from __future__ import annotations
@@ -44,39 +44,66 @@ def _parser() -> argparse.ArgumentParser:
     for name, experiment in EXPERIMENTS.items():
         table = commands.add_parser(name, help=f"{experiment.title}: train, score, lay out", formatter_class=_Help)
         _add_setting(table)
-        table.add_argument("--methods", type=_methods, default=list(experiment.methods), metavar="A,B",
-                           help="methods to compare, by commas")
+        table.add_argument(
+            "--methods",
+            type=_methods,
+            default=list(experiment.methods),
+            metavar="A,B",
+            help="methods to compare, by commas",
+        )
         table.add_argument("--seeds", type=_positive, metavar="K", help="runs a row (default: the profile's)")
-        table.add_argument("--sweep", action="store_true",
-                           help="first try each of the profile's rates for each method; without it the published choice counts")
-        table.add_argument("--jobs", type=_positive, metavar="J", help="runs at a time (default: one a core, or one on a GPU)")
+        table.add_argument(
+            "--sweep",
+            action="store_true",
+            help="first try each of the profile's rates for each method; without it the published choice counts",
+        )
+        table.add_argument(
+            "--jobs", type=_positive, metavar="J", help="runs at a time (default: one a core, or one on a GPU)"
+        )
         table.set_defaults(command=_table, experiment=experiment)
 
     one = commands.add_parser("run", help="one run: train, score, record", formatter_class=_Help)
     _add_setting(one)
     one.add_argument("--method", type=_method, default="malora", metavar="M", help="what to train")
-    one.add_argument("--mixture", type=_one_of("mixture", MIXTURES), default="intra", metavar="NAME",
-                     help="tasks to train together; the tiny profile has a stand-in for intra")
+    one.add_argument(
+        "--mixture",
+        type=_one_of("mixture", MIXTURES),
+        default="intra",
+        metavar="NAME",
+        help="tasks to train together; the tiny profile has a stand-in for intra",
+    )
     one.add_argument("--seed", type=int, default=0, metavar="S", help="of initialisation, order and dropout")
     one.add_argument("--learning-rate", type=float, metavar="R", help="(default: the paper's)")
-    one.add_argument("--backend", type=_one_of("backend", malora.BACKENDS), default="dense", metavar="B",
-                     help="how mixtures of experts are computed")
+    one.add_argument(
+        "--backend",
+        type=_one_of("backend", malora.BACKENDS),
+        default="dense",
+        metavar="B",
+        help="how mixtures of experts are computed",
+    )
     one.add_argument("--save", type=Path, metavar="DIR", help="keep the trained adapter there")
     one.set_defaults(command=_run)
 
     scored = commands.add_parser("score", help="score a saved adapter on a mixture's tests", formatter_class=_Help)
     _add_setting(scored)
     scored.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="what save_pretrained wrote")
-    scored.add_argument("--mixture", type=_one_of("mixture", MIXTURES), default="intra", metavar="NAME", help="whose tests")
+    scored.add_argument(
+        "--mixture", type=_one_of("mixture", MIXTURES), default="intra", metavar="NAME", help="whose tests"
+    )
     scored.set_defaults(command=_score)
 
-    board = commands.add_parser("leaderboard", help="write results/**/*.md and the README's table from records",
-                                formatter_class=_Help)
-    board.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is not what the records give")
+    board = commands.add_parser(
+        "leaderboard", help="write results/**/*.md and the README's table from records", formatter_class=_Help
+    )
+    board.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 if a file is not what the records give"
+    )
     board.set_defaults(command=_leaderboard)
 
     publish = commands.add_parser("publish", help="move clean, whole records to results/PROFILE", formatter_class=_Help)
-    publish.add_argument("--profile", type=_one_of("profile", PROFILES), default=default_profile(), metavar="P", help="whose")
+    publish.add_argument(
+        "--profile", type=_one_of("profile", PROFILES), default=default_profile(), metavar="P", help="whose"
+    )
     publish.add_argument("--results", type=Path, metavar="DIR", help="where from (default: results/local/PROFILE)")
     publish.set_defaults(command=_publish)
     return parser
@@ -90,16 +117,32 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def _add_setting(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--profile", type=_one_of("profile", PROFILES), default=default_profile(), metavar="P",
-                        help=f"size of the experiment: {', '.join(PROFILES)}")
-    parser.add_argument("--data", type=Path, metavar="DIR",
-                        help="folder of *.jsonl.gz (default: the profile's: generated for tiny, else the Hugging Face hub)")
+    parser.add_argument(
+        "--profile",
+        type=_one_of("profile", PROFILES),
+        default=default_profile(),
+        metavar="P",
+        help=f"size of the experiment: {', '.join(PROFILES)}",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder of *.jsonl.gz (default: the profile's: generated for tiny, else the Hugging Face hub)",
+    )
     parser.add_argument("--model", metavar="M", help="built-in name, folder or hub id (default: the profile's)")
-    parser.add_argument("--format", type=_one_of("format", FORMATS), default="letters", metavar="F",
-                        help=f"how questions are put: {', '.join(FORMATS)}")
+    parser.add_argument(
+        "--format",
+        type=_one_of("format", FORMATS),
+        default="letters",
+        metavar="F",
+        help=f"how questions are put: {', '.join(FORMATS)}",
+    )
     parser.add_argument("--results", type=Path, metavar="DIR", help="for records (default: results/local/PROFILE)")
     parser.add_argument("--max-steps", type=_positive, metavar="N", help="stop training early, to try things out")
-    parser.add_argument("--max-items", type=_positive, metavar="N", help="score so many items a task, to try things out")
+    parser.add_argument(
+        "--max-items", type=_positive, metavar="N", help="score so many items a task, to try things out"
+    )
 
 
 def _one_of(what: str, choices) -> type:
@@ -166,7 +209,9 @@ def _run_and_print(configs: list[record.RunConfig], setting: Setting, jobs: int,
     records = []
     for number, one in enumerate(run_all(configs, setting, jobs), 1):
         records.append(one)
-        result = f"mean {one.mean():.1f}" if one.status == "ok" else f"{one.status}: {(one.error or '').splitlines()[0]}"
+        result = (
+            f"mean {one.mean():.1f}" if one.status == "ok" else f"{one.status}: {(one.error or '').splitlines()[0]}"
+        )
         print(f"{what} {number}/{len(configs)} {one.config.id}: {result}", file=sys.stderr, flush=True)
     return records
 
@@ -178,7 +223,9 @@ def _run(options: argparse.Namespace) -> int:
         print(one.error, file=sys.stderr)
         return 1
     for task, result in (one.test or {}).items():
-        print(f"{task:16} {100 * result['value']:5.1f} ± {196 * result['stderr']:.1f}  ({result['metric']}, {result['n']} items)")
+        print(
+            f"{task:16} {100 * result['value']:5.1f} ± {196 * result['stderr']:.1f}  ({result['metric']}, {result['n']} items)"
+        )
     print(f"{one.status}; recorded in {one.path}")
     return 0
 
@@ -191,7 +238,9 @@ def _score(options: argparse.Namespace) -> int:
     tests = {task: items[: setting.max_items] for task, items in data.test.items()}
     results, _ = score(model, tokenizer, tests, format=setting.format, batch_size=setting.profile.eval_batch_size)
     for task, result in results.items():
-        print(f"{task:16} {100 * result['value']:5.1f} ± {196 * result['stderr']:.1f}  ({result['metric']}, {result['n']} items)")
+        print(
+            f"{task:16} {100 * result['value']:5.1f} ± {196 * result['stderr']:.1f}  ({result['metric']}, {result['n']} items)"
+        )
     return 0
 
 

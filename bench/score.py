@@ -6,14 +6,21 @@ Nothing here touches the network or the disk: lm-eval gets the examples themselv
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import datasets
+import lm_eval.api.model
+import lm_eval.api.task
+import lm_eval.models.huggingface
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import nn
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from tasks import Example
@@ -38,7 +45,7 @@ def score(
     metric = METRICS[format]
     was_training = model.training
     model.eval()
-    with _quiet("lm_eval", "lm-eval", "lm_eval.models.huggingface", "lm_eval.api.task", "lm_eval.evaluator"):
+    with _quiet():
         language_model = HFLM(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=mixed_precision
         )
@@ -84,17 +91,17 @@ def task_config(name: str, examples: list[Example], metric: str) -> dict[str, An
     }
 
 
-class _quiet:
-    """Silences loggers, and lm-eval's progress bars, which would tear ours."""
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences lm-eval: its log speaks to its own command line, and its progress bars would tear ours."""
 
-    def __init__(self, *names: str) -> None:
-        self.loggers = [logging.getLogger(name) for name in names]
+    def silent(*args: Any, **options: Any) -> tqdm:
+        return tqdm(*args, **{**options, "disable": True})
 
-    def __enter__(self) -> None:
-        self.levels = [logger.level for logger in self.loggers]
-        for logger in self.loggers:
-            logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        for logger, level in zip(self.loggers, self.levels, strict=True):
-            logger.setLevel(level)
+    with ExitStack() as stack:
+        for module in (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface):
+            stack.enter_context(patch.object(module, "tqdm", silent))
+        previous = logging.root.manager.disable
+        logging.disable(logging.ERROR)
+        stack.callback(logging.disable, previous)
+        yield

@@ -41,9 +41,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     model = models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
 
 
 def train_base(folder: Path) -> None:

@@ -1,29 +1,26 @@
 """The training loop: one method, one mixture, one seed. Plain, on accelerate.
 
-The head runs on label positions only; there the answers are one token of a hundred, and the head is a third of a small
-model's work. A loss or gradient that is not finite ends the run as diverged.
+A loss or gradient that is not finite ends the run as diverged.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import get_linear_schedule_with_warmup
 
 import malora
-from bench.data import Batch, Encoded, collate, schedule
+from bench.data import GPU_WIDTHS, Encoded, collate, schedule
 from bench.record import RunConfig
+from bench.step import EagerStep, GraphedStep
 
 # Reading a loss from a GPU makes the host wait for it. Every so many steps is often enough to notice a divergence
 # and to draw a curve.
@@ -37,11 +34,15 @@ class DivergedError(ArithmeticError):
 
 @dataclass
 class TrainLog:
-    """What training measured. Seconds are those of this process's steps, those before a resume included."""
+    """What training measured, a part before a resume included.
+
+    Seconds are those of this process's steps by part: data, forward, backward, optimizer; forward and backward are one
+    part, forward_backward, where a step is one CUDA graph.
+    """
 
     steps: int = 0
     tokens: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(Stopwatch.PARTS, 0.0))
+    seconds: dict[str, float] = field(default_factory=dict)
     curve: list[dict[str, float]] = field(default_factory=list)  # step, loss, balance_loss, grad_norm: means since last
     router: list[dict[str, float]] = field(default_factory=list)
     peak_bytes: int | None = None  # of the GPU's memory
@@ -49,8 +50,6 @@ class TrainLog:
 
 class Stopwatch:
     """Seconds by part of a step, without making the host wait: on a GPU, events that are read at the end."""
-
-    PARTS = ("data", "forward", "backward", "optimizer")
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
@@ -77,19 +76,9 @@ class Stopwatch:
             torch.cuda.synchronize()
         for (_, before), (part, now) in zip(self.marks, self.marks[1:], strict=False):
             if part is not None:
-                seconds[part] += before.elapsed_time(now) / 1000 if self.on_gpu else now - before
+                passed = before.elapsed_time(now) / 1000 if self.on_gpu else now - before
+                seconds[part] = seconds.get(part, 0.0) + passed
         self.marks.clear()
-
-
-@contextmanager
-def label_positions_only(model: nn.Module, batch: Batch) -> Iterator[None]:
-    """Inside it, the model's head sees the hidden states of label positions only: its logits are [L, vocabulary]."""
-    head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][batch.row, batch.column],))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def train(
@@ -107,7 +96,7 @@ def train(
         DivergedError: a loss or gradient was not finite; its `log` says how far training came.
     """
     accelerator = Accelerator(mixed_precision="bf16" if config.device_type == "cuda" else "no")
-    routed = malora.has_router(model)
+    on_one_gpu = accelerator.device.type == "cuda" and accelerator.num_processes == 1
     batches = schedule(
         [len(code.ids) for code in encoded], batch_size=config.batch_size, epochs=config.epochs, seed=config.seed
     )
@@ -124,6 +113,13 @@ def train(
     state = _Checkpoint(checkpoint, config.hash, model, optimizer, scheduler)
     log = state.load() or TrainLog()
     watch = Stopwatch(accelerator.device)
+    step = EagerStep(model, wrapped, accelerator, config.balance_factor)
+    if on_one_gpu:
+        step = GraphedStep(step, config.batch_size)
+    else:
+        step.after_forward = lambda: watch.done("forward")
+    routed = malora.has_router(model)
+    widths = GPU_WIDTHS if on_one_gpu else None
     pending: list[Tensor] = []
     last = min(len(batches), config.max_steps or len(batches))
 
@@ -145,15 +141,10 @@ def train(
             watch.start()
             chosen = batches[log.steps][accelerator.process_index :: accelerator.num_processes]
             chosen = chosen or batches[log.steps][:1]  # a short last batch may not reach every process
-            batch = collate([encoded[i] for i in chosen], pad_id).to(accelerator.device)
+            batch = collate([encoded[i] for i in chosen], pad_id, widths).to(accelerator.device)
             watch.done("data")
-            with label_positions_only(model, batch):
-                logits = wrapped(input_ids=batch.ids, use_cache=False).logits
-            loss = F.cross_entropy(logits.float(), batch.target)
-            balance = malora.balance_loss(model, batch.mask) if routed else torch.zeros_like(loss)
-            watch.done("forward")
-            accelerator.backward(loss + config.balance_factor * balance)
-            watch.done("backward")
+            loss, balance = step(batch)
+            watch.done("forward_backward" if on_one_gpu else "backward")
             norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
             optimizer.step()
             scheduler.step()
@@ -162,7 +153,7 @@ def train(
 
             log.steps += 1
             log.tokens += sum(len(encoded[i].ids) for i in batches[log.steps - 1])
-            pending.append(torch.stack([loss.detach(), balance.detach(), norm.detach()]))
+            pending.append(torch.stack([loss, balance, norm]))
             if routed and log.steps % ROUTER_EVERY == 0:
                 log.router.append({"step": log.steps} | _router_summary(model, batch.mask))
             if log.steps % CHECK_EVERY == 0 or log.steps == last:

@@ -57,7 +57,9 @@ class MaloraModel(BaseTuner):
         if isinstance(targets, str):
             return  # a regular expression, or "all-linear"; PEFT says so if it matches nothing
         linear = {
-            name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear | MaloraLayer)
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | MaloraLayer)
         } - {"base_layer"}
         names = [name for name, _ in model.named_modules()]
         missing = [t for t in sorted(targets) if not any(name == t or name.endswith(f".{t}") for name in names)]

@@ -28,9 +28,7 @@ PROCEDURAL = tuple(
     Task(name, name, lambda record: Question(**record), DataRef(name, hub=""), _SPLITS) for name in GENERATORS
 )
 
-TASKS: dict[str, Task] = {
-    task.name: task for task in (PIQA, OPENBOOKQA, BOOLQ, ARC_CHALLENGE, ARC_EASY, *PROCEDURAL)
-}
+TASKS: dict[str, Task] = {task.name: task for task in (PIQA, OPENBOOKQA, BOOLQ, ARC_CHALLENGE, ARC_EASY, *PROCEDURAL)}
 
 
 @dataclass(frozen=True)
@@ -91,8 +89,10 @@ def build(mixture: Mixture, source: Source, *, format: str, seed: int) -> Mixtur
     if mixture.blend == "even":
         size = min(map(len, clean.values()))
         rng = random.Random(seed)
-        clean = {name: [questions[i] for i in sorted(rng.sample(range(len(questions)), size))]
-                 for name, questions in clean.items()}
+        clean = {
+            name: [questions[i] for i in sorted(rng.sample(range(len(questions)), size))]
+            for name, questions in clean.items()
+        }
 
     def examples(name: str, questions: list[Question]) -> list[Example]:
         return [FORMATS[format](name, question) for question in questions]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from tasks.base import Example, Question, cloze, letters
+from tasks.base import Question, cloze, letters
 
 NAMES = tuple("ann bob cal dee eve fay gus hal ida jon kim leo mia ned ora pam".split())
 PLACES = tuple("kitchen garden attic cellar barn tower harbour market".split())
@@ -111,12 +111,6 @@ def _mixed(rng: random.Random) -> Sequence[str]:
     return rng.choice(CLASSES) if rng.random() < 0.5 else WORDS
 
 
-def _echo(rng: random.Random) -> str:
-    """A phrase said over and over: copying."""
-    phrase = " ".join(rng.sample(WORDS, rng.randint(3, 10)))
-    return " ; ".join([phrase] * 2)
-
-
 def _pairs(rng: random.Random) -> str:
     """Pairs listed, then again in other orders: looking up what went with a word."""
     count = rng.randint(2, 5)
@@ -137,59 +131,78 @@ def _count(rng: random.Random) -> str:
     return " ; ".join((" ".join(numbers), " ".join(days), *signs))
 
 
-def _letters(rng: random.Random) -> str:
-    """Listed choices and the letter of each, asked in any order: which letter stands before a word."""
+def _binding(rng: random.Random, frame: str) -> str:
+    """Listed choices, then their words in any order, each with its letter: which letter stands before a word."""
     pairs = list(zip(LETTERS, rng.sample(_mixed(rng), rng.randint(2, 5)), strict=False))
-    frame = rng.choice((" ", " Answer: "))
     listed = [f"{letter}. {word}" for letter, word in pairs]
-    return "\n".join(listed + [f"{word}{frame}{letter}" for letter, word in rng.choices(pairs, k=6)])
+    return "\n".join(listed + [frame.format(word=word, letter=letter) for letter, word in rng.choices(pairs, k=8)])
 
 
-def _asked(rng: random.Random) -> str:
-    """Questions on one list of choices: the choice is said outright, or is looked up in a passage of pairs."""
-    words = rng.sample(_mixed(rng), rng.randint(2, 5))
-    if rng.random() < 0.5:
-        context, texts = "", [f"pick {word} ?" for word in words]
-    else:
-        names, verb = rng.sample(NAMES + OBJECTS, len(words)), rng.choice(("likes", "is in", "has"))
-        texts = [f"{name} {verb} ?" for name in names]
-        facts = [f"{name} {verb} the {word} ." for name, word in zip(names, words, strict=True)]
-        context = " ".join(rng.sample(facts, len(facts)))
-    frame = letters if rng.random() < 0.75 else cloze
-    example, *more = (
-        frame("", Question(texts[asked], tuple(words), asked, context)) for asked in rng.choices(range(len(words)), k=4)
-    )
-    return "\n".join([example.prompt + example.label, *(_again(other) for other in more)])
+def _bare(rng: random.Random) -> str:
+    return _binding(rng, "{word} {letter}")
 
 
-def _again(example: Example) -> str:
-    """A question on what was listed before: the last question's own line and the answer."""
-    question = example.prompt.split("Question: ")[-1].split("\n")[0]
-    return f"Question: {question}\nAnswer:{example.label}"
+def _answered(rng: random.Random) -> str:
+    return _binding(rng, "{word} Answer: {letter}")
+
+
+def _picked(rng: random.Random) -> str:
+    return _binding(rng, "Question: pick {word} ? Answer: {letter}")
+
+
+def _pick(rng: random.Random) -> str:
+    """Two questions that say their answer outright, each with its own choices."""
+    return "\n".join(_asked(rng, f"pick {words[0]} ?", words) for words in (_some(rng), _some(rng)))
+
+
+def _look_up(rng: random.Random) -> str:
+    """A question on one of the pairs that a passage lists."""
+    words = _some(rng)
+    names, verb = rng.sample(NAMES + OBJECTS, len(words)), rng.choice(("likes", "is in", "has"))
+    facts = [f"{name} {verb} the {word} ." for name, word in zip(names, words, strict=True)]
+    return _asked(rng, f"{names[0]} {verb} the ?", words, " ".join(rng.sample(facts, len(facts))))
 
 
 def _order(rng: random.Random) -> str:
     """A question on order: which word is first or last of a list, or what comes after a day or a number."""
-    words = rng.sample(_mixed(rng), rng.randint(2, 5))
+    words = _some(rng)
     if rng.random() < 0.5:
-        end, context = rng.randrange(2), " ".join(words) + " ."
-        right, text = words[-end], f"which comes {('first', 'last')[end]} ?"
-        wrong = [word for word in words if word != right]
-    else:
-        row, context = rng.choice((DAYS, NUMBERS)), ""
-        place = rng.randrange(len(row) - 1)
-        right, text = row[place + 1], f"what comes after {row[place]} ?"
-        wrong = _others(rng, row, right, len(words) - 1)
-    example = (letters if rng.random() < 0.75 else cloze)("", _question(rng, text, right, wrong, context))
+        listed = rng.sample(words, len(words))
+        end = rng.choice(("first", "last"))
+        if (listed[0] if end == "first" else listed[-1]) != words[0]:
+            listed.remove(words[0])
+            listed.insert(0 if end == "first" else len(listed), words[0])
+        return _asked(rng, f"which comes {end} ?", words, " ".join(listed) + " .")
+    row = rng.choice((DAYS, NUMBERS))
+    place = rng.randrange(len(row) - 1)
+    choices = [row[place + 1], *_others(rng, row, row[place + 1], len(words) - 1)]
+    return _asked(rng, f"what comes after {row[place]} ?", choices)
+
+
+def _some(rng: random.Random) -> list[str]:
+    """Two to five words, the first of which will be the right answer."""
+    return rng.sample(_mixed(rng), rng.randint(2, 5))
+
+
+def _asked(rng: random.Random, text: str, words: Sequence[str], context: str = "") -> str:
+    example = (letters if rng.random() < 0.8 else cloze)("", _question(rng, text, words[0], words[1:], context))
     return example.prompt + example.label
 
 
-def pretraining_text(rng: random.Random, progress: float = 1.0) -> str:
-    """One document of the base's training text: an exercise of a kind that no task asks.
+# The exercises of each level. A level is passed once nearly all of its letters are right.
+LEVELS = (
+    (_bare,),
+    (_bare, _answered, _answered),
+    (_answered, _picked, _picked, _pick),
+    (_picked, _pick, _pick, _pick),
+    (_picked, _pick, _pick, _look_up, _look_up, _look_up, _look_up, _order, _order, _count, _pairs),
+)
 
-    In the first third of training (`progress`, 0 to 1) it is one of the two from which heads that copy and look up
-    grow soonest; without them the rest is not learned in any short time.
+
+def pretraining_text(rng: random.Random, level: int = len(LEVELS) - 1) -> str:
+    """One document of the base's training text: an exercise of the given level, of a kind that no task asks.
+
+    The exercises that lead up to a letter come one on top of the other. All at once none of them is learned in a
+    thousand steps; one after the other they take four hundred.
     """
-    if progress < 1 / 3:
-        return rng.choices((_letters, _pairs), (3, 1))[0](rng)
-    return rng.choices((_echo, _pairs, _count, _letters, _asked, _order), (1, 1, 2, 2, 6, 2))[0](rng)
+    return rng.choice(LEVELS[level])(rng)
