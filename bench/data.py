@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from tasks import Example
 # that every part of an epoch has batches of every length.
 BATCHES_SORTED_TOGETHER = 50
 PAD_TO_MULTIPLE = 8  # tensor cores want it
+# What a GPU holds the activations of; 64 examples of 1,024 tokens need 70 GiB at once. The paper's step has as many.
+MOST_TOKENS = 16_384
 # Where a step is captured once for each shape, few shapes: these and then multiples of the last.
 GPU_WIDTHS = (*range(32, 257, 32), 320, 384, 512)
 
@@ -39,6 +42,7 @@ class Batch:
     row: Tensor  # [L]
     column: Tensor  # [L]: the position before each label token
     target: Tensor  # [L]
+    labels: Tensor  # []: label tokens of the whole batch that this is a part of
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
@@ -84,24 +88,29 @@ def schedule(lengths: list[int], *, batch_size: int, epochs: int, seed: int) -> 
     return batches
 
 
-def collate(encoded: list[Encoded], pad_id: int, widths: tuple[int, ...] | None = None) -> Batch:
-    """A batch, padded to the next of `widths` if given.
+def collate(
+    encoded: list[Encoded], pad_id: int, *, widths: tuple[int, ...] | None = None, most_tokens: int = MOST_TOKENS
+) -> list[Batch]:
+    """A batch, padded to the next of `widths` if given, in parts of at most `most_tokens` ids and equal size.
 
     The last label token is a target only; nothing is predicted from it, so it is not read.
     """
-    inputs = [code.ids[:-1] for code in encoded]
-    longest = max(map(len, inputs))
+    longest = max(len(code.ids) for code in encoded) - 1
     multiple = widths[-1] if widths else PAD_TO_MULTIPLE
     width = next((w for w in widths or () if w >= longest), longest + -longest % multiple)
-    ids = torch.full((len(inputs), width), pad_id)
+    parts = math.ceil(len(encoded) * width / most_tokens)
+    rows = math.ceil(len(encoded) / parts)
+    labels = torch.tensor(float(sum(code.label_length for code in encoded)))
+    return [_part(encoded[i : i + rows], pad_id, width, labels) for i in range(0, len(encoded), rows)]
+
+
+def _part(encoded: list[Encoded], pad_id: int, width: int, labels: Tensor) -> Batch:
+    ids = torch.full((len(encoded), width), pad_id)
     mask = torch.zeros_like(ids)
-    for row, tokens in enumerate(inputs):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        mask[row, : len(tokens)] = 1
-    places = [
-        (row, len(code.ids) - 1 - back, code.ids[-back])
-        for row, code in enumerate(encoded)
-        for back in range(code.label_length, 0, -1)
-    ]
+    places = []
+    for row, (tokens, label_length) in enumerate(encoded):
+        ids[row, : len(tokens) - 1] = torch.tensor(tokens[:-1])
+        mask[row, : len(tokens) - 1] = 1
+        places += [(row, len(tokens) - 1 - back, tokens[-back]) for back in range(label_length, 0, -1)]
     row, column, target = torch.tensor(places).T.contiguous()
-    return Batch(ids, mask, row, column, target)
+    return Batch(ids, mask, row, column, target, labels)

@@ -207,7 +207,10 @@ def run_all(configs: list[RunConfig], setting: Setting, jobs: int) -> Iterator[R
         return
     # Processes, each with models and libraries of its own: threads would take turns at the interpreter.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(missing)), context, _limit_threads, (setting.profile.threads,)) as pool:
+    number = context.Value("i", 0)
+    with ProcessPoolExecutor(
+        min(jobs, len(missing)), context, _start_worker, (number, setting.profile.threads)
+    ) as pool:
         futures = [pool.submit(run, config, setting, jobs) for config in missing]
         try:
             for future in as_completed(futures):
@@ -215,6 +218,15 @@ def run_all(configs: list[RunConfig], setting: Setting, jobs: int) -> Iterator[R
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _start_worker(number, threads: int | None) -> None:
+    """Workers take the GPUs in turn."""
+    with number.get_lock():
+        mine, number.value = number.value, number.value + 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(mine % torch.cuda.device_count())
+    _limit_threads(threads)
 
 
 def _limit_threads(threads: int | None) -> None:

@@ -47,17 +47,25 @@ class EagerStep:
         self.model, self.wrapped, self.accelerator = model, wrapped, accelerator
         self.balance_factor = balance_factor
         self.routed = malora.has_router(model)
-        self.after_forward: Callable[[], None] = lambda: None
+        self.mark: Callable[[str], None] = lambda part: None  # called as each part of the work is done
 
-    def __call__(self, batch: Batch) -> Losses:
+    def __call__(self, parts: list[Batch]) -> Losses:
+        losses = [self.part(part) for part in parts]
+        return sum(loss for loss, _ in losses), sum(balance for _, balance in losses)
+
+    def part(self, batch: Batch) -> Losses:
+        """Forward and backward of a part; its losses are shares of the whole batch's, by label tokens."""
         # No attention mask: padding stands to the right, where causal attention does not look, and without a mask
         # attention takes its fastest kernel. The balance loss is told what is padding.
         with label_positions_only(self.model, batch):
             logits = self.wrapped(input_ids=batch.ids, use_cache=False).logits
-        loss = F.cross_entropy(logits.float(), batch.target)
-        balance = malora.balance_loss(self.model, batch.mask) if self.routed else torch.zeros_like(loss)
-        self.after_forward()
+        loss = F.cross_entropy(logits.float(), batch.target, reduction="sum") / batch.labels
+        balance = torch.zeros_like(loss)
+        if self.routed:
+            balance = malora.balance_loss(self.model, batch.mask) * (len(batch.target) / batch.labels)
+        self.mark("forward")
         self.accelerator.backward(loss + self.balance_factor * balance)
+        self.mark("backward")
         return loss.detach(), balance.detach()
 
 
@@ -66,12 +74,17 @@ class _Captured:
     graph: torch.cuda.CUDAGraph
     inputs: Batch
     losses: Losses
-    gradients: list[Tensor | None]
+    gradients: list[Tensor]
     routings: dict
+
+    def replay(self, batch: Batch) -> None:
+        for static, new in zip(vars(self.inputs).values(), vars(batch).values(), strict=True):
+            static.copy_(new, non_blocking=True)
+        self.graph.replay()
 
 
 class GraphedStep:
-    """Replays an `EagerStep`. Batches of another number of examples, the last of an epoch, take the plain path."""
+    """Replays an `EagerStep`. A batch that is not full, the last of an epoch, takes the plain path."""
 
     def __init__(self, eager: EagerStep, batch_size: int) -> None:
         self.eager, self.batch_size = eager, batch_size
@@ -79,28 +92,40 @@ class GraphedStep:
         self.captured: dict[tuple, _Captured] = {}
         self.usable = True
 
-    def __call__(self, batch: Batch) -> Losses:
-        if not self.usable or len(batch.ids) != self.batch_size:
-            return self.eager(batch)
-        shape = (batch.ids.shape, batch.target.shape)
-        if shape not in self.captured:
-            try:
-                self.captured[shape] = self._capture(batch)
-            except RuntimeError as error:
-                # Some model does what a graph cannot hold. The result is the same, only slower.
-                logger.warning("no CUDA graphs in this run (%s); going on without.", str(error).splitlines()[0])
-                self.usable = False
-                torch.cuda.synchronize()
-                return self.eager(batch)
-        step = self.captured[shape]
-        for static, new in zip(vars(step.inputs).values(), vars(batch).values(), strict=True):
-            static.copy_(new, non_blocking=True)
-        step.graph.replay()
-        for parameter, gradient in zip(self.parameters, step.gradients, strict=True):
+    def __call__(self, parts: list[Batch]) -> Losses:
+        if not self.usable or sum(len(part.ids) for part in parts) != self.batch_size:
+            return self.eager(parts)
+        try:
+            captured = [self._captured(part) for part in parts]
+        except RuntimeError as error:
+            # Some model does what a graph cannot hold. The result is the same, only slower.
+            logger.warning("no CUDA graphs in this run (%s); going on without.", str(error).splitlines()[0])
+            self.usable = False
+            torch.cuda.synchronize()
+            for parameter in self.parameters:
+                parameter.grad = None
+            return self.eager(parts)
+        losses, gradients = [], None
+        for part, step in zip(parts, captured, strict=True):
+            step.replay(part)
+            losses.append(torch.stack(step.losses))
+            if gradients is None:
+                # The next replay of the same graph writes where these stand.
+                gradients = step.gradients if len(parts) == 1 else [gradient.clone() for gradient in step.gradients]
+            else:
+                torch._foreach_add_(gradients, step.gradients)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         if self.eager.routed:
-            self.eager.model.base_model.routing_log.routings = step.routings
-        return step.losses
+            self.eager.model.base_model.routing_log.routings = captured[-1].routings
+        loss, balance = torch.stack(losses).sum(0)
+        return loss, balance
+
+    def _captured(self, batch: Batch) -> _Captured:
+        shape = (batch.ids.shape, batch.target.shape)
+        if shape not in self.captured:
+            self.captured[shape] = self._capture(batch)
+        return self.captured[shape]
 
     def _capture(self, batch: Batch) -> _Captured:
         inputs = Batch(*(tensor.clone() for tensor in vars(batch).values()))
@@ -110,7 +135,7 @@ class GraphedStep:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):
-                    self.eager(inputs)
+                    self.eager.part(inputs)
             torch.cuda.current_stream().wait_stream(stream)
         for parameter in self.parameters:
             parameter.grad = None  # so that the backward pass makes gradients of its own, in the graph's memory
@@ -118,7 +143,7 @@ class GraphedStep:
         # Replays follow each other, so graphs share one pool of memory; what a graph gives back stays its own.
         pool = next(iter(self.captured.values())).graph.pool() if self.captured else None
         with torch.cuda.graph(graph, pool=pool):
-            losses = self.eager(inputs)
+            losses = self.eager.part(inputs)
         gradients = [parameter.grad for parameter in self.parameters]
         routings = dict(self.eager.model.base_model.routing_log.routings) if self.eager.routed else {}
         return _Captured(graph, inputs, losses, gradients, routings)

@@ -117,7 +117,7 @@ def train(
     if on_one_gpu:
         step = GraphedStep(step, config.batch_size)
     else:
-        step.after_forward = lambda: watch.done("forward")
+        step.mark = watch.done
     routed = malora.has_router(model)
     widths = GPU_WIDTHS if on_one_gpu else None
     pending: list[Tensor] = []
@@ -134,6 +134,8 @@ def train(
             error.log = log
             raise error
 
+    if config.device_type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     wrapped.train()
     start, tokens_before = time.perf_counter(), log.tokens
     with tqdm(total=last, initial=log.steps, unit="step", desc=config.id, disable=None, leave=False) as bar:
@@ -141,10 +143,12 @@ def train(
             watch.start()
             chosen = batches[log.steps][accelerator.process_index :: accelerator.num_processes]
             chosen = chosen or batches[log.steps][:1]  # a short last batch may not reach every process
-            batch = collate([encoded[i] for i in chosen], pad_id, widths).to(accelerator.device)
+            parts = collate([encoded[i] for i in chosen], pad_id, widths=widths)
+            parts = [part.to(accelerator.device) for part in parts]
             watch.done("data")
-            loss, balance = step(batch)
-            watch.done("forward_backward" if on_one_gpu else "backward")
+            loss, balance = step(parts)
+            if on_one_gpu:
+                watch.done("forward_backward")
             norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
             optimizer.step()
             scheduler.step()
@@ -155,7 +159,7 @@ def train(
             log.tokens += sum(len(encoded[i].ids) for i in batches[log.steps - 1])
             pending.append(torch.stack([loss, balance, norm]))
             if routed and log.steps % ROUTER_EVERY == 0:
-                log.router.append({"step": log.steps} | _router_summary(model, batch.mask))
+                log.router.append({"step": log.steps} | _router_summary(model, parts[-1].mask))
             if log.steps % CHECK_EVERY == 0 or log.steps == last:
                 read_pending()
                 speed = (log.tokens - tokens_before) / (time.perf_counter() - start)

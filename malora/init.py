@@ -41,12 +41,12 @@ def _init_subspace_(P: Tensor, S: Tensor, beta: float) -> None:
     P_t S then has the norm of a Kaiming-uniform [r, n] matrix, whatever β is.
 
     The equations need d ≥ r rows. Where an expert's own subspace is narrower (the ablation without a shared S has
-    d/N = 4 < r = 12), K_t gets r rows, the leading d of its directions are kept, and P_t is scaled by √(r/d) so that
-    the norm is kept too. That reading is ours; the paper does not give one.
+    d/N = 4 < r = 12), K_t gets r rows, the leading d of its directions are kept, and P_t is scaled up to K_t's norm.
+    That reading is ours; the paper does not give one.
     """
     N, r, d = P.shape
     n = S.shape[-1]
     U, sigma, V = torch.linalg.svd(kaiming_uniform(torch.Size((N, max(r, d), n))), full_matrices=False)
-    keep_norm = math.sqrt(max(r, d) / d)
-    P.copy_((U * sigma[:, None, :])[:, :r, :d] * (keep_norm / beta))
+    keep_norm = sigma.norm(dim=1) / sigma[:, :d].norm(dim=1)  # 1 where all directions are kept
+    P.copy_((U * sigma[:, None, :])[:, :r, :d] * (keep_norm[:, None, None] / beta))
     S.copy_(beta * (V[0, :d] if S.dim() == 2 else V[:, :d]))

@@ -55,6 +55,8 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
 
     def _shapes(self, config: MaloraConfig) -> dict[str, tuple[int, ...]]:
         n, m, N, r, d = self.in_features, self.out_features, config.num_experts, config.r, config.d
+        if d is not None and d > n:
+            raise ValueError(f"d={d} is more than the {n} inputs of {self.name}: a subspace of it cannot be that wide.")
         shapes: dict[str, tuple[int, ...]] = {"router": (N, n)} if config.has_router else {}
         if config.down == "A_t":
             shapes |= {"A": (N, r, n)}

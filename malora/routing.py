@@ -66,8 +66,8 @@ class RoutingLog:
         if self.listening:
             self.routings[module, adapter] = routing
 
-    def __getstate__(self) -> dict:
-        return {}  # copying or pickling a model does not take along the graph of its last batch
+    def __reduce__(self) -> tuple:
+        return RoutingLog, ()  # copying or pickling a model does not take along the graph of its last batch
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,99 @@
+"""Every backend computes what the reference computes: forward and every gradient, in float64, dropout included."""
+
+import pytest
+import torch
+
+from malora import BACKENDS, METHODS, MaloraConfig, MaloraLayer
+from malora.routing import RoutingLog
+
+methods = [name for name, config in METHODS.items() if isinstance(config(), MaloraConfig)]
+
+
+def layer(config: MaloraConfig, n: int = 72, m: int = 24) -> MaloraLayer:
+    torch.manual_seed(0)
+    made = MaloraLayer(torch.nn.Linear(n, m), "layer", RoutingLog())
+    made.update_layer("default", config)
+    made.double()
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "malora_" in name:
+                parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    return made.train()
+
+
+def run(made: MaloraLayer, backend: str, x: torch.Tensor):
+    made.settings["default"].backend = backend
+    x = x.clone().requires_grad_()
+    made.zero_grad()
+    torch.manual_seed(7)  # the same dropout mask for every backend
+    y = made(x)
+    torch.manual_seed(8)
+    (y * torch.randn_like(y)).sum().backward()
+    return {"y": y.detach(), "x": x.grad} | {name: p.grad for name, p in made.named_parameters() if p.requires_grad}
+
+
+def assert_agrees(made: MaloraLayer, backend: str, x: torch.Tensor):
+    expected, got = run(made, "reference", x), run(made, backend, x)
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
+        assert value is not None and value.abs().sum() > 0, name
+        torch.testing.assert_close(got[name], value, rtol=1e-10, atol=1e-12, msg=f"{backend}: {name}")
+
+
+others = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+
+
+@others
+@pytest.mark.parametrize("method", methods)
+def test_agrees_with_the_reference(method, backend):
+    assert_agrees(layer(METHODS[method](lora_dropout=0.3)), backend, torch.randn(3, 11, 72, dtype=torch.float64))
+
+
+@others
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (5, 1)])
+def test_agrees_on_odd_numbers_of_tokens(shape, backend):
+    assert_agrees(layer(METHODS["molora"](top_k=8)), backend, torch.randn(*shape, 72, dtype=torch.float64))
+
+
+@others
+@pytest.mark.parametrize("options", [{"r": 1, "d": 3}, {"r": 5, "d": 7}, {"top_k": 1}, {"top_k": 8}, {"num_experts": 3}])
+def test_agrees_on_odd_ranks_and_numbers_of_experts(options, backend):
+    assert_agrees(layer(METHODS["malora"](**options)), backend, torch.randn(2, 6, 72, dtype=torch.float64))
+
+
+@others
+def test_an_expert_without_tokens_gets_a_zero_gradient(backend):
+    made = layer(METHODS["molora"]())
+    with torch.no_grad():
+        made.malora_router["default"][3] = 0
+        made.malora_router["default"][:, 0] = torch.arange(8.0) - 100 * (torch.arange(8) == 3)
+    x = torch.randn(2, 6, 72, dtype=torch.float64).abs() + 1
+    gradients = run(made, backend, x)
+    assert (gradients["malora_B.default"][3] == 0).all()
+    assert torch.isfinite(gradients["x"]).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_is_near_float64(backend):
+    """Errors of bfloat16 operands are 1e-3 to 1e-2 of the norm."""
+    made = layer(METHODS["malora"]())
+    x = torch.randn(4, 16, 72, dtype=torch.float64)
+    exact = run(made, "reference", x)["y"]
+    rough = run(made.bfloat16(), backend, x.bfloat16())["y"].double()
+    assert (rough - exact).norm() / exact.norm() < 2e-2
+
+
+def test_the_reference_is_the_paper_written_out():
+    """Equations 1 and 4 to 7 for one token, element by element."""
+    config = METHODS["malora"](num_experts=3, top_k=2, r=2, d=4, lora_alpha=6, lora_dropout=0.0)
+    made = layer(config, n=5, m=3)
+    x = torch.randn(5, dtype=torch.float64)
+    W, b = made.base_layer.weight, made.base_layer.bias
+    router, S, P, B = (made.get_parameter(f"malora_{name}.default") for name in ("router", "S", "P", "B"))
+    p = torch.exp(router @ x) / torch.exp(router @ x).sum()
+    y = W @ x + b
+    for t in p.argsort(descending=True)[:2]:
+        y = y + 6 / 2 * p[t] * (B[t].T @ (P[t] @ (S @ x)))
+    for backend in BACKENDS:
+        made.settings["default"].backend = backend
+        torch.testing.assert_close(made(x[None, None])[0, 0], y, rtol=1e-12, atol=1e-12)
