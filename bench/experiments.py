@@ -36,21 +36,22 @@ def sweep(setting: Setting, methods: list[str]) -> list[RunConfig]:
 def final(setting: Setting, methods: list[str], seeds: int, tuned: dict[str, float]) -> list[RunConfig]:
     """The base; every method at the paper's rate and, where one was tuned, at its own, for every seed."""
     configs = [configure(setting, BASE, 0)]
-    for method in methods:
-        rates = {setting.profile.paper_rate, tuned.get(method, setting.profile.paper_rate)}
-        configs += [configure(setting, method, seed, rate) for rate in sorted(rates) for seed in range(seeds)]
+    for seed in range(seeds):  # outermost, so that what is there after an interruption compares all methods
+        for method in methods:
+            rates = {setting.profile.paper_rate, tuned.get(method, setting.profile.paper_rate)}
+            configs += [configure(setting, method, seed, rate) for rate in sorted(rates)]
     return configs
 
 
 def choose_rates(records: list[Record]) -> dict[str, float]:
-    """By method, the rate with the best mean over validation tasks, among whole runs of the sweep's seed.
+    """By method, the rate with the best mean over validation tasks, of the sweep's seed.
 
     A method that was tried at one rate only has not been tuned and is left out. Ties go to the lower rate.
     """
     tried: dict[str, dict[float, float]] = {}
     for record in records:
         config = record.config
-        if config.method != BASE and config.seed == SWEEP_SEED and record.complete:
+        if config.method != BASE and config.seed == SWEEP_SEED:
             score = record.mean("validation") if record.status == "ok" else None
             tried.setdefault(config.method, {})[config.learning_rate] = float("-inf") if score is None else score
     return {

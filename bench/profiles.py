@@ -56,7 +56,7 @@ PROFILES: dict[str, Profile] = {
             rank_divisor=4,  # LoRA of rank 16 on a hidden size of 128
             epochs=1,
             batch_size=32,
-            rates=(4e-4, 2e-3, 4e-3, 8e-3, 1.6e-2),
+            rates=(4e-4, 1e-3, 2e-3, 4e-3, 8e-3),
             seeds=3,
             threads=1,
         ),
@@ -66,8 +66,8 @@ PROFILES: dict[str, Profile] = {
             source=Hub(),
             epochs=2,
             batch_size=64,  # the paper's 2 would leave a GPU idle; the rates are tuned for this one
-            rates=(4e-4, 7e-4, 1e-3, 1.5e-3, 2e-3, 3e-3),
-            seeds=1,
+            rates=(4e-4, 1e-3, 1.5e-3, 2e-3, 3e-3),
+            seeds=3,
             eval_batch_size=128,
         ),
         Profile(

@@ -57,15 +57,12 @@ def comparable(records: list[Record], experiment: Experiment) -> tuple[list[Reco
     Where a folder holds several such groups (a profile was changed, say), the largest counts; the latest of equals.
     """
     mixtures = {experiment.mixture, *(p.mixtures.get(experiment.mixture) for p in PROFILES.values())}
-    mine = [
-        r
-        for r in records
-        if r.config.mixture in mixtures and r.complete and r.config.method in (*experiment.methods, BASE)
-    ]
+    mine = [r for r in records if r.config.mixture in mixtures and r.config.method in (*experiment.methods, BASE)]
     groups: dict[tuple, list[Record]] = {}
     for record in mine:
         key = (record.config.format, record.config.model_hash, record.config.mixture, record.config.device_type,
-               record.config.epochs, record.config.batch_size, _test_hash(record))  # fmt: skip
+               record.config.epochs, record.config.batch_size, _test_hash(record),
+               record.complete)  # fmt: skip
         groups.setdefault(key, []).append(record)
     if not groups:
         return [], 0
@@ -130,6 +127,10 @@ def _intro(records: list[Record], config, others: int) -> str:
         "stand in a validation or test set." if any(dropped.values()) else "Trained on " + ", ".join(
             f"{c['examples']:,} of {TASKS[t].title}" for t, c in sorted(train.items())) + ".",
     ]  # fmt: skip
+    if not records[0].complete:
+        lines.append(
+            "**These runs were cut short** (`--max-steps`, `--max-items`): they try things out and measure nothing."
+        )
     if others:
         lines.append(f"{others} records of other settings in this folder are not in these tables.")
     return "\n\n".join(lines)

@@ -7,6 +7,7 @@ import hashlib
 import multiprocessing
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -226,6 +227,7 @@ def _start_worker(number, threads: int | None) -> None:
         mine, number.value = number.value, number.value + 1
     if torch.cuda.is_available():
         torch.cuda.set_device(mine % torch.cuda.device_count())
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries, to their developers
     _limit_threads(threads)
 
 
