@@ -117,7 +117,7 @@ class GraphedStep:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         if self.eager.routed:
-            self.eager.model.base_model.routing_log.routings = captured[-1].routings
+            self.eager.model.base_model.routing_log.routings = dict(captured[-1].routings)
         loss, balance = torch.stack(losses).sum(0)
         return loss, balance
 
