@@ -16,7 +16,7 @@ from pathlib import Path
 import malora
 from bench import UserError, record, report
 from bench.experiments import EXPERIMENTS, choose_rates, final, sweep
-from bench.model import load, load_adapter, prepare
+from bench.model import check_adapter, load, load_adapter, prepare
 from bench.profiles import PROFILES, Profile, default_profile
 from bench.run import Setting, configure, run, run_all
 from bench.score import score
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         help="tasks to train together; the tiny profile has a stand-in for intra",
     )
     one.add_argument("--seed", type=int, default=0, metavar="S", help="of initialisation, order and dropout")
-    one.add_argument("--learning-rate", type=float, metavar="R", help="(default: the paper's)")
+    one.add_argument("--learning-rate", type=_rate, metavar="R", help="(default: the paper's)")
     one.add_argument(
         "--backend",
         type=_one_of("backend", malora.BACKENDS),
@@ -167,6 +167,16 @@ def _positive(value: str) -> int:
     return int(value)
 
 
+def _rate(value: str) -> float:
+    try:
+        rate = float(value)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value!r} must be a number above 0")
+    return rate
+
+
 def _setting(options: argparse.Namespace, mixture: str) -> Setting:
     profile: Profile = PROFILES[options.profile]
     if options.data and profile.name == "tiny" and not options.model:
@@ -222,26 +232,27 @@ def _run(options: argparse.Namespace) -> int:
     if one.status == "failed":
         print(one.error, file=sys.stderr)
         return 1
-    for task, result in (one.test or {}).items():
-        print(
-            f"{task:16} {100 * result['value']:5.1f} ± {196 * result['stderr']:.1f}  ({result['metric']}, {result['n']} items)"
-        )
+    _print_scores(one.test or {})
     print(f"{one.status}; recorded in {one.path}")
     return 0
 
 
 def _score(options: argparse.Namespace) -> int:
     setting = _setting(options, options.mixture)
+    check_adapter(options.adapter)
     model, tokenizer = load(prepare(setting.model), setting.device)
     model = load_adapter(model, options.adapter)
     data = build(MIXTURES[setting.mixture_name], setting.source, format=setting.format, seed=0)
     tests = {task: items[: setting.max_items] for task, items in data.test.items()}
     results, _ = score(model, tokenizer, tests, format=setting.format, batch_size=setting.profile.eval_batch_size)
-    for task, result in results.items():
-        print(
-            f"{task:16} {100 * result['value']:5.1f} ± {196 * result['stderr']:.1f}  ({result['metric']}, {result['n']} items)"
-        )
+    _print_scores(results)
     return 0
+
+
+def _print_scores(scores: dict[str, dict]) -> None:
+    for task, result in scores.items():
+        value, half = 100 * result["value"], 196 * result["stderr"]
+        print(f"{task:16} {value:5.1f} ± {half:.1f}  ({result['metric']}, {result['n']} items)")
 
 
 def _leaderboard(options: argparse.Namespace) -> int:

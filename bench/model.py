@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import transformers
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -76,8 +77,8 @@ def _from_hub(model: str) -> BaseModel:
         path = snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "tokenizer*"])
     except Exception as error:  # the hub client raises whatever its transports raise
         raise UserError(
-            f"--model {model!r} is no built-in ({', '.join(BUILT_IN)}), no folder here, and the Hugging Face hub did not "
-            f"give it: {type(error).__name__}: {str(error).splitlines()[0]}"
+            f"--model {model!r} is no built-in ({', '.join(BUILT_IN)}), no folder here, and the Hugging Face hub "
+            f"did not give it: {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
     return BaseModel(Path(path), model, Path(path).name)
 
@@ -89,7 +90,7 @@ def load(base: BaseModel, device: torch.device) -> tuple[PreTrainedModel, PreTra
     try:
         model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(base.path)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{base.path} does not hold a whole causal language model: {error}") from error
     # PEFT writes the name into an adapter's config, so that it is not put on another base by mistake.
     model.config._name_or_path = model.name_or_path = f"{base.name}@{base.hash[:12]}"
@@ -109,15 +110,20 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> PeftMo
     return get_peft_model(model, config)
 
 
+def check_adapter(folder: Path) -> None:
+    """Raises a UserError if the folder has no adapter."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} has no {name}; --adapter takes a folder that save_pretrained wrote.")
+
+
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Put a saved adapter on a base.
 
     Raises:
         UserError: the folder has no adapter, or one that was trained on another base.
     """
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name}; --adapter takes a folder that save_pretrained wrote.")
+    check_adapter(folder)
     trained_on = PeftConfig.from_pretrained(folder).base_model_name_or_path or ""
     if "@" in trained_on and trained_on != model.name_or_path:
         raise UserError(f"{folder} was trained on {trained_on}, not on {model.name_or_path}; give its base as --model.")

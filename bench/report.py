@@ -16,7 +16,7 @@ from tabulate import tabulate
 
 from bench.experiments import EXPERIMENTS, SWEEP_SEED, Experiment, choose_rates
 from bench.profiles import PROFILES
-from bench.record import Record
+from bench.record import Record, RunConfig
 from bench.run import BASE
 from bench.stats import LEVEL, Mean, compare, holm, mean_over_seeds
 from tasks import TASKS
@@ -113,24 +113,23 @@ def experiment_page(
     return "\n\n".join(parts) + "\n"
 
 
-def _intro(records: list[Record], config, others: int) -> str:
+def _intro(records: list[Record], config: RunConfig, others: int) -> str:
     devices = sorted({r.provenance["device"] for r in records})
-    train = next((r.data["train"] for r in records if r.data and r.data.get("train")), {})
-    dropped = records[0].data["dropped"]
     lines = [
-        f"Base `{config.model}` (sha256 `{config.model_hash[:12]}`), mixture `{config.mixture}`, format `{config.format}`, "
-        f"{config.epochs} epochs, {config.batch_size} examples a batch, on {', '.join(devices)}. Scores are accuracy in "
-        f"percent by lm-eval. {len(records)} records.",
-        "Trained on " + ", ".join(
-            f"{c['examples']:,} of {TASKS[t].title} ({c['label_tokens']:,} label tokens)" for t, c in sorted(train.items())
-        ) + "; " + ", ".join(f"{n} of {TASKS[t].title}" for t, n in sorted(dropped.items()) if n) + " left out because they "
-        "stand in a validation or test set." if any(dropped.values()) else "Trained on " + ", ".join(
-            f"{c['examples']:,} of {TASKS[t].title}" for t, c in sorted(train.items())) + ".",
-    ]  # fmt: skip
+        f"Base `{config.model}` (`{config.model_hash[:12]}`), mixture `{config.mixture}`, format `{config.format}`, "
+        f"{config.epochs} epochs, {config.batch_size} examples a batch, on {', '.join(devices)}. "
+        f"Scores are accuracy in percent by lm-eval. {len(records)} records."
+    ]
+    train = next((r.data["train"] for r in records if r.data and r.data.get("train")), {})
+    if train:
+        parts = (f"{n['examples']:,} of {TASKS[t].title} ({n['label_tokens']:,})" for t, n in sorted(train.items()))
+        lines.append(f"Training examples an epoch, and their label tokens: {', '.join(parts)}.")
+    dropped = {t: n for t, n in sorted((records[0].data or {}).get("dropped", {}).items()) if n}
+    if dropped:
+        parts = (f"{n} of {TASKS[t].title}" for t, n in dropped.items())
+        lines.append(f"Left out of training, because they stand in a validation or test set: {', '.join(parts)}.")
     if not records[0].complete:
-        lines.append(
-            "**These runs were cut short** (`--max-steps`, `--max-items`): they try things out and measure nothing."
-        )
+        lines.append("**These runs were cut short** (`--max-steps`, `--max-items`): they measure nothing.")
     if others:
         lines.append(f"{others} records of other settings in this folder are not in these tables.")
     return "\n\n".join(lines)
@@ -171,8 +170,9 @@ def leaderboard(experiment: Experiment, records: list[Record], rates: dict[str, 
     if "items" in overs:
         notes.append("With one seed neither it nor the test knows how much a run varies.")
     notes.append(
-        "Against the best: difference of the means in points with its 95% interval, by a bootstrap paired over seeds and "
-        f"items, Holm-corrected. *Italics* are the paper's own figures ({paper()['source']}): another, larger model."
+        "Against the best: difference of the means in points with its 95% interval, by a bootstrap paired over "
+        f"seeds and items, Holm-corrected. *Italics* are the paper's own figures "
+        f"({paper()['source']}): another, larger model."
     )
     return f"{table}\n\n{' '.join(notes)}"
 
@@ -211,18 +211,21 @@ def sweep_table(experiment: Experiment, records: list[Record], tuned: dict[str, 
         for rate in rates:
             record = runs.get((method, rate))
             if record is None:
-                cells.append("")
+                cells.append("not run")
             elif record.status != "ok":
                 steps = f" by step {record.train['steps']}" if record.train else ""
                 cells.append(f"{record.status}{steps}")
             else:
                 cell = f"{record.mean('validation'):.1f}"
                 cells.append(f"**{cell}**" if rate == tuned.get(method) else cell)
-        if any(cells):
+        if set(cells) != {"not run"}:
             body.append([TITLES.get(method, method), *cells])
     head = ["method", *(f"{rate:g}" for rate in rates)]
     table = tabulate(body, head, tablefmt="pipe", disable_numparse=True, colalign=("left", *["right"] * len(rates)))
-    return f"{table}\n\nMean over the validation sets, seed {SWEEP_SEED}. Bold: chosen. No test item took part in the choice."
+    note = f"Mean over the validation sets, seed {SWEEP_SEED}. Bold: chosen. No test item took part in the choice."
+    if any("not run" in row for row in body):
+        note += " **This sweep is not complete**: a method's own rate is the best of those that were run."
+    return f"{table}\n\n{note}"
 
 
 def router_table(experiment: Experiment, records: list[Record]) -> str:
@@ -235,7 +238,8 @@ def router_table(experiment: Experiment, records: list[Record]) -> str:
             body.append([
                 TITLES.get(r.config.method, r.config.method), f"{r.config.learning_rate:g}", r.status,
                 f"{_n(first['gate_sum'])} → {_n(last['gate_sum'])}", f"{_n(first['entropy'])} → {_n(last['entropy'])}",
-                _n(last["largest_share"]), last["unused_experts"], _n(max(norms, default=None)), _n(norms[-1] if norms else None),
+                _n(last["largest_share"]), last["unused_experts"],
+                _n(max(norms, default=None)), _n(norms[-1] if norms else None),
             ])  # fmt: skip
     if not body:
         return ""
@@ -252,10 +256,10 @@ def router_table(experiment: Experiment, records: list[Record]) -> str:
     ]
     table = tabulate(body, head, tablefmt="pipe", disable_numparse=True)
     return (
-        f"{table}\n\nFrom the first to the last reading, means over layers: the gate sum is what the top k's update is scaled "
-        "by, since gates are not renormalised (k/N for a router that does not choose, 1 for one that is certain); entropy "
-        "in nats; the largest expert's share of the assignments; experts without a token in the last batch read, over all "
-        "layers; gradient norms before clipping, means of ten steps."
+        f"{table}\n\nFrom the first to the last reading, means over layers: the gate sum is what the top k's update is "
+        "scaled by, since gates are not renormalised (k/N for a router that does not choose, 1 for one that is "
+        "certain); entropy in nats; the largest expert's share of the assignments; experts without a token in the last "
+        "batch read, over all layers; gradient norms before clipping, means of ten steps."
     )
 
 
@@ -282,11 +286,12 @@ def reproduction(experiment: Experiment, mine: list[Record], published: list[Rec
             away, allowed = here.value - there.value, there.interval_of_another(here.seeds)
             verdict = "reproduced" if abs(away) <= allowed else "not reproduced"
             lines.append(
-                f"- {row.title} at {label}, {row.rate:g}: **{verdict}**: {here.value:.1f} here, {there.value:.1f} published, "
+                f"- {row.title} at {label}, {row.rate:g}: **{verdict}**: {here.value:.1f} here, "
+                f"{there.value:.1f} published, "
                 f"{away:+.1f} where ±{allowed:.1f} is within the published interval."
             )
     note = (
-        "The interval is for another mean of as many seeds as were run here: wider than that of the published mean itself, "
+        "The interval is for another mean of as many seeds as were run here: wider than that of the published mean, "
         "which a faithful repetition would miss in one case of six."
     )
     return "\n".join(lines) + f"\n\n{note}" if lines else "No method here is among the published ones."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import math
 import multiprocessing
 import time
 import traceback
@@ -18,6 +19,7 @@ import torch
 from accelerate import PartialState
 
 import malora
+from bench import UserError
 from bench import record as records
 from bench.data import encode, label_tokens
 from bench.model import add_adapter, count_parameters, load, prepare, targets
@@ -116,6 +118,8 @@ def run(config: RunConfig, setting: Setting, jobs: int = 1) -> Record:
         _train_and_score(record, setting, checkpoint)
     except DivergedError as error:
         record.status, record.error, record.train = "diverged", str(error), _train_section(error.log)
+    except UserError:
+        raise  # nothing of the run is to blame
     except torch.OutOfMemoryError as error:
         record.status, record.error = "oom", str(error)
     except Exception as error:
@@ -177,7 +181,9 @@ def _train_section(log) -> dict:
 
 def _rounded(value: float) -> float | None:
     """Five digits are plenty for a curve. JSON knows no infinity."""
-    return float(f"{value:.5g}") if value - value == 0 else None
+    if isinstance(value, int):
+        return value
+    return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 def _limited(examples: dict[str, list], config: RunConfig) -> dict[str, list]:
@@ -197,7 +203,7 @@ def _build(mixture: str, source: Source, format: str, seed: int) -> MixtureData:
 
 
 def run_all(configs: list[RunConfig], setting: Setting, jobs: int) -> Iterator[Record]:
-    """Make the runs that the results folder does not have, `jobs` at a time; yields the record of each as it is there."""
+    """Make the runs that the results folder does not have, `jobs` at a time; yields each as it is there."""
     done = {config.id: found for config in configs if (found := records.find(config, setting.results))}
     yield from done.values()
     missing = [config for config in configs if config.id not in done]

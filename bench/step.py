@@ -1,8 +1,8 @@
 """Forward and backward of one batch, as fast as the device allows.
 
-A small model's step is thousands of kernels of a few microseconds, and launching them takes the host longer than the GPU
-needs to run them. On one GPU a step is therefore captured as a CUDA graph, once for each shape of batch, and replayed:
-the same kernels in the same order, launched at once. Elsewhere the plain step runs.
+A small model's step is thousands of kernels of a few microseconds, and launching them takes the host longer than it
+takes the GPU to run them. On one GPU a step is therefore captured as a CUDA graph, once for each shape of batch, and
+replayed: the same kernels in the same order, launched at once. Elsewhere the plain step runs.
 """
 
 from __future__ import annotations

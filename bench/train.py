@@ -5,6 +5,7 @@ A loss or gradient that is not finite ends the run as diverged.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -129,8 +130,10 @@ def train(
         loss, balance, norm = torch.stack(pending).mean(0).tolist()
         log.curve.append({"step": log.steps, "loss": loss, "balance_loss": balance, "grad_norm": norm})
         pending.clear()
-        if not all(map(_finite, (loss, balance, norm))):
-            error = DivergedError(f"the loss or its gradient was not finite in the {CHECK_EVERY} steps to {log.steps}")
+        if not all(map(math.isfinite, (loss, balance, norm))):
+            error = DivergedError(
+                f"the loss or its gradient was not finite at step {log.steps} or up to {CHECK_EVERY} before"
+            )
             error.log = log
             raise error
 
@@ -175,10 +178,6 @@ def train(
     return log
 
 
-def _finite(value: float) -> bool:
-    return value - value == 0
-
-
 def _router_summary(model: nn.Module, mask: Tensor) -> dict[str, float]:
     """Means over the routed layers, and how many of their experts served no token of the batch."""
     stats = malora.router_stats(model, mask).values()
@@ -191,7 +190,7 @@ def _router_summary(model: nn.Module, mask: Tensor) -> dict[str, float]:
 
 
 class _Checkpoint:
-    """All that decides how a run goes on. Written whole or not at all; only a run of the same configuration reads it."""
+    """All that decides how a run goes on. Written whole or not at all; read by the same configuration only."""
 
     def __init__(self, path: Path, config_hash: str, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
         self.path, self.config_hash = path, config_hash

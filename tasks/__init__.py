@@ -113,6 +113,18 @@ def _hash(*parts: list[Example]) -> str:
 
 
 __all__ = [
-    "FORMATS", "MIXTURES", "TASKS",
-    "DataError", "Example", "Folder", "Generator", "Hub", "Mixture", "MixtureData", "Question", "Source", "Task", "build",
-]  # fmt: skip
+    "FORMATS",
+    "MIXTURES",
+    "TASKS",
+    "DataError",
+    "Example",
+    "Folder",
+    "Generator",
+    "Hub",
+    "Mixture",
+    "MixtureData",
+    "Question",
+    "Source",
+    "Task",
+    "build",
+]

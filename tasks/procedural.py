@@ -29,8 +29,8 @@ YES_NO = ("yes", "no")
 FRAME = ("Passage:", "Question:", "Answer:", "A", "B", "C", "D", "A.", "B.", "C.", "D.")
 GRAMMAR = tuple(
     ". , ? the a an is are was in of and after before than less more most often seasons season what which who kind "
-    "one now later it list hold does has saw sold bought near day last first second same say side turn turns right from face "
-    "faces i tell me please say place name object".split()
+    "one now later it list hold does has saw sold bought near day last first second same say side turn turns right "
+    "from face faces i tell me please say place name object".split()
 )
 VOCABULARY = tuple(
     dict.fromkeys(
@@ -72,7 +72,9 @@ def comparison(rng: random.Random) -> Question:
     answer = rng.choice(YES_NO)
     first, second = (low, high) if answer == "yes" else (high, low)
     who = rng.sample(NAMES, 2)
-    return _one_of(YES_NO, answer, f"has {who[0]} less than {who[1]} ?", f"{who[0]} has {first} , {who[1]} has {second} .")
+    return _one_of(
+        YES_NO, answer, f"has {who[0]} less than {who[1]} ?", f"{who[0]} has {first} , {who[1]} has {second} ."
+    )
 
 
 def seasons(rng: random.Random) -> Question:
@@ -118,7 +120,9 @@ def _word_class(rng: random.Random) -> Question:
 def _turn(rng: random.Random) -> Question:
     side = rng.randrange(4)
     name = rng.choice(NAMES)
-    return _one_of(SIDES, SIDES[(side + 1) % 4], f"{name} turns right , which side is it ?", f"{name} faces {SIDES[side]} .")
+    return _one_of(
+        SIDES, SIDES[(side + 1) % 4], f"{name} turns right , which side is it ?", f"{name} faces {SIDES[side]} ."
+    )
 
 
 def _last(rng: random.Random) -> Question:

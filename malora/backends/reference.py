@@ -1,4 +1,4 @@
-"""The paper's equations as loops over experts. Slow and plain: the oracle that the other backends are tested against."""
+"""The paper's equations as a loop over experts. Slow and plain: the oracle that other backends are tested against."""
 
 from __future__ import annotations
 

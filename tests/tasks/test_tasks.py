@@ -11,7 +11,8 @@ from tasks import FORMATS, MIXTURES, TASKS, DataError, Folder, Generator, Questi
 from tasks.procedural import GENERATORS, VOCABULARY, pretraining_text
 
 ARC = {"id": "x", "question": "Which is hot?", "choices": ["ice", "fire", "snow"], "answer": 1, "answerKey": "B"}
-ARC_HUB = {"question": "Which is hot?", "choices": {"text": ["ice", "fire", "snow"], "label": ["1", "2", "3"]}, "answerKey": "2"}  # fmt: skip
+HUB_CHOICES = {"text": ["ice", "fire", "snow"], "label": ["1", "2", "3"]}
+ARC_HUB = {"question": "Which is hot?", "choices": HUB_CHOICES, "answerKey": "2"}
 OBQA_HUB = {"question_stem": "Which is hot?", "choices": ARC_HUB["choices"], "answerKey": "2"}
 PIQA = {"goal": "make tea", "sol1": "boil water", "sol2": "boil tea", "label": 0}
 BOOLQ = {"question": "is ice cold", "passage": "Ice -- Ice is cold.", "answer": True}
@@ -31,7 +32,8 @@ def folder(tmp_path):
     for split in ("train", "validation"):
         write(tmp_path, "piqa", split, [{**PIQA, "goal": f"{split} goal {i}"} for i in range(30)])
         write(tmp_path, "boolq", split, [{**BOOLQ, "question": f"{split} {i}"} for i in range(30)])
-    write(tmp_path, "arc_easy", "train", [{**ARC, "question": f"q {i}?"} for i in range(5)] + [{**ARC, "question": "ARC Challenge: test 1"}])  # fmt: skip
+    own = [{**ARC, "question": f"q {i}?"} for i in range(5)]
+    write(tmp_path, "arc_easy", "train", [*own, {**ARC, "question": "ARC Challenge: test 1"}])
     return tmp_path
 
 

@@ -1,0 +1,38 @@
+# Everything runs in .venv, which is made when first needed.
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+# Installed first and by itself, so that nothing else decides which build comes.
+TORCH ?= torch==2.13.0
+
+.PHONY: test lint leaderboard check-tables reproduce-table2 clean
+.DEFAULT_GOAL := help
+
+help: ## what there is
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+test: .venv/ready ## the whole test suite
+	$(BIN)/python -m pytest -n 2 -q $(ARGS)
+
+lint: .venv/ready ## style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+reproduce-table2: .venv/ready ## Table 2 at the size this machine can do, into results/local
+	$(BIN)/python -m bench table2 $(ARGS)
+
+leaderboard: .venv/ready ## tables and the README's leaderboard, from the published records
+	$(BIN)/python -m bench leaderboard
+
+check-tables: .venv/ready ## whether they are what the records give
+	$(BIN)/python -m bench leaderboard --check
+
+clean: ## the virtual environment and what this machine has run
+	rm -rf .venv results/local

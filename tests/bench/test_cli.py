@@ -1,0 +1,234 @@
+"""What a user does wrong is one clear line, exit code 2, nothing written and nothing lost."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import record
+from bench.__main__ import main
+from bench.model import add_adapter, load, prepare
+from malora import METHODS
+from tests.bench.test_record import make
+
+
+def snapshot(folder: Path) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(arguments: list, capsys, tmp_path) -> str:
+    """Runs the command, which must be refused; its message."""
+    before = snapshot(tmp_path)
+    try:
+        code = main([str(a) for a in arguments])
+    except SystemExit as exit:  # argparse's own way out
+        code = exit.code
+    error = capsys.readouterr().err
+    assert code == 2 and "Traceback" not in error
+    assert snapshot(tmp_path) == before
+    return error.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["run", "--method", "mola"], "unknown method 'mola'; there are lora, dora, asylora"),
+        (["table2", "--methods", "lora,mola"], "unknown method 'mola'"),
+        (["run", "--mixture", "outer"], "unknown mixture 'outer'; there are intra, procedural"),
+        (["run", "--profile", "huge"], "unknown profile 'huge'; there are tiny, small, paper"),
+        (["run", "--format", "essay"], "unknown format 'essay'; there are letters, cloze"),
+        (["run", "--backend", "warp"], "unknown backend 'warp'; there are dense, dispatch, reference"),
+        (["table2", "--seeds", "0"], "'0' is not a whole number from 1"),
+        (["run", "--learning-rate", "-1"], "must be a number above 0"),
+        (["run", "--profile", "tiny", "--data", "."], "the tiny base knows the words of the procedural tasks only"),
+        (["run", "--profile", "small", "--data", "nowhere"], "nowhere is not a folder"),
+        (["score", "--profile", "tiny", "--adapter", "nowhere"], "nowhere has no adapter_config.json"),
+        (["fly"], "invalid choice: 'fly'"),
+    ],
+)
+def test_wrong_arguments(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = [] if arguments[0] == "fly" else ["--results", tmp_path / "results"]
+    assert message in refused([*arguments, *options], capsys, tmp_path)
+
+
+def test_a_data_folder_that_lacks_a_file_or_holds_a_broken_one(base_folder, capsys, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    command = ["run", "--profile", "small", "--model", base_folder, "--data", data, "--results", tmp_path / "results"]
+    assert "piqa_train.jsonl.gz is missing" in refused(command, capsys, tmp_path)
+    for split in ("train", "validation"):
+        item = {"goal": "a", "sol1": "b", "sol2": "c", "label": 0}
+        (data / f"piqa_{split}.jsonl.gz").write_bytes(gzip.compress(json.dumps(item).encode()))
+    (data / "openbookqa_train.jsonl.gz").write_bytes(b"not gzip")
+    assert "openbookqa_train.jsonl.gz is broken" in refused(command, capsys, tmp_path)
+
+
+def test_a_model_folder_without_weights(base_folder, capsys, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_bytes((base_folder / "config.json").read_bytes())
+    command = ["run", "--profile", "tiny", "--model", model, "--results", tmp_path / "results"]
+    assert "has no weights (*.safetensors)" in refused(command, capsys, tmp_path)
+    (model / "model.safetensors").write_bytes((base_folder / "model.safetensors").read_bytes()[:500])
+    (model / "tokenizer.json").write_bytes((base_folder / "tokenizer.json").read_bytes())
+    assert "does not hold a whole causal language model" in refused(command, capsys, tmp_path)
+
+
+def test_a_model_that_is_nowhere(capsys, tmp_path):
+    command = ["run", "--profile", "tiny", "--model", "no/such-model", "--results", tmp_path / "results"]
+    assert "'no/such-model' is no built-in (tiny, smollm2-135m)" in refused(command, capsys, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["lora", "malora"])
+def test_an_adapter_trained_on_another_base(method, base_folder, capsys, tmp_path):
+    model, _ = load(prepare(str(base_folder)), torch.device("cpu"))
+    add_adapter(model, METHODS[method](), seed=0).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    good = ["score", "--profile", "tiny", "--model", base_folder, "--adapter", tmp_path / "adapter", "--max-items", 2]
+    assert main([str(a) for a in good]) == 0
+    assert "lexicon" in capsys.readouterr().out
+    config = tmp_path / "adapter" / "adapter_config.json"
+    whole = config.read_text()
+    config.write_text(whole.replace("random-llama@", "another@"))
+    assert "was trained on another@" in refused(good, capsys, tmp_path)
+    # One that does not say, from another tool: its shapes tell.
+    content = json.loads(whole) | {"base_model_name_or_path": "someone/else", "r": 3}
+    config.write_text(json.dumps(content))
+    assert "it was trained on another base" in refused(good, capsys, tmp_path)
+
+
+def test_a_results_folder_with_a_truncated_record(base_folder, capsys, tmp_path):
+    results = tmp_path / "results"
+    path = record.write(make(), results)
+    path.write_text(path.read_text()[:300])
+    command = [
+        "table2",
+        "--profile",
+        "tiny",
+        "--model",
+        base_folder,
+        "--methods",
+        "lora",
+        "--seeds",
+        1,
+        "--max-steps",
+        1,
+        "--max-items",
+        1,
+        "--jobs",
+        1,
+        "--results",
+        results,
+    ]
+    assert "is not a whole record" in refused(command, capsys, tmp_path)
+    assert "is not a whole record" in refused(["publish", "--profile", "tiny", "--results", results], capsys, tmp_path)
+
+
+def test_table2_runs_sweeps_and_resumes(base_folder, tmp_path, capsys):
+    """The whole path from the command line to a table, in miniature, with two worker processes."""
+    command = [
+        "table2",
+        "--profile",
+        "tiny",
+        "--model",
+        base_folder,
+        "--methods",
+        "lora,malora",
+        "--seeds",
+        1,
+        "--sweep",
+        "--max-steps",
+        2,
+        "--max-items",
+        3,
+        "--jobs",
+        2,
+        "--results",
+        tmp_path,
+    ]
+    assert main([str(a) for a in command]) == 0
+    page = (tmp_path / "table2.md").read_text()
+    assert "were cut short" in page and "| MALoRA " in page and "What each rate gave" in page
+    before = snapshot(tmp_path)
+    assert len(before) == 2 * 11 + 1  # 2 methods × 5 rates and the base: a record and its items; the page
+    assert main([str(a) for a in command]) == 0
+    assert snapshot(tmp_path) == before
+    capsys.readouterr()
+
+
+def test_run_prints_and_records(base_folder, tmp_path, capsys):
+    command = [
+        "run",
+        "--profile",
+        "tiny",
+        "--model",
+        base_folder,
+        "--method",
+        "malora",
+        "--max-steps",
+        2,
+        "--max-items",
+        3,
+        "--backend",
+        "dispatch",
+        "--save",
+        tmp_path / "adapter",
+        "--results",
+        tmp_path,
+    ]
+    assert main([str(a) for a in command]) == 0
+    out = capsys.readouterr().out
+    (path,) = (tmp_path / "runs").glob("*.json")
+    assert "lexicon" in out and str(path) in out
+    assert json.loads(path.read_text())["config"]["method_options"]["backend"] == "dispatch"
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_every_option_has_a_help_line(capsys):
+    for command in ("table2", "run", "score", "leaderboard", "publish"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = capsys.readouterr().out
+        options = [line for line in text.splitlines() if line.strip().startswith("--")]
+        assert options and "no help" not in text
+
+
+def test_leaderboard_check_changes_nothing(capsys):
+    before = snapshot(record.RESULTS)
+    main(["leaderboard", "--check"])
+    assert snapshot(record.RESULTS) == before
+
+
+def test_two_processes_train_together(base_folder, tmp_path):
+    """What the paper profile does on several GPUs: each process takes half of every batch, one writes the record."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "-m", "bench"]
+    command += ["run", "--profile", "tiny", "--model", base_folder, "--method", "malora", "--max-steps", 12]
+    command += ["--max-items", 2, "--results"]
+    done = subprocess.run(
+        [str(a) for a in [*command, tmp_path / "two"]], capture_output=True, text=True, cwd=record.ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    (two,) = record.read_all(tmp_path / "two")
+    assert two.status == "ok" and two.train["steps"] == 12
+    alone = [
+        "run",
+        "--profile",
+        "tiny",
+        "--model",
+        base_folder,
+        "--method",
+        "malora",
+        "--max-steps",
+        12,
+        "--max-items",
+        2,
+    ]
+    assert main([str(a) for a in [*alone, "--results", tmp_path / "one"]]) == 0
+    (one,) = record.read_all(tmp_path / "one")
+    # Dropout and the balance loss see other tokens together, so the curves are near and not equal.
+    assert two.train["curve"][0]["loss"] == pytest.approx(one.train["curve"][0]["loss"], rel=0.02)
+    assert two.config == one.config

@@ -1,0 +1,103 @@
+"""Tables follow from records, and say no more than the records do."""
+
+import pytest
+
+from bench import record, report
+from bench.experiments import EXPERIMENTS, choose_rates
+from tests.bench.test_record import make
+
+TABLE2 = EXPERIMENTS["table2"]
+
+
+def records():
+    runs = [
+        make(seed, method="lora", rate=rate, right=right)
+        for rate, right in ((4e-4, 0.4), (2e-3, 0.9))
+        for seed in (0, 1)
+    ]
+    runs += [
+        make(seed, method="molora", rate=rate, right=right)
+        for rate, right in ((4e-4, 0.3), (2e-3, 0.5))
+        for seed in (0, 1)
+    ]
+    runs += [make(0, "diverged", "malora", 2e-3), make(0, method="malora", rate=4e-4, right=0.9)]
+    return [*runs, make(0, method="base", rate=None, right=0.25, validation=None)]
+
+
+def page(runs=None, **options):
+    runs = runs or records()
+    return report.experiment_page(TABLE2, runs, "tiny", choose_rates(runs), **options)
+
+
+def line(text, start):
+    return next(row for row in text.splitlines() if row.startswith(f"| {start}"))
+
+
+def test_rates_are_chosen_on_validation_and_a_method_that_was_not_swept_has_none():
+    assert choose_rates(records()) == {"lora": 2e-3, "molora": 2e-3, "malora": 4e-4}
+    assert choose_rates([make(0)]) == {}
+
+
+def test_rows_say_which_differences_are_real():
+    text = page()
+    assert "| best " in line(text, "LoRA ") and "90.0 ± 0.0" in line(text, "LoRA ")
+    assert "worse: -40.0 [" in line(text, "MoLoRA ") and "1,234" in line(text, "MoLoRA ")
+    assert "not distinguishable: +0.0 [+0.0, +0.0], p=1" in line(text, "MALoRA ")  # the same answers as LoRA's
+    assert "25.0" in line(text, "base, no adapter")
+    assert "*80.5*" in line(text, "*MALoRA, the paper's*")  # the mean of Table 2, rounded
+    assert "diverged by step 70" in text and "validation or test set: 3 of lexicon." in text
+
+
+def test_a_run_that_diverged_is_not_hidden():
+    text = page([*records(), make(1, "diverged", "malora", 4e-4)])
+    assert "1 of 2 runs diverged" in line(text, "MALoRA ")
+
+
+def test_the_same_records_give_the_same_page_in_any_order():
+    assert page(records()) == page(records()[::-1])
+
+
+def test_records_of_another_setting_are_not_mixed_in():
+    other = make(5, method="lora", rate=4e-4, data={"sha256": {"test": "other"}, "dropped": {}})
+    text = page([*records(), other])
+    assert "1 records of other settings" in text
+    assert line(text, "LoRA ") == line(page(), "LoRA ")
+
+
+def test_runs_that_were_cut_short_are_marked():
+    from dataclasses import replace
+
+    runs = records()
+    for run in runs:
+        run.config = replace(run.config, max_steps=3)
+    assert "were cut short" in page(runs) and "were cut short" not in page()
+
+
+@pytest.mark.parametrize("right, verdict", [(0.9, "reproduced"), (0.5, "not reproduced")])
+def test_a_reproduction_is_laid_beside_what_was_published(right, verdict):
+    mine = [make(seed, method="lora", rate=2e-3, right=right) for seed in (0, 1)]
+    text = report.experiment_page(TABLE2, mine, "tiny", {"lora": 2e-3}, published=records())
+    assert f"LoRA at its own rate, 0.002: **{verdict}**: {100 * right:.1f} here, 90.0 published" in text
+
+
+def test_no_records_no_table():
+    assert "No whole run is recorded yet" in report.experiment_page(TABLE2, [], "tiny", {})
+
+
+def test_the_readme_is_filled_between_its_marks_only():
+    readme = "before\n<!-- table2 tiny -->\nold\n<!-- end -->\nafter\n"
+    filled = report.fill_readme(readme, {"tiny": records()})
+    assert filled.startswith("before\n<!-- table2 tiny -->\n\n| method") and filled.endswith("<!-- end -->\nafter\n")
+    assert "old" not in filled and report.fill_readme(filled, {"tiny": records()}) == filled
+    assert "No run is published yet" in report.fill_readme(readme, {})
+
+
+def test_the_published_tables_are_what_their_records_give():
+    """Holds every committed table to its records, byte for byte."""
+    published = {name: record.read_all(record.RESULTS / name) for name in ("tiny", "small", "paper")}
+    published = {name: found for name, found in published.items() if found}
+    for path, text in report.published_pages(published).items():
+        assert (record.RESULTS / path).read_text() == text, path
+    for name, found in published.items():
+        for run in found:
+            assert run.complete and run.provenance["commit"] and not run.provenance["dirty"], (name, run.config.id)
