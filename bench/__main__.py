@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     board.set_defaults(command=_leaderboard)
 
-    publish = commands.add_parser("publish", help="move clean, whole records to results/PROFILE", formatter_class=_Help)
+    publish = commands.add_parser("publish", help="copy clean, whole records to results/PROFILE", formatter_class=_Help)
     publish.add_argument(
         "--profile", type=_one_of("profile", PROFILES), default=default_profile(), metavar="P", help="whose"
     )
@@ -228,7 +228,13 @@ def _run_and_print(configs: list[record.RunConfig], setting: Setting, jobs: int,
 
 def _run(options: argparse.Namespace) -> int:
     setting = _setting(options, options.mixture)
-    one = run(configure(setting, options.method, options.seed, options.learning_rate), setting)
+    config = configure(setting, options.method, options.seed, options.learning_rate)
+    if setting.save and record.find(config, setting.results):
+        raise UserError(
+            f"{config.id} is recorded in {setting.results}, and an adapter is kept only while its run is made; "
+            "give another folder as --results to make it again."
+        )
+    one = run(config, setting)
     if one.status == "failed":
         print(one.error, file=sys.stderr)
         return 1

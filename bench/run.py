@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
@@ -31,6 +32,11 @@ from tasks import MIXTURES, MixtureData, Source, build
 
 BASE = "base"  # the method that trains nothing
 PAPER_BETA = {"intra": 1.25}  # by suite; elsewhere 1
+
+
+def processes() -> PartialState:
+    """This process among those of `accelerate launch`. While the first one scores, the others wait for hours."""
+    return PartialState(timeout=timedelta(hours=12))
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Setting:
 
     @property
     def device(self) -> torch.device:
-        return PartialState().device
+        return processes().device
 
 
 def configure(setting: Setting, method: str, seed: int, learning_rate: float | None = None) -> RunConfig:
@@ -109,7 +115,7 @@ def method_options(method: str, setting: Setting) -> dict:
 
 def run(config: RunConfig, setting: Setting, jobs: int = 1) -> Record:
     """Make a run, or give back its record if the results folder has it. Failures of a run are recorded, not raised."""
-    state = PartialState()
+    state = processes()
     if found := records.find(config, setting.results):
         return found
     checkpoint = setting.results / "checkpoints" / f"{config.id}.pt"
@@ -155,9 +161,9 @@ def _train_and_score(record: Record, setting: Setting, checkpoint: Path) -> None
             checkpoint_every=profile.checkpoint_every,
         )
         record.train = _train_section(log)
-        if setting.save and PartialState().is_main_process:
+        if setting.save and processes().is_main_process:
             model.save_pretrained(setting.save, save_embedding_layers=False)
-    if not PartialState().is_main_process:
+    if not processes().is_main_process:
         return
     start = time.perf_counter()
     score_with = {

@@ -9,6 +9,7 @@ import math
 import os
 import time
 from dataclasses import dataclass, field
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,9 @@ def train(
         torch.cuda.reset_peak_memory_stats()
     wrapped.train()
     start, tokens_before = time.perf_counter(), log.tokens
-    with tqdm(total=last, initial=log.steps, unit="step", desc=config.id, disable=None, leave=False) as bar:
+    # One bar on a terminal (None: only there); workers beside each other would tear one another's.
+    hidden = True if parent_process() or not accelerator.is_main_process else None
+    with tqdm(total=last, initial=log.steps, unit="step", desc=config.id, disable=hidden, leave=False) as bar:
         while log.steps < last:
             watch.start()
             chosen = batches[log.steps][accelerator.process_index :: accelerator.num_processes]

@@ -186,6 +186,7 @@ def test_run_prints_and_records(base_folder, tmp_path, capsys):
     assert "lexicon" in out and str(path) in out
     assert json.loads(path.read_text())["config"]["method_options"]["backend"] == "dispatch"
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert "an adapter is kept only while its run is made" in refused(command, capsys, tmp_path)
 
 
 def test_every_option_has_a_help_line(capsys):
