@@ -18,7 +18,7 @@ from bench import UserError, record, report
 from bench.experiments import EXPERIMENTS, choose_rates, final, sweep
 from bench.model import check_adapter, load, load_adapter, prepare
 from bench.profiles import PROFILES, Profile, default_profile
-from bench.run import Setting, configure, run, run_all
+from bench.run import BASE, Setting, configure, processes, run, run_all
 from bench.score import score
 from tasks import FORMATS, MIXTURES, DataError, Folder, build
 
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.command(options) or 0
     except (UserError, DataError) as error:
-        print(f"{Path(sys.argv[0]).parent.name}: {error}", file=sys.stderr)
+        print(f"bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on.", file=sys.stderr)
@@ -198,27 +198,51 @@ def _setting(options: argparse.Namespace, mixture: str) -> Setting:
 def _table(options: argparse.Namespace) -> int:
     setting = _setting(options, options.experiment.mixture)
     published = record.read_all(record.RESULTS / setting.profile.name)
-    jobs = options.jobs or (os.cpu_count() if setting.device.type == "cpu" else 1)
+    alone = processes().num_processes == 1
+    jobs = (options.jobs or (_cores() if setting.device.type == "cpu" else 1)) if alone else 1
     seeds = options.seeds or setting.profile.seeds
+    like = configure(setting, BASE, 0)
     if options.sweep:
         known = _run_and_print(sweep(setting, options.methods), setting, jobs, "sweep")
     else:
-        known = published or record.read_all(setting.results)
-    tuned = choose_rates(report.comparable(known, options.experiment)[0])
-    if without := [m for m in options.methods if m not in tuned]:
+        # Rates are tuned for a model by name: its weights may differ by rounding where they were made.
+        known = [r for r in published or record.read_all(setting.results) if _tuned_alike(r.config, like)]
+    tuned = choose_rates(known)
+    if (without := [m for m in options.methods if m not in tuned]) and processes().is_main_process:
         print(f"no rate is tuned for {', '.join(without)}: the paper's only; --sweep tunes.", file=sys.stderr)
     runs = _run_and_print(final(setting, options.methods, seeds, tuned), setting, jobs, options.experiment.name)
-    page = setting.results / f"{options.experiment.name}.md"
-    everything = record.read_all(setting.results)
-    page.write_text(report.experiment_page(options.experiment, everything, setting.profile.name, tuned, published))
-    print(f"\n{page.read_text()}\nwritten to {page}")
+    if processes().is_main_process:
+        page = setting.results / f"{options.experiment.name}.md"
+        page.write_text(
+            report.experiment_page(
+                options.experiment,
+                record.read_all(setting.results),
+                setting.profile.name,
+                tuned,
+                like=like,
+                published=published,
+            )
+        )
+        print(f"\n{page.read_text()}\nwritten to {page}")
     return int(any(r.status == "failed" for r in runs))
+
+
+def _tuned_alike(config: record.RunConfig, like: record.RunConfig) -> bool:
+    free = ("model_hash", "method", "method_options", "learning_rate", "seed", "data_hash", "max_steps", "max_items")
+    return config.but(*free) == like.but(*free)
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run_and_print(configs: list[record.RunConfig], setting: Setting, jobs: int, what: str) -> list[record.Record]:
     records = []
     for number, one in enumerate(run_all(configs, setting, jobs), 1):
         records.append(one)
+        if not processes().is_main_process:
+            continue
         result = (
             f"mean {one.mean():.1f}" if one.status == "ok" else f"{one.status}: {(one.error or '').splitlines()[0]}"
         )
@@ -229,6 +253,8 @@ def _run_and_print(configs: list[record.RunConfig], setting: Setting, jobs: int,
 def _run(options: argparse.Namespace) -> int:
     setting = _setting(options, options.mixture)
     config = configure(setting, options.method, options.seed, options.learning_rate)
+    if setting.save and setting.save.is_file():
+        raise UserError(f"--save {setting.save} is a file; give a folder for the adapter.")
     if setting.save and record.find(config, setting.results):
         raise UserError(
             f"{config.id} is recorded in {setting.results}, and an adapter is kept only while its run is made; "
@@ -238,8 +264,9 @@ def _run(options: argparse.Namespace) -> int:
     if one.status == "failed":
         print(one.error, file=sys.stderr)
         return 1
-    _print_scores(one.test or {})
-    print(f"{one.status}; recorded in {one.path}")
+    if processes().is_main_process:
+        _print_scores(one.test or {})
+        print(f"{one.status}; recorded in {one.path}")
     return 0
 
 
@@ -257,8 +284,8 @@ def _score(options: argparse.Namespace) -> int:
 
 def _print_scores(scores: dict[str, dict]) -> None:
     for task, result in scores.items():
-        value, half = 100 * result["value"], 196 * result["stderr"]
-        print(f"{task:16} {value:5.1f} ± {half:.1f}  ({result['metric']}, {result['n']} items)")
+        half = f" ± {196 * result['stderr']:.1f}" if result["stderr"] is not None else ""
+        print(f"{task:16} {100 * result['value']:5.1f}{half}  ({result['metric']}, {result['n']} items)")
 
 
 def _leaderboard(options: argparse.Namespace) -> int:
@@ -277,7 +304,9 @@ def _leaderboard(options: argparse.Namespace) -> int:
 
 def _publish(options: argparse.Namespace) -> int:
     folder = record.RESULTS / options.profile
-    paths = record.publish(record.read_all(options.results or LOCAL / options.profile), folder)
+    paths, refused = record.publish(record.read_all(options.results or LOCAL / options.profile), folder)
+    for reason in refused:
+        print(f"not published: {reason}", file=sys.stderr)
     print(f"{len(paths)} new records in {folder}; `python -m bench leaderboard` writes its tables.")
     return 0
 

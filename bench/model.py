@@ -6,6 +6,7 @@ The cache is `$MALORA_CACHE`, or `~/.cache/malora`.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -105,9 +107,17 @@ def targets(base: BaseModel) -> list[str]:
     return malora.TARGET_MODULES[model_type]
 
 
-def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> PeftModel:
+def add_adapter(model: PreTrainedModel, method: str, options: dict[str, Any], seed: int) -> PeftModel:
+    """Put a fresh adapter of METHODS on a base.
+
+    Raises:
+        UserError: the method does not fit the base.
+    """
     torch.manual_seed(seed)
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, malora.METHODS[method](**options))
+    except ValueError as error:
+        raise UserError(f"{method} does not fit {model.name_or_path}: {error}") from error
 
 
 def check_adapter(folder: Path) -> None:
@@ -124,11 +134,16 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         UserError: the folder has no adapter, or one that was trained on another base.
     """
     check_adapter(folder)
-    trained_on = PeftConfig.from_pretrained(folder).base_model_name_or_path or ""
+    try:
+        trained_on = PeftConfig.from_pretrained(folder).base_model_name_or_path or ""
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder / 'adapter_config.json'} is not a PEFT config ({error!r}); save it again.") from error
     if "@" in trained_on and trained_on != model.name_or_path:
         raise UserError(f"{folder} was trained on {trained_on}, not on {model.name_or_path}; give its base as --model.")
     try:
         return PeftModel.from_pretrained(model, folder)
+    except SafetensorError as error:
+        raise UserError(f"{folder / 'adapter_model.safetensors'} is broken ({error}); save it again.") from error
     except (RuntimeError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise UserError(
@@ -153,7 +168,8 @@ def _make_tiny() -> Path:
 
 
 def _make_smollm2() -> Path:
-    return _make_once("smollm2-135m", _convert_smollm2)
+    made_by = SMOLLM2_WHEEL + inspect.getsource(_convert_smollm2)
+    return _make_once(f"smollm2-135m-{hashlib.sha256(made_by.encode()).hexdigest()[:12]}", _convert_smollm2)
 
 
 BUILT_IN: dict[str, Callable[[], Path]] = {"tiny": _make_tiny, "smollm2-135m": _make_smollm2}

@@ -17,7 +17,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -172,20 +172,20 @@ def find(config: RunConfig, folder: Path) -> Record | None:
     return read(path) if path.is_file() else None
 
 
-def publish(records: Iterable[Record], folder: Path) -> list[Path]:
-    """Copy records that may be published to `folder/runs`; returns the new paths. What is there is never replaced.
+def publish(records: Iterable[Record], folder: Path) -> tuple[list[Path], list[str]]:
+    """Copy records to `folder/runs`; returns the new paths, and of those that may not be published each the reason.
 
-    Raises:
-        UserError: a record was cut short, or its code is not that of a commit. Then nothing is copied.
+    Only whole runs of a commit's code are published. What is there is never replaced.
     """
-    records = list(records)
+    paths, refused = [], []
     for record in records:
         if not record.complete:
-            raise UserError(f"{record.path} was cut short (max_steps or max_items); publish whole runs only.")
-        if reason := _unclean(record.provenance):
-            raise UserError(f"{record.path} cannot be published: {reason}. Commit first, then run again.")
-    fresh = [r for r in records if not (folder / "runs" / f"{r.config.id}.json").exists()]
-    return [write(record, folder) for record in fresh]
+            refused.append(f"{record.config.id} was cut short (max_steps or max_items)")
+        elif reason := _unclean(record.provenance):
+            refused.append(f"{record.config.id}: {reason}; commit, then run again")
+        elif not (folder / "runs" / f"{record.config.id}.json").exists():
+            paths.append(write(replace(record), folder))
+    return paths, refused
 
 
 def _unclean(provenance: dict[str, Any]) -> str | None:
@@ -232,6 +232,7 @@ def provenance(device: torch.device, jobs: int) -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "driver": _driver() if device.type == "cuda" else None,
         "concurrent_runs": jobs,
     }
 
@@ -243,6 +244,15 @@ def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
+        return None
+
+
+@cache
+def _driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, check=True, capture_output=True, text=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
         return None
 
 

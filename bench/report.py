@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -51,27 +52,44 @@ class Row:
         return 100 * sum(record.test[task]["value"] for record in self.records) / len(self.records)
 
 
-def comparable(records: list[Record], experiment: Experiment) -> tuple[list[Record], int]:
+def comparable(
+    records: list[Record], experiment: Experiment, like: RunConfig | None = None
+) -> tuple[list[Record], int]:
     """The records of an experiment that agree in everything but method, rate and seed, and how many do not.
 
-    Where a folder holds several such groups (a profile was changed, say), the largest counts; the latest of equals.
+    Without `like`, a configuration that they must agree with, the largest such group of the folder; the latest of
+    equals. A method that was run with different options counts with those that most of its records have.
     """
     mixtures = {experiment.mixture, *(p.mixtures.get(experiment.mixture) for p in PROFILES.values())}
-    mine = [r for r in records if r.config.mixture in mixtures and r.config.method in (*experiment.methods, BASE)]
+    mine = [r for r in records if r.config.mixture in mixtures]
     groups: dict[tuple, list[Record]] = {}
     for record in mine:
-        key = (record.config.format, record.config.model_hash, record.config.mixture, record.config.device_type,
-               record.config.epochs, record.config.batch_size, _test_hash(record),
-               record.complete)  # fmt: skip
-        groups.setdefault(key, []).append(record)
-    if not groups:
-        return [], 0
-    largest = max(groups.values(), key=lambda group: (len(group), max(r.provenance["time"] for r in group)))
-    return largest, len(mine) - len(largest)
+        groups.setdefault(_setting(record.config), []).append(record)
+    if like is not None:
+        group = groups.get(_setting(like), [])
+    else:
+        group = max(groups.values(), key=lambda g: (len(g), max(r.provenance["time"] for r in g)), default=[])
+    group = _commonest(group, lambda r: r.data["sha256"]["test"] if r.data else None)
+    by_method = {method: [r for r in group if r.config.method == method] for method in {r.config.method for r in group}}
+    group = [r for runs in by_method.values() for r in _commonest(runs, lambda r: repr(r.config.method_options))]
+    return group, len(mine) - len(group)
 
 
-def _test_hash(record: Record) -> str | None:
-    return record.data["sha256"]["test"] if record.data else None
+def _commonest(records: list[Record], key: Callable[[Record], str | None]) -> list[Record]:
+    """The records with the commonest key, or none."""
+    keys = Counter(key(r) for r in records if key(r) is not None)
+    return [r for r in records if key(r) in (None, max(sorted(keys), key=keys.get, default=None))]
+
+
+def _setting(config: RunConfig) -> tuple:
+    # The data's hash covers the training blend, which depends on the seed.
+    return config.but("method", "method_options", "learning_rate", "seed", "data_hash")
+
+
+def _methods(experiment: Experiment, records: list[Record]) -> tuple[str, ...]:
+    """The paper's methods in the paper's order, then whatever else was run."""
+    others = {r.config.method for r in records} - {*experiment.methods, BASE}
+    return (*experiment.methods, *sorted(others))
 
 
 def rows(records: list[Record], methods: tuple[str, ...], rates: dict[str, float]) -> list[Row]:
@@ -91,10 +109,12 @@ def experiment_page(
     records: list[Record],
     profile: str,
     tuned: dict[str, float],
+    *,
+    like: RunConfig | None = None,
     published: list[Record] | None = None,
 ) -> str:
     """The page of one experiment and profile; with `published`, how these records compare with the published ones."""
-    mine, others = comparable(records, experiment)
+    mine, others = comparable(records, experiment, like)
     if not mine:
         return f"# {experiment.title}, profile {profile}\n\nNo whole run is recorded yet.\n"
     some = mine[0].config
@@ -103,7 +123,7 @@ def experiment_page(
     if tuned:
         parts += ["## Each method at its own rate, chosen on validation", leaderboard(experiment, mine, tuned)]
     parts += [f"## Every method at the paper's rate, {paper_rate:g}",
-              leaderboard(experiment, mine, dict.fromkeys(experiment.methods, paper_rate))]  # fmt: skip
+              leaderboard(experiment, mine, dict.fromkeys(_methods(experiment, mine), paper_rate))]  # fmt: skip
     if tuned:
         parts += ["## What each rate gave", sweep_table(experiment, mine, tuned)]
     if routers := router_table(experiment, mine):
@@ -128,6 +148,14 @@ def _intro(records: list[Record], config: RunConfig, others: int) -> str:
     if dropped:
         parts = (f"{n} of {TASKS[t].title}" for t, n in dropped.items())
         lines.append(f"Left out of training, because they stand in a validation or test set: {', '.join(parts)}.")
+    cleaned = [r.data.get("dropped_validation") for r in records if r.data]
+    if None in cleaned:
+        lines.append(
+            "In these records the validation sets were not yet cleaned of the few questions that also stand in a test."
+        )
+    elif any(cleaned[0].values()):
+        parts = (f"{n} of {TASKS[t].title}" for t, n in sorted(cleaned[0].items()) if n)
+        lines.append(f"Left out of validation, because they stand in a test set: {', '.join(parts)}.")
     if not records[0].complete:
         lines.append("**These runs were cut short** (`--max-steps`, `--max-items`): they measure nothing.")
     if others:
@@ -137,7 +165,7 @@ def _intro(records: list[Record], config: RunConfig, others: int) -> str:
 
 def leaderboard(experiment: Experiment, records: list[Record], rates: dict[str, float]) -> str:
     """Methods by rows, tasks by columns, and each method tested against the one with the best mean."""
-    found = rows(records, experiment.methods, rates)
+    found = rows(records, _methods(experiment, records), rates)
     scored = [row for row in found if row.records]
     tasks = list(scored[0].records[0].test) if scored else []
     best = max(scored, key=lambda row: row.mean.value) if scored else None
@@ -147,7 +175,7 @@ def leaderboard(experiment: Experiment, records: list[Record], rates: dict[str, 
     body = []
     for row in [*rows(records, (BASE,), {}), *found]:
         if not row.records:
-            body.append([row.title, f"{row.rate:g}", *[""] * (len(tasks) + 3), _broken(row)])
+            body.append([row.title, _n(row.rate), *[""] * (len(tasks) + 3), _broken(row)])
             continue
         parameters = row.records[0].parameters
         body.append([
@@ -170,8 +198,8 @@ def leaderboard(experiment: Experiment, records: list[Record], rates: dict[str, 
     if "items" in overs:
         notes.append("With one seed neither it nor the test knows how much a run varies.")
     notes.append(
-        "Against the best: difference of the means in points with its 95% interval, by a bootstrap paired over "
-        f"seeds and items, Holm-corrected. *Italics* are the paper's own figures "
+        "Against the best: difference of the means in points with its 95% interval, paired over seeds and items, p "
+        "corrected by Holm for the number of rows. *Italics* are the paper's own figures "
         f"({paper()['source']}): another, larger model."
     )
     return f"{table}\n\n{' '.join(notes)}"
@@ -197,6 +225,8 @@ def _verdicts(scored: list[Row], best: Row | None) -> dict[str, str]:
             continue
         p = next(adjusted)
         word = "worse" if p < 1 - LEVEL else "not distinguishable"
+        if d.seeds == 1 and word == "worse":
+            word = "worse on these items"
         verdicts[row.method] = f"{word}: {d.value:+.1f} [{d.low:+.1f}, {d.high:+.1f}], p={p:.2g}"
     return verdicts
 
@@ -206,7 +236,7 @@ def sweep_table(experiment: Experiment, records: list[Record], tuned: dict[str, 
     runs = {(r.config.method, r.config.learning_rate): r for r in records if r.config.seed == SWEEP_SEED}
     rates = sorted({rate for _, rate in runs if rate is not None})
     body = []
-    for method in experiment.methods:
+    for method in _methods(experiment, records):
         cells = []
         for rate in rates:
             record = runs.get((method, rate))
@@ -222,7 +252,7 @@ def sweep_table(experiment: Experiment, records: list[Record], tuned: dict[str, 
             body.append([TITLES.get(method, method), *cells])
     head = ["method", *(f"{rate:g}" for rate in rates)]
     table = tabulate(body, head, tablefmt="pipe", disable_numparse=True, colalign=("left", *["right"] * len(rates)))
-    note = f"Mean over the validation sets, seed {SWEEP_SEED}. Bold: chosen. No test item took part in the choice."
+    note = f"Mean over the validation sets, seed {SWEEP_SEED}. Bold: chosen."
     if any("not run" in row for row in body):
         note += " **This sweep is not complete**: a method's own rate is the best of those that were run."
     return f"{table}\n\n{note}"
@@ -232,7 +262,7 @@ def router_table(experiment: Experiment, records: list[Record]) -> str:
     """How decided the routers were at the end of each run of the sweep's seed, and how far gradients had grown."""
     body = []
     for r in sorted(records, key=lambda r: (r.config.method, r.config.learning_rate or 0)):
-        if r.config.seed == SWEEP_SEED and r.train and r.train["router"] and r.config.method in experiment.methods:
+        if r.config.seed == SWEEP_SEED and r.train and r.train["router"]:
             first, last = r.train["router"][0], r.train["router"][-1]
             norms = [point["grad_norm"] for point in r.train["curve"] if point["grad_norm"] is not None]
             body.append([
@@ -276,11 +306,18 @@ def reproduction(experiment: Experiment, mine: list[Record], published: list[Rec
     paper_rate = PROFILES[profile].paper_rate
     for label, rates in (
         ("its own rate", choose_rates(theirs)),
-        ("the paper's rate", dict.fromkeys(experiment.methods, paper_rate)),
+        ("the paper's rate", dict.fromkeys(_methods(experiment, theirs), paper_rate)),
     ):
-        ours = {row.method: row for row in rows(mine, experiment.methods, rates) if row.records}
-        for row in rows(theirs, experiment.methods, rates):
+        methods = _methods(experiment, theirs)
+        ours = {row.method: row for row in rows(mine, methods, rates) if row.records}
+        for row in rows(theirs, methods, rates):
             if row.method not in ours or not row.records:
+                continue
+            if row.mean.over == "items":
+                lines.append(
+                    f"- {row.title} at {label}, {row.rate:g}: {ours[row.method].mean.value:.1f} here, "
+                    f"{row.mean.value:.1f} published; one published seed gives no interval to be within."
+                )
                 continue
             here, there = ours[row.method].mean, row.mean
             away, allowed = here.value - there.value, there.interval_of_another(here.seeds)
@@ -292,7 +329,7 @@ def reproduction(experiment: Experiment, mine: list[Record], published: list[Rec
             )
     note = (
         "The interval is for another mean of as many seeds as were run here: wider than that of the published mean, "
-        "which a faithful repetition would miss in one case of six."
+        "which a faithful repetition misses far more often than in one case of twenty."
     )
     return "\n".join(lines) + f"\n\n{note}" if lines else "No method here is among the published ones."
 

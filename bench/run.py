@@ -31,7 +31,7 @@ from bench.train import DivergedError, train
 from tasks import MIXTURES, MixtureData, Source, build
 
 BASE = "base"  # the method that trains nothing
-PAPER_BETA = {"intra": 1.25}  # by suite; elsewhere 1
+PAPER_BETA = {"intra": 1.25, "procedural": 1.25}  # by mixture; elsewhere 1
 
 
 def processes() -> PartialState:
@@ -106,16 +106,20 @@ def method_options(method: str, setting: Setting) -> dict:
         options |= {"r": config.r // divisor, "lora_alpha": config.lora_alpha // divisor}
         if getattr(config, "d", None):
             options["d"] = config.d // divisor
-    if method in ("malora", "malora-small") and setting.mixture in PAPER_BETA:
-        options["beta"] = PAPER_BETA[setting.mixture]
+    if getattr(config, "down", "A_t") != "A_t" and setting.mixture_name in PAPER_BETA:
+        options["beta"] = PAPER_BETA[setting.mixture_name]
     if setting.backend != "dense" and isinstance(config, malora.MaloraConfig):
         options["backend"] = setting.backend
     return options
 
 
 def run(config: RunConfig, setting: Setting, jobs: int = 1) -> Record:
-    """Make a run, or give back its record if the results folder has it. Failures of a run are recorded, not raised."""
+    """Make a run, or give back its record if the results folder has it. Failures of a run are recorded, not raised.
+
+    Every process of `accelerate launch` gives back the record that the first one wrote.
+    """
     state = processes()
+    _limit_threads(setting.profile.threads)
     if found := records.find(config, setting.results):
         return found
     checkpoint = setting.results / "checkpoints" / f"{config.id}.pt"
@@ -130,10 +134,15 @@ def run(config: RunConfig, setting: Setting, jobs: int = 1) -> Record:
         record.status, record.error = "oom", str(error)
     except Exception as error:
         record.status, record.error = "failed", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+        if state.num_processes > 1:
+            raise  # the others wait for this process in the middle of a step; the launcher ends them
     if state.is_main_process:
         records.write(record, setting.results)
-        checkpoint.unlink(missing_ok=True)
+        if record.status != "failed":
+            checkpoint.unlink(missing_ok=True)
     state.wait_for_everyone()
+    if not state.is_main_process:
+        record = records.find(config, setting.results)
     gc.collect()
     if setting.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -144,10 +153,10 @@ def _train_and_score(record: Record, setting: Setting, checkpoint: Path) -> None
     config, profile = record.config, setting.profile
     data = _data(setting, config.seed)
     model, tokenizer = load(prepare(setting.model), setting.device)
-    record.data = {"sha256": data.sha256, "dropped": data.dropped}
+    record.data = {"sha256": data.sha256, "dropped": data.dropped, "dropped_validation": data.dropped_validation}
     if config.method != BASE:
         options = {"target_modules": targets(prepare(setting.model)), **config.method_options}
-        model = add_adapter(model, malora.METHODS[config.method](**options), config.seed)
+        model = add_adapter(model, config.method, options, config.seed)
         record.parameters = count_parameters(model)
         encoded = encode(tokenizer, data.train, config.max_length)
         record.data["train"] = label_tokens(data.train, encoded)
@@ -214,16 +223,13 @@ def run_all(configs: list[RunConfig], setting: Setting, jobs: int) -> Iterator[R
     yield from done.values()
     missing = [config for config in configs if config.id not in done]
     if jobs == 1 or len(missing) <= 1:
-        _limit_threads(setting.profile.threads)
         for config in missing:
             yield run(config, setting)
         return
     # Processes, each with models and libraries of its own: threads would take turns at the interpreter.
     context = multiprocessing.get_context("spawn")
     number = context.Value("i", 0)
-    with ProcessPoolExecutor(
-        min(jobs, len(missing)), context, _start_worker, (number, setting.profile.threads)
-    ) as pool:
+    with ProcessPoolExecutor(min(jobs, len(missing)), context, _start_worker, (number,)) as pool:
         futures = [pool.submit(run, config, setting, jobs) for config in missing]
         try:
             for future in as_completed(futures):
@@ -233,14 +239,13 @@ def run_all(configs: list[RunConfig], setting: Setting, jobs: int) -> Iterator[R
             raise
 
 
-def _start_worker(number, threads: int | None) -> None:
+def _start_worker(number) -> None:
     """Workers take the GPUs in turn."""
     with number.get_lock():
         mine, number.value = number.value, number.value + 1
     if torch.cuda.is_available():
         torch.cuda.set_device(mine % torch.cuda.device_count())
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries, to their developers
-    _limit_threads(threads)
 
 
 def _limit_threads(threads: int | None) -> None:

@@ -68,11 +68,16 @@ def score(
         scores[name] = {
             "metric": metric,
             "value": float(row[f"{metric},none"]),
-            "stderr": float(row[f"{metric}_stderr,none"]),
+            "stderr": _number(row[f"{metric}_stderr,none"]),
             "n": len(samples),
             "version": VERSION,
         }
     return scores, outcomes
+
+
+def _number(value: Any) -> float | None:
+    """lm-eval writes "N/A" for the standard error of a single item."""
+    return float(value) if isinstance(value, float) else None
 
 
 def task_config(name: str, examples: list[Example], metric: str) -> dict[str, Any]:

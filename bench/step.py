@@ -7,7 +7,6 @@ replayed: the same kernels in the same order, launched at once. Elsewhere the pl
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +18,7 @@ from torch import Tensor, nn
 
 import malora
 from bench.data import Batch
-
-logger = logging.getLogger(__name__)
+from malora.routing import Routing
 
 Losses = tuple[Tensor, Tensor]  # task loss, balance loss
 
@@ -84,27 +82,21 @@ class _Captured:
 
 
 class GraphedStep:
-    """Replays an `EagerStep`. A batch that is not full, the last of an epoch, takes the plain path."""
+    """Replays an `EagerStep`, if the batch is full and has one label token an example; else runs it.
+
+    Few shapes recur: the last batch of an epoch is of its own size, and labels of several tokens are of every number.
+    """
 
     def __init__(self, eager: EagerStep, batch_size: int) -> None:
         self.eager, self.batch_size = eager, batch_size
         self.parameters = [p for p in eager.model.parameters() if p.requires_grad]
         self.captured: dict[tuple, _Captured] = {}
-        self.usable = True
 
     def __call__(self, parts: list[Batch]) -> Losses:
-        if not self.usable or sum(len(part.ids) for part in parts) != self.batch_size:
+        recurs = sum(len(part.ids) for part in parts) == self.batch_size
+        if not recurs or any(len(part.target) != len(part.ids) for part in parts):
             return self.eager(parts)
-        try:
-            captured = [self._captured(part) for part in parts]
-        except RuntimeError as error:
-            # Some model does what a graph cannot hold. The result is the same, only slower.
-            logger.warning("no CUDA graphs in this run (%s); going on without.", str(error).splitlines()[0])
-            self.usable = False
-            torch.cuda.synchronize()
-            for parameter in self.parameters:
-                parameter.grad = None
-            return self.eager(parts)
+        captured = [self._captured(part) for part in parts]
         losses, gradients = [], None
         for part, step in zip(parts, captured, strict=True):
             step.replay(part)
@@ -122,7 +114,7 @@ class GraphedStep:
         return loss, balance
 
     def _captured(self, batch: Batch) -> _Captured:
-        shape = (batch.ids.shape, batch.target.shape)
+        shape = batch.ids.shape
         if shape not in self.captured:
             self.captured[shape] = self._capture(batch)
         return self.captured[shape]
@@ -145,5 +137,8 @@ class GraphedStep:
         with torch.cuda.graph(graph, pool=pool):
             losses = self.eager.part(inputs)
         gradients = [parameter.grad for parameter in self.parameters]
-        routings = dict(self.eager.model.base_model.routing_log.routings) if self.eager.routed else {}
+        routings = {}
+        if self.eager.routed:
+            log = self.eager.model.base_model.routing_log
+            routings = {key: Routing(*(tensor.detach() for tensor in found)) for key, found in log.routings.items()}
         return _Captured(graph, inputs, losses, gradients, routings)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from dataclasses import dataclass, field
 from multiprocessing import parent_process
@@ -20,9 +21,10 @@ from tqdm import tqdm
 from transformers import get_linear_schedule_with_warmup
 
 import malora
-from bench.data import GPU_WIDTHS, Encoded, collate, schedule
-from bench.record import RunConfig
+from bench.data import GPU_WIDTHS, MOST_TOKENS, Encoded, collate, schedule
+from bench.record import RunConfig, source_hash
 from bench.step import EagerStep, GraphedStep
+from malora.backends import WAIT_FOR_THE_HOST
 
 # Reading a loss from a GPU makes the host wait for it. Every so many steps is often enough to notice a divergence
 # and to draw a curve.
@@ -38,7 +40,7 @@ class DivergedError(ArithmeticError):
 class TrainLog:
     """What training measured, a part before a resume included.
 
-    Seconds are those of this process's steps by part: data, forward, backward, optimizer; forward and backward are one
+    Seconds are by part: data, forward, backward, optimizer; forward and backward are one
     part, forward_backward, where a step is one CUDA graph.
     """
 
@@ -98,7 +100,9 @@ def train(
         DivergedError: a loss or gradient was not finite; its `log` says how far training came.
     """
     accelerator = Accelerator(mixed_precision="bf16" if config.device_type == "cuda" else "no")
-    on_one_gpu = accelerator.device.type == "cuda" and accelerator.num_processes == 1
+    alone = accelerator.num_processes == 1
+    backend = getattr(model.peft_config["default"], "backend", None)
+    capture = accelerator.device.type == "cuda" and alone and backend not in WAIT_FOR_THE_HOST
     batches = schedule(
         [len(code.ids) for code in encoded], batch_size=config.batch_size, epochs=config.epochs, seed=config.seed
     )
@@ -112,16 +116,18 @@ def train(
     warmup_steps = round(config.warmup_ratio * len(batches))
     scheduler = get_linear_schedule_with_warmup(optimizer, warmup_steps, len(batches))
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    state = _Checkpoint(checkpoint, config.hash, model, optimizer, scheduler)
+    state = _Checkpoint(checkpoint, config.hash + source_hash(), model, optimizer, scheduler)
     log = state.load() or TrainLog()
     watch = Stopwatch(accelerator.device)
     step = EagerStep(model, wrapped, accelerator, config.balance_factor)
-    if on_one_gpu:
+    if capture:
         step = GraphedStep(step, config.batch_size)
     else:
         step.mark = watch.done
     routed = malora.has_router(model)
-    widths = GPU_WIDTHS if on_one_gpu else None
+    widths = GPU_WIDTHS if capture else None
+    # Processes must do the same number of passes, so a batch that they share is not split further.
+    most_tokens = MOST_TOKENS if alone else sys.maxsize
     pending: list[Tensor] = []
     last = min(len(batches), config.max_steps or len(batches))
 
@@ -149,11 +155,11 @@ def train(
             watch.start()
             chosen = batches[log.steps][accelerator.process_index :: accelerator.num_processes]
             chosen = chosen or batches[log.steps][:1]  # a short last batch may not reach every process
-            parts = collate([encoded[i] for i in chosen], pad_id, widths=widths)
+            parts = collate([encoded[i] for i in chosen], pad_id, widths=widths, most_tokens=most_tokens)
             parts = [part.to(accelerator.device) for part in parts]
             watch.done("data")
             loss, balance = step(parts)
-            if on_one_gpu:
+            if capture:
                 watch.done("forward_backward")
             norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
             optimizer.step()
@@ -170,10 +176,12 @@ def train(
                 read_pending()
                 speed = (log.tokens - tokens_before) / (time.perf_counter() - start)
                 bar.set_postfix_str(f"loss {log.curve[-1]['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
-            if log.steps % checkpoint_every == 0 and log.steps < last and accelerator.is_main_process:
+            # The last step is kept too, so that a failure in scoring costs no training.
+            if log.steps % checkpoint_every == 0 or log.steps == last:
                 if pending:
                     read_pending()
-                state.save(log)
+                if accelerator.is_main_process:
+                    state.save(log)
             bar.update()
     if config.device_type == "cuda":
         log.peak_bytes = torch.cuda.max_memory_allocated()
@@ -193,16 +201,16 @@ def _router_summary(model: nn.Module, mask: Tensor) -> dict[str, float]:
 
 
 class _Checkpoint:
-    """All that decides how a run goes on. Written whole or not at all; read by the same configuration only."""
+    """All that decides how a run goes on. Whole or not there; read by the same configuration and code only."""
 
-    def __init__(self, path: Path, config_hash: str, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
-        self.path, self.config_hash = path, config_hash
+    def __init__(self, path: Path, identity: str, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
+        self.path, self.identity = path, identity
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer, self.scheduler = optimizer, scheduler
 
     def save(self, log: TrainLog) -> None:
         state = {
-            "config_hash": self.config_hash,
+            "identity": self.identity,
             "log": vars(log),
             "parameters": {name: p.detach() for name, p in self.parameters.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -221,7 +229,7 @@ class _Checkpoint:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             return None
-        if state["config_hash"] != self.config_hash:
+        if state["identity"] != self.identity:
             return None
         with torch.no_grad():
             for name, parameter in self.parameters.items():

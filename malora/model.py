@@ -51,6 +51,13 @@ class MaloraModel(BaseTuner):
         with self.routing_log.listen(mask if is_padding_mask else None):
             return super().forward(*args, **kwargs)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT 0.21.2 makes new parameters here, all of them trainable; what trains must stay as it was."""
+        trains = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(trains[name])
+
     def _prepare_model(self, peft_config: MaloraConfig, model: nn.Module) -> None:
         """Called by PEFT before anything is replaced: the place to refuse."""
         targets = peft_config.target_modules

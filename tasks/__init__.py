@@ -64,6 +64,7 @@ class MixtureData:
         validation, test: by task.
         dropped: by task, how many training questions were left out because they stand in a validation or test set
             of the mixture.
+        dropped_validation: the same of validation questions that stand in a test set.
         sha256: of every example, by split; two runs with the same hashes were trained and asked the same.
     """
 
@@ -71,6 +72,7 @@ class MixtureData:
     validation: dict[str, list[Example]]
     test: dict[str, list[Example]]
     dropped: dict[str, int]
+    dropped_validation: dict[str, int]
     sha256: dict[str, str]
 
 
@@ -83,9 +85,10 @@ def build(mixture: Mixture, source: Source, *, format: str, seed: int) -> Mixtur
         DataError: a file is missing or broken.
     """
     loaded = {name: TASKS[name].load(source) for name in mixture.tasks}
-    held = {q.key for splits in loaded.values() for split in ("validation", "test") for q in splits[split]}
-    clean = {name: [q for q in splits["train"] if q.key not in held] for name, splits in loaded.items()}
-    dropped = {name: len(splits["train"]) - len(clean[name]) for name, splits in loaded.items()}
+    tests = {question.key for splits in loaded.values() for question in splits["test"]}
+    validation, dropped_validation = _without(tests, {name: splits["validation"] for name, splits in loaded.items()})
+    held = tests | {question.key for questions in validation.values() for question in questions}
+    clean, dropped = _without(held, {name: splits["train"] for name, splits in loaded.items()})
     if mixture.blend == "even":
         size = min(map(len, clean.values()))
         rng = random.Random(seed)
@@ -98,10 +101,16 @@ def build(mixture: Mixture, source: Source, *, format: str, seed: int) -> Mixtur
         return [FORMATS[format](name, question) for question in questions]
 
     train = [example for name, questions in clean.items() for example in examples(name, questions)]
-    validation = {name: examples(name, splits["validation"]) for name, splits in loaded.items()}
+    shown = {name: examples(name, questions) for name, questions in validation.items()}
     test = {name: examples(name, splits["test"]) for name, splits in loaded.items()}
-    sha256 = {"train": _hash(train), "validation": _hash(*validation.values()), "test": _hash(*test.values())}
-    return MixtureData(train, validation, test, dropped, sha256)
+    sha256 = {"train": _hash(train), "validation": _hash(*shown.values()), "test": _hash(*test.values())}
+    return MixtureData(train, shown, test, dropped, dropped_validation, sha256)
+
+
+def _without(keys: set[str], questions: dict[str, list[Question]]) -> tuple[dict[str, list[Question]], dict[str, int]]:
+    """The questions by task that are not among the keys, and how many were."""
+    kept = {name: [q for q in items if q.key not in keys] for name, items in questions.items()}
+    return kept, {name: len(items) - len(kept[name]) for name, items in questions.items()}
 
 
 def _hash(*parts: list[Example]) -> str:

@@ -7,7 +7,7 @@ from tasks.base import DataRef, Question, Task
 
 def question(record: dict) -> Question:
     text = record["question"].strip().rstrip("?") + "?"
-    return Question(text, ("yes", "no"), 0 if record["answer"] else 1, context=record["passage"])
+    return Question(text, ("yes", "no"), [True, False].index(record["answer"]), context=record["passage"])
 
 
 BOOLQ = Task("boolq", "BoolQ", question, DataRef("boolq", "google/boolq"), {"train": "train", "test": "validation"})

@@ -8,7 +8,7 @@ from tasks.base import DataRef, Question, Task
 
 def question(record: dict) -> Question:
     """The hub calls the question `question_stem`; the rest is as in ARC."""
-    return arc.question({"question": record.get("question_stem"), **record})
+    return arc.question(record if "question" in record else {**record, "question": record["question_stem"]})
 
 
 OPENBOOKQA = Task(

@@ -53,3 +53,6 @@ from malora.backends.dispatch import dispatch  # noqa: E402
 from malora.backends.reference import reference  # noqa: E402
 
 BACKENDS: dict[str, Backend] = {"dense": dense, "dispatch": dispatch, "reference": reference}
+
+# They ask the device how many tokens an expert got, so they cannot be captured in a CUDA graph.
+WAIT_FOR_THE_HOST = frozenset({"dispatch"})

@@ -12,7 +12,6 @@ import torch
 from bench import record
 from bench.__main__ import main
 from bench.model import add_adapter, load, prepare
-from malora import METHODS
 from tests.bench.test_record import make
 
 
@@ -84,10 +83,23 @@ def test_a_model_that_is_nowhere(capsys, tmp_path):
     assert "'no/such-model' is no built-in (tiny, smollm2-135m)" in refused(command, capsys, tmp_path)
 
 
+def test_an_adapter_that_is_broken(base_folder, capsys, tmp_path):
+    model, _ = load(prepare(str(base_folder)), torch.device("cpu"))
+    add_adapter(model, "malora", {}, seed=0).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    command = ["score", "--profile", "tiny", "--model", base_folder, "--adapter", tmp_path / "adapter"]
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:100])
+    assert "adapter_model.safetensors is broken" in refused(command, capsys, tmp_path)
+    weights.write_bytes(whole)
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{")
+    assert "is not a PEFT config" in refused(command, capsys, tmp_path)
+
+
 @pytest.mark.parametrize("method", ["lora", "malora"])
 def test_an_adapter_trained_on_another_base(method, base_folder, capsys, tmp_path):
     model, _ = load(prepare(str(base_folder)), torch.device("cpu"))
-    add_adapter(model, METHODS[method](), seed=0).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    add_adapter(model, method, {}, seed=0).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     good = ["score", "--profile", "tiny", "--model", base_folder, "--adapter", tmp_path / "adapter", "--max-items", 2]
     assert main([str(a) for a in good]) == 0
     assert "lexicon" in capsys.readouterr().out

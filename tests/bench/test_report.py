@@ -48,6 +48,29 @@ def test_rows_say_which_differences_are_real():
     assert "diverged by step 70" in text and "validation or test set: 3 of lexicon." in text
 
 
+def test_other_methods_have_rows_too_and_other_options_do_not_mix():
+    from dataclasses import replace
+
+    extra = make(0, method="malora-small", rate=4e-4)
+    other = make(0, method="lora", rate=2e-3, right=0.1)
+    other.config = replace(other.config, method_options={"r": 3})
+    text = page([*records(), extra, other])
+    assert line(text, "MALoRA-Small ") and line(text, "LoRA ") == line(page(), "LoRA ")
+    assert "1 records of other settings" in text
+
+
+def test_one_seed_is_a_statement_about_items():
+    runs = [make(0, method="lora", right=0.9), make(0, method="molora", right=0.5)]
+    text = report.experiment_page(TABLE2, runs, "tiny", {"lora": 2e-3, "molora": 2e-3})
+    assert "worse on these items" in line(text, "MoLoRA ")
+
+
+def test_a_base_without_a_score_is_a_row():
+    assert "1 of 1 runs oom" in line(
+        page([*records()[:-1], make(0, "oom", "base", None, data=None)]), "base, no adapter"
+    )
+
+
 def test_a_run_that_diverged_is_not_hidden():
     text = page([*records(), make(1, "diverged", "malora", 4e-4)])
     assert "1 of 2 runs diverged" in line(text, "MALoRA ")

@@ -72,8 +72,9 @@ def test_the_output_is_unchanged_at_the_start(method, shape, ids):
 
 
 @every_method
-def test_exactly_the_right_parameters_train(method, ids):
-    model = adapted(method)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exactly_the_right_parameters_train(method, dtype, ids):
+    model = adapted(method, make_model().to(dtype))
     assert trained_names(model) == TRAINED[method]
     randomise(model)(ids).logits.pow(2).mean().backward()
     for name, parameter in model.named_parameters():
