@@ -207,7 +207,7 @@ def _table(options: argparse.Namespace) -> int:
     else:
         # Rates are tuned for a model by name: its weights may differ by rounding where they were made.
         known = [r for r in published or record.read_all(setting.results) if _tuned_alike(r.config, like)]
-    tuned = choose_rates(known)
+    tuned = choose_rates(report.comparable(known, options.experiment)[0])
     if (without := [m for m in options.methods if m not in tuned]) and processes().is_main_process:
         print(f"no rate is tuned for {', '.join(without)}: the paper's only; --sweep tunes.", file=sys.stderr)
     runs = _run_and_print(final(setting, options.methods, seeds, tuned), setting, jobs, options.experiment.name)

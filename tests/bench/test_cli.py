@@ -216,18 +216,15 @@ def test_leaderboard_check_changes_nothing(capsys):
     assert snapshot(record.RESULTS) == before
 
 
+def launch(*arguments) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "-m", "bench"]
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, cwd=record.ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 def test_two_processes_train_together(base_folder, tmp_path):
     """What the paper profile does on several GPUs: each process takes half of every batch, one writes the record."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "-m", "bench"]
-    command += ["run", "--profile", "tiny", "--model", base_folder, "--method", "malora", "--max-steps", 12]
-    command += ["--max-items", 2, "--results"]
-    done = subprocess.run(
-        [str(a) for a in [*command, tmp_path / "two"]], capture_output=True, text=True, cwd=record.ROOT
-    )
-    assert done.returncode == 0, done.stderr
-    (two,) = record.read_all(tmp_path / "two")
-    assert two.status == "ok" and two.train["steps"] == 12
-    alone = [
+    command = [
         "run",
         "--profile",
         "tiny",
@@ -240,8 +237,35 @@ def test_two_processes_train_together(base_folder, tmp_path):
         "--max-items",
         2,
     ]
-    assert main([str(a) for a in [*alone, "--results", tmp_path / "one"]]) == 0
+    launch(*command, "--results", tmp_path / "two")
+    (two,) = record.read_all(tmp_path / "two")
+    assert two.status == "ok" and two.train["steps"] == 12
+    assert main([str(a) for a in [*command, "--results", tmp_path / "one"]]) == 0
     (one,) = record.read_all(tmp_path / "one")
     # Dropout and the balance loss see other tokens together, so the curves are near and not equal.
     assert two.train["curve"][0]["loss"] == pytest.approx(one.train["curve"][0]["loss"], rel=0.02)
     assert two.config == one.config
+
+
+def test_two_processes_make_a_table_together(base_folder, tmp_path):
+    """Both must choose the same rates, though only one of them scores."""
+    launch(
+        "table2",
+        "--profile",
+        "tiny",
+        "--model",
+        base_folder,
+        "--methods",
+        "lora",
+        "--seeds",
+        1,
+        "--sweep",
+        "--max-steps",
+        1,
+        "--max-items",
+        2,
+        "--results",
+        tmp_path,
+    )
+    assert len(record.read_all(tmp_path)) == 5 + 1  # the sweep's rates, and the base
+    assert "| LoRA " in (tmp_path / "table2.md").read_text()

@@ -26,7 +26,8 @@ def records():
 
 def page(runs=None, **options):
     runs = runs or records()
-    return report.experiment_page(TABLE2, runs, "tiny", choose_rates(runs), **options)
+    tuned = choose_rates(report.comparable(runs, TABLE2)[0])
+    return report.experiment_page(TABLE2, runs, "tiny", tuned, **options)
 
 
 def line(text, start):
