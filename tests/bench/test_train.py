@@ -163,3 +163,33 @@ def test_seeds_change_the_run_and_the_same_seed_repeats_it(base_folder, tmp_path
         return run(configure(setting, "malora", seed), setting).train["curve"]
 
     assert curve("a", 0) == curve("b", 0) != curve("c", 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", ["lora", "malora"])
+def test_a_captured_step_is_the_plain_step(method):
+    """Three batches of two shapes, so that a replay follows another shape's, and one in parts."""
+    from bench.step import GraphedStep
+
+    def trained(captured: bool):
+        torch.manual_seed(0)
+        model = get_peft_model(make_model(), malora.METHODS[method](lora_dropout=0.0)).cuda().train()
+        step = EagerStep(model, model, Accelerator(), balance_factor=0.01)
+        step = GraphedStep(step, batch_size=4) if captured else step
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        losses = []
+        for width, most_tokens in ((5, 10_000), (20, 10_000), (5, 10_000), (20, 64)):
+            generator = torch.Generator().manual_seed(width)
+            batch = [Encoded(torch.randint(1, 60, (width,), generator=generator).tolist(), 1) for _ in range(4)]
+            parts = [
+                part.to(torch.device("cuda")) for part in collate(batch, 0, widths=(8, 32), most_tokens=most_tokens)
+            ]
+            losses.append(torch.stack(step(parts)).tolist())
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses, {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+
+    (plain, expected), (replayed, got) = trained(False), trained(True)
+    assert torch.tensor(replayed).allclose(torch.tensor(plain), rtol=1e-4, atol=1e-5)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-5, msg=name)
