@@ -1,5 +1,6 @@
 """What a user does wrong is one clear line, exit code 2, nothing written and nothing lost."""
 
+import argparse
 import gzip
 import json
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from bench import record
-from bench.__main__ import main
+from bench.__main__ import _parser, main
 from bench.model import add_adapter, load, prepare
 from tests.bench.test_record import make
 
@@ -201,13 +202,13 @@ def test_run_prints_and_records(base_folder, tmp_path, capsys):
     assert "an adapter is kept only while its run is made" in refused(command, capsys, tmp_path)
 
 
-def test_every_option_has_a_help_line(capsys):
-    for command in ("table2", "run", "score", "leaderboard", "publish"):
-        with pytest.raises(SystemExit):
-            main([command, "--help"])
-        text = capsys.readouterr().out
-        options = [line for line in text.splitlines() if line.strip().startswith("--")]
-        assert options and "no help" not in text
+def test_every_option_has_a_help_line_and_a_default():
+    commands = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    assert set(commands) == {"table2", "run", "score", "leaderboard", "publish"}
+    for name, command in commands.items():
+        for action in command._actions:
+            assert action.help, (name, action.option_strings)
+            assert not action.required or action.dest == "adapter"
 
 
 def test_leaderboard_check_changes_nothing(capsys):
