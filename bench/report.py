@@ -121,7 +121,10 @@ def experiment_page(
     paper_rate = PROFILES[profile].paper_rate
     parts = [f"# {experiment.title}, profile {profile}", _intro(mine, some, others)]
     if tuned:
-        parts += ["## Each method at its own rate, chosen on validation", leaderboard(experiment, mine, tuned)]
+        parts += [
+            "## Each method at its own rate, chosen on validation",
+            leaderboard(experiment, mine, tuned, tuned=True),
+        ]
     parts += [f"## Every method at the paper's rate, {paper_rate:g}",
               leaderboard(experiment, mine, dict.fromkeys(_methods(experiment, mine), paper_rate))]  # fmt: skip
     if tuned:
@@ -163,13 +166,17 @@ def _intro(records: list[Record], config: RunConfig, others: int) -> str:
     return "\n\n".join(lines)
 
 
-def leaderboard(experiment: Experiment, records: list[Record], rates: dict[str, float]) -> str:
-    """Methods by rows, tasks by columns, and each method tested against the one with the best mean."""
+def leaderboard(experiment: Experiment, records: list[Record], rates: dict[str, float], tuned: bool = False) -> str:
+    """Methods by rows, tasks by columns, and each method tested against the one with the best mean.
+
+    With `tuned`, the rates are each method's own, and a method that was tried at fewer than the others is marked.
+    """
     found = rows(records, _methods(experiment, records), rates)
     scored = [row for row in found if row.records]
     tasks = list(scored[0].records[0].test) if scored else []
     best = max(scored, key=lambda row: row.mean.value) if scored else None
     verdicts = _verdicts(scored, best)
+    partly = _partly_swept(records) if tuned else {}
     figures = paper()[experiment.name]
     titles = [TASKS[t].title for t in tasks]
     body = []
@@ -183,7 +190,7 @@ def leaderboard(experiment: Experiment, records: list[Record], rates: dict[str, 
             f"{parameters['trainable']:,}" if parameters else "",
             *(f"{row.task_mean(task):.1f}" for task in tasks),
             str(row.mean), len(row.records),
-            ". ".join(filter(None, [verdicts.get(row.method, ""), _broken(row)])),
+            ". ".join(filter(None, [verdicts.get(row.method, ""), _broken(row), partly.get(row.method)])),
         ])  # fmt: skip
         if row.title in figures:
             theirs = figures[row.title]
@@ -203,6 +210,18 @@ def leaderboard(experiment: Experiment, records: list[Record], rates: dict[str, 
         f"({paper()['source']}): another, larger model."
     )
     return f"{table}\n\n{' '.join(notes)}"
+
+
+def _partly_swept(records: list[Record]) -> dict[str, str]:
+    """By method that was tried at fewer rates than another, how many of them."""
+    tried: dict[str, set[float]] = {}
+    for record in records:
+        if record.config.method != BASE and record.config.seed == SWEEP_SEED:
+            tried.setdefault(record.config.method, set()).add(record.config.learning_rate)
+    every = set().union(*tried.values())
+    return {
+        method: f"**Best of {len(rates)} of {len(every)} rates**" for method, rates in tried.items() if rates != every
+    }
 
 
 def _broken(row: Row) -> str:
@@ -351,7 +370,7 @@ def fill_readme(readme: str, records: dict[str, list[Record]]) -> str:
     def table(match: re.Match) -> str:
         experiment, profile = EXPERIMENTS[match["experiment"]], match["profile"]
         mine, _ = comparable(records.get(profile, []), experiment)
-        text = leaderboard(experiment, mine, choose_rates(mine)) if mine else "No run is published yet."
+        text = leaderboard(experiment, mine, choose_rates(mine), tuned=True) if mine else "No run is published yet."
         return f"{match['start']}\n\n{text}\n\n<!-- end -->"
 
     return re.sub(

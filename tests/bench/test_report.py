@@ -60,6 +60,11 @@ def test_other_methods_have_rows_too_and_other_options_do_not_mix():
     assert "1 records of other settings" in text
 
 
+def test_a_method_that_was_tried_at_fewer_rates_is_marked():
+    assert "**Best of 2 of 3 rates**" in line(page([*records(), make(0, method="lora", rate=1e-3)]), "MoLoRA ")
+    assert "Best of" not in page()
+
+
 def test_one_seed_is_a_statement_about_items():
     runs = [make(0, method="lora", right=0.9), make(0, method="molora", right=0.5)]
     text = report.experiment_page(TABLE2, runs, "tiny", {"lora": 2e-3, "molora": 2e-3})
