@@ -220,6 +220,7 @@ def _table(options: argparse.Namespace) -> int:
                 setting.profile.name,
                 tuned,
                 like=like,
+                swept=options.sweep,
                 published=published,
             )
         )

@@ -72,6 +72,7 @@ def comparable(
     group = _commonest(group, lambda r: r.data["sha256"]["test"] if r.data else None)
     by_method = {method: [r for r in group if r.config.method == method] for method in {r.config.method for r in group}}
     group = [r for runs in by_method.values() for r in _commonest(runs, lambda r: repr(r.config.method_options))]
+    group.sort(key=lambda r: r.config.id)
     return group, len(mine) - len(group)
 
 
@@ -111,9 +112,17 @@ def experiment_page(
     tuned: dict[str, float],
     *,
     like: RunConfig | None = None,
+    swept: bool = True,
     published: list[Record] | None = None,
 ) -> str:
-    """The page of one experiment and profile; with `published`, how these records compare with the published ones."""
+    """The page of one experiment and profile.
+
+    Args:
+        tuned: each method's own rate.
+        like: a configuration that the page's records agree with; see `comparable`.
+        swept: whether these records hold the sweep that chose the rates, or only its choice.
+        published: records to compare with, for the page of a reproduction.
+    """
     mine, others = comparable(records, experiment, like)
     if not mine:
         return f"# {experiment.title}, profile {profile}\n\nNo whole run is recorded yet.\n"
@@ -122,12 +131,12 @@ def experiment_page(
     parts = [f"# {experiment.title}, profile {profile}", _intro(mine, some, others)]
     if tuned:
         parts += [
-            "## Each method at its own rate, chosen on validation",
-            leaderboard(experiment, mine, tuned, tuned=True),
+            f"## Each method at its own rate, chosen on validation{'' if swept else ' by the published sweep'}",
+            leaderboard(experiment, mine, tuned, tuned=swept),
         ]
     parts += [f"## Every method at the paper's rate, {paper_rate:g}",
               leaderboard(experiment, mine, dict.fromkeys(_methods(experiment, mine), paper_rate))]  # fmt: skip
-    if tuned:
+    if tuned and swept:
         parts += ["## What each rate gave", sweep_table(experiment, mine, tuned)]
     if routers := router_table(experiment, mine):
         parts += ["## What the routers did", routers]
