@@ -198,6 +198,7 @@ def _setting(options: argparse.Namespace, mixture: str) -> Setting:
 def _table(options: argparse.Namespace) -> int:
     setting = _setting(options, options.experiment.mixture)
     published = record.read_all(record.RESULTS / setting.profile.name)
+    mine = record.read_all(setting.results)  # a broken record is better found before the runs than after
     alone = processes().num_processes == 1
     jobs = (options.jobs or (_cores() if setting.device.type == "cpu" else 1)) if alone else 1
     seeds = options.seeds or setting.profile.seeds
@@ -206,7 +207,7 @@ def _table(options: argparse.Namespace) -> int:
         known = _run_and_print(sweep(setting, options.methods), setting, jobs, "sweep")
     else:
         # Rates are tuned for a model by name: its weights may differ by rounding where they were made.
-        known = [r for r in published or record.read_all(setting.results) if _tuned_alike(r.config, like)]
+        known = [r for r in published or mine if _tuned_alike(r.config, like)]
     tuned = choose_rates(report.comparable(known, options.experiment)[0])
     if (without := [m for m in options.methods if m not in tuned]) and processes().is_main_process:
         print(f"no rate is tuned for {', '.join(without)}: the paper's only; --sweep tunes.", file=sys.stderr)
