@@ -79,7 +79,8 @@ def comparable(
 def _commonest(records: list[Record], key: Callable[[Record], str | None]) -> list[Record]:
     """The records with the commonest key, or none."""
     keys = Counter(key(r) for r in records if key(r) is not None)
-    return [r for r in records if key(r) in (None, max(sorted(keys), key=keys.get, default=None))]
+    commonest = max(sorted(keys), key=keys.get, default=None)
+    return [r for r in records if key(r) in (None, commonest)]
 
 
 def _setting(config: RunConfig) -> tuple:
@@ -132,7 +133,7 @@ def experiment_page(
     if tuned:
         parts += [
             f"## Each method at its own rate, chosen on validation{'' if swept else ' by the published sweep'}",
-            leaderboard(experiment, mine, tuned, tuned=swept),
+            leaderboard(experiment, mine, tuned, mark_partial_sweeps=swept),
         ]
     parts += [f"## Every method at the paper's rate, {paper_rate:g}",
               leaderboard(experiment, mine, dict.fromkeys(_methods(experiment, mine), paper_rate))]  # fmt: skip
@@ -175,17 +176,19 @@ def _intro(records: list[Record], config: RunConfig, others: int) -> str:
     return "\n\n".join(lines)
 
 
-def leaderboard(experiment: Experiment, records: list[Record], rates: dict[str, float], tuned: bool = False) -> str:
+def leaderboard(
+    experiment: Experiment, records: list[Record], rates: dict[str, float], mark_partial_sweeps: bool = False
+) -> str:
     """Methods by rows, tasks by columns, and each method tested against the one with the best mean.
 
-    With `tuned`, the rates are each method's own, and a method that was tried at fewer than the others is marked.
+    With `mark_partial_sweeps`, a method that was tried at fewer rates than the others says so.
     """
     found = rows(records, _methods(experiment, records), rates)
     scored = [row for row in found if row.records]
     tasks = list(scored[0].records[0].test) if scored else []
     best = max(scored, key=lambda row: row.mean.value) if scored else None
     verdicts = _verdicts(scored, best)
-    partly = _partly_swept(records) if tuned else {}
+    partly = _partly_swept(records) if mark_partial_sweeps else {}
     figures = paper()[experiment.name]
     titles = [TASKS[t].title for t in tasks]
     body = []
@@ -379,7 +382,11 @@ def fill_readme(readme: str, records: dict[str, list[Record]]) -> str:
     def table(match: re.Match) -> str:
         experiment, profile = EXPERIMENTS[match["experiment"]], match["profile"]
         mine, _ = comparable(records.get(profile, []), experiment)
-        text = leaderboard(experiment, mine, choose_rates(mine), tuned=True) if mine else "No run is published yet."
+        text = (
+            leaderboard(experiment, mine, choose_rates(mine), mark_partial_sweeps=True)
+            if mine
+            else "No run is published yet."
+        )
         return f"{match['start']}\n\n{text}\n\n<!-- end -->"
 
     return re.sub(

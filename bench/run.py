@@ -175,11 +175,7 @@ def _train_and_score(record: Record, setting: Setting, checkpoint: Path) -> None
     if not processes().is_main_process:
         return
     start = time.perf_counter()
-    score_with = {
-        "format": config.format,
-        "batch_size": profile.eval_batch_size,
-        "mixed_precision": "bfloat16" if config.device_type == "cuda" else None,
-    }
+    score_with = {"format": config.format, "batch_size": profile.eval_batch_size}
     if config.method != BASE:
         record.validation, _ = score(model, tokenizer, _limited(data.validation, config), **score_with)
     record.test, record.items = score(model, tokenizer, _limited(data.test, config), **score_with)
@@ -251,6 +247,3 @@ def _start_worker(number) -> None:
 def _limit_threads(threads: int | None) -> None:
     if threads:
         torch.set_num_threads(threads)
-
-
-__all__ = ["BASE", "Setting", "configure", "method_options", "run", "run_all"]

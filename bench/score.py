@@ -39,10 +39,13 @@ def score(
     *,
     format: str,
     batch_size: int,
-    mixed_precision: str | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[int]]]:
-    """Scores by task (metric, value, stderr, n, version), and for each item 1 if it was answered right, else 0."""
+    """Scores by task (metric, value, stderr, n, version), and for each item 1 if it was answered right, else 0.
+
+    On a GPU the products are in bfloat16, as in training.
+    """
     metric = METRICS[format]
+    mixed_precision = "bfloat16" if model.device.type == "cuda" else None
     was_training = model.training
     model.eval()
     with _quiet():

@@ -32,10 +32,6 @@ CHECK_EVERY = 10
 ROUTER_EVERY = 50
 
 
-class DivergedError(ArithmeticError):
-    """A loss or a gradient was not finite."""
-
-
 @dataclass
 class TrainLog:
     """What training measured, a part before a resume included.
@@ -50,6 +46,14 @@ class TrainLog:
     curve: list[dict[str, float]] = field(default_factory=list)  # step, loss, balance_loss, grad_norm: means since last
     router: list[dict[str, float]] = field(default_factory=list)
     peak_bytes: int | None = None  # of the GPU's memory
+
+
+class DivergedError(ArithmeticError):
+    """A loss or a gradient was not finite; `log` says how far training came."""
+
+    def __init__(self, log: TrainLog) -> None:
+        super().__init__(f"the loss or its gradient was not finite at step {log.steps} or up to {CHECK_EVERY} before")
+        self.log = log
 
 
 class Stopwatch:
@@ -97,7 +101,7 @@ def train(
     """Train the model's adapter in place, from its checkpoint if there is one.
 
     Raises:
-        DivergedError: a loss or gradient was not finite; its `log` says how far training came.
+        DivergedError: a loss or gradient was not finite.
     """
     accelerator = Accelerator(mixed_precision="bf16" if config.device_type == "cuda" else "no")
     alone = accelerator.num_processes == 1
@@ -138,11 +142,7 @@ def train(
         log.curve.append({"step": log.steps, "loss": loss, "balance_loss": balance, "grad_norm": norm})
         pending.clear()
         if not all(map(math.isfinite, (loss, balance, norm))):
-            error = DivergedError(
-                f"the loss or its gradient was not finite at step {log.steps} or up to {CHECK_EVERY} before"
-            )
-            error.log = log
-            raise error
+            raise DivergedError(log)
 
     if config.device_type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -119,22 +119,9 @@ def test_a_results_folder_with_a_truncated_record(base_folder, capsys, tmp_path)
     path = record.write(make(), results)
     path.write_text(path.read_text()[:300])
     command = [
-        "table2",
-        "--profile",
-        "tiny",
-        "--model",
+        *"table2 --profile tiny --model".split(),
         base_folder,
-        "--methods",
-        "lora",
-        "--seeds",
-        1,
-        "--max-steps",
-        1,
-        "--max-items",
-        1,
-        "--jobs",
-        1,
-        "--results",
+        *"--methods lora --seeds 1 --max-steps 1 --max-items 1 --jobs 1 --results".split(),
         results,
     ]
     assert "is not a whole record" in refused(command, capsys, tmp_path)
@@ -144,23 +131,9 @@ def test_a_results_folder_with_a_truncated_record(base_folder, capsys, tmp_path)
 def test_table2_runs_sweeps_and_resumes(base_folder, tmp_path, capsys):
     """The whole path from the command line to a table, in miniature, with two worker processes."""
     command = [
-        "table2",
-        "--profile",
-        "tiny",
-        "--model",
+        *"table2 --profile tiny --model".split(),
         base_folder,
-        "--methods",
-        "lora,malora",
-        "--seeds",
-        1,
-        "--sweep",
-        "--max-steps",
-        2,
-        "--max-items",
-        3,
-        "--jobs",
-        2,
-        "--results",
+        *"--methods lora,malora --seeds 1 --sweep --max-steps 2 --max-items 3 --jobs 2 --results".split(),
         tmp_path,
     ]
     assert main([str(a) for a in command]) == 0
@@ -175,20 +148,9 @@ def test_table2_runs_sweeps_and_resumes(base_folder, tmp_path, capsys):
 
 def test_run_prints_and_records(base_folder, tmp_path, capsys):
     command = [
-        "run",
-        "--profile",
-        "tiny",
-        "--model",
+        *"run --profile tiny --model".split(),
         base_folder,
-        "--method",
-        "malora",
-        "--max-steps",
-        2,
-        "--max-items",
-        3,
-        "--backend",
-        "dispatch",
-        "--save",
+        *"--method malora --max-steps 2 --max-items 3 --backend dispatch --save".split(),
         tmp_path / "adapter",
         "--results",
         tmp_path,
@@ -226,17 +188,9 @@ def launch(*arguments) -> None:
 def test_two_processes_train_together(base_folder, tmp_path):
     """What the paper profile does on several GPUs: each process takes half of every batch, one writes the record."""
     command = [
-        "run",
-        "--profile",
-        "tiny",
-        "--model",
+        *"run --profile tiny --model".split(),
         base_folder,
-        "--method",
-        "malora",
-        "--max-steps",
-        12,
-        "--max-items",
-        2,
+        *"--method malora --max-steps 12 --max-items 2".split(),
     ]
     launch(*command, "--results", tmp_path / "two")
     (two,) = record.read_all(tmp_path / "two")
