@@ -8,10 +8,12 @@ python -m bench leaderboard                  # tables from records
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import malora
 from bench import UserError, record, report
@@ -75,11 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", type=int, default=0, metavar="S", help="of initialisation, order and dropout")
     one.add_argument("--learning-rate", type=_rate, metavar="R", help="(default: the paper's)")
     one.add_argument(
-        "--backend",
-        type=_one_of("backend", malora.BACKENDS),
-        default="dense",
-        metavar="B",
-        help="how mixtures of experts are computed",
+        "--set",
+        type=_option,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the method's config, its value in JSON: beta=2, backend=dispatch, 'freeze=[\"router\"]'",
     )
     one.add_argument("--save", type=Path, metavar="DIR", help="keep the trained adapter there")
     one.set_defaults(command=_run)
@@ -113,7 +116,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows an option's default unless there is none to show."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
 
 
 def _add_setting(parser: argparse.ArgumentParser) -> None:
@@ -177,6 +180,16 @@ def _rate(value: str) -> float:
     return rate
 
 
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value  # a bare word is a string
+
+
 def _setting(options: argparse.Namespace, mixture: str) -> Setting:
     profile: Profile = PROFILES[options.profile]
     if options.data and profile.name == "tiny" and not options.model:
@@ -188,7 +201,7 @@ def _setting(options: argparse.Namespace, mixture: str) -> Setting:
         mixture=mixture,
         format=options.format,
         results=options.results or LOCAL / profile.name,
-        backend=getattr(options, "backend", "dense"),
+        method_options=dict(getattr(options, "set", [])),
         max_steps=options.max_steps,
         max_items=options.max_items,
         save=getattr(options, "save", None),

@@ -11,10 +11,11 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -49,7 +50,7 @@ class Setting:
     mixture: str  # the experiment's name for it; the profile may have a stand-in
     format: str
     results: Path
-    backend: str = "dense"
+    method_options: dict[str, Any] = field(default_factory=dict)  # besides those that `method_options` gives
     max_steps: int | None = None
     max_items: int | None = None
     save: Path | None = None  # a folder for the trained adapter
@@ -66,12 +67,13 @@ class Setting:
 
 def configure(setting: Setting, method: str, seed: int, learning_rate: float | None = None) -> RunConfig:
     """The configuration of a run; `learning_rate` None is the paper's."""
-    profile, base = setting.profile, prepare(setting.model)
+    profile = setting.profile
     if method == BASE:
         options, learning_rate, seed = {}, None, 0
     else:
         options = method_options(method, setting)
         learning_rate = learning_rate or profile.paper_rate
+    base = prepare(setting.model)
     data_hash = hashlib.sha256(repr(sorted(_data(setting, seed).sha256.items())).encode()).hexdigest()
     return RunConfig(
         profile=profile.name,
@@ -98,7 +100,11 @@ def configure(setting: Setting, method: str, seed: int, learning_rate: float | N
 
 
 def method_options(method: str, setting: Setting) -> dict:
-    """What the setting changes in the paper's method: ranks for a small model, β for the suite, the backend."""
+    """What the setting changes in the paper's method: ranks for a small model, β for the suite, what a user set.
+
+    Raises:
+        UserError: the method has no such option, or not with such a value.
+    """
     config = malora.METHODS[method]()
     divisor = setting.profile.rank_divisor
     options = {}
@@ -108,8 +114,11 @@ def method_options(method: str, setting: Setting) -> dict:
             options["d"] = config.d // divisor
     if getattr(config, "down", "A_t") != "A_t" and setting.mixture_name in PAPER_BETA:
         options["beta"] = PAPER_BETA[setting.mixture_name]
-    if setting.backend != "dense" and isinstance(config, malora.MaloraConfig):
-        options["backend"] = setting.backend
+    options |= setting.method_options
+    try:
+        malora.METHODS[method](**options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{method}: {error}") from error
     return options
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -49,7 +50,7 @@ def score(
     was_training = model.training
     model.eval()
     with _quiet():
-        language_model = HFLM(
+        language_model = _LanguageModel(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=mixed_precision
         )
         with torch.no_grad():
@@ -78,6 +79,26 @@ def score(
     return scores, outcomes
 
 
+class _LanguageModel(HFLM):
+    """Remembers what it has tokenized: all choices of a question repeat its prompt, and all runs the same questions."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.known = _tokenized_by(self.tokenizer.backend_tokenizer.to_str())
+
+    def tok_encode(self, string: str, *args: Any, **options: Any) -> list[int]:
+        key = (string, args, tuple(options.items()))
+        if key not in self.known:
+            self.known[key] = super().tok_encode(string, *args, **options)
+        return self.known[key]
+
+
+@cache
+def _tokenized_by(tokenizer: str) -> dict[tuple, list[int]]:
+    """What a tokenizer, given as its own JSON, has made of texts in this process."""
+    return {}
+
+
 def _number(value: Any) -> float | None:
     """lm-eval writes "N/A" for the standard error of a single item."""
     return float(value) if isinstance(value, float) else None
@@ -91,7 +112,7 @@ def task_config(name: str, examples: list[Example], metric: str) -> dict[str, An
         "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows)},
         "test_split": "test",
         "output_type": "multiple_choice",
-        "doc_to_text": "{{prompt}}",
+        "doc_to_text": lambda row: row["prompt"],  # as a template it would be compiled anew for every item
         "doc_to_choice": "choices",
         "doc_to_target": "answer",
         "target_delimiter": "",  # our choices begin with their blank

@@ -1,8 +1,9 @@
 """Forward and backward of one batch, as fast as the device allows.
 
 A small model's step is thousands of kernels of a few microseconds, and launching them takes the host longer than it
-takes the GPU to run them. On one GPU a step is therefore captured as a CUDA graph, once for each shape of batch, and
-replayed: the same kernels in the same order, launched at once. Elsewhere the plain step runs.
+takes the GPU to run them. On one GPU the decoder layers are therefore compiled, which makes fewer and larger kernels,
+and a step is captured as a CUDA graph, once for each shape of batch, and replayed: the same kernels in the same order,
+launched at once. Elsewhere the plain step runs.
 """
 
 from __future__ import annotations
@@ -36,6 +37,16 @@ def label_positions_only(model: nn.Module, batch: Batch) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compile a model's decoder layers in place. They share code, so one compilation serves them all, of any shape."""
+    # Every method, in training and in scoring, is a compilation of the same code; beyond the limit nothing is compiled.
+    torch._dynamo.config.recompile_limit = 64
+    blocks = set(model.get_base_model()._no_split_modules or ())
+    for module in model.modules():
+        if type(module).__name__ in blocks:
+            module.compile(dynamic=True)
 
 
 class EagerStep:
@@ -73,7 +84,7 @@ class _Captured:
     inputs: Batch
     losses: Losses
     gradients: list[Tensor]
-    routings: dict
+    routings: list[dict[str, Routing]]  # by routed layer
 
     def replay(self, batch: Batch) -> None:
         for static, new in zip(vars(self.inputs).values(), vars(batch).values(), strict=True):
@@ -90,6 +101,7 @@ class GraphedStep:
     def __init__(self, eager: EagerStep, batch_size: int) -> None:
         self.eager, self.batch_size = eager, batch_size
         self.parameters = [p for p in eager.model.parameters() if p.requires_grad]
+        self.routed_layers = [m for m in eager.model.modules() if isinstance(m, malora.MaloraLayer) and m.routes]
         self.captured: dict[tuple, _Captured] = {}
 
     def __call__(self, parts: list[Batch]) -> Losses:
@@ -108,8 +120,8 @@ class GraphedStep:
                 torch._foreach_add_(gradients, step.gradients)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
-        if self.eager.routed:
-            self.eager.model.base_model.routing_log.routings = dict(captured[-1].routings)
+        for layer, routings in zip(self.routed_layers, captured[-1].routings, strict=True):
+            layer.routings = dict(routings)
         loss, balance = torch.stack(losses).sum(0)
         return loss, balance
 
@@ -121,14 +133,13 @@ class GraphedStep:
 
     def _capture(self, batch: Batch) -> _Captured:
         inputs = Batch(*(tensor.clone() for tensor in vars(batch).values()))
-        if not self.captured:
-            # Libraries set themselves up in the first passes, which a graph cannot hold.
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    self.eager.part(inputs)
-            torch.cuda.current_stream().wait_stream(stream)
+        # Compilers and libraries set themselves up in the first passes of a shape, which a graph cannot hold.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.eager.part(inputs)
+        torch.cuda.current_stream().wait_stream(stream)
         for parameter in self.parameters:
             parameter.grad = None  # so that the backward pass makes gradients of its own, in the graph's memory
         graph = torch.cuda.CUDAGraph()
@@ -137,8 +148,8 @@ class GraphedStep:
         with torch.cuda.graph(graph, pool=pool):
             losses = self.eager.part(inputs)
         gradients = [parameter.grad for parameter in self.parameters]
-        routings = {}
-        if self.eager.routed:
-            log = self.eager.model.base_model.routing_log
-            routings = {key: Routing(*(tensor.detach() for tensor in found)) for key, found in log.routings.items()}
+        routings = [
+            {adapter: Routing(*(tensor.detach() for tensor in routing)) for adapter, routing in layer.routings.items()}
+            for layer in self.routed_layers
+        ]
         return _Captured(graph, inputs, losses, gradients, routings)

@@ -39,7 +39,7 @@ class MaloraConfig(PeftConfig):
         d: rank of the subspace; only where a side has one.
         beta: β of the initialisation (eq. 8 to 10): moves gradient from S (β < 1) to P_t (β > 1).
         same_start: every A_t starts as the same random matrix (an ablation).
-        freeze: down-side factors that stay as they start, of "A", "P", "S".
+        freeze: what stays as it starts: down-side factors, of "A", "P", "S", and "router".
         backend: how the sum over experts is computed; any of `malora.BACKENDS` gives the same result.
 
     Raises:
@@ -61,7 +61,7 @@ class MaloraConfig(PeftConfig):
     d: int | None = field(default=None, metadata={"help": "Rank of the subspace that experts share."})
     beta: float = field(default=1.0, metadata={"help": "Balance of P_t and S at the start."})
     same_start: bool = field(default=False, metadata={"help": "All A_t start alike."})
-    freeze: list[str] = field(default_factory=list, metadata={"help": "Down-side factors that are not trained."})
+    freeze: list[str] = field(default_factory=list, metadata={"help": "What is not trained."})
     backend: str = field(default="dense", metadata={"help": "How the sum over experts is computed."})
 
     def __post_init__(self) -> None:
@@ -108,9 +108,9 @@ class MaloraConfig(PeftConfig):
             raise ValueError(f"beta={self.beta} has no effect with down='A_t'; leave it out.")
         if self.same_start and self.down != "A_t":
             raise ValueError(f"same_start=True is for down='A_t', not {self.down!r}, whose experts share S as it is.")
-        factors = {"A"} if self.down == "A_t" else {"P", "S"}
-        if unknown := set(self.freeze) - factors:
-            raise ValueError(f"freeze={sorted(unknown)}: the down side {self.down!r} has {sorted(factors)} to freeze.")
+        parts = ({"A"} if self.down == "A_t" else {"P", "S"}) | ({"router"} if self.has_router else set())
+        if unknown := set(self.freeze) - parts:
+            raise ValueError(f"freeze={sorted(unknown)}: there is {sorted(parts)} to freeze here.")
 
 
 def _choose(name: str, value: str, choices) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from malora.backends import BACKENDS, Factors
 from malora.config import MaloraConfig
 from malora.init import init_factors_, kaiming_uniform
-from malora.routing import RoutingLog, route
+from malora.routing import Routing, RoutingLog, route
 
 PREFIX = "malora_"
 
@@ -32,6 +32,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.name = name
         self.routing_log = log
+        self.routings: dict[str, Routing] = {}  # of the model's last forward pass, by adapter
         self.settings: dict[str, MaloraConfig] = {}
         for attribute in self.adapter_layer_names:
             setattr(self, attribute, nn.ParameterDict())
@@ -95,7 +96,8 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         gate_TN = None
         if config.has_router:
             routing = route(x, self.malora_router[adapter], config.top_k)
-            self.routing_log.keep(self.name, adapter, routing)
+            if self.routing_log.listening:
+                self.routings[adapter] = routing
             gate_TN = routing.gate.flatten(0, -2)
         x_Tn = self.malora_dropout[adapter](x).flatten(0, -2)
         y_Tm = BACKENDS[config.backend](x_Tn, gate_TN, factors, config.scaling)
@@ -153,6 +155,10 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         weight = self.get_base_layer().weight
         while self.merged_adapters:
             weight.data -= self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copying or pickling a model does not take along the autograd graph of its last batch."""
+        return super().__getstate__() | {"routings": {}}
 
     def __repr__(self) -> str:
         return "malora." + super().__repr__()

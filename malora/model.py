@@ -44,10 +44,16 @@ class MaloraModel(BaseTuner):
     def routing_log(self) -> RoutingLog:
         return RoutingLog()
 
+    @cached_property
+    def malora_layers(self) -> list[MaloraLayer]:
+        return [module for module in self.model.modules() if isinstance(module, MaloraLayer)]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = inspect.signature(self.model.forward).bind_partial(*args, **kwargs).arguments
         mask = arguments.get("attention_mask")
         is_padding_mask = mask is not None and mask.dim() == 2
+        for layer in self.malora_layers:
+            layer.routings.clear()
         with self.routing_log.listen(mask if is_padding_mask else None):
             return super().forward(*args, **kwargs)
 
@@ -86,6 +92,7 @@ class MaloraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        self.__dict__.pop("malora_layers", None)
         if isinstance(target, MaloraLayer):
             target.update_layer(adapter_name, peft_config)
         elif isinstance(target, nn.Linear):

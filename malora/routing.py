@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -36,38 +36,43 @@ def route(x: Tensor, weight_Nn: Tensor, top_k: int) -> Routing:
     """TopK(softmax(W_g x)) (eq. 4) for x [..., n]. The softmax is in float32, or wider if x is."""
     logits = F.linear(x, weight_Nn)
     probability = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    index = probability.topk(top_k, dim=-1).indices
-    return Routing(probability, torch.zeros_like(probability).scatter_(-1, index, 1.0))
+    return Routing(probability, largest(probability, top_k))
+
+
+def largest(probability: Tensor, top_k: int) -> Tensor:
+    """1 for the k largest of the last dimension, 0 elsewhere. Of equals the first.
+
+    One maximum after the other: a compiler fuses that with the softmax, where a sort would be kernels of its own.
+    """
+    remaining = probability.detach()
+    chosen = torch.zeros_like(remaining)
+    expert = torch.arange(probability.shape[-1], device=probability.device)
+    for _ in range(top_k):
+        best = expert == remaining.argmax(-1, keepdim=True)
+        chosen = chosen + best
+        remaining = remaining.masked_fill(best, -1.0)
+    return chosen
 
 
 @dataclass
 class RoutingLog:
-    """The routings of a model's last forward pass. All layers of a model share one log.
+    """Whether layers are to keep what they route, and which tokens count. All layers of a model share one.
 
-    It listens only while the model's own `forward` runs: when gradient checkpointing runs a layer a second time inside
-    `backward`, what that pass routed must not be kept, or its activations would never be freed.
+    They keep it only while the model's own `forward` runs: when gradient checkpointing runs a layer a second time
+    inside `backward`, what that pass routed must not be kept, or its activations would never be freed.
     """
 
-    routings: dict[tuple[str, str], Routing] = field(default_factory=dict)  # (module, adapter) -> Routing
     attention_mask: Tensor | None = None  # [B, S]; None: every token counts
     listening: bool = False
 
     @contextmanager
     def listen(self, attention_mask: Tensor | None) -> Iterator[None]:
-        self.routings.clear()
         self.attention_mask = attention_mask
         self.listening = True
         try:
             yield
         finally:
             self.listening = False
-
-    def keep(self, module: str, adapter: str, routing: Routing) -> None:
-        if self.listening:
-            self.routings[module, adapter] = routing
-
-    def __reduce__(self) -> tuple:
-        return RoutingLog, ()  # copying or pickling a model does not take along the graph of its last batch
 
 
 @dataclass(frozen=True)
@@ -141,12 +146,11 @@ def _stacked(model: nn.Module, attention_mask: Tensor | None) -> Iterator[tuple[
 
     A model has hundreds of routed layers; asking each by itself would cost hundreds of small kernels a step.
     """
-    logs = {id(layer.routing_log): layer.routing_log for layer in _layers(model)}
     groups = defaultdict(list)
-    for log in logs.values():
-        mask = attention_mask if attention_mask is not None else log.attention_mask
-        for (module, _), routing in log.routings.items():
-            groups[routing.probability.shape].append((module, routing, mask))
+    for layer in _layers(model):
+        mask = attention_mask if attention_mask is not None else layer.routing_log.attention_mask
+        for routing in layer.routings.values():
+            groups[routing.probability.shape].append((layer.name, routing, mask))
     if not groups:
         why = "run a forward pass first" if has_router(model) else "it has no adapter with more than one expert"
         raise ValueError(f"nothing was routed in this model: {why}.")

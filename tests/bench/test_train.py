@@ -13,7 +13,7 @@ import malora
 from bench import record
 from bench.data import Encoded, collate
 from bench.run import BASE, configure, run
-from bench.step import EagerStep
+from bench.step import EagerStep, GraphedStep, compile_layers
 from tests.bench.conftest import make_setting
 from tests.conftest import SHAPES, make_model
 
@@ -167,15 +167,15 @@ def test_seeds_change_the_run_and_the_same_seed_repeats_it(base_folder, tmp_path
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("method", ["lora", "malora"])
-def test_a_captured_step_is_the_plain_step(method):
+def test_a_compiled_and_captured_step_is_the_plain_step(method):
     """Three batches of two shapes, so that a replay follows another shape's, and one in parts."""
-    from bench.step import GraphedStep
-
     def trained(captured: bool):
         torch.manual_seed(0)
         model = get_peft_model(make_model(), malora.METHODS[method](lora_dropout=0.0)).cuda().train()
         step = EagerStep(model, model, Accelerator(), balance_factor=0.01)
-        step = GraphedStep(step, batch_size=4) if captured else step
+        if captured:
+            compile_layers(model)
+            step = GraphedStep(step, batch_size=4)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         losses = []
         for width, most_tokens in ((5, 10_000), (20, 10_000), (5, 10_000), (20, 64)):

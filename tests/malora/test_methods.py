@@ -83,6 +83,10 @@ def test_exactly_the_right_parameters_train(method, dtype, ids):
     assert trained_names(model) == TRAINED[method]
 
 
+def test_a_router_can_be_held_still():
+    assert trained_names(adapted("malora", freeze=["router"])) == TRAINED["malora"] - {"malora_router"}
+
+
 @every_method
 def test_a_step_of_training_changes_what_trains_and_nothing_else(method, ids):
     model = randomise(adapted(method))
@@ -251,7 +255,7 @@ def test_a_target_that_is_not_linear_is_refused():
     ({"down": "A_t"}, "d=32 has no effect"),
     ({"down": "A_t", "d": None, "beta": 2.0}, "beta=2.0 has no effect"),
     ({"same_start": True}, "same_start=True is for down='A_t'"),
-    ({"freeze": ["A"]}, r"freeze=\['A'\]"),
+    ({"freeze": ["A"]}, r"freeze=\['A'\]: there is \['P', 'S', 'router'\] to freeze here"),
     ({"top_k": 9}, "top_k=9 is more than num_experts=8"),
     ({"backend": "warp"}, "backend='warp' is unknown; choose one of 'dense'"),
     ({"down": "A"}, "down='A' is unknown"),
