@@ -169,6 +169,7 @@ def test_seeds_change_the_run_and_the_same_seed_repeats_it(base_folder, tmp_path
 @pytest.mark.parametrize("method", ["lora", "malora"])
 def test_a_compiled_and_captured_step_is_the_plain_step(method):
     """Three batches of two shapes, so that a replay follows another shape's, and one in parts."""
+
     def trained(captured: bool):
         torch.manual_seed(0)
         model = get_peft_model(make_model(), malora.METHODS[method](lora_dropout=0.0)).cuda().train()
