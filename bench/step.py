@@ -16,12 +16,33 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import malora
 from bench.data import Batch
 from malora.routing import Routing
 
 Losses = tuple[Tensor, Tensor]  # task loss, balance loss
+
+
+# Without a mask function of that name transformers makes no mask. With its own "sdpa" it does while a CUDA graph is
+# captured, whether needed or not, and a mask rules out the fastest attention kernels.
+CAUSAL_SDPA = "malora_causal_sdpa"
+AttentionInterface.register(CAUSAL_SDPA, sdpa_attention_forward)
+
+
+@contextmanager
+def no_attention_mask(model: nn.Module) -> Iterator[None]:
+    """Inside it attention is causal and knows no padding, which must stand to the right of all that is read."""
+    config = model.get_base_model().config
+    before = config._attn_implementation
+    if before == "sdpa":
+        config._attn_implementation = CAUSAL_SDPA
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 @contextmanager
@@ -64,9 +85,7 @@ class EagerStep:
 
     def part(self, batch: Batch) -> Losses:
         """Forward and backward of a part; its losses are shares of the whole batch's, by label tokens."""
-        # No attention mask: padding stands to the right, where causal attention does not look, and without a mask
-        # attention takes its fastest kernel. The balance loss is told what is padding.
-        with label_positions_only(self.model, batch):
+        with no_attention_mask(self.model), label_positions_only(self.model, batch):
             logits = self.wrapped(input_ids=batch.ids, use_cache=False).logits
         loss = F.cross_entropy(logits.float(), batch.target, reduction="sum") / batch.labels
         balance = torch.zeros_like(loss)

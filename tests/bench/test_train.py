@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from peft import get_peft_model
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import bench.run
 import malora
@@ -48,6 +49,20 @@ def test_the_head_on_label_positions_only_gives_the_whole_heads_loss(shape):
     for name, p in model.named_parameters():
         if p.requires_grad and "router" not in name:
             torch.testing.assert_close(gradients[name], p.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_no_attention_mask_is_made_even_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: True)  # what transformers then finds
+    masks = []
+    forward = LlamaAttention.forward
+
+    def looking(self, *args, attention_mask=None, **options):
+        masks.append(attention_mask)
+        return forward(self, *args, attention_mask=attention_mask, **options)
+
+    monkeypatch.setattr(LlamaAttention, "forward", looking)
+    step()
+    assert masks and all(mask is None for mask in masks)
 
 
 def test_a_batch_in_parts_is_the_same_batch():
