@@ -70,6 +70,19 @@ def compile_layers(model: nn.Module) -> None:
             module.compile(dynamic=True)
 
 
+def fuse_backbone(model: nn.Module) -> bool:
+    """Put Liger's kernels for norms, rotary positions and SwiGLU into a base model; whether it has some for its type."""
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    except ImportError:
+        return False
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        return False
+    _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=False, cross_entropy=False)
+    return True
+
+
 class EagerStep:
     """One batch, kernel by kernel. Leaves the gradients in the parameters."""
 
@@ -168,7 +181,7 @@ class GraphedStep:
             losses = self.eager.part(inputs)
         gradients = [parameter.grad for parameter in self.parameters]
         routings = [
-            {adapter: Routing(*(tensor.detach() for tensor in routing)) for adapter, routing in layer.routings.items()}
-            for layer in self.routed_layers
+            {adapter: routing._replace(probability=routing.probability.detach()) for adapter, routing in kept.items()}
+            for kept in (layer.routings for layer in self.routed_layers)
         ]
         return _Captured(graph, inputs, losses, gradients, routings)

@@ -62,7 +62,7 @@ class MaloraConfig(PeftConfig):
     beta: float = field(default=1.0, metadata={"help": "Balance of P_t and S at the start."})
     same_start: bool = field(default=False, metadata={"help": "All A_t start alike."})
     freeze: list[str] = field(default_factory=list, metadata={"help": "What is not trained."})
-    backend: str = field(default="dense", metadata={"help": "How the sum over experts is computed."})
+    backend: str = field(default="auto", metadata={"help": "How the sum over experts is computed."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

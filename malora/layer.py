@@ -16,6 +16,7 @@ from malora.backends import BACKENDS, Factors
 from malora.config import MaloraConfig
 from malora.init import init_factors_, kaiming_uniform
 from malora.routing import Routing, RoutingLog, route
+from malora.siblings import Siblings, has_triton, interprets_triton, say_once
 
 PREFIX = "malora_"
 
@@ -26,12 +27,14 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = tuple(PREFIX + name for name in ("router", *Factors._fields))
     other_param_names = ("malora_dropout",)
 
-    def __init__(self, base_layer: nn.Linear, name: str, log: RoutingLog) -> None:
+    def __init__(self, base_layer: nn.Linear, name: str, log: RoutingLog, siblings: Siblings | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.name = name
         self.routing_log = log
+        self.siblings = siblings or Siblings()
+        self.siblings.layers.append(self)
         self.routings: dict[str, Routing] = {}  # of the model's last forward pass, by adapter
         self.settings: dict[str, MaloraConfig] = {}
         for attribute in self.adapter_layer_names:
@@ -80,6 +83,8 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if not (args or kwargs) and (adapter := self.fused_adapter()):
+            return self.siblings.output(self, adapter, x)
         y = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return y
@@ -87,6 +92,28 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
             if adapter in self.settings:
                 y = y + self.delta(adapter, x).to(y.dtype)
         return y
+
+    def fused_adapter(self) -> str | None:
+        """The adapter to compute together with the base, if there is one that the fused backend can."""
+        active = [adapter for adapter in self.active_adapters if adapter in self.settings]
+        backends = {self.settings[adapter].backend for adapter in active}
+        if self.disable_adapters or self.merged or not backends & {"auto", "fused"}:
+            return None
+        config, device = self.settings[active[0]], self.base_layer.weight.device.type
+        obstacle = None
+        if len(active) > 1:
+            obstacle = "several adapters at once"
+        elif type(self.base_layer) is not nn.Linear:
+            obstacle = f"a {type(self.base_layer).__name__}"
+        elif any(parameter.requires_grad for parameter in self.base_layer.parameters()):
+            obstacle = "a base that is trained too"
+        elif config.up != "B_t":
+            obstacle = f"up={config.up!r}"
+        elif not (has_triton() if device == "cuda" else config.backend == "fused" and interprets_triton()):
+            obstacle = f"on {device}, with Triton {'' if has_triton() else 'not '}installed"
+        if obstacle and "fused" in backends:
+            say_once(obstacle)
+        return None if obstacle else active[0]
 
     def delta(self, adapter: str, x: Tensor) -> Tensor:
         """What the adapter adds to W x, for x [..., n]."""

@@ -13,6 +13,7 @@ from torch import nn
 from malora.config import MaloraConfig
 from malora.layer import PREFIX, MaloraLayer
 from malora.routing import RoutingLog
+from malora.siblings import SIBLINGS, Siblings
 
 _LLAMA_LIKE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj", "gate_proj"]
 
@@ -82,6 +83,16 @@ class MaloraModel(BaseTuner):
                 f"Its linear modules are called {sorted(linear)}; name some of these."
             )
 
+    @cached_property
+    def _families(self) -> dict[tuple[str, int], Siblings]:
+        return {}
+
+    def _siblings(self, key: str) -> Siblings:
+        """Those that the module of this name belongs to; its own where it reads an input of its own."""
+        parent, _, name = key.rpartition(".")
+        number = next((i for i, names in enumerate(SIBLINGS) if name in names), None)
+        return Siblings() if number is None else self._families.setdefault((parent, number), Siblings())
+
     def _create_and_replace(
         self,
         peft_config: PeftConfig,
@@ -96,7 +107,7 @@ class MaloraModel(BaseTuner):
         if isinstance(target, MaloraLayer):
             target.update_layer(adapter_name, peft_config)
         elif isinstance(target, nn.Linear):
-            layer = MaloraLayer(target, current_key, self.routing_log)
+            layer = MaloraLayer(target, current_key, self.routing_log, self._siblings(current_key))
             layer.set_adapter(self.active_adapters)
             layer.update_layer(adapter_name, peft_config)
             self._replace_module(parent, target_name, layer, target)

@@ -21,10 +21,15 @@ if TYPE_CHECKING:
 
 
 class Routing(NamedTuple):
-    """What a router decided: its probabilities, and which of them were in the top k; both [B, S, N]."""
+    """What a router decided: its probabilities [B, S, N], of which the top k serve."""
 
     probability: Tensor
-    chosen: Tensor
+    top_k: int
+
+    @property
+    def chosen(self) -> Tensor:
+        """1 for the top k, 0 elsewhere."""
+        return largest(self.probability, self.top_k)
 
     @property
     def gate(self) -> Tensor:
@@ -35,8 +40,7 @@ class Routing(NamedTuple):
 def route(x: Tensor, weight_Nn: Tensor, top_k: int) -> Routing:
     """TopK(softmax(W_g x)) (eq. 4) for x [..., n]. The softmax is in float32, or wider if x is."""
     logits = F.linear(x, weight_Nn)
-    probability = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    return Routing(probability, largest(probability, top_k))
+    return Routing(logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)), top_k)
 
 
 def largest(probability: Tensor, top_k: int) -> Tensor:
@@ -150,13 +154,13 @@ def _stacked(model: nn.Module, attention_mask: Tensor | None) -> Iterator[tuple[
     for layer in _layers(model):
         mask = attention_mask if attention_mask is not None else layer.routing_log.attention_mask
         for routing in layer.routings.values():
-            groups[routing.probability.shape].append((layer.name, routing, mask))
+            groups[routing.probability.shape, routing.top_k].append((layer.name, routing.probability, mask))
     if not groups:
         why = "run a forward pass first" if has_router(model) else "it has no adapter with more than one expert"
         raise ValueError(f"nothing was routed in this model: {why}.")
-    for shape, group in groups.items():
-        modules, routings, (mask, *_) = zip(*group, strict=True)
-        stacked = Routing(*(torch.stack(tensors) for tensors in zip(*routings, strict=True)))
+    for (shape, top_k), group in groups.items():
+        modules, probabilities, (mask, *_) = zip(*group, strict=True)
+        stacked = Routing(torch.stack(probabilities), top_k)
         yield stacked, list(modules), _token_weights(mask, shape, stacked.probability)
 
 

@@ -52,7 +52,15 @@ from malora.backends.dense import dense  # noqa: E402  (they need Factors)
 from malora.backends.dispatch import dispatch  # noqa: E402
 from malora.backends.reference import reference  # noqa: E402
 
-BACKENDS: dict[str, Backend] = {"dense": dense, "dispatch": dispatch, "reference": reference}
+# "fused" computes whole layers, base and routers included (malora/siblings.py), and "auto" is "fused" where that can
+# run; the function here is what both do elsewhere.
+BACKENDS: dict[str, Backend] = {
+    "auto": dense,
+    "dense": dense,
+    "dispatch": dispatch,
+    "fused": dense,
+    "reference": reference,
+}
 
 # They ask the device how many tokens an expert got, so they cannot be captured in a CUDA graph.
 WAIT_FOR_THE_HOST = frozenset({"dispatch"})

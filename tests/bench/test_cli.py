@@ -41,7 +41,7 @@ def refused(arguments: list, capsys, tmp_path) -> str:
         (["run", "--mixture", "outer"], "unknown mixture 'outer'; there are intra, procedural"),
         (["run", "--profile", "huge"], "unknown profile 'huge'; there are tiny, small, paper"),
         (["run", "--format", "essay"], "unknown format 'essay'; there are letters, cloze"),
-        (["run", "--set", "backend=warp"], "malora: backend='warp' is unknown; choose one of 'dense', 'dispatch'"),
+        (["run", "--set", "backend=warp"], "malora: backend='warp' is unknown; choose one of 'auto', 'dense'"),
         (["run", "--set", "backend"], "'backend' is not NAME=VALUE"),
         (["run", "--method", "lora", "--set", "backend=dispatch"], "lora: "),
         (["table2", "--seeds", "0"], "'0' is not a whole number from 1"),

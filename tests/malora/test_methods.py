@@ -257,7 +257,7 @@ def test_a_target_that_is_not_linear_is_refused():
     ({"same_start": True}, "same_start=True is for down='A_t'"),
     ({"freeze": ["A"]}, r"freeze=\['A'\]: there is \['P', 'S', 'router'\] to freeze here"),
     ({"top_k": 9}, "top_k=9 is more than num_experts=8"),
-    ({"backend": "warp"}, "backend='warp' is unknown; choose one of 'dense'"),
+    ({"backend": "warp"}, "backend='warp' is unknown; choose one of 'auto', 'dense'"),
     ({"down": "A"}, "down='A' is unknown"),
     ({"down": "P_t S_t", "d": 12}, "12 / 8"),
     ({"r": 0}, "r=0 must be a whole number"),

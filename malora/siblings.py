@@ -1,0 +1,89 @@
+"""Layers that read the same input, and are computed together by the fused backend.
+
+Each stays a module of its own, called by the model's code as before.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+import os
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from malora.backends.fused import Stack
+    from malora.layer import MaloraLayer
+
+# Layers of one parent that read the same input, under the names that model families use.
+SIBLINGS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+logger = logging.getLogger(__name__)
+
+
+@cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interprets_triton() -> bool:
+    """Whether Triton was told to run kernels without a GPU, slowly, to test them."""
+    return has_triton() and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def say_once(reason: str) -> None:
+    logger.warning("backend 'fused' cannot compute %s; the dense backend does.", reason)
+
+
+class Siblings:
+    """Layers that read the same input. The first that is called computes for all, the others fetch their part."""
+
+    def __init__(self) -> None:
+        self.layers: list[MaloraLayer] = []
+        self._stacks: dict[str, Stack] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._input: Tensor | None = None
+        self._state: tuple = ()
+        self._outputs: dict[int, Tensor] = {}
+
+    def __deepcopy__(self, memo: dict) -> Siblings:
+        """A copy has the copied layers, and no part of a pass that the original is in the middle of."""
+        copied = memo[id(self)] = Siblings()
+        copied.layers = copy.deepcopy(self.layers, memo)
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()
+        self.layers = state["layers"]
+
+    def output(self, layer: MaloraLayer, adapter: str, x: Tensor) -> Tensor:
+        """The layer's output for x [..., n], base included."""
+        state = (adapter, x._version, torch.is_grad_enabled(), layer.training)
+        if x is not self._input or state != self._state or id(layer) not in self._outputs:
+            self._forget()
+            together = [other for other in self.layers if other.fused_adapter() == adapter]
+            if together == [layer] or layer not in together:
+                return self._compute([layer], adapter, x)[0]
+            self._outputs = {id(o): y for o, y in zip(together, self._compute(together, adapter, x), strict=True)}
+            self._input, self._state = x, state
+        y = self._outputs.pop(id(layer))
+        if not self._outputs:
+            self._forget()
+        return y
+
+    def _compute(self, layers: list[MaloraLayer], adapter: str, x: Tensor) -> list[Tensor]:
+        key = adapter + "".join(f" {id(layer)}" for layer in layers)
+        if key not in self._stacks:
+            from malora.backends.fused import Stack  # it needs Triton, which is not everywhere
+
+            self._stacks[key] = Stack(layers, adapter)
+        return self._stacks[key].outputs(x)

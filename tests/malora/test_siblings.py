@@ -1,0 +1,139 @@
+"""Layers that the fused backend computes together, inside whole models: nothing but the speed may change."""
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+
+import malora
+from tests.conftest import SHAPES, make_model
+
+# The interpreter computes in float64; a GPU's tensor cores do not.
+ON_GPU = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.float32) if ON_GPU else ("cpu", torch.float64)
+CLOSE = {"rtol": 1e-3, "atol": 1e-5} if ON_GPU else {"rtol": 1e-8, "atol": 1e-10}
+METHODS = ("molora", "malora", "asylora", "malora-fixed-s")
+
+
+@pytest.fixture
+def ids(ids):
+    return ids.to(DEVICE)
+
+
+def adapted(method="malora", shape="llama", **options):
+    torch.manual_seed(0)
+    options = {"backend": "fused", "lora_dropout": 0.0, "target_modules": malora.TARGET_MODULES[shape]} | options
+    model = get_peft_model(make_model(shape), malora.METHODS[method](**options)).to(DEVICE, DTYPE).train()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "malora_" in name:
+                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(p))
+    return model
+
+
+def computed(model, ids, backend):
+    for layer in model.base_model.malora_layers:
+        layer.settings["default"].backend = backend
+    model.zero_grad()
+    logits = model(ids, use_cache=False).logits
+    loss = logits.pow(2).mean()
+    if malora.has_router(model):
+        loss = loss + malora.balance_loss(model)
+    loss.backward()
+    return {"logits": logits.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(model, ids):
+    expected, got = computed(model, ids, "dense"), computed(model, ids, "fused")
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, **CLOSE, msg=name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_model_computes_the_same(method, shape, ids):
+    assert_same(adapted(method, shape), ids)
+
+
+def test_siblings_are_computed_once(ids, monkeypatch):
+    from malora.backends.fused import Stack
+
+    sizes = []
+    outputs = Stack.outputs
+    monkeypatch.setattr(Stack, "outputs", lambda self, x: sizes.append(len(self.layers)) or outputs(self, x))
+    adapted()(ids)
+    assert sizes == [3, 2, 1] * 2  # Q, K, V; Gate, Up; Down; of two layers
+
+
+def test_changed_weights_are_seen(ids):
+    model = adapted()
+    assert_same(model, ids)
+    torch.optim.SGD(model.parameters(), lr=0.5).step()
+    assert_same(model, ids)
+    model.load_state_dict({n: p * 0.9 if "malora_" in n else p for n, p in model.state_dict().items()})
+    assert_same(model, ids)
+    model.base_model.malora_layers[0].malora_B["default"].data = torch.ones_like(
+        model.base_model.malora_layers[0].malora_B["default"]
+    )
+    assert_same(model, ids)
+
+
+def test_two_passes_before_one_backward(ids):
+    model = adapted()
+    (model(ids).logits.sum() + model(ids.flip(1)).logits.sum()).backward()
+    got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    for layer in model.base_model.malora_layers:
+        layer.settings["default"].backend = "dense"
+    model.zero_grad()
+    (model(ids).logits.sum() + model(ids.flip(1)).logits.sum()).backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(got[name], p.grad, **CLOSE, msg=name)
+
+
+def test_a_sibling_called_alone_or_again(ids):
+    attention = adapted().base_model.model.model.layers[0].self_attn
+    x = torch.randn(2, 3, attention.q_proj.in_features, dtype=DTYPE, device=DEVICE)
+    y = attention.v_proj(x)
+    torch.testing.assert_close(attention.v_proj(x), y, **CLOSE)
+    x.mul_(2)  # the same tensor with other content
+    twice = attention.v_proj(x)
+    attention.v_proj.settings["default"].backend = "dense"
+    torch.testing.assert_close(twice, attention.v_proj(x), **CLOSE)
+
+
+def test_what_has_no_fused_way_is_said_and_computed_densely(ids, caplog):
+    model = adapted("malora-decomposed-b")
+    assert_same(model, ids)
+    model = adapted()
+    model.add_adapter("second", malora.METHODS["malora"](backend="fused"))
+    model.base_model.set_adapter(["default", "second"])
+    model(ids)
+    assert "several adapters at once" in caplog.text
+
+
+def test_a_copy_and_generation(ids):
+    model = adapted().eval()
+    again = copy.deepcopy(model)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    with torch.no_grad():
+        fused = model.generate(ids[:1, :4], max_new_tokens=5, do_sample=False)
+        for layer in model.base_model.malora_layers:
+            layer.settings["default"].backend = "dense"
+        assert torch.equal(fused, model.generate(ids[:1, :4], max_new_tokens=5, do_sample=False))
+
+
+def test_gradient_checkpointing_recomputes_the_same(ids):
+    model = adapted(lora_dropout=0.3)
+    torch.manual_seed(3)
+    model(ids, use_cache=False).logits.pow(2).mean().backward()
+    plain = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    torch.manual_seed(3)
+    model(ids, use_cache=False).logits.pow(2).mean().backward()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, **CLOSE, msg=name)
