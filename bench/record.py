@@ -237,7 +237,7 @@ def provenance(device: torch.device, jobs: int) -> dict[str, Any]:
     }
 
 
-PACKAGES = ("torch", "transformers", "peft", "lm-eval", "accelerate", "datasets")
+PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "lm-eval", "accelerate", "datasets")
 
 
 def _version(package: str) -> str | None:

@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase
 
 import malora
 from bench import UserError
 from bench import record as records
-from bench.data import encode, label_tokens
+from bench.data import Encoded, encode, label_tokens
 from bench.model import add_adapter, count_parameters, load, prepare, targets
 from bench.profiles import Profile
 from bench.record import Record, RunConfig
@@ -167,7 +168,7 @@ def _train_and_score(record: Record, setting: Setting, checkpoint: Path) -> None
         options = {"target_modules": targets(prepare(setting.model)), **config.method_options}
         model = add_adapter(model, config.method, options, config.seed)
         record.parameters = count_parameters(model)
-        encoded = encode(tokenizer, data.train, config.max_length)
+        encoded = _encoded(setting, config, tokenizer)
         record.data["train"] = label_tokens(data.train, encoded)
         torch.manual_seed(config.seed)
         log = train(
@@ -211,10 +212,24 @@ def _limited(examples: dict[str, list], config: RunConfig) -> dict[str, list]:
 
 
 def _data(setting: Setting, seed: int) -> MixtureData:
-    mixture = MIXTURES[setting.mixture_name]
-    if mixture.blend == "size":
-        seed = 0  # it takes everything, so the seed changes nothing
-    return _build(setting.mixture_name, setting.source, setting.format, seed)
+    return _build(setting.mixture_name, setting.source, setting.format, _blend_seed(setting, seed))
+
+
+_ENCODED: dict[tuple, list[Encoded]] = {}  # of the last run, since the next one mostly trains on the same
+
+
+def _encoded(setting: Setting, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+    seed = _blend_seed(setting, config.seed)
+    key = (config.model_hash, setting.mixture_name, setting.source, setting.format, seed, config.max_length)
+    if key not in _ENCODED:
+        _ENCODED.clear()
+        _ENCODED[key] = encode(tokenizer, _data(setting, config.seed).train, config.max_length)
+    return _ENCODED[key]
+
+
+def _blend_seed(setting: Setting, seed: int) -> int:
+    """The seed of a mixture's draw; one that takes everything is the same for all."""
+    return 0 if MIXTURES[setting.mixture_name].blend == "size" else seed
 
 
 @lru_cache(maxsize=8)

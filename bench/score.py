@@ -6,6 +6,7 @@ Nothing here touches the network or the disk: lm-eval gets the examples themselv
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -17,6 +18,7 @@ import lm_eval.api.model
 import lm_eval.api.task
 import lm_eval.models.huggingface
 import torch
+import torch.nn.functional as F
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -24,9 +26,10 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from bench.step import label_positions_only
 from tasks import Example
 
-VERSION = 1  # of the prompts and metrics; counts up when a score could change
+VERSION = 2  # of the prompts and metrics; counts up when a score could change
 
 # By prompt format. A letter is one token, so likelihoods compare as they are; answers of different lengths are compared
 # by likelihood a character, which is what lm-eval reports for ARC, OpenBookQA and PIQA.
@@ -80,7 +83,12 @@ def score(
 
 
 class _LanguageModel(HFLM):
-    """Remembers what it has tokenized: all choices of a question repeat its prompt, and all runs the same questions."""
+    """HFLM, but for how it asks for likelihoods: the same figures for a fraction of the time and memory.
+
+    HFLM takes the logarithm of the logits of every position in the model's precision, and waits for the device several
+    times for each choice. Here the head runs where a choice's tokens are to be predicted, in float32, so that logits
+    that differ do not tie, and each batch is waited for once. Texts are tokenized once in the life of the process.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -91,6 +99,35 @@ class _LanguageModel(HFLM):
         if key not in self.known:
             self.known[key] = super().tok_encode(string, *args, **options)
         return self.known[key]
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], *args: Any, **options: Any
+    ) -> list[tuple[float, bool]]:
+        """Of each (texts, context, continuation): the continuation's log-likelihood, and if it is the likeliest."""
+        asked = defaultdict(list)  # input -> (number of the request, continuation); choices of one token share theirs
+        for number, (_, context, continuation) in enumerate(requests):
+            whole = (context + continuation)[-(self.max_length + 1) :]
+            asked[tuple(whole[:-1])].append((number, continuation))
+        inputs = sorted(asked, key=len)
+        answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        for start in range(0, len(inputs), self.batch_size):
+            chunk = inputs[start : start + self.batch_size]
+            width = len(chunk[-1])
+            places = [
+                (number, row, len(ids) - len(continuation) + place, token)
+                for row, ids in enumerate(chunk)
+                for number, continuation in asked[ids]
+                for place, token in enumerate(continuation)
+            ]
+            number, row, column, target = torch.tensor(places).T.contiguous().to(self.device)
+            ids = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in chunk], device=self.device)
+            with label_positions_only(self.model, row, column, in_float32=True):
+                logits = self._model_call(ids)
+            likelihood = -F.cross_entropy(logits, target, reduction="none")
+            likeliest = logits.argmax(-1) == target
+            for n, value, is_likeliest in zip(*(x.tolist() for x in (number, likelihood, likeliest)), strict=True):
+                answers[n] = (answers[n][0] + value, answers[n][1] and is_likeliest)
+        return answers
 
 
 @cache

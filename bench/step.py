@@ -1,8 +1,8 @@
 """Forward and backward of one batch, as fast as the device allows.
 
 A small model's step is thousands of kernels of a few microseconds, and launching them takes the host longer than it
-takes the GPU to run them. On one GPU the decoder layers are therefore compiled, which makes fewer and larger kernels,
-and a step is captured as a CUDA graph, once for each shape of batch, and replayed: the same kernels in the same order,
+takes the GPU to run them. On one GPU the frozen parts therefore take Liger's kernels, which are fewer and larger, and
+a step is captured as a CUDA graph, once for each shape of batch, and replayed: the same kernels in the same order,
 launched at once. Elsewhere the plain step runs.
 """
 
@@ -46,32 +46,34 @@ def no_attention_mask(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def label_positions_only(model: nn.Module, batch: Batch) -> Iterator[None]:
-    """Inside it the model's head sees the hidden states of label positions only: its logits are [L, vocabulary]."""
+def label_positions_only(model: nn.Module, row: Tensor, column: Tensor, in_float32: bool = False) -> Iterator[None]:
+    """Inside it the model's head sees the hidden states at [row, column] only: its logits are [L, vocabulary].
+
+    With `in_float32` its product is in that precision, whatever the weights' and autocast's.
+    """
+    head = model.get_output_embeddings()
 
     def select(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         hidden_BSh = inputs[0]
-        return (hidden_BSh.flatten(0, 1).index_select(0, batch.row * hidden_BSh.shape[1] + batch.column),)
+        return (hidden_BSh.flatten(0, 1).index_select(0, row * hidden_BSh.shape[1] + column),)
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(select)
+    def widen(_: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> Tensor:
+        with torch.autocast(logits.device.type, enabled=False):
+            bias = None if head.bias is None else head.bias.float()
+            return F.linear(inputs[0].float(), head.weight.float(), bias)
+
+    handles = [head.register_forward_pre_hook(select)]
+    if in_float32:
+        handles.append(head.register_forward_hook(widen))
     try:
         yield
     finally:
-        handle.remove()
-
-
-def compile_layers(model: nn.Module) -> None:
-    """Compile a model's decoder layers in place. They share code, so one compilation serves them all, of any shape."""
-    # Every method, in training and in scoring, is a compilation of the same code; beyond the limit nothing is compiled.
-    torch._dynamo.config.recompile_limit = 64
-    blocks = set(model.get_base_model()._no_split_modules or ())
-    for module in model.modules():
-        if type(module).__name__ in blocks:
-            module.compile(dynamic=True)
+        for handle in handles:
+            handle.remove()
 
 
 def fuse_backbone(model: nn.Module) -> bool:
-    """Put Liger's kernels for norms, rotary positions and SwiGLU into a base model; whether it has some for its type."""
+    """Put Liger's kernels for norms, rotary positions and SwiGLU into a base model; whether there are some for it."""
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
@@ -98,7 +100,7 @@ class EagerStep:
 
     def part(self, batch: Batch) -> Losses:
         """Forward and backward of a part; its losses are shares of the whole batch's, by label tokens."""
-        with no_attention_mask(self.model), label_positions_only(self.model, batch):
+        with no_attention_mask(self.model), label_positions_only(self.model, batch.row, batch.column):
             logits = self.wrapped(input_ids=batch.ids, use_cache=False).logits
         loss = F.cross_entropy(logits.float(), batch.target, reduction="sum") / batch.labels
         balance = torch.zeros_like(loss)
@@ -169,7 +171,7 @@ class GraphedStep:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):
+            for _ in range(1 if self.captured else 2):
                 self.eager.part(inputs)
         torch.cuda.current_stream().wait_stream(stream)
         for parameter in self.parameters:

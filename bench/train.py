@@ -23,7 +23,7 @@ from transformers import get_linear_schedule_with_warmup
 import malora
 from bench.data import GPU_WIDTHS, MOST_TOKENS, Encoded, collate, schedule
 from bench.record import RunConfig, source_hash
-from bench.step import EagerStep, GraphedStep, compile_layers
+from bench.step import EagerStep, GraphedStep, fuse_backbone
 from malora.backends import WAIT_FOR_THE_HOST
 
 # Reading a loss from a GPU makes the host wait for it. Every so many steps is often enough to notice a divergence
@@ -105,12 +105,10 @@ def train(
     """
     accelerator = Accelerator(mixed_precision="bf16" if config.device_type == "cuda" else "no")
     alone = accelerator.num_processes == 1
-    adapter = model.peft_config["default"]
-    waits = getattr(adapter, "backend", None) in WAIT_FOR_THE_HOST
-    capture = accelerator.device.type == "cuda" and alone and not waits
-    # PEFT's DoRA asks where its weights' class was defined, which the compiler cannot follow: 28 pieces a layer.
-    if capture and not getattr(adapter, "use_dora", False):
-        compile_layers(model)
+    backend = getattr(model.peft_config["default"], "backend", None)
+    capture = accelerator.device.type == "cuda" and alone and backend not in WAIT_FOR_THE_HOST
+    if capture:
+        fuse_backbone(model.get_base_model())
     batches = schedule(
         [len(code.ids) for code in encoded], batch_size=config.batch_size, epochs=config.epochs, seed=config.seed
     )

@@ -61,7 +61,7 @@ class Stack:
         return found
 
     def _renew(self, parameters: list[Tensor], x: Tensor) -> None:
-        """Copy the weights where they have changed. A CUDA graph has to hold the copy: weights change between replays."""
+        """Copy the weights if they have changed. A CUDA graph has to hold the copy: they change between replays."""
         capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
         shape_key = (x.dtype, x.device, capturing)
         key = (shape_key, *((p.data_ptr(), p._version) for p in parameters))
@@ -107,7 +107,7 @@ class Stack:
         G = len(self.layers)
         return zl[:, : G * self.shape.z_group].unflatten(1, (G, self.shape.z_group)).transpose(0, 1)
 
-    def P_gradient(self, e: Tensor, zl: Tensor) -> Tensor:  # noqa: N802  (P is the paper's)
+    def P_gradient(self, e: Tensor, zl: Tensor) -> Tensor:
         s, z = self.shape, self.by_sibling(zl)
         wide = torch.promote_types(z.dtype, torch.float32)
         if not s.z_step:

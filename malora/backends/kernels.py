@@ -1,7 +1,7 @@
 """Triton kernels of the fused backend: what stands between its matrix products.
 
-Shapes: T tokens, G siblings, N experts, r rank, R down rows of a sibling, H = N·r. A program handles a block of tokens of
-one sibling. Sums are in float32, or float64 where the data is.
+Shapes: T tokens, G siblings, N experts, r rank, H = N·r. A program handles a block of tokens of one sibling. Sums are
+in float32, or float64 where the data is.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_T = 32
-BLOCK = 1024
+QUARTER = 512
 
 
 @triton.jit
-def _keep(seed_ptr, offset, P: tl.constexpr):
-    """Which elements dropout keeps. Seven rounds of Philox pass the usual tests of randomness (Salmon et al. 2011)."""
-    return tl.rand(tl.load(seed_ptr), offset.to(tl.int32), n_rounds=7) >= P
-
-
-@triton.jit
-def _dropout_kernel(x_ptr, out_ptr, seed_ptr, size, P: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offset < size
-    x = tl.load(x_ptr + offset, mask=inside)
-    out = tl.where(_keep(seed_ptr, offset, P), x * (1 / (1 - P)), 0.0)
-    if ADD:
-        out += tl.load(out_ptr + offset, mask=inside)
-    tl.store(out_ptr + offset, out, mask=inside)
+def _dropout_kernel(x_ptr, out_ptr, seed_ptr, size, P: tl.constexpr, ADD: tl.constexpr, QUARTER: tl.constexpr):
+    # One draw of Philox is four numbers: an element of each quarter of the program's block takes one. Seven rounds pass
+    # the usual tests of randomness (Salmon et al. 2011).
+    program = tl.program_id(0)
+    lane = tl.arange(0, QUARTER)
+    draws = tl.rand4x(tl.load(seed_ptr), program * QUARTER + lane, n_rounds=7)
+    for quarter in tl.static_range(4):
+        offset = program.to(tl.int64) * (4 * QUARTER) + quarter * QUARTER + lane
+        inside = offset < size
+        x = tl.load(x_ptr + offset, mask=inside)
+        out = tl.where(draws[quarter] >= P, x * (1 / (1 - P)), 0.0)
+        if ADD:
+            out += tl.load(out_ptr + offset, mask=inside)
+        tl.store(out_ptr + offset, out, mask=inside)
 
 
 def dropout(x: Tensor, seed: Tensor, p: float, add_to: Tensor | None = None) -> Tensor:
@@ -42,8 +42,8 @@ def dropout(x: Tensor, seed: Tensor, p: float, add_to: Tensor | None = None) -> 
     """
     out = torch.empty_like(x) if add_to is None else add_to
     assert x.is_contiguous() and out.is_contiguous()
-    grid = (triton.cdiv(x.numel(), BLOCK),)
-    _dropout_kernel[grid](x, out, seed, x.numel(), P=p, ADD=add_to is not None, BLOCK=BLOCK)
+    grid = (triton.cdiv(x.numel(), 4 * QUARTER),)
+    _dropout_kernel[grid](x, out, seed, x.numel(), P=p, ADD=add_to is not None, QUARTER=QUARTER)
     return out
 
 
@@ -90,10 +90,9 @@ def _gate_kernel(
     ranks = tl.arange(0, PAD_R)
     columns = tl.arange(0, PAD_D)
     z_ptr += group * Z_GROUP
-    if HAS_P:
-        if Z_STEP == 0:
-            z = tl.load(z_ptr + rows[:, None] * z_stride + columns[None, :],
-                        mask=row_inside[:, None] & (columns < D)[None, :], other=0.0)  # fmt: skip
+    if HAS_P and Z_STEP == 0:
+        z = tl.load(z_ptr + rows[:, None] * z_stride + columns[None, :],
+                    mask=row_inside[:, None] & (columns < D)[None, :], other=0.0)  # fmt: skip
     for t in range(N):
         gate_t = tl.sum(tl.where((experts == t)[None, :], gate, 0.0), 1)
         if HAS_P:
@@ -132,10 +131,9 @@ def _gate_backward_kernel(
     z_inside = row_inside[:, None] & (columns < D)[None, :]
     z_ptr += group * Z_GROUP
     dz_ptr += group * Z_GROUP
-    if HAS_P:
-        if Z_STEP == 0:
-            z = tl.load(z_ptr + rows[:, None] * z_stride + columns[None, :], mask=z_inside, other=0.0)
-            dz = tl.zeros([BLOCK_T, PAD_D], dtype=WIDE)
+    if HAS_P and Z_STEP == 0:
+        z = tl.load(z_ptr + rows[:, None] * z_stride + columns[None, :], mask=z_inside, other=0.0)
+        dz = tl.zeros([BLOCK_T, PAD_D], dtype=WIDE)
     for t in range(N):
         is_t = (experts == t)[None, :]
         gate_t = tl.sum(tl.where(is_t, gate, 0.0), 1)
@@ -162,9 +160,8 @@ def _gate_backward_kernel(
                 tl.store(dz_ptr + rows[:, None] * z_stride + t * Z_STEP + columns[None, :], dz_t, mask=z_inside)
         else:
             tl.store(dz_ptr + rows[:, None] * z_stride + t * Z_STEP + ranks[None, :], e, mask=h_inside)
-    if HAS_P:
-        if Z_STEP == 0:
-            tl.store(dz_ptr + rows[:, None] * z_stride + columns[None, :], dz, mask=z_inside)
+    if HAS_P and Z_STEP == 0:
+        tl.store(dz_ptr + rows[:, None] * z_stride + columns[None, :], dz, mask=z_inside)
     inside = row_inside[:, None] & (experts < N)[None, :]
     place = (group * T + rows[:, None]) * N + experts[None, :]
     dp = dgate * chosen + tl.load(dprobability_ptr + place, mask=inside, other=0.0)

@@ -14,7 +14,7 @@ import malora
 from bench import record
 from bench.data import Encoded, collate
 from bench.run import BASE, configure, run
-from bench.step import EagerStep, GraphedStep, compile_layers
+from bench.step import EagerStep, GraphedStep, fuse_backbone
 from tests.bench.conftest import make_setting
 from tests.conftest import SHAPES, make_model
 
@@ -182,7 +182,7 @@ def test_seeds_change_the_run_and_the_same_seed_repeats_it(base_folder, tmp_path
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("method", ["lora", "malora"])
-def test_a_compiled_and_captured_step_is_the_plain_step(method):
+def test_a_captured_step_is_the_plain_step(method):
     """Three batches of two shapes, so that a replay follows another shape's, and one in parts."""
 
     def trained(captured: bool):
@@ -190,7 +190,7 @@ def test_a_compiled_and_captured_step_is_the_plain_step(method):
         model = get_peft_model(make_model(), malora.METHODS[method](lora_dropout=0.0)).cuda().train()
         step = EagerStep(model, model, Accelerator(), balance_factor=0.01)
         if captured:
-            compile_layers(model)
+            fuse_backbone(model.get_base_model())
             step = GraphedStep(step, batch_size=4)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         losses = []
