@@ -184,6 +184,8 @@ def _train_and_score(record: Record, setting: Setting, checkpoint: Path) -> None
             model.save_pretrained(setting.save, save_embedding_layers=False)
     if not processes().is_main_process:
         return
+    if setting.device.type == "cuda":
+        torch.cuda.empty_cache()  # of training's graphs; other runs may share the GPU
     start = time.perf_counter()
     score_with = {"format": config.format, "batch_size": profile.eval_batch_size}
     if config.method != BASE:
