@@ -174,6 +174,7 @@ class GraphedStep:
             for _ in range(1 if self.captured else 2):
                 self.eager.part(inputs)
         torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.empty_cache()  # what the first passes used is another stream's, and would stay so
         for parameter in self.parameters:
             parameter.grad = None  # so that the backward pass makes gradients of its own, in the graph's memory
         graph = torch.cuda.CUDAGraph()
