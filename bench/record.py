@@ -175,28 +175,31 @@ def find(config: RunConfig, folder: Path) -> Record | None:
 def publish(records: Iterable[Record], folder: Path) -> tuple[list[Path], list[str]]:
     """Copy records to `folder/runs`; returns the new paths, and of those that may not be published each the reason.
 
-    Only whole runs of a commit's code are published. What is there is never replaced.
+    Only whole runs of committed code are published, under the commit whose sources they were made from: the machine may
+    have had a copy of the tree without its history, or with an older one. What is there is never replaced.
     """
     paths, refused = [], []
     for record in records:
         if not record.complete:
             refused.append(f"{record.config.id} was cut short (max_steps or max_items)")
-        elif reason := _unclean(record.provenance):
-            refused.append(f"{record.config.id}: {reason}; commit, then run again")
-        elif not (folder / "runs" / f"{record.config.id}.json").exists():
-            paths.append(write(replace(record), folder))
+        elif (folder / "runs" / f"{record.config.id}.json").exists():
+            continue
+        elif (commit := commit_of(record.provenance["source_sha256"], record.provenance["commit"])) is None:
+            refused.append(f"{record.config.id} was made from code that no commit here has; commit, then run again")
+        else:
+            provenance = record.provenance | {"commit": commit, "dirty": False}
+            paths.append(write(replace(record, provenance=provenance), folder))
     return paths, refused
 
 
-def _unclean(provenance: dict[str, Any]) -> str | None:
-    commit = provenance["commit"]
-    if commit is None:
-        return "it does not say from which commit it was made"
-    if provenance["dirty"]:
-        return "it was made from a working tree with changes"
-    if provenance["dirty"] is None and source_hash_of(commit) != provenance["source_sha256"]:
-        return f"its code is not that of commit {commit[:12]}"
-    return None
+@cache
+def commit_of(sources: str, likely: str | None) -> str | None:
+    """The commit with these sources, by their hash: the likely one, or the latest; None if this clone has none."""
+    try:
+        commits = _git("rev-list", "--max-count=200", "HEAD", "--", *SOURCES).splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return next((commit for commit in filter(None, [likely, *commits]) if source_hash_of(commit) == sources), None)
 
 
 def _replace(path: Path, content: bytes) -> None:
@@ -267,16 +270,12 @@ def _cpu_name() -> str:
 
 @cache
 def _git_state() -> tuple[str | None, bool | None]:
-    """Commit, and whether the sources differ from it.
-
-    A machine that got a copy of the tree without its history is told the commit by MALORA_COMMIT; it cannot tell
-    whether the tree is clean, so that is left open, and `publish` compares the sources' hash with the commit's.
-    """
+    """Commit, and whether the sources differ from it; None where there is no history. `publish` goes by the sources."""
     try:
         commit = _git("rev-parse", "HEAD").strip()
         return commit, bool(_git("status", "--porcelain", "--", *SOURCES).strip())
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("MALORA_COMMIT"), None
+        return None, None
 
 
 def _git(*arguments: str) -> str:
@@ -290,6 +289,7 @@ def source_hash() -> str:
     return _hash_sources((path.relative_to(ROOT).as_posix(), path.read_text()) for path in paths)
 
 
+@cache
 def source_hash_of(commit: str) -> str | None:
     """The same over a commit; None if this clone does not have it."""
     try:

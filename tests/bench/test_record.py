@@ -111,7 +111,18 @@ def test_an_interrupted_write_leaves_nothing_that_counts(tmp_path, monkeypatch):
     assert record.read_all(tmp_path) == []
 
 
-def test_publishing_takes_clean_whole_records_and_replaces_none(tmp_path):
+@pytest.fixture
+def history(monkeypatch):
+    """A clone whose commits have known sources."""
+    sources = {"later": "y", CLEAN["commit"]: CLEAN["source_sha256"], "earlier": "z"}
+    monkeypatch.setattr(record, "_git", lambda *arguments: "\n".join(sources))
+    monkeypatch.setattr(record, "source_hash_of", sources.get)
+    record.commit_of.cache_clear()
+    yield
+    record.commit_of.cache_clear()
+
+
+def test_publishing_takes_clean_whole_records_and_replaces_none(tmp_path, history):
     assert len(record.publish([make(0), make(1)], tmp_path)[0]) == 2
     before = {p.name: p.read_bytes() for p in (tmp_path / "runs").iterdir()}
     assert record.publish([make(0, right=0.9)], tmp_path) == ([], [])
@@ -121,15 +132,22 @@ def test_publishing_takes_clean_whole_records_and_replaces_none(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"provenance": {**CLEAN, "dirty": True}}, "a working tree with changes"),
-        ({"provenance": {**CLEAN, "commit": None}}, "does not say from which commit"),
-        ({"provenance": {**CLEAN, "dirty": None}}, "its code is not that of commit 000000000000"),
+        ({"provenance": {**CLEAN, "source_sha256": "12" * 32}}, "made from code that no commit here has"),
         ({"config": replace(CONFIG, max_items=3)}, "was cut short"),
     ],
 )
-def test_publishing_refuses_the_rest_and_says_why(tmp_path, options, message):
+def test_publishing_refuses_the_rest_and_says_why(tmp_path, history, options, message):
     paths, refused = record.publish([make(1), replace(make(0), **options)], tmp_path)
     assert len(paths) == 1 and len(refused) == 1 and message in refused[0]
+
+
+def test_publishing_names_the_commit_whose_code_it_was(tmp_path, history):
+    """A machine may have had the tree without its history, or with an older one and changes that were committed since."""
+    for folder, found in {"a": None, "b": "earlier"}.items():
+        made = replace(make(0), provenance=CLEAN | {"commit": found, "dirty": True})
+        (path,), _ = record.publish([made], tmp_path / folder)
+        published = record.read(path).provenance
+        assert (published["commit"], published["dirty"]) == (CLEAN["commit"], False)
 
 
 def test_a_commit_has_the_hash_of_its_sources():
