@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.profiler import DeviceType
-from transformers import StaticCache
+from transformers import PreTrainedModel, StaticCache
 
 import malora
 from bench.train import Stopwatch
@@ -213,6 +213,20 @@ def count(step: Callable[[Done], Any], device: torch.device) -> dict[str, int | 
         "launches": sum(name.startswith(_LAUNCHES) for name in on_host),
         "synchronisations": sum(name in _WAITS for name in on_host),
     }
+
+
+def backbone_flops(base: PreTrainedModel, work: Work) -> int | None:
+    """Matrix operations of the frozen backbone in a step; None for decode, which is bound by memory.
+
+    A token costs 2 operations a weight of the linear maps, and 2·S·h a layer for causal attention over S tokens of
+    width h. A backward pass down to the activations costs the first once more and the second twice. What an adapter
+    adds is not counted: a row's share of the device's rate says how near it is to the work that cannot be left out.
+    """
+    if work.mode == "decode":
+        return None
+    linear = 2 * sum(m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear))
+    attention = 2 * work.length * base.config.hidden_size * base.config.num_hidden_layers
+    return work.tokens * (2 * linear + 3 * attention if work.mode == "train" else linear + attention)
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:

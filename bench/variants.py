@@ -94,7 +94,9 @@ CONFIGS: dict[str, Callable[..., PeftConfig]] = {
     **{name: malora.METHODS[name] for name in ("asylora", "molora", "moasylora", "malora", "malora-small")},
 }
 OURS = tuple(name for name in CONFIGS if not name.startswith("peft-"))
-_BACKENDS = tuple(name for name in malora.BACKENDS if name != "reference")  # without the rivals, registered later
+DEFAULT_BACKENDS = tuple(
+    name for name in malora.BACKENDS if name != "reference"
+)  # without the rivals, registered later
 MAIN = ("lora", "molora", "malora")  # they run in every way; the others in the way that trains them fastest
 RUNS = ("eager", "compiled", "captured")
 # With them a method's row can be read: they are measured whenever a method is asked for by its name.
@@ -112,7 +114,7 @@ def variants() -> dict[str, Variant]:
     rows += [Variant("lora-plain-compiled", "lora", "dense", "compiled", plain=True)]
     for method in OURS:
         routed = CONFIGS[method]().has_router
-        for backend in _BACKENDS:
+        for backend in DEFAULT_BACKENDS:
             if backend in WAIT_FOR_THE_HOST:
                 rows += [Variant(f"{method}-{backend}", method, backend)] if routed else []
                 continue
