@@ -25,7 +25,7 @@ from bench.record import SpeedRecord, provenance
 from bench.rivals import registered
 from bench.rounds import ModelRow, measure
 from bench.sweep import SWEEPS, sweep_rows
-from bench.variants import OURS, SHAPES, backbone, choose
+from bench.variants import ROUTED, SHAPES, backbone, choose
 
 LOCAL = record.RESULTS / "local" / "speed"
 
@@ -96,8 +96,8 @@ def _speed(options: argparse.Namespace) -> int:
     work = _work(options)
     names = options.variant.split(",")
     if options.sweep:
-        if unknown := set(names) - set(OURS):
-            raise UserError(f"--sweep takes methods of ours: {', '.join(OURS)}; not {', '.join(sorted(unknown))}.")
+        if unknown := set(names) - set(ROUTED):
+            raise UserError(f"--sweep takes mixtures of ours, {', '.join(ROUTED)}; not {', '.join(sorted(unknown))}.")
         config = SHAPES[options.shape].config
         linear = nn.Linear(config["hidden_size"], config["intermediate_size"], bias=False, device=device, dtype=dtype)
         rows = sweep_rows(options.sweep, names, linear.requires_grad_(False), work)

@@ -94,6 +94,7 @@ CONFIGS: dict[str, Callable[..., PeftConfig]] = {
     **{name: malora.METHODS[name] for name in ("asylora", "molora", "moasylora", "malora", "malora-small")},
 }
 OURS = tuple(name for name in CONFIGS if not name.startswith("peft-"))
+ROUTED = tuple(name for name in OURS if CONFIGS[name]().has_router)
 DEFAULT_BACKENDS = tuple(
     name for name in malora.BACKENDS if name != "reference"
 )  # without the rivals, registered later
@@ -113,10 +114,9 @@ def variants() -> dict[str, Variant]:
     rows += [Variant("peft-lora-plain-compiled", "peft-lora", run="compiled", plain=True)]
     rows += [Variant("lora-plain-compiled", "lora", "dense", "compiled", plain=True)]
     for method in OURS:
-        routed = CONFIGS[method]().has_router
         for backend in DEFAULT_BACKENDS:
             if backend in WAIT_FOR_THE_HOST:
-                rows += [Variant(f"{method}-{backend}", method, backend)] if routed else []
+                rows += [Variant(f"{method}-{backend}", method, backend)] if method in ROUTED else []
                 continue
             for run in RUNS if method in MAIN else ("compiled",):
                 rows.append(Variant(_name(f"{method}-{backend}", run), method, backend, run))
@@ -138,7 +138,7 @@ def choose(names: list[str], mode: str, device: torch.device) -> list[Variant]:
     runs = {"eager"} if device.type == "cpu" else set(RUNS) - ({"compiled"} if mode == "decode" else set())
     chosen: list[str] = []
     for name in names:
-        group = [row.name for row in rows.values() if row.method == name or name == "all"]
+        group = [row.name for row in rows.values() if name == "all" or (name in OURS and row.method == name)]
         if group:
             group = [row for row in rows if row in group or row in BASELINES]
             chosen += [row for row in group if rows[row].run in runs]
@@ -147,7 +147,7 @@ def choose(names: list[str], mode: str, device: torch.device) -> list[Variant]:
                 raise UserError(f"{name} is a CUDA graph, and there is no GPU here.")
             chosen.append(name)
         else:
-            methods = ", ".join(("all", *CONFIGS))
+            methods = ", ".join(("all", *OURS))
             raise UserError(f"unknown variant {name!r}; there are {methods}, and the rows {', '.join(rows)}.")
     return [rows[name] for name in dict.fromkeys(chosen)]
 
