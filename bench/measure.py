@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.profiler import DeviceType
+from torch.autograd import DeviceType
 from transformers import PreTrainedModel, StaticCache
 
 import malora

@@ -27,6 +27,9 @@ from bench.rounds import ModelRow, measure
 from bench.sweep import SWEEPS, sweep_rows
 from bench.variants import ROUTED, SHAPES, backbone, choose
 
+# More variants share one decoder layer's code than torch.compile expects. Where it would give up and run a row eagerly
+# after all, that row is to fail.
+COMPILE = {"recompile_limit": 1024, "accumulated_recompile_limit": 1024, "fail_on_recompile_limit_hit": True}
 LOCAL = record.RESULTS / "local" / "speed"
 
 
@@ -105,12 +108,9 @@ def _speed(options: argparse.Namespace) -> int:
         chosen = choose(names, options.mode, device)
         base = backbone(SHAPES[options.shape], options.layers, device)
         rows = [ModelRow(variant, base, work) for variant in chosen]
-    # More variants share one decoder layer's code than torch.compile expects; and where it would give up and run a row
-    # eagerly after all, that row is to fail.
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
     before = ceilings(device, dtype)
-    found = measure(rows, options.rounds, device)
+    with torch._dynamo.config.patch(COMPILE):
+        found = measure(rows, options.rounds, device)
     made = SpeedRecord(
         shape=options.shape,
         mode="layer" if options.sweep else options.mode,
