@@ -6,7 +6,7 @@ ARGS ?=
 # Installed first and by itself, so that nothing else decides which build comes.
 TORCH ?= torch==2.13.0
 
-.PHONY: test lint leaderboard check-tables reproduce-table2 clean
+.PHONY: test lint leaderboard check-tables reproduce-table2 reproduce-table10 clean
 .DEFAULT_GOAL := help
 
 help: ## what there is
@@ -27,6 +27,9 @@ lint: .venv/ready ## style and formatting
 
 reproduce-table2: .venv/ready ## Table 2 at the size this machine can do, into results/local
 	$(BIN)/python -m bench table2 $(ARGS)
+
+reproduce-table10: .venv/ready ## Table 10 and Figure 4c on this machine, into results/local/speed
+	$(BIN)/python -m bench.speed --variant all $(ARGS)
 
 leaderboard: .venv/ready ## tables and the README's leaderboard, from the published records
 	$(BIN)/python -m bench leaderboard

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import malora
-from bench import UserError, record, report
+from bench import UserError, record, report, speed_report
+from bench.arguments import Help, one_of, positive
 from bench.experiments import EXPERIMENTS, choose_rates, final, sweep
 from bench.model import check_adapter, load, load_adapter, prepare
 from bench.profiles import PROFILES, Profile, default_profile
@@ -25,6 +26,7 @@ from bench.score import score
 from tasks import FORMATS, MIXTURES, DataError, Folder, build
 
 LOCAL = record.RESULTS / "local"
+SPEED = "speed"  # the folder of bench.speed's records, beside those of the profiles
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, experiment in EXPERIMENTS.items():
-        table = commands.add_parser(name, help=f"{experiment.title}: train, score, lay out", formatter_class=_Help)
+        table = commands.add_parser(name, help=f"{experiment.title}: train, score, lay out", formatter_class=Help)
         _add_setting(table)
         table.add_argument(
             "--methods",
@@ -53,23 +55,23 @@ def _parser() -> argparse.ArgumentParser:
             metavar="A,B",
             help="methods to compare, by commas",
         )
-        table.add_argument("--seeds", type=_positive, metavar="K", help="runs a row (default: the profile's)")
+        table.add_argument("--seeds", type=positive, metavar="K", help="runs a row (default: the profile's)")
         table.add_argument(
             "--sweep",
             action="store_true",
             help="first try each of the profile's rates for each method; without it the published choice counts",
         )
         table.add_argument(
-            "--jobs", type=_positive, metavar="J", help="runs at a time (default: one a core, or one on a GPU)"
+            "--jobs", type=positive, metavar="J", help="runs at a time (default: one a core, or one on a GPU)"
         )
         table.set_defaults(command=_table, experiment=experiment)
 
-    one = commands.add_parser("run", help="one run: train, score, record", formatter_class=_Help)
+    one = commands.add_parser("run", help="one run: train, score, record", formatter_class=Help)
     _add_setting(one)
     one.add_argument("--method", type=_method, default="malora", metavar="M", help="what to train")
     one.add_argument(
         "--mixture",
-        type=_one_of("mixture", MIXTURES),
+        type=one_of("mixture", MIXTURES),
         default="intra",
         metavar="NAME",
         help="tasks to train together; the tiny profile has a stand-in for intra",
@@ -87,42 +89,39 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--save", type=Path, metavar="DIR", help="keep the trained adapter there")
     one.set_defaults(command=_run)
 
-    scored = commands.add_parser("score", help="score a saved adapter on a mixture's tests", formatter_class=_Help)
+    scored = commands.add_parser("score", help="score a saved adapter on a mixture's tests", formatter_class=Help)
     _add_setting(scored)
     scored.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="what save_pretrained wrote")
     scored.add_argument(
-        "--mixture", type=_one_of("mixture", MIXTURES), default="intra", metavar="NAME", help="whose tests"
+        "--mixture", type=one_of("mixture", MIXTURES), default="intra", metavar="NAME", help="whose tests"
     )
     scored.set_defaults(command=_score)
 
     board = commands.add_parser(
-        "leaderboard", help="write results/**/*.md and the README's table from records", formatter_class=_Help
+        "leaderboard", help="write results/**/*.md and the README's table from records", formatter_class=Help
     )
     board.add_argument(
         "--check", action="store_true", help="write nothing; exit 1 if a file is not what the records give"
     )
     board.set_defaults(command=_leaderboard)
 
-    publish = commands.add_parser("publish", help="copy clean, whole records to results/PROFILE", formatter_class=_Help)
+    publish = commands.add_parser("publish", help="copy clean, whole records to results/PROFILE", formatter_class=Help)
     publish.add_argument(
-        "--profile", type=_one_of("profile", PROFILES), default=default_profile(), metavar="P", help="whose"
+        "--profile",
+        type=one_of("profile", (*PROFILES, SPEED)),
+        default=default_profile(),
+        metavar="P",
+        help=f"whose; {SPEED} for those of bench.speed",
     )
     publish.add_argument("--results", type=Path, metavar="DIR", help="where from (default: results/local/PROFILE)")
     publish.set_defaults(command=_publish)
     return parser
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows an option's default unless there is none to show."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
-
-
 def _add_setting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile",
-        type=_one_of("profile", PROFILES),
+        type=one_of("profile", PROFILES),
         default=default_profile(),
         metavar="P",
         help=f"size of the experiment: {', '.join(PROFILES)}",
@@ -136,38 +135,21 @@ def _add_setting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="M", help="built-in name, folder or hub id (default: the profile's)")
     parser.add_argument(
         "--format",
-        type=_one_of("format", FORMATS),
+        type=one_of("format", FORMATS),
         default="letters",
         metavar="F",
         help=f"how questions are put: {', '.join(FORMATS)}",
     )
     parser.add_argument("--results", type=Path, metavar="DIR", help="for records (default: results/local/PROFILE)")
-    parser.add_argument("--max-steps", type=_positive, metavar="N", help="stop training early, to try things out")
-    parser.add_argument(
-        "--max-items", type=_positive, metavar="N", help="score so many items a task, to try things out"
-    )
+    parser.add_argument("--max-steps", type=positive, metavar="N", help="stop training early, to try things out")
+    parser.add_argument("--max-items", type=positive, metavar="N", help="score so many items a task, to try things out")
 
 
-def _one_of(what: str, choices) -> type:
-    def check(value: str) -> str:
-        if value not in choices:
-            raise argparse.ArgumentTypeError(f"unknown {what} {value!r}; there are {', '.join(choices)}")
-        return value
-
-    return check
-
-
-_method = _one_of("method", malora.METHODS)
+_method = one_of("method", malora.METHODS)
 
 
 def _methods(value: str) -> list[str]:
     return [_method(name) for name in value.split(",")]
-
-
-def _positive(value: str) -> int:
-    if not (value.isdigit() and int(value) > 0):
-        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number from 1")
-    return int(value)
 
 
 def _rate(value: str) -> float:
@@ -307,8 +289,10 @@ def _leaderboard(options: argparse.Namespace) -> int:
     records = {name: record.read_all(record.RESULTS / name) for name in PROFILES}
     records = {name: found for name, found in records.items() if found}
     pages = {record.RESULTS / name: text for name, text in report.published_pages(records).items()}
+    speeds = record.read_speed(record.RESULTS / SPEED)
+    pages |= {record.RESULTS / SPEED / name: text for name, text in speed_report.pages(speeds).items()}
     readme = record.ROOT / "README.md"
-    pages[readme] = report.fill_readme(readme.read_text(), records)
+    pages[readme] = speed_report.fill_readme(report.fill_readme(readme.read_text(), records), speeds)
     stale = [path for path, text in pages.items() if not path.is_file() or path.read_text() != text]
     for path in stale:
         if not options.check:
@@ -319,7 +303,8 @@ def _leaderboard(options: argparse.Namespace) -> int:
 
 def _publish(options: argparse.Namespace) -> int:
     folder = record.RESULTS / options.profile
-    paths, refused = record.publish(record.read_all(options.results or LOCAL / options.profile), folder)
+    read = record.read_speed if options.profile == SPEED else record.read_all
+    paths, refused = record.publish(read(options.results or LOCAL / options.profile), folder)
     for reason in refused:
         print(f"not published: {reason}", file=sys.stderr)
     print(f"{len(paths)} new records in {folder}; `python -m bench leaderboard` writes its tables.")

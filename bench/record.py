@@ -102,6 +102,10 @@ class Record:
     path: Path | None = None
 
     @property
+    def id(self) -> str:
+        return self.config.id
+
+    @property
     def complete(self) -> bool:
         """Whether the run was the whole of what it stands for."""
         return self.config.max_steps is None and self.config.max_items is None
@@ -110,6 +114,64 @@ class Record:
         """Mean over tasks of the split's scores, in percent; None without them."""
         scores = getattr(self, split)
         return 100 * sum(s["value"] for s in scores.values()) / len(scores) if scores else None
+
+
+@dataclass
+class SpeedRecord:
+    """What one call of `python -m bench.speed` measured. Unknown is None.
+
+    Attributes:
+        shape: name of the backbone.
+        mode: train, prefill, decode, or layer where one linear map was measured.
+        options: what the call was asked for; `layers` cuts the depth for trying things out, and is not published.
+        ceilings: before and after: matrix_flops_per_second, copy_bytes_per_second.
+        rows: one a variant, in the order of measuring, with every sample.
+    """
+
+    shape: str
+    mode: str
+    options: dict[str, Any]
+    provenance: dict[str, Any]
+    ceilings: dict[str, dict[str, float]]
+    rows: list[dict[str, Any]]
+
+    @property
+    def id(self) -> str:
+        """Made of when it was measured, for the same call may be made often, and of what it holds."""
+        content = hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+        when = self.provenance["time"].translate({ord("-"): None, ord(":"): None})
+        return f"{self.shape}-{self.mode}-{when}-{content[:8]}"
+
+    @property
+    def complete(self) -> bool:
+        return self.options["layers"] is None
+
+
+def write_speed(record: SpeedRecord, folder: Path) -> Path:
+    """Write a record of speed into `folder/runs`; returns its path."""
+    path = folder / "runs" / f"{record.id}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, (json.dumps({"schema": SCHEMA, **dataclasses.asdict(record)}, indent=1) + "\n").encode())
+    return path
+
+
+def read_speed(folder: Path) -> list[SpeedRecord]:
+    """Every record of speed in a folder, the latest last.
+
+    Raises:
+        UserError: a record is broken or of another schema.
+    """
+    records = []
+    for path in (folder / "runs").glob("*.json"):
+        try:
+            content = json.loads(path.read_text())
+            if content.pop("schema") != SCHEMA:
+                raise ValueError(f"this version reads schema {SCHEMA}")
+            records.append(SpeedRecord(**content))
+            records[-1].id  # noqa: B018  (a record without its time is broken too)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not a whole record of speed ({error}); delete or restore it.") from error
+    return sorted(records, key=lambda record: (record.provenance["time"], record.id))
 
 
 def write(record: Record, folder: Path) -> Path:
@@ -172,7 +234,7 @@ def find(config: RunConfig, folder: Path) -> Record | None:
     return read(path) if path.is_file() else None
 
 
-def publish(records: Iterable[Record], folder: Path) -> tuple[list[Path], list[str]]:
+def publish(records: Iterable[Record | SpeedRecord], folder: Path) -> tuple[list[Path], list[str]]:
     """Copy records to `folder/runs`; returns the new paths, and of those that may not be published each the reason.
 
     Only whole runs of committed code are published, under the commit whose sources they were made from: the machine may
@@ -181,14 +243,15 @@ def publish(records: Iterable[Record], folder: Path) -> tuple[list[Path], list[s
     paths, refused = [], []
     for record in records:
         if not record.complete:
-            refused.append(f"{record.config.id} was cut short (max_steps or max_items)")
-        elif (folder / "runs" / f"{record.config.id}.json").exists():
+            refused.append(f"{record.id} was cut short (max_steps or max_items; layers, of speed)")
+        elif (folder / "runs" / f"{record.id}.json").exists():
             continue
         elif (commit := commit_of(record.provenance["source_sha256"], record.provenance["commit"])) is None:
-            refused.append(f"{record.config.id} was made from code that no commit here has; commit, then run again")
+            refused.append(f"{record.id} was made from code that no commit here has; commit, then run again")
         else:
             provenance = record.provenance | {"commit": commit, "dirty": False}
-            paths.append(write(replace(record, provenance=provenance), folder))
+            save = write_speed if isinstance(record, SpeedRecord) else write
+            paths.append(save(replace(record, provenance=provenance), folder))
     return paths, refused
 
 

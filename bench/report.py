@@ -5,17 +5,15 @@ The paper's own figures are those of `paper.json`, and are marked as the paper's
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 from tabulate import tabulate
 
 from bench.experiments import EXPERIMENTS, SWEEP_SEED, Experiment, choose_rates
+from bench.paper import paper
 from bench.profiles import PROFILES
 from bench.record import Record, RunConfig
 from bench.run import BASE
@@ -24,11 +22,6 @@ from tasks import TASKS
 
 TITLES = {"lora": "LoRA", "asylora": "AsyLoRA", "dora": "DoRA", "molora": "MoLoRA", "moasylora": "MoAsyLoRA",
           "malora": "MALoRA", "malora-small": "MALoRA-Small", BASE: "base, no adapter"}  # fmt: skip
-
-
-@cache
-def paper() -> dict:
-    return json.loads((Path(__file__).parent / "paper.json").read_text())
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ AttentionInterface.register(CAUSAL_SDPA, sdpa_attention_forward)
 @contextmanager
 def no_attention_mask(model: nn.Module) -> Iterator[None]:
     """Inside it attention is causal and knows no padding, which must stand to the right of all that is read."""
-    config = model.get_base_model().config
+    config = model.config
     before = config._attn_implementation
     if before == "sdpa":
         config._attn_implementation = CAUSAL_SDPA

@@ -65,6 +65,12 @@ class Siblings:
         self.__init__()
         self.layers = state["layers"]
 
+    def release(self) -> None:
+        """Drop the narrow copies of the weights; the next pass makes them again."""
+        self._stacks.clear()
+        self._forget()
+
+    @torch.compiler.disable  # a compiled layer calls the kernels, it does not look into them
     def output(self, layer: MaloraLayer, adapter: str, x: Tensor) -> Tensor:
         """The layer's output for x [..., n], base included."""
         state = (adapter, x._version, torch.is_grad_enabled(), layer.training)

@@ -142,7 +142,7 @@ def test_publishing_refuses_the_rest_and_says_why(tmp_path, history, options, me
 
 
 def test_publishing_names_the_commit_whose_code_it_was(tmp_path, history):
-    """A machine may have had the tree without its history, or with an older one and changes that were committed since."""
+    """A machine may have had the tree without its history, or with an older one."""
     for folder, found in {"a": None, "b": "earlier"}.items():
         made = replace(make(0), provenance=CLEAN | {"commit": found, "dirty": True})
         (path,), _ = record.publish([made], tmp_path / folder)

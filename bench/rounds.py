@@ -1,0 +1,138 @@
+"""Rows that are measured in turns: every round times each of them once, so that drift of the device hits all alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from bench import UserError
+from bench.measure import STEPS, Done, Work, count, time_steps, wall_seconds
+from bench.variants import Subject, Variant
+
+SLOW_SECONDS = 10.0  # a step; such a row is warm from its first pass, and gets two samples
+ROUND_SECONDS = 1.0  # a row's share of a round: short steps are sampled several times
+MOST_SAMPLES = 10  # a round
+
+Step = Callable[[Done], Any]
+
+
+class Measured(Protocol):
+    """A row that can be entered as often as there are rounds. What it compiled it keeps, its memory it gives back."""
+
+    about: dict[str, Any]  # what the record says of it
+    batch: int
+
+    def session(self) -> Any: ...
+
+
+class ModelRow:
+    """A variant on the whole backbone."""
+
+    def __init__(self, variant: Variant, base: PreTrainedModel, work: Work) -> None:
+        self.variant, self.base, self.work, self.batch = variant, base, work, work.batch
+        self.subject: Subject | None = None
+        self.about: dict[str, Any] = dataclasses.asdict(variant)
+
+    @contextmanager
+    def session(self) -> Iterator[Step]:
+        if self.subject is None:
+            self.subject = Subject(self.variant, self.base, self.work.mode, self.work.dropout)
+            self.about |= {"trainable": self.subject.trainable, "autocast": self.subject.autocast}
+        self.subject.load()
+        try:
+            yield STEPS[self.work.mode](self.subject, self.work, self.batch)
+        finally:
+            self.subject.park()
+
+
+def measure(rows: list[Measured], rounds: int, device: torch.device) -> list[dict[str, Any]]:
+    """Warms every row up, then times all of them in `rounds` rounds. A row that cannot run says why; the others go on.
+
+    Returns:
+        By row: what it is, status (ok, oom, failed, unavailable), samples of seconds by part, peak memory in bytes over
+        the timed rounds, and what `count` counted.
+    """
+    found = [_first_pass(row, device) for row in rows]
+    for number in range(rounds):
+        print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+        for row, result in zip(rows, found, strict=True):
+            slow = result["status"] == "ok" and result["warm_seconds"] > SLOW_SECONDS
+            if result["status"] == "ok" and not (slow and number >= 2):
+                _guarded(result, device, _round, row, result, rounds, device)
+    return found
+
+
+def _first_pass(row: Measured, device: torch.device) -> dict[str, Any]:
+    """Builds, compiles and counts. Training that does not fit is tried with half the micro-batch, until one fits."""
+    result: dict[str, Any] = {"status": "ok", "reason": None, "seconds": {}, "peak_bytes": None}
+    while True:
+        _guarded(result, device, _warm_up, row, result, device)
+        if result["status"] != "oom" or row.batch == 1 or row.work.mode != "train":
+            break
+        row.batch = row.batch // 2 if row.batch % 2 == 0 else 1
+        result |= {"status": "ok", "reason": f"micro-batches of {row.batch}: more did not fit into memory"}
+    result |= row.about | {"batch": row.batch}
+    note = f"{result['warm_seconds']:.3f} s" if result["status"] == "ok" else f"{result['status']}: {result['reason']}"
+    print(f"{result['name']}: {note}", file=sys.stderr, flush=True)
+    return result
+
+
+def _warm_up(row: Measured, result: dict[str, Any], device: torch.device) -> None:
+    def first() -> None:
+        with row.session() as step:
+            result["first_seconds"] = wall_seconds(lambda: step(_ignore), device)
+            result["warm_seconds"] = wall_seconds(lambda: step(_ignore), device)
+            result.update(count(step, device))
+
+    result["build_seconds"] = wall_seconds(first, device)  # compiling included
+
+
+def _round(row: Measured, result: dict[str, Any], rounds: int, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with row.session() as step:
+        if result["warm_seconds"] <= SLOW_SECONDS:
+            step(_ignore)  # the allocator starts empty
+        samples = max(1 if rounds > 1 else 2, min(MOST_SAMPLES, int(ROUND_SECONDS / result["warm_seconds"])))
+        for sample in time_steps(step, samples, device):
+            for part, seconds in sample.items():
+                result["seconds"].setdefault(part, []).append(seconds)
+    if device.type == "cuda":
+        peak = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+        before = result["peak_bytes"] or peak
+        result["peak_bytes"] = {kind: max(value, before[kind]) for kind, value in peak.items()}
+
+
+def _guarded(result: dict[str, Any], device: torch.device, run: Callable[..., None], *arguments: Any) -> None:
+    """Runs a pass of a row; what it raises becomes the row's status and reason."""
+    try:
+        run(*arguments)
+    except torch.OutOfMemoryError as error:
+        result |= {"status": "oom", "reason": _first_line(error)}
+    except UserError as error:
+        result |= {"status": "unavailable", "reason": str(error)}
+    except Exception as error:  # a library's compiler or capture raises whatever it likes, and the others go on
+        result |= {"status": "failed", "reason": f"{type(error).__name__}: {_first_line(error)}"}
+    if result["status"] != "ok":
+        free(device)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")[:300]
+
+
+def free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _ignore(part: str) -> None:
+    """A warm-up's parts are nobody's."""

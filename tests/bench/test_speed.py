@@ -1,0 +1,285 @@
+"""The profiler: its rows run in turns, what cannot run says why, and its goal table is arithmetic on a record."""
+
+import argparse
+import json
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import record, rounds, speed, speed_report
+from bench.__main__ import main
+from bench.measure import DecodeStep, Work, backbone_flops
+from bench.record import SpeedRecord
+from bench.rivals import registered
+from bench.variants import DEFAULT_BACKENDS, SHAPES, Subject, Variant, backbone, choose, variants
+from tests.bench.test_record import CLEAN
+
+CPU = torch.device("cpu")
+TOY = SHAPES["toy"]
+
+
+def run(tmp_path, *arguments) -> SpeedRecord:
+    assert speed.main([*map(str, arguments), "--results", str(tmp_path)]) == 0
+    return record.read_speed(tmp_path)[-1]
+
+
+@pytest.fixture(autouse=True)
+def short_rounds(monkeypatch):
+    monkeypatch.setattr(rounds, "ROUND_SECONDS", 0.1)
+
+
+def test_a_call_makes_a_record_a_table_and_a_figure(tmp_path, capsys):
+    names = ["floor", "peft-lora", "malora-dense", "peft-lora-liger", "molora-loop"]
+    made = run(tmp_path, "--variant", ",".join(names), "--rounds", 2, "--layers", 1)
+    assert [row["name"] for row in made.rows] == names
+    for row in made.rows:
+        if row["name"] != "peft-lora-liger":
+            parts = row["seconds"]
+            assert len(parts["step"]) >= 2 and set(parts) == {"forward", "backward", "optimizer", "step"}
+            assert parts["step"][0] == pytest.approx(
+                sum(parts[part][0] for part in ("forward", "backward", "optimizer"))
+            )
+    assert made.ceilings["before"]["matrix_flops_per_second"] > 0 and not made.complete
+    page = (tmp_path / "table10.md").read_text()
+    assert "These are a CPU's figures" in page and "cut to 1 layers" in page
+    assert "*14.687*" in page and "*1.07*" in page  # the paper's MALoRA, and what it is of its LoRA
+    assert ">malora-dense</text>" in (tmp_path / "figure4c.svg").read_text()
+    assert str(tmp_path) in capsys.readouterr().out
+    assert main(["publish", "--profile", "speed", "--results", str(tmp_path)]) == 0
+    assert f"{made.id} was cut short" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+def test_inference(mode, tmp_path, capsys):
+    made = run(tmp_path, "--variant", "peft-lora,malora-dense", "--rounds", 1, "--layers", 1, "--mode", mode)
+    assert all(row["status"] == "ok" for row in made.rows)
+    assert f"## toy, {mode}" in capsys.readouterr().out
+
+
+def test_a_sweep_has_a_row_a_value_and_backend(tmp_path, capsys):
+    arguments = ("--variant", "molora,malora", "--sweep", "top-k", "--tokens", 16, "--rounds", 1)
+    made = run(tmp_path, *arguments)
+    assert len(made.rows) == 4 * 2 * (len(DEFAULT_BACKENDS) + 1)  # the rival besides
+    assert {row["status"] for row in made.rows} == {"ok"} and "| top-k |" in capsys.readouterr().out.replace("  ", "")
+
+
+class Fake:
+    """A row that writes down when it runs, and fails where it is told to."""
+
+    work = Work("train", batch=4, length=8, tokens=64, dropout=0.0, vocab_size=8)
+
+    def __init__(self, name, log, fits=4, error=None):
+        self.about, self.log, self.batch, self.fits, self.error = {"name": name}, log, 4, fits, error
+
+    @contextmanager
+    def session(self):
+        self.log.append(self.about["name"])
+        if self.error:
+            raise self.error
+        if self.batch > self.fits:
+            raise torch.OutOfMemoryError("Tried to allocate 2 GiB.\nmore")
+        yield lambda done: done("forward")
+
+
+def test_rows_are_measured_in_turns():
+    log = []
+    rounds.measure([Fake(name, log) for name in "abc"], 3, CPU)
+    assert log == list("abc") * 4  # the first pass, and three rounds
+
+
+def test_training_that_does_not_fit_is_tried_with_smaller_micro_batches():
+    half, none, broken, fine = rounds.measure(
+        [
+            Fake("half", [], fits=2),
+            Fake("none", [], fits=0),
+            Fake("broken", [], error=ValueError("why")),
+            Fake("x", []),
+        ],
+        1,
+        CPU,
+    )
+    assert (half["status"], half["batch"]) == ("ok", 2) and "micro-batches of 2" in half["reason"]
+    assert (none["status"], none["reason"]) == ("oom", "Tried to allocate 2 GiB.")
+    assert (broken["status"], broken["reason"]) == ("failed", "ValueError: why")
+    assert fine["status"] == "ok" and fine["seconds"]["step"]
+
+
+def test_a_slow_row_gets_two_samples(monkeypatch):
+    monkeypatch.setattr(rounds, "SLOW_SECONDS", 0.0)
+    (slow,) = rounds.measure([Fake("slow", log := [])], 5, CPU)
+    assert log == ["slow"] * 3 and len(slow["seconds"]["step"]) >= 2
+
+
+def test_all_variants_share_one_set_of_frozen_weights():
+    base = backbone(TOY, 1, CPU)
+    before = {name: p.clone() for name, p in base.named_parameters()}
+    with registered():
+        rows = variants()
+        for name in ("floor", "peft-lora", "peft-dora", "malora-dense", "asylora-dense-compiled", "molora-loop"):
+            subject = Subject(replace(rows[name], run="eager"), base, "train", 0.05)
+            shared = {id(p) for p in base.parameters()}
+            assert shared <= {id(p) for p in subject.model.parameters()}, name
+            assert all(p.any() and not p.is_meta for p in subject.own), name
+            subject.load()
+            ids = torch.randint(0, 512, (2, 8))
+            subject.model(input_ids=ids, labels=ids).loss.backward()
+            assert all((p.grad is not None) == p.requires_grad for p in subject.model.parameters()), name
+            subject.park()
+    assert all(torch.equal(p, before[name]) for name, p in base.named_parameters())
+
+
+def test_decoding_over_a_static_cache_makes_the_tokens_of_generate():
+    work = Work("decode", batch=2, length=5, tokens=6, dropout=0.0, vocab_size=512)
+    eager = Variant("malora-dense", "malora", "dense")
+    subject = Subject(eager, backbone(TOY, None, CPU), "decode", 0.0)
+    expected = DecodeStep(subject, work, 2)(lambda part: None)
+    subject.variant = replace(eager, run="static")  # what a captured row does, without the graph
+    step = DecodeStep(subject, work, 2)
+    for _ in range(2):  # a second generation starts anew
+        assert torch.equal(step(lambda part: None), expected) and expected.shape == (2, 6)
+
+
+def test_the_backbone_s_operations():
+    """Written out for one layer of the toy: q, k, v, o of 128 × 128, three of the MLP of 128 × 256, a head of 512."""
+    base = backbone(TOY, 1, CPU)
+    linear, attention = 2 * (4 * 128 * 128 + 3 * 128 * 256 + 128 * 512), 2 * 64 * 128
+    work = Work("train", batch=4, length=64, tokens=256, dropout=0.0, vocab_size=512)
+    assert backbone_flops(base, work) == 256 * (2 * linear + 3 * attention)
+    assert backbone_flops(base, replace(work, mode="prefill")) == 256 * (linear + attention)
+    assert backbone_flops(base, replace(work, mode="decode")) is None
+
+
+def test_names_stand_for_rows():
+    names = [v.name for v in choose(["malora"], "train", torch.device("cuda"))]
+    assert {"floor", "floor-captured", "peft-lora", "malora-dense-compiled"} < set(
+        names
+    ) and "molora-dense" not in names
+    assert "malora-dense-compiled" not in [v.name for v in choose(["malora"], "decode", torch.device("cuda"))]
+    assert {v.run for v in choose(["all"], "train", CPU)} == {"eager"}
+    assert [v.name for v in choose(["floor-compiled"], "train", CPU)] == ["floor-compiled"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--variant", "mola"], "unknown variant 'mola'; there are all, lora, asylora"),
+        (["--variant", "malora-dense-captured"], "is a CUDA graph, and there is no GPU here"),
+        (["--shape", "llama3"], "unknown shape 'llama3'; there are llama2-7b, smollm2-135m, toy"),
+        (["--mode", "serve"], "unknown mode 'serve'; there are train, prefill, decode"),
+        (["--sweep", "depth"], "unknown sweep 'depth'; there are experts, rank, tokens, top-k"),
+        (["--sweep", "rank", "--mode", "decode"], "leave --mode decode out"),
+        (["--sweep", "rank", "--variant", "peft-lora"], "--sweep takes mixtures of ours, molora"),
+        (["--tokens", "100"], "--tokens 100 is no multiple of --batch 4 × --length 64"),
+        (["--mode", "prefill", "--tokens", "7"], "leave --tokens 7 out"),
+        (["--rounds", "0"], "'0' is not a whole number from 1"),
+        (["--dropout", "1"], "'1' is not a number from 0 to below 1"),
+    ],
+)
+def test_wrong_arguments(arguments, message, capsys, tmp_path):
+    try:
+        code = speed.main([*arguments, "--results", str(tmp_path / "results")])
+    except SystemExit as exit:
+        code = exit.code
+    error = capsys.readouterr().err
+    assert code == 2 and message in error.strip().splitlines()[-1] and not list(tmp_path.iterdir())
+
+
+def test_every_option_has_a_help_line_and_a_default():
+    for action in speed._parser()._actions:
+        assert action.help and not action.required, action.option_strings
+        assert action.default is not None or "default" in action.help or action.dest in ("sweep", "layers")
+    assert isinstance(speed._parser(), argparse.ArgumentParser)
+
+
+def test_a_broken_record_is_found_before_the_measurement(tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "broken.json").write_text(json.dumps({"schema": 1})[:-3])
+    assert speed.main(["--results", str(tmp_path)]) == 2
+    assert "broken.json is not a whole record of speed" in capsys.readouterr().err
+
+
+def test_it_needs_nothing_of_the_harness_that_scores():
+    code = "import sys; sys.modules.update(dict.fromkeys(('datasets', 'lm_eval', 'evaluate'))); import bench.speed"
+    assert subprocess.run([sys.executable, "-c", code], cwd=record.ROOT, timeout=120).returncode == 0
+
+
+def row(name, step, peak=10.0, method=None, waits=0) -> dict:
+    return {
+        "name": name, "status": "ok", "reason": None, "method": method, "batch": 4, "trainable": 5,
+        "seconds": {"step": [step, step, 2 * step]}, "peak_bytes": {"allocated": peak, "reserved": peak},
+        "kernels": 7, "launches": 7, "synchronisations": waits,
+    }  # fmt: skip
+
+
+def make_speed(shape="llama2-7b", mode="train", rows=None, **options) -> SpeedRecord:
+    asked = {"variant": "all", "sweep": None, "batch": 4, "length": 1024, "tokens": 16384, "dropout": 0.05,
+             "rounds": 3, "layers": None, "flops": 8}  # fmt: skip
+    rate = {"matrix_flops_per_second": 16.0, "copy_bytes_per_second": 1.0}
+    packages = {"packages": dict.fromkeys(("torch", "transformers", "peft"), "1.0"), "cuda": "13"}
+    rows = rows or [
+        row("floor", 1.2), row("floor-compiled", 1.0), row("peft-lora", 2.0), row("lora-plain-compiled", 1.25),
+        row("malora-dense", 4.0, 99.0, "malora", 3), row("malora-dense-compiled", 1.0625, 8.0, "malora"),
+        row("molora-dense-compiled", 1.125, method="molora"), row("lora-dense-compiled", 1.0, method="lora"),
+        row("molora-loop", 17.0), row("molora-sorted", 1.5), row("molora-sorted-compiled", 1.275),
+    ]  # fmt: skip
+    return SpeedRecord(shape, mode, asked | options, CLEAN | packages, {"before": rate, "after": rate}, rows)
+
+
+def records() -> list[SpeedRecord]:
+    small = [row("floor-compiled", 1.0), row("peft-lora", 3.0), row("malora-dense-captured", 0.2, method="malora")]
+    decode = [row("peft-lora", 3.0), row("malora-dense-captured", 1.0, method="malora")]
+    slower = [row("peft-lora", 3.0), row("malora-dense-captured", 1.5, method="malora")]
+    return [
+        make_speed(),
+        make_speed("smollm2-135m", rows=small, batch=16, length=128),
+        make_speed(mode="decode", rows=decode, batch=1, flops=None),
+        make_speed(mode="decode", rows=slower, batch=16, flops=None),
+    ]
+
+
+def test_the_goals_are_arithmetic_on_records():
+    found = speed_report.goals(records())
+    measured = [1.0625, 0.85, 2 / 1.0625, 16, 1.2, 1.125, 0.8, 0, 15, 2]
+    assert [goal.measured for goal in found] == pytest.approx(measured)
+    assert [goal.reached for goal in found] == [True, True, True, True, True, False, True, True, True, True]
+    cut = speed_report.goals([make_speed(layers=2)])
+    assert {goal.measured for goal in cut} == {None} == {goal.reached for goal in cut}
+
+
+def test_a_row_that_did_not_run_is_no_figure():
+    made = make_speed()
+    made.rows[-3] |= {"status": "oom", "reason": "too much", "seconds": {}}
+    assert speed_report.goals([made])[3].measured is None and "oom: too much" in speed_report.section(made)
+
+
+def test_the_table_says_ratios_and_shares():
+    (line,) = (line for line in speed_report.section(make_speed()).splitlines() if line.startswith("| peft-lora "))
+    cells = [cell.strip() for cell in line.split("|")]
+    # × compiled floor, × floor, × PEFT LoRA; 8 operations in 2 s, where the device does 16 a second.
+    assert cells[8:12] == ["2", "1.67", "1", "25.0%"] and cells[5] == "2" and cells[7] == "8,192"
+
+
+def test_the_readme_is_filled_between_its_marks_only():
+    readme = "before\n<!-- speed -->\nold\n<!-- end -->\nafter\n"
+    filled = speed_report.fill_readme(readme, records())
+    assert filled.startswith("before\n<!-- speed -->\n\n| figure ") and filled.endswith("\n\n<!-- end -->\nafter\n")
+    assert "old" not in filled and speed_report.fill_readme(filled, records()) == filled
+    assert "not measured yet" in speed_report.fill_readme(readme, [])
+
+
+def test_pages_are_the_same_in_any_order_and_from_what_was_read_back(tmp_path):
+    made = records()
+    paths, refused = record.publish(made, tmp_path)
+    assert len(paths) == 4 and not refused
+    assert record.publish(made, tmp_path) == ([], [])  # what is there is never replaced
+    assert speed_report.pages(record.read_speed(tmp_path)) == speed_report.pages(made[::-1]) != {}
+
+
+def test_the_published_pages_are_what_their_records_give():
+    folder = record.RESULTS / "speed"
+    for name, text in speed_report.pages(record.read_speed(folder)).items():
+        assert (folder / name).read_text() == text, name
