@@ -83,7 +83,9 @@ def sweep_rows(sweep: str, methods: list[str], linear: nn.Linear, work: Work) ->
                 options["d"] = min(linear.in_features, round(config.d / config.r * options["r"]))
             at = dataclasses.replace(work, tokens=value) if sweep == "tokens" else work
             for backend in (*DEFAULT_BACKENDS, f"sorted-top{options['top_k']}"):
-                compilable = on_gpu and backend not in WAIT_FOR_THE_HOST
+                if backend == "fused" and not on_gpu:
+                    continue  # elsewhere it is the dense one
+                compilable = on_gpu and backend not in (*WAIT_FOR_THE_HOST, "fused")
                 for run in ("eager", "compiled") if compilable else ("eager",):
                     name = f"{method}-{backend.partition('-top')[0]}{'' if run == 'eager' else '-' + run}"
                     variant = Variant(name, method, backend, run)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench import tiny
+from bench import record, tiny
 from bench.profiles import PROFILES
 from bench.run import Setting
 from tasks import Generator
@@ -37,3 +37,18 @@ def make_setting(base_folder, results, **options):
         PROFILES["tiny"], source=SOURCE, rates=(1e-3, 1e-2), seeds=2, batch_size=8, checkpoint_every=5, warmup_ratio=0.0
     )
     return Setting(profile, str(base_folder), SOURCE, "intra", "letters", results, **options)
+
+
+# A record's provenance as far as publishing and tables need it.
+CLEAN = {"commit": "0" * 40, "dirty": False, "source_sha256": "x", "device": "a CPU", "time": "2026-01-01T00:00:00Z"}
+
+
+@pytest.fixture
+def history(monkeypatch):
+    """A clone whose commits have known sources."""
+    sources = {"later": "y", CLEAN["commit"]: CLEAN["source_sha256"], "earlier": "z"}
+    monkeypatch.setattr(record, "_git", lambda *arguments: "\n".join(sources))
+    monkeypatch.setattr(record, "source_hash_of", sources.get)
+    record.commit_of.cache_clear()
+    yield
+    record.commit_of.cache_clear()

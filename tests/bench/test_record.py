@@ -8,6 +8,7 @@ import pytest
 
 from bench import UserError, record
 from bench.record import Record, RunConfig
+from tests.bench.conftest import CLEAN
 
 CONFIG = RunConfig(
     profile="tiny",
@@ -29,7 +30,6 @@ CONFIG = RunConfig(
     max_length=1024,
     device_type="cpu",
 )
-CLEAN = {"commit": "0" * 40, "dirty": False, "source_sha256": "x", "device": "a CPU", "time": "2026-01-01T00:00:00Z"}
 
 
 def make(seed=0, status="ok", method="lora", rate=2e-3, right=0.5, n=40, **options) -> Record:
@@ -109,17 +109,6 @@ def test_an_interrupted_write_leaves_nothing_that_counts(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         record.write(make(), tmp_path)
     assert record.read_all(tmp_path) == []
-
-
-@pytest.fixture
-def history(monkeypatch):
-    """A clone whose commits have known sources."""
-    sources = {"later": "y", CLEAN["commit"]: CLEAN["source_sha256"], "earlier": "z"}
-    monkeypatch.setattr(record, "_git", lambda *arguments: "\n".join(sources))
-    monkeypatch.setattr(record, "source_hash_of", sources.get)
-    record.commit_of.cache_clear()
-    yield
-    record.commit_of.cache_clear()
 
 
 def test_publishing_takes_clean_whole_records_and_replaces_none(tmp_path, history):
