@@ -5,6 +5,7 @@ The paper's own figures are those of `paper.json`, and are marked as the paper's
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -134,6 +135,8 @@ def experiment_page(
         parts += ["## What each rate gave", sweep_table(experiment, mine, tuned)]
     if routers := router_table(experiment, mine):
         parts += ["## What the routers did", routers]
+    if variations := options_table(records, mine):
+        parts += ["## What an option changes", variations]
     if published is not None:
         parts += ["## Against the published records", reproduction(experiment, mine, published, profile)]
     return "\n\n".join(parts) + "\n"
@@ -154,19 +157,30 @@ def _intro(records: list[Record], config: RunConfig, others: int) -> str:
     if dropped:
         parts = (f"{n} of {TASKS[t].title}" for t, n in dropped.items())
         lines.append(f"Left out of training, because they stand in a validation or test set: {', '.join(parts)}.")
-    cleaned = [r.data.get("dropped_validation") for r in records if r.data]
-    if None in cleaned:
-        lines.append(
-            "In these records the validation sets were not yet cleaned of the few questions that also stand in a test."
-        )
-    elif any(cleaned[0].values()):
-        parts = (f"{n} of {TASKS[t].title}" for t, n in sorted(cleaned[0].items()) if n)
+    cleaned = [r for r in records if r.data and r.data.get("dropped_validation") is not None]
+    if cleaned and any(cleaned[0].data["dropped_validation"].values()):
+        parts = (f"{n} of {TASKS[t].title}" for t, n in sorted(cleaned[0].data["dropped_validation"].items()) if n)
         lines.append(f"Left out of validation, because they stand in a test set: {', '.join(parts)}.")
+    if older := [r for r in records if r.data and r not in cleaned]:
+        lines.append(f"{_of_methods(older)}: those questions were still in the validation sets.")
+    versions = {_scorer(r) for r in records} - {None}
+    if older := [r for r in records if _scorer(r) is not None and _scorer(r) != max(versions)]:
+        lines.append(f"{_of_methods(older)}: scored by an older version of `bench/score.py`, which says what changed.")
     if not records[0].complete:
         lines.append("**These runs were cut short** (`--max-steps`, `--max-items`): they measure nothing.")
     if others:
         lines.append(f"{others} records of other settings in this folder are not in these tables.")
     return "\n\n".join(lines)
+
+
+def _scorer(record: Record) -> int | None:
+    """The scorer's version."""
+    return next((score["version"] for score in (record.test or {}).values()), None)
+
+
+def _of_methods(records: list[Record]) -> str:
+    titles = sorted({TITLES.get(r.config.method, r.config.method) for r in records})
+    return f"{len(records)} records, of {' and '.join(titles)}"
 
 
 def leaderboard(
@@ -315,6 +329,31 @@ def router_table(experiment: Experiment, records: list[Record]) -> str:
         "certain); entropy in nats; the largest expert's share of the assignments; experts without a token in the last "
         "batch read, over all layers; gradient norms before clipping, means of ten steps."
     )
+
+
+def options_table(records: list[Record], mine: list[Record]) -> str:
+    """Runs with other options of a method than the page's, each beside its twin without them."""
+    body = []
+    for record in sorted((r for r in records if r not in mine and r.test), key=lambda r: r.config.id):
+        alike = record.config.but("method_options", "data_hash")
+        twin = next((r for r in mine if r.test and r.config.but("method_options", "data_hash") == alike), None)
+        if twin is None or record.data["sha256"]["test"] != twin.data["sha256"]["test"]:
+            continue
+        usual = twin.config.method_options
+        set_to = {k: v for k, v in record.config.method_options.items() if v != usual.get(k)}
+        if not set_to:
+            continue
+        d = compare([twin.items], [record.items])
+        body.append([
+            TITLES.get(record.config.method, record.config.method), f"{record.config.learning_rate:g}",
+            record.config.seed, ", ".join(f"`{k}={json.dumps(v)}`" for k, v in set_to.items()),
+            f"{twin.mean():.1f}", f"{record.mean():.1f}", f"{d.value:+.1f} [{d.low:+.1f}, {d.high:+.1f}], p={d.p:.2g}",
+        ])  # fmt: skip
+    if not body:
+        return ""
+    head = ["method", "rate", "seed", "set", "mean without", "mean with", "difference"]
+    table = tabulate(body, head, tablefmt="pipe", disable_numparse=True)
+    return f"{table}\n\nPaired over items; one seed does not know how much a run varies."
 
 
 def _n(value: float | None) -> str:
