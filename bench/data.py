@@ -45,7 +45,10 @@ class Batch:
     labels: Tensor  # []: label tokens of the whole batch that this is a part of
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
+        tensors = vars(self).values()
+        if device.type == "cuda":
+            tensors = [tensor.pin_memory() for tensor in tensors]  # from other memory a copy waits for the GPU
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_length: int) -> list[Encoded]:
@@ -105,12 +108,13 @@ def collate(
 
 
 def _part(encoded: list[Encoded], pad_id: int, width: int, labels: Tensor) -> Batch:
-    ids = torch.full((len(encoded), width), pad_id)
-    mask = torch.zeros_like(ids)
-    places = []
-    for row, (tokens, label_length) in enumerate(encoded):
-        ids[row, : len(tokens) - 1] = torch.tensor(tokens[:-1])
-        mask[row, : len(tokens) - 1] = 1
-        places += [(row, len(tokens) - 1 - back, tokens[-back]) for back in range(label_length, 0, -1)]
+    ids = torch.tensor([[*tokens[:-1], *[pad_id] * (width - len(tokens) + 1)] for tokens, _ in encoded])
+    lengths = torch.tensor([len(tokens) - 1 for tokens, _ in encoded])
+    mask = (torch.arange(width) < lengths[:, None]).long()
+    places = [
+        (row, len(tokens) - 1 - back, tokens[-back])
+        for row, (tokens, label_length) in enumerate(encoded)
+        for back in range(label_length, 0, -1)
+    ]
     row, column, target = torch.tensor(places).T.contiguous()
     return Batch(ids, mask, row, column, target, labels)
