@@ -44,6 +44,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter: str, config: MaloraConfig) -> None:
         """Add an adapter: create its tensors and start them as the paper does."""
+        self.siblings.release()
         self.settings[adapter] = config
         self.malora_dropout[adapter] = nn.Dropout(config.lora_dropout)
         for name, shape in self._shapes(config).items():
@@ -145,6 +146,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
                 getattr(self, PREFIX + name)[adapter].requires_grad_(False)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        self.siblings.release()
         self.settings.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 

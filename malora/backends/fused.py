@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from malora.backends import kernels
 from malora.backends.kernels import GateShape
@@ -163,6 +164,7 @@ class _Experts(torch.autograd.Function):
         return (*ys, *probabilities)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         stack, alpha = ctx.stack, ctx.alpha
         config, s, G = stack.config, stack.shape, len(stack.layers)

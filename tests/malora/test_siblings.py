@@ -114,6 +114,17 @@ def test_what_has_no_fused_way_is_said_and_computed_densely(ids, caplog):
     assert "several adapters at once" in caplog.text
 
 
+def test_an_adapter_of_the_same_name_and_another_shape(ids):
+    model = adapted()
+    model(ids)
+    model.add_adapter("other", malora.METHODS["molora"](backend="fused", lora_dropout=0.0))
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.add_adapter("default", malora.METHODS["malora"](backend="fused", lora_dropout=0.0, r=4, d=6, num_experts=3))
+    model.set_adapter("default")
+    assert_same(model.to(DEVICE, DTYPE), ids)
+
+
 def test_a_copy_and_generation(ids):
     model = adapted().eval()
     again = copy.deepcopy(model)
