@@ -70,7 +70,7 @@ def canonical_correlations(X: Tensor, Y: Tensor, *, centred: bool = False) -> Te
 
     Rows are variables and the n coordinates their observations: these are the singular values of Qxᵀ Qy for orthonormal
     bases [n, ·] of the row spaces, the cosines of the principal angles. Invertible mixing of rows does not change them.
-    The paper does not say whether it centred. The default does not: a network's unit is not a draw of anything, and the
+    Whether the figure centred is not known. The default does not: a network's unit is not a draw of anything, and the
     QR formula of Kornblith et al. 2019 (arXiv 1905.00414) does not either. `centred=True` subtracts each row's mean, as
     scikit-learn's CCA and SVCCA's do. Where rows have a mean near zero they hardly differ.
     """
