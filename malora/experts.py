@@ -1,0 +1,78 @@
+"""The experts of a model's adapter as plain tensors, MALoRA's and PEFT's LoRA alike, for whoever looks into them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from malora.backends import Factors
+from malora.layer import MaloraLayer
+
+
+def experts(model: nn.Module, adapter: str = "default") -> dict[str, Factors]:
+    """Copies of an adapter's factors in float64 on the CPU, by their module's name in the base model.
+
+    A module with PEFT's LoRA has one expert, A [1, r, n] and B [1, r, m]; DoRA's magnitude is left out.
+
+    Raises:
+        ValueError: no module has such an adapter, or a value is not finite.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found, there = {}, set()
+    for name, layer in base.named_modules():
+        if isinstance(layer, MaloraLayer | LoraLayer):
+            adapters = layer.settings if isinstance(layer, MaloraLayer) else layer.lora_A
+            there.update(adapters)
+            if adapter in adapters:
+                found[name] = _float64(_factors(layer, adapter), name)
+    if not found:
+        known = sorted(there) or "none; make one with get_peft_model"
+        raise ValueError(f"this {type(base).__name__} has no experts of an adapter {adapter!r}; it has {known}.")
+    return found
+
+
+def paired_experts(model: nn.Module, other: nn.Module, adapter: str) -> Iterator[tuple[str, Factors, Factors]]:
+    """Module by module, the experts of the adapter of this name in both models.
+
+    Raises:
+        ValueError: as `experts`, or the models adapt different modules or sizes.
+    """
+    ones = experts(model, adapter)
+    others = ones if other is model else experts(other, adapter)
+    if differing := sorted(ones.keys() ^ others.keys()):
+        raise ValueError(f"the two models adapt different modules; only one has {differing[:3]}. Adapt the same ones.")
+    for name, factors in ones.items():
+        sizes = [_size(factors), _size(others[name])]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"{name} maps {sizes[0]} in one model and {sizes[1]} in the other; use the same base.")
+        yield name, factors, others[name]
+
+
+def sides(factors: Factors) -> Iterator[tuple[str, Tensor, int | None]]:
+    """Sides "A" and "B": the experts [N, r, ·] multiplied out, and the rank of the subspace that they share, if any."""
+    yield "A", factors.down(), len(factors.S) if factors.S is not None and factors.S.dim() == 2 else None
+    yield "B", factors.up(), len(factors.S_B) if factors.S_B is not None else None
+
+
+def _factors(layer: MaloraLayer | LoraLayer, adapter: str) -> Factors:
+    if isinstance(layer, MaloraLayer):
+        return layer.factors(adapter)
+    A, B = layer.lora_A[adapter].weight.flatten(1), layer.lora_B[adapter].weight.flatten(1)
+    return Factors(A=A[None], P=None, S=None, B=B.T[None], Q=None, S_B=None)
+
+
+def _float64(factors: Factors, name: str) -> Factors:
+    # A copy even of what is float64 already: the model may train on.
+    wide = Factors(*(f if f is None else f.detach().to("cpu", torch.float64, copy=True) for f in factors))
+    if not all(f is None or f.isfinite().all() for f in wide):
+        raise ValueError(f"the adapter has values that are not finite in {name}: its training diverged.")
+    return wide
+
+
+def _size(factors: Factors) -> str:
+    down = factors.S if factors.A is None else factors.A
+    up = factors.S_B if factors.B is None else factors.B
+    return f"{down.shape[-1]} to {up.shape[-1]}"
