@@ -131,6 +131,10 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         y_Tm = BACKENDS[config.backend](x_Tn, gate_TN, factors, config.scaling)
         return y_Tm.unflatten(0, x.shape[:-1])
 
+    def train(self, mode: bool = True) -> MaloraLayer:
+        self.siblings.release()  # training may have changed the weights
+        return super().train(mode)
+
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         self._keep_frozen()

@@ -66,7 +66,7 @@ class Siblings:
         self.layers = state["layers"]
 
     def release(self) -> None:
-        """Drop the narrow copies of the weights; the next pass makes them again."""
+        """Drop what is kept of the layers' weights and settings; the next pass makes it again."""
         self._stacks.clear()
         self._forget()
 

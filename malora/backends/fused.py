@@ -3,15 +3,15 @@
 Layers that read the same input (Q, K and V; Gate and Up) are computed together: the down sides and routers of all are
 one product, what comes out is routed and gated in one kernel, each up side is added to its base product in place, and
 in the backward pass the gradients of the input are added up by the products that make them. Weights are read from
-narrow copies, stacked as the products want them and renewed when a weight has changed; sums and weight gradients are
-float32. A sibling's dropout is its siblings': one mask for the input they share, kept as its seed.
+narrow copies, stacked as the products want them; sums and weight gradients are float32. A sibling's dropout is its
+siblings': one mask for the input they share, kept as its seed.
 
 Shapes: T tokens, n in, m out, G siblings, N experts, r rank, H = N·r, R rows of a sibling's down side.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,25 +26,47 @@ if TYPE_CHECKING:
     from malora.layer import MaloraLayer
 
 
+class Narrow(NamedTuple):
+    """The weights of a stack in the dtype of the products, padded with zeros."""
+
+    down: Tensor  # [G·(R + N), n]: all down sides, then all routers
+    P: Tensor | None  # [G, N, r, D]
+    B: list[Tensor]  # of each sibling, [H, m]
+
+
 class Stack:
     """One adapter of some siblings: their weights in the forms that the products read."""
 
     def __init__(self, layers: list[MaloraLayer], adapter: str) -> None:
         self.layers, self.adapter = layers, adapter
-        self.config = layers[0].settings[adapter]
-        self._key: tuple | None = None
+        self.config = config = layers[0].settings[adapter]
+        f = layers[0].factors(adapter)
+        G, N, r = len(layers), config.num_experts, config.r
+        R = N * r if f.P is None else config.d
+        D = r if f.P is None else f.P.shape[2]
+        routers = N if config.has_router else 0
+        # Rows and columns of matrix products come in eights, or the tensor cores stand idle; what pads them is zero.
+        R8, N8, self.H8, self.D8 = (-(-size // 8) * 8 for size in (R, routers, N * r, D))
+        self.is_padded = (R, routers, N * r, D) != (R8, N8, self.H8, self.D8)
+        shared = f.S is not None and f.S.dim() == 2
+        self.shape = GateShape(
+            N=N, top_k=config.top_k, r=r, D=D, z_step=0 if shared else D, z_group=R8, l_group=N8, logits_at=G * R8,
+            has_p=f.P is not None, scaling=config.scaling,
+        )  # fmt: skip
+        present = {"router": config.has_router} | {kind: getattr(f, kind) is not None for kind in "APSB"}
+        self.kinds = [kind for kind, there in present.items() if there]
+        self._kept: tuple[tuple, Narrow] | None = None
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         """Every layer's output for x [..., n]; leaves what was routed in the layers."""
         config, device = self.config, x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         x_Tn = x.to(dtype).flatten(0, -2).contiguous()
-        parameters = self._parameters()
-        self._renew(parameters, x_Tn)
+        parameters = [p for layer in self.layers for p in self._parameters(layer)]
         seed = None
         if config.lora_dropout and self.layers[0].training:
             seed = torch.randint(2**31 - 1, (1,), device=x.device)
-        ys = _Experts.apply(x_Tn, seed, self, *parameters)
+        ys = _Experts.apply(x_Tn, seed, self, self._narrow(parameters, x_Tn), *parameters)
         if config.has_router:
             ys, probabilities = ys[: len(self.layers)], ys[len(self.layers) :]
             for layer, probability in zip(self.layers, probabilities, strict=True):
@@ -52,52 +74,35 @@ class Stack:
                     layer.routings[self.adapter] = Routing(probability.unflatten(0, x.shape[:-1]), config.top_k)
         return [y.unflatten(0, x.shape[:-1]) for y in ys]
 
-    def _parameters(self) -> list[Tensor]:
-        """By layer: router, A or P and S, B; without what the method does not have."""
-        found = []
-        for layer in self.layers:
-            f = layer.factors(self.adapter)
-            router = layer.malora_router[self.adapter] if self.config.has_router else None
-            found += [tensor for tensor in (router, f.A, f.P, f.S, f.B) if tensor is not None]
-        return found
+    def _parameters(self, layer: MaloraLayer) -> list[Tensor]:
+        """In the order of `kinds`."""
+        factors = layer.factors(self.adapter)
+        return [layer.malora_router[self.adapter] if k == "router" else getattr(factors, k) for k in self.kinds]
 
-    def _renew(self, parameters: list[Tensor], x: Tensor) -> None:
-        """Copy the weights if they have changed. A CUDA graph has to hold the copy: they change between replays."""
+    def _narrow(self, parameters: list[Tensor], x: Tensor) -> Narrow:
+        """Copies of the weights: made by every pass with gradients, kept by those without until the mode changes.
+
+        Nothing tells for certain that a weight has changed: a fused optimizer's step does not raise its version.
+        """
+        if torch.is_grad_enabled():
+            self._kept = None
+            return self._copied(parameters, x)
         capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        shape_key = (x.dtype, x.device, capturing)
-        key = (shape_key, *((p.data_ptr(), p._version) for p in parameters))
-        if key == self._key:
-            return
-        if self._key is None or self._key[0][:2] != shape_key[:2]:
-            self._allocate(x)
-        self._key = key
-        with torch.no_grad():
-            torch._foreach_copy_(self.views, [p.detach() for p in parameters])
+        key = (x.dtype, x.device, capturing, *((p.data_ptr(), p._version) for p in parameters))
+        if self._kept is None or self._kept[0] != key:
+            self._kept = (key, self._copied(parameters, x))
+        return self._kept[1]
 
-    def _allocate(self, x: Tensor) -> None:
-        config, G = self.config, len(self.layers)
-        f = self.layers[0].factors(self.adapter)
-        N, r, n = config.num_experts, config.r, x.shape[1]
-        H = N * r
-        shared = f.S is not None and f.S.dim() == 2
-        R = H if f.P is None else config.d
-        D = r if f.P is None else f.P.shape[2]
-        # Rows and columns of matrix products come in eights, or the tensor cores stand idle; what pads them is zero.
-        R8, N8, H8, D8 = (-(-size // 8) * 8 for size in (R, N, H, D))
-        if not config.has_router:
-            N8 = 0
-        self.down = x.new_zeros(G * (R8 + N8), n)
-        self.P = None if f.P is None else x.new_zeros(G, N, r, D8)
-        self.B = [x.new_zeros(H8, layer.out_features) for layer in self.layers]
-        self.is_padded = (R, H) != (R8, H8) or (config.has_router and N != N8)
-        self.kinds = [kind for kind in ("router", "A", "P", "S", "B")
-                      if (config.has_router if kind == "router" else getattr(f, kind) is not None)]  # fmt: skip
-        self.shape = GateShape(
-            N=N, top_k=config.top_k, r=r, D=D, z_step=0 if shared else D, z_group=R8, l_group=N8, logits_at=G * R8,
-            has_p=f.P is not None, scaling=config.scaling,
-        )  # fmt: skip
-        z_rows, l_rows = self.down.split([G * R8, G * N8])
-        self.views = [view for g in range(G) for view in self.parts(z_rows, l_rows, self.P, self.B[g], g)]
+    @torch.no_grad()
+    def _copied(self, parameters: list[Tensor], x: Tensor) -> Narrow:
+        s, G = self.shape, len(self.layers)
+        P = self.new(x, G, s.N, s.r, self.D8) if s.has_p else None
+        down = self.new(x, G * (s.z_group + s.l_group), x.shape[1])
+        narrow = Narrow(down, P, [self.new(x, self.H8, layer.out_features) for layer in self.layers])
+        z_rows, l_rows = down[: s.logits_at], down[s.logits_at :]
+        views = [view for g in range(G) for view in self.parts(z_rows, l_rows, P, narrow.B[g], g)]
+        torch._foreach_copy_(views, [p.detach() for p in parameters])
+        return narrow
 
     def new(self, like: Tensor, *shape: int) -> Tensor:
         """For a kernel that writes what is not padding."""
@@ -132,12 +137,14 @@ class Stack:
 
 
 class _Experts(torch.autograd.Function):
-    """(x [T, n], dropout's seed [1] or None, the stack, its parameters) -> outputs [T, m] of each layer, and then, of
-    routed ones, the probabilities [T, N] of each."""
+    """(x [T, n], dropout's seed [1] or None, the stack, its narrow weights, its parameters) -> outputs [T, m] of each
+    layer, and then, of routed ones, the probabilities [T, N] of each."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, seed: Tensor | None, stack: Stack, *parameters: Tensor) -> tuple[Tensor, ...]:
-        config, s, down = stack.config, stack.shape, stack.down
+    def forward(
+        ctx: Any, x: Tensor, seed: Tensor | None, stack: Stack, narrow: Narrow, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        config, s, down = stack.config, stack.shape, narrow.down
         weights = [layer.base_layer.weight.to(x.dtype) for layer in stack.layers]
         zl = x.new_empty(len(x), len(down))
         if seed is None:
@@ -147,20 +154,20 @@ class _Experts(torch.autograd.Function):
             if config.has_router:  # it sees all inputs
                 torch.mm(x, down[s.logits_at :].T, out=zl[:, s.logits_at :])
         if config.has_router:
-            h = stack.new(x, len(stack.layers), len(x), len(stack.B[0]))
-            probabilities = kernels.gate(zl, stack.P, h, s).unbind()
+            h = stack.new(x, len(stack.layers), len(x), stack.H8)
+            probabilities = kernels.gate(zl, narrow.P, h, s).unbind()
             alpha = 1.0
         else:
             h = stack.by_sibling(zl)
             probabilities, alpha = (), config.scaling
         ys = []
-        for layer, W, B, h_g in zip(stack.layers, weights, stack.B, h, strict=True):
+        for layer, W, B, h_g in zip(stack.layers, weights, narrow.B, h, strict=True):
             bias = layer.base_layer.bias
             y = F.linear(x, W, None if bias is None else bias.to(x.dtype))
             ys.append(y.addmm_(h_g, B, alpha=alpha))
         ctx.stack, ctx.alpha = stack, alpha
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, seed, zl, h if config.has_router else None, down, stack.P, *stack.B, *weights)
+        ctx.save_for_backward(x, seed, zl, h if config.has_router else None, *narrow[:2], *narrow.B, *weights)
         return (*ys, *probabilities)
 
     @staticmethod
@@ -174,7 +181,7 @@ class _Experts(torch.autograd.Function):
             x.new_zeros(len(x), B.shape[1]) if dy is None else dy.contiguous()
             for dy, B in zip(gradients[:G], Bs, strict=True)
         ]
-        needs = dict(zip(stack.kinds, ctx.needs_input_grad[3:], strict=False))  # siblings train alike
+        needs = dict(zip(stack.kinds, ctx.needs_input_grad[4:], strict=False))  # siblings train alike
 
         dzl = stack.new(x, *zl.shape)
         dz, dl = dzl[:, : s.logits_at], dzl[:, s.logits_at :]
@@ -214,8 +221,8 @@ class _Experts(torch.autograd.Function):
             if alpha != 1:
                 torch._foreach_mul_(dBs, alpha)
         found = [part for g in range(G) for part in stack.parts(z_rows, l_rows, dP, dBs[g], g)]
-        wanted = zip(found, ctx.needs_input_grad[3:], strict=True)
-        return dx, None, None, *(gradient if needed else None for gradient, needed in wanted)
+        wanted = zip(found, ctx.needs_input_grad[4:], strict=True)
+        return dx, None, None, None, *(gradient if needed else None for gradient, needed in wanted)
 
 
 def _weight_gradient(left: Tensor, right: Tensor) -> Tensor:
