@@ -230,8 +230,12 @@ for path in {paths!r}:
         except OSError:
             pass
 """
-    outcome = run_program(program, "assert not done, done")
+    modes = {path: os.stat(path).st_mode for path in paths if os.path.exists(path)}
+    # A checkout below /tmp has its packages there, where the program has a folder of its own.
+    outcome = run_program(program, "assert not [path for path in done if not path.startswith('/tmp/')], done")
     assert outcome.passed, outcome
+    assert modes == {path: os.stat(path).st_mode for path in paths if os.path.exists(path)}  # on the host
+    assert not os.path.exists(f"{packages}/new")
     assert run_program("open('new', 'w').write('but its own folder can')", "assert open('new').read()").passed
 
 
