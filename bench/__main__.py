@@ -21,6 +21,7 @@ from bench.arguments import Help, one_of, positive
 from bench.experiments import EXPERIMENTS, choose_rates, final, sweep
 from bench.model import check_adapter, load, load_adapter, prepare
 from bench.profiles import PROFILES, Profile, default_profile
+from bench.rows import comparable
 from bench.run import BASE, Setting, configure, processes, run, run_all
 from bench.score import score
 from tasks import FORMATS, MIXTURES, DataError, Folder, build
@@ -203,7 +204,7 @@ def _table(options: argparse.Namespace) -> int:
     else:
         # Rates are tuned for a model by name: its weights may differ by rounding where they were made.
         known = [r for r in published or mine if _tuned_alike(r.config, like)]
-    tuned = choose_rates(report.comparable(known, options.experiment)[0])
+    tuned = choose_rates(comparable(known, options.experiment)[0])
     if (without := [m for m in options.methods if m not in tuned]) and processes().is_main_process:
         print(f"no rate is tuned for {', '.join(without)}: the paper's only; --sweep tunes.", file=sys.stderr)
     runs = _run_and_print(final(setting, options.methods, seeds, tuned), setting, jobs, options.experiment.name)

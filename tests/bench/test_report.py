@@ -26,7 +26,7 @@ def records():
 
 def page(runs=None, **options):
     runs = runs or records()
-    tuned = choose_rates(report.comparable(runs, TABLE2)[0])
+    tuned = choose_rates(comparable(runs, TABLE2)[0])
     return report.experiment_page(TABLE2, runs, "tiny", tuned, **options)
 
 
