@@ -4,6 +4,7 @@ import pytest
 
 from bench import record, report
 from bench.experiments import EXPERIMENTS, choose_rates
+from bench.rows import comparable
 from tests.bench.test_record import make
 
 TABLE2 = EXPERIMENTS["table2"]
