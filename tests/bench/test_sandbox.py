@@ -122,7 +122,7 @@ def test_what_ends_before_its_tests_has_failed(name, unsafe):
         ("import signal\nfor s in range(1, 32):\n    if s not in (9, 19): signal.signal(s, signal.SIG_IGN)\n"
          "while True: pass", "timeout"),
         ("import threading\ndef spin():\n    while True: pass\n"
-         "for _ in range(9): threading.Thread(target=spin).start()\nspin()", "timeout"),
+         "for _ in range(3): threading.Thread(target=spin).start()\nspin()", "timeout"),
         ("while True: print('endless')", "output"),
         ("import sys\nwhile True: sys.stderr.write('endless')", "output"),
         ("bytearray(64 << 30)", "memory"),
@@ -134,7 +134,8 @@ def test_what_ends_before_its_tests_has_failed(name, unsafe):
 def test_limits(program, reason, unsafe):
     began = time.monotonic()
     seconds = 0.4 if reason == "timeout" else 10
-    assert run_program(program, "", seconds=seconds, memory_bytes=1 << 27, unsafe=unsafe).reason == reason
+    memory_bytes = 1 << 27 if reason == "memory" else 1 << 30  # malloc may reserve 128 MiB for a thread
+    assert run_program(program, "", seconds=seconds, memory_bytes=memory_bytes, unsafe=unsafe).reason == reason
     assert time.monotonic() - began < 8
 
 
@@ -246,10 +247,10 @@ def test_the_environment_and_the_folder_are_empty(unsafe, monkeypatch):
 
 
 def test_a_process_left_behind_does_not_hold_up_the_harness():
-    leave = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(0.8)\nos._exit(0)"
+    leave = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(3)\nos._exit(0)"
     began = time.monotonic()
     assert run_program(leave, "", unsafe=True).reason == "failed"
-    assert time.monotonic() - began < 0.8  # its pipes are still open
+    assert time.monotonic() - began < 2.5  # its pipes are still open
 
 
 def test_outcomes_keep_the_order_of_their_programs(unsafe):
