@@ -72,17 +72,15 @@ def label_positions_only(model: nn.Module, row: Tensor, column: Tensor, in_float
             handle.remove()
 
 
-def fuse_backbone(model: nn.Module) -> bool:
-    """Put Liger's kernels for norms, rotary positions and SwiGLU into a base model; whether there are some for it."""
+def fuse_backbone(model: nn.Module) -> None:
+    """Put Liger's kernels for norms, rotary positions and SwiGLU into a base model, if it is installed and has them."""
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     except ImportError:
-        return False
-    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        return False
-    _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=False, cross_entropy=False)
-    return True
+        return
+    if model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=False, cross_entropy=False)
 
 
 class EagerStep:
