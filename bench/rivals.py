@@ -62,7 +62,8 @@ def sorted_dispatch(
     """Assignments sorted by expert once, one grouped product a side, nothing that waits for the host.
 
     The router's choice is taken from the gate again by a top-k over [T, N], since a backend is given the gate alone; an
-    implementation with the router inside would save that pass. Shared factors are one product for all tokens, as in the dispatch backend.
+    implementation with the router inside would save that pass. Shared factors are one product for all tokens, as in
+    the dispatch backend.
     """
     if gate_TN is None:
         gate_TN = torch.ones_like(x_Tn[:, :1])
