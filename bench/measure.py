@@ -189,15 +189,17 @@ _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchroniz
           "cuCtxSynchronize", "cuEventSynchronize")  # fmt: skip
 _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaLaunchCooperativeKernel")
 _RANGE = "bench.speed: one step"
+LONGEST_KERNELS, KERNEL_NAME = 16, 100  # how many are named in a record, and how much of a name says what it is
 
 
-def count(step: Callable[[Done], Any], device: torch.device) -> dict[str, int | None]:
+def count(step: Callable[[Done], Any], device: torch.device) -> dict[str, Any]:
     """Kernels that ran in a step, launches by the host (a graph is one), and times that the host waited.
 
-    None on a CPU. A copy to the host of pageable memory is a wait too: the runtime synchronises the stream for it.
+    "where" has the kernels that took longest, as [name, calls, seconds]. All are None on a CPU. A copy to the host of
+    pageable memory is a wait too: the runtime synchronises the stream for it.
     """
     if device.type != "cuda":
-        return dict.fromkeys(("kernels", "launches", "synchronisations"))
+        return dict.fromkeys(("kernels", "launches", "synchronisations", "where"))
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profile:
@@ -208,12 +210,16 @@ def count(step: Callable[[Done], Any], device: torch.device) -> dict[str, int | 
     span = next(e for e in events if e.name() == _RANGE and e.device_type() == DeviceType.CPU)
     start, end = span.start_ns(), span.start_ns() + span.duration_ns()
     on_host = [e.name() for e in events if e.device_type() == DeviceType.CPU and start <= e.start_ns() <= end]
-    on_device = [e.name() for e in events if e.device_type() == DeviceType.CUDA]
-    copies = ("Memcpy", "Memset", _RANGE)  # the range is shown on the device too
+    on_device: dict[str, list[int]] = {}
+    for event in events:
+        if event.device_type() == DeviceType.CUDA and event.name() != _RANGE:  # the range is shown on the device too
+            on_device.setdefault(event.name(), []).append(event.duration_ns())
+    longest = sorted(on_device.items(), key=lambda item: -sum(item[1]))[:LONGEST_KERNELS]
     return {
-        "kernels": sum(not name.startswith(copies) for name in on_device),
+        "kernels": sum(len(d) for name, d in on_device.items() if not name.startswith(("Memcpy", "Memset"))),
         "launches": sum(name.startswith(_LAUNCHES) for name in on_host),
         "synchronisations": sum(name in _WAITS for name in on_host),
+        "where": [[name[:KERNEL_NAME], len(d), sum(d) / 1e9] for name, d in longest],
     }
 
 
