@@ -166,8 +166,14 @@ def _capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except Exception:
+        # The device's generator would take itself to be captured for ever, and every later row would fail.
+        fresh = torch.Generator("cuda").graphsafe_get_state()
+        torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh)
+        raise
     return graph
 
 

@@ -72,7 +72,7 @@ class Variant:
         backend: for methods of ours, one of `malora.BACKENDS`, or a rival of `bench.rivals`.
         run: eager, compiled or captured.
         plain: the adapter is in bfloat16 and trains without autocast.
-        liger: Liger's kernels for norm, rotary embedding, SwiGLU and loss.
+        liger: Liger's kernels for norm, rotary embedding and SwiGLU; in rows that are not ours for the loss too.
     """
 
     name: str
@@ -191,7 +191,7 @@ class Subject:
         self.model: nn.Module = copy.deepcopy(base, dict(shared))
         self.globals: dict[str, Any] = {}
         if variant.liger:
-            self.globals = _apply_liger(self.model)
+            self.globals = _apply_liger(self.model, with_loss=variant.backend is None)
         narrow = variant.plain or not (training or variant.as_it_comes)
         dtype = base.dtype if narrow else torch.float32
         if variant.method is not None:
@@ -258,16 +258,17 @@ def _compile_layers(model: nn.Module) -> None:
 _LLAMA = dict(vars(modeling_llama))  # as transformers has it
 
 
-def _apply_liger(model: PreTrainedModel) -> dict[str, Any]:
+def _apply_liger(model: PreTrainedModel, with_loss: bool) -> dict[str, Any]:
     """Puts Liger's kernels into one model; returns the names of transformers' module that it must have while it runs.
 
-    Liger replaces functions for the whole process, and the other variants are to be measured without them.
+    Liger replaces functions for the whole process, and the other variants are to be measured without them. Its loss,
+    which saves memory, makes the host wait for the number of labels, so a CUDA graph cannot hold it.
     """
     if find_spec("liger_kernel") is None:
         raise UserError("liger_kernel is not installed")
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
-    apply_liger_kernel_to_llama(model=model)
+    apply_liger_kernel_to_llama(model=model, fused_linear_cross_entropy=with_loss)
     changed = {name: value for name, value in vars(modeling_llama).items() if value is not _LLAMA.get(name)}
     vars(modeling_llama).update({name: _LLAMA[name] for name in changed})
     return changed

@@ -14,11 +14,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from malora.backends import kernels
+from malora.backends import kernels, masked
 from malora.backends.kernels import GateShape
 from malora.routing import Routing
 
@@ -99,8 +98,7 @@ class Stack:
         P = self.new(x, G, s.N, s.r, self.D8) if s.has_p else None
         down = self.new(x, G * (s.z_group + s.l_group), x.shape[1])
         narrow = Narrow(down, P, [self.new(x, self.H8, layer.out_features) for layer in self.layers])
-        z_rows, l_rows = down[: s.logits_at], down[s.logits_at :]
-        views = [view for g in range(G) for view in self.parts(z_rows, l_rows, P, narrow.B[g], g)]
+        views = [view for g in range(G) for view in self.parts(down, P, narrow.B[g], g)]
         torch._foreach_copy_(views, [p.detach() for p in parameters])
         return narrow
 
@@ -123,11 +121,11 @@ class Stack:
         z = z[..., : s.N * s.D].unflatten(2, (s.N, s.D))
         return torch.einsum("gtnr,gtnd->gnrd", e, z).to(wide)
 
-    def parts(self, z_rows: Tensor, l_rows: Tensor, P: Tensor | None, B: Tensor, g: int) -> list[Tensor]:
+    def parts(self, down: Tensor, P: Tensor | None, B: Tensor, g: int) -> list[Tensor]:
         """Sibling g's parameters as views of stacked tensors, which hold weights or their gradients."""
         s = self.shape
-        found = [l_rows[g * s.l_group :][: s.N]] if self.config.has_router else []
-        rows = z_rows[g * s.z_group :]
+        found = [down[s.logits_at + g * s.l_group :][: s.N]] if self.config.has_router else []
+        rows = down[g * s.z_group :]
         if P is None:
             found.append(rows[: s.N * s.r].unflatten(0, (s.N, s.r)))
         else:
@@ -146,13 +144,12 @@ class _Experts(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         config, s, down = stack.config, stack.shape, narrow.down
         weights = [layer.base_layer.weight.to(x.dtype) for layer in stack.layers]
-        zl = x.new_empty(len(x), len(down))
+        bits = None
         if seed is None:
-            torch.mm(x, down.T, out=zl)
+            zl = x @ down.T
         else:
-            torch.mm(kernels.dropout(x, seed, config.lora_dropout), down[: s.logits_at].T, out=zl[:, : s.logits_at])
-            if config.has_router:  # it sees all inputs
-                torch.mm(x, down[s.logits_at :].T, out=zl[:, s.logits_at :])
+            bits = masked.mask(*x.shape, seed, config.lora_dropout)
+            zl = masked.down(x, bits, down, s.logits_at, config.lora_dropout)
         if config.has_router:
             h = stack.new(x, len(stack.layers), len(x), stack.H8)
             probabilities = kernels.gate(zl, narrow.P, h, s).unbind()
@@ -163,11 +160,13 @@ class _Experts(torch.autograd.Function):
         ys = []
         for layer, W, B, h_g in zip(stack.layers, weights, narrow.B, h, strict=True):
             bias = layer.base_layer.bias
-            y = F.linear(x, W, None if bias is None else bias.to(x.dtype))
-            ys.append(y.addmm_(h_g, B, alpha=alpha))
+            start = x.new_empty(()) if bias is None else bias.to(x.dtype)
+            # The base product comes second: adding to what is there is hidden behind its arithmetic.
+            y = torch.addmm(start, h_g, B, beta=0 if bias is None else 1, alpha=alpha)
+            ys.append(y.addmm_(x, W.T))
         ctx.stack, ctx.alpha = stack, alpha
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, seed, zl, h if config.has_router else None, *narrow[:2], *narrow.B, *weights)
+        ctx.save_for_backward(x, bits, zl, h if config.has_router else None, *narrow[:2], *narrow.B, *weights)
         return (*ys, *probabilities)
 
     @staticmethod
@@ -175,7 +174,7 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         stack, alpha = ctx.stack, ctx.alpha
         config, s, G = stack.config, stack.shape, len(stack.layers)
-        x, seed, zl, h, down, P, *rest = ctx.saved_tensors
+        x, bits, zl, h, down, P, *rest = ctx.saved_tensors
         Bs, weights = rest[:G], rest[G:]
         dys = [
             x.new_zeros(len(x), B.shape[1]) if dy is None else dy.contiguous()
@@ -184,7 +183,6 @@ class _Experts(torch.autograd.Function):
         needs = dict(zip(stack.kinds, ctx.needs_input_grad[4:], strict=False))  # siblings train alike
 
         dzl = stack.new(x, *zl.shape)
-        dz, dl = dzl[:, : s.logits_at], dzl[:, s.logits_at :]
         if config.has_router:
             dh = x.new_empty(h.shape)
             for dy, B, dh_g in zip(dys, Bs, dh, strict=True):
@@ -197,30 +195,27 @@ class _Experts(torch.autograd.Function):
 
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = dys[0] @ weights[0]
-            for dy, W in zip(dys[1:], weights[1:], strict=True):
-                dx.addmm_(dy, W)
-            if seed is None:
-                dx.addmm_(dzl, down)
+            if bits is None:
+                dx = dzl @ down
             else:
-                if config.has_router:
-                    dx.addmm_(dl, down[s.logits_at :])
-                kernels.dropout(dz @ down[: s.logits_at], seed, config.lora_dropout, add_to=dx)
+                dx = masked.input_gradient(dzl, bits, down, s.logits_at, config.lora_dropout)
+            for dy, W in zip(dys, weights, strict=True):
+                dx.addmm_(dy, W)
 
         # What is not trained gets its weights for gradients, which are then left out.
-        z_rows, l_rows, dP, dBs = down[: s.logits_at], down[s.logits_at :], P, Bs
-        dropped = x if seed is None else kernels.dropout(x, seed, config.lora_dropout)
-        if needs.get("A", needs.get("S")):
-            z_rows = _weight_gradient(dz, dropped)
-        if needs.get("router"):
-            l_rows = _weight_gradient(dl, x)
+        ddown, dP, dBs = down, P, Bs
+        if needs.get("A", needs.get("S")) or needs.get("router"):
+            if bits is None:
+                ddown = _weight_gradient(dzl, x)
+            else:
+                ddown = masked.weight_gradient(dzl, x, bits, s.logits_at, config.lora_dropout)
         if needs.get("P"):
             dP = stack.P_gradient(e, zl)
         if needs["B"]:
             dBs = [_weight_gradient(h_g, dy) for h_g, dy in zip(h, dys, strict=True)]
             if alpha != 1:
                 torch._foreach_mul_(dBs, alpha)
-        found = [part for g in range(G) for part in stack.parts(z_rows, l_rows, dP, dBs[g], g)]
+        found = [part for g in range(G) for part in stack.parts(ddown, dP, dBs[g], g)]
         wanted = zip(found, ctx.needs_input_grad[4:], strict=True)
         return dx, None, None, None, *(gradient if needed else None for gradient, needed in wanted)
 

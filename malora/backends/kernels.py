@@ -15,36 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_T = 32
-QUARTER = 512
-
-
-@triton.jit
-def _dropout_kernel(x_ptr, out_ptr, seed_ptr, size, P: tl.constexpr, ADD: tl.constexpr, QUARTER: tl.constexpr):
-    # One draw of Philox is four numbers: an element of each quarter of the program's block takes one. Seven rounds pass
-    # the usual tests of randomness (Salmon et al. 2011).
-    program = tl.program_id(0)
-    lane = tl.arange(0, QUARTER)
-    draws = tl.rand4x(tl.load(seed_ptr), program * QUARTER + lane, n_rounds=7)
-    for quarter in tl.static_range(4):
-        offset = program.to(tl.int64) * (4 * QUARTER) + quarter * QUARTER + lane
-        inside = offset < size
-        x = tl.load(x_ptr + offset, mask=inside)
-        out = tl.where(draws[quarter] >= P, x * (1 / (1 - P)), 0.0)
-        if ADD:
-            out += tl.load(out_ptr + offset, mask=inside)
-        tl.store(out_ptr + offset, out, mask=inside)
-
-
-def dropout(x: Tensor, seed: Tensor, p: float, add_to: Tensor | None = None) -> Tensor:
-    """x with elements dropped and the rest scaled up, by a seed [1] of int64; added in place to `add_to` if given.
-
-    The same seed drops the same elements, so the mask is never kept.
-    """
-    out = torch.empty_like(x) if add_to is None else add_to
-    assert x.is_contiguous() and out.is_contiguous()
-    grid = (triton.cdiv(x.numel(), 4 * QUARTER),)
-    _dropout_kernel[grid](x, out, seed, x.numel(), P=p, ADD=add_to is not None, QUARTER=QUARTER)
-    return out
 
 
 @triton.jit

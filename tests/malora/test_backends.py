@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from malora import BACKENDS, METHODS, MaloraConfig, MaloraLayer
-from malora.backends import kernels
+from malora.backends import masked
 from malora.routing import RoutingLog
 
 methods = [name for name, config in METHODS.items() if isinstance(config(), MaloraConfig)]
@@ -30,8 +30,11 @@ class FusedMask(torch.nn.Module):
         self.p = p
 
     def forward(self, x):
-        seed = torch.randint(2**31 - 1, (1,))
-        return x * kernels.dropout(torch.ones_like(x).flatten(0, -2), seed, self.p).view_as(x) if self.p else x
+        if not self.p:
+            return x
+        bits = masked.mask(x[..., 0].numel(), x.shape[-1], torch.randint(2**31 - 1, (1,)), self.p)
+        kept = (bits[:, :, None] >> torch.arange(32) & 1).flatten(1)[:, : x.shape[-1]]
+        return x * kept.view_as(x) / (1 - round(65536 * self.p) / 65536)
 
 
 def run(made: MaloraLayer, backend: str, x: torch.Tensor):
