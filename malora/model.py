@@ -13,7 +13,7 @@ from torch import nn
 from malora.config import MaloraConfig
 from malora.layer import PREFIX, MaloraLayer
 from malora.routing import RoutingLog
-from malora.siblings import SIBLINGS, Siblings
+from malora.siblings import SIBLINGS, Siblings, weights_ahead
 
 _LLAMA_LIKE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj", "gate_proj"]
 
@@ -49,13 +49,17 @@ class MaloraModel(BaseTuner):
     def malora_layers(self) -> list[MaloraLayer]:
         return [module for module in self.model.modules() if isinstance(module, MaloraLayer)]
 
+    @cached_property
+    def _all_siblings(self) -> list[Siblings]:
+        return list({id(layer.siblings): layer.siblings for layer in self.malora_layers}.values())
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = inspect.signature(self.model.forward).bind_partial(*args, **kwargs).arguments
         mask = arguments.get("attention_mask")
         is_padding_mask = mask is not None and mask.dim() == 2
         for layer in self.malora_layers:
             layer.routings.clear()
-        with self.routing_log.listen(mask if is_padding_mask else None):
+        with self.routing_log.listen(mask if is_padding_mask else None), weights_ahead(self._all_siblings):
             return super().forward(*args, **kwargs)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -103,7 +107,8 @@ class MaloraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        self.__dict__.pop("malora_layers", None)
+        for cached in ("malora_layers", "_all_siblings"):
+            self.__dict__.pop(cached, None)
         if isinstance(target, MaloraLayer):
             target.update_layer(adapter_name, peft_config)
         elif isinstance(target, nn.Linear):

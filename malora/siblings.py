@@ -9,6 +9,8 @@ import copy
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,24 @@ def say_once(reason: str) -> None:
     logger.warning("backend 'fused' cannot compute %s; the dense backend does.", reason)
 
 
+@contextmanager
+def weights_ahead(families: list[Siblings]) -> Iterator[None]:
+    """For one training pass of a model: the weights of all its fused layers are copied at once, before the first runs.
+
+    A layer that runs again, as under gradient checkpointing, copies its own.
+    """
+    stacks = [stack for family in families for stack in family.stacks()] if torch.is_grad_enabled() else []
+    if stacks:
+        from malora.backends.fused import copy_ahead  # it needs Triton, which is not everywhere
+
+        copy_ahead(stacks)
+    try:
+        yield
+    finally:
+        for stack in stacks:
+            stack.drop_ahead()
+
+
 class Siblings:
     """Layers that read the same input. The first that is called computes for all, the others fetch their part."""
 
@@ -64,6 +84,10 @@ class Siblings:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()
         self.layers = state["layers"]
+
+    def stacks(self) -> list[Stack]:
+        """Of active adapters, those that have run since the last `release`."""
+        return [stack for stack in self._stacks.values() if stack.adapter in stack.layers[0].active_adapters]
 
     def release(self) -> None:
         """Drop what is kept of the layers' weights and settings; the next pass makes it again."""

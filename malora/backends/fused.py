@@ -55,6 +55,8 @@ class Stack:
         present = {"router": config.has_router} | {kind: getattr(f, kind) is not None for kind in "APSB"}
         self.kinds = [kind for kind, there in present.items() if there]
         self._kept: tuple[tuple, Narrow] | None = None
+        self._form: tuple[torch.dtype, torch.device] | None = None  # of the last pass
+        self._ahead: Narrow | None = None  # copied by `copy_ahead`, for one pass
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         """Every layer's output for x [..., n]; leaves what was routed in the layers."""
@@ -84,23 +86,32 @@ class Stack:
         Nothing tells for certain that a weight has changed: a fused optimizer's step does not raise its version.
         """
         if torch.is_grad_enabled():
-            self._kept = None
-            return self._copied(parameters, x)
+            self._kept, form = None, (x.dtype, x.device)
+            if self._ahead is None or self._form != form:
+                self._form = form
+                copy_ahead([self])
+            ahead, self._ahead = self._ahead, None
+            return ahead
         capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
         key = (x.dtype, x.device, capturing, *((p.data_ptr(), p._version) for p in parameters))
         if self._kept is None or self._kept[0] != key:
-            self._kept = (key, self._copied(parameters, x))
+            self._form = (x.dtype, x.device)
+            copy_ahead([self])
+            self._kept, self._ahead = (key, self._ahead), None
         return self._kept[1]
 
-    @torch.no_grad()
-    def _copied(self, parameters: list[Tensor], x: Tensor) -> Narrow:
+    def drop_ahead(self) -> None:
+        """A layer that did not run leaves its copies; weights may have changed when it does."""
+        self._ahead = None
+
+    def empty(self) -> tuple[Narrow, list[Tensor]]:
+        """Room for copies in the form of the last pass, and the views of it that are each parameter's."""
         s, G = self.shape, len(self.layers)
-        P = self.new(x, G, s.N, s.r, self.D8) if s.has_p else None
-        down = self.new(x, G * (s.z_group + s.l_group), x.shape[1])
-        narrow = Narrow(down, P, [self.new(x, self.H8, layer.out_features) for layer in self.layers])
-        views = [view for g in range(G) for view in self.parts(down, P, narrow.B[g], g)]
-        torch._foreach_copy_(views, [p.detach() for p in parameters])
-        return narrow
+        like = torch.empty(0, dtype=self._form[0], device=self._form[1])
+        P = self.new(like, G, s.N, s.r, self.D8) if s.has_p else None
+        down = self.new(like, G * (s.z_group + s.l_group), self.layers[0].in_features)
+        narrow = Narrow(down, P, [self.new(like, self.H8, layer.out_features) for layer in self.layers])
+        return narrow, [view for g in range(G) for view in self.parts(down, P, narrow.B[g], g)]
 
     def new(self, like: Tensor, *shape: int) -> Tensor:
         """For a kernel that writes what is not padding."""
@@ -134,6 +145,22 @@ class Stack:
         return [*found, B[: s.N * s.r].unflatten(0, (s.N, s.r))]
 
 
+@torch.no_grad()
+def copy_ahead(stacks: list[Stack]) -> None:
+    """Copies the weights of all stacks that have run before, for the next pass of each: one launch, however many.
+
+    A stack's own few tensors do not fill a GPU.
+    """
+    stacks = [stack for stack in stacks if stack._form is not None]
+    views, weights = [], []
+    for stack in stacks:
+        stack._ahead, mine = stack.empty()
+        views += mine
+        weights += [p.detach() for layer in stack.layers for p in stack._parameters(layer)]
+    if views:
+        torch._foreach_copy_(views, weights)
+
+
 class _Experts(torch.autograd.Function):
     """(x [T, n], dropout's seed [1] or None, the stack, its narrow weights, its parameters) -> outputs [T, m] of each
     layer, and then, of routed ones, the probabilities [T, N] of each."""
@@ -146,7 +173,7 @@ class _Experts(torch.autograd.Function):
         weights = [layer.base_layer.weight.to(x.dtype) for layer in stack.layers]
         bits = None
         if seed is None:
-            zl = x @ down.T
+            zl = torch.mm(x, down.T, out=masked.rows_of(x, len(down)))
         else:
             bits = masked.mask(*x.shape, seed, config.lora_dropout)
             zl = masked.down(x, bits, down, s.logits_at, config.lora_dropout)
@@ -182,7 +209,9 @@ class _Experts(torch.autograd.Function):
         ]
         needs = dict(zip(stack.kinds, ctx.needs_input_grad[4:], strict=False))  # siblings train alike
 
-        dzl = stack.new(x, *zl.shape)
+        dzl = masked.rows_of(x, len(down))
+        if stack.is_padded:
+            dzl.zero_()
         if config.has_router:
             dh = x.new_empty(h.shape)
             for dy, B, dh_g in zip(dys, Bs, dh, strict=True):

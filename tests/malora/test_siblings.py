@@ -67,6 +67,18 @@ def test_siblings_are_computed_once(ids, monkeypatch):
     assert sizes == [3, 2, 1] * 2  # Q, K, V; Gate, Up; Down; of two layers
 
 
+def test_a_training_pass_copies_all_weights_at_once(ids, monkeypatch):
+    sizes = []
+    copy = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, source: sizes.append(len(to)) or copy(to, source))
+    model = adapted("molora")  # a router, A and B in each of six targets of two layers
+    model(ids)
+    assert sizes == [9, 6, 3] * 2
+    del sizes[:]
+    model(ids)
+    assert sizes == [36]
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_optimizers_step_is_seen(fused, ids):
     """A fused one does not raise the version of what it changes."""
