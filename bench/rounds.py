@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -52,21 +54,31 @@ class ModelRow:
             self.subject.park()
 
 
-def measure(rows: list[Measured], rounds: int, device: torch.device) -> list[dict[str, Any]]:
+def measure(
+    rows: list[Measured], rounds: int, device: torch.device, seconds: float = math.inf
+) -> tuple[list[dict[str, Any]], int]:
     """Warms every row up, then times all of them in `rounds` rounds. A row that cannot run says why; the others go on.
 
+    After the first round none is begun that would end later than `seconds` from now, going by the round before.
+
     Returns:
-        By row: what it is, status (ok, oom, failed, unavailable), samples of seconds by part, peak memory in bytes over
-        the timed rounds, and what `count` counted.
+        How many rounds there were, behind a dict a row: what it is, status (ok, oom, failed, unavailable), samples of
+        seconds by part, peak memory in bytes over the timed rounds, and what `count` counted.
     """
+    start = time.perf_counter()
     found = [_first_pass(row, device) for row in rows]
+    done, began = 0, time.perf_counter()
     for number in range(rounds):
+        now = time.perf_counter()
+        if done and now + (now - began) > start + seconds:
+            break
+        done, began = number + 1, now
         print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
         for row, result in zip(rows, found, strict=True):
             slow = result["status"] == "ok" and result["warm_seconds"] > SLOW_SECONDS
             if result["status"] == "ok" and not (slow and number >= 2):
                 _guarded(result, device, _round, row, result, rounds, device)
-    return found
+    return found, done
 
 
 def _first_pass(row: Measured, device: torch.device) -> dict[str, Any]:

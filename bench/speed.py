@@ -11,6 +11,7 @@ random. The command line; composition only.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -83,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dropout", type=fraction, default=0.05, metavar="P", help="of the adapters, in training")
     parser.add_argument("--rounds", type=positive, default=5, metavar="K", help="how often every row has its turn")
+    parser.add_argument(
+        "--minutes", type=positive, metavar="M", help="begin no round that would end later (default: all rounds)"
+    )
     parser.add_argument("--layers", type=positive, metavar="N", help="cut the depth, to try things out")
     parser.add_argument(
         "--results", type=Path, default=LOCAL, metavar="DIR", help="for the record, its tables and its figure"
@@ -110,7 +114,7 @@ def _speed(options: argparse.Namespace) -> int:
         rows = [ModelRow(variant, base, work) for variant in chosen]
     before = ceilings(device, dtype)
     with torch._dynamo.config.patch(COMPILE):
-        found = measure(rows, options.rounds, device)
+        found, rounds = measure(rows, options.rounds, device, 60 * (options.minutes or math.inf))
     made = SpeedRecord(
         shape=options.shape,
         mode="layer" if options.sweep else options.mode,
@@ -121,7 +125,7 @@ def _speed(options: argparse.Namespace) -> int:
             "length": work.length,
             "tokens": work.tokens,
             "dropout": work.dropout,
-            "rounds": options.rounds,
+            "rounds": rounds,
             "layers": options.layers,
             "flops": None if options.sweep else backbone_flops(base, work),
         },

@@ -269,6 +269,7 @@ def _apply_liger(model: PreTrainedModel, with_loss: bool) -> dict[str, Any]:
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
     apply_liger_kernel_to_llama(model=model, fused_linear_cross_entropy=with_loss)
-    changed = {name: value for name, value in vars(modeling_llama).items() if value is not _LLAMA.get(name)}
+    now = vars(modeling_llama)  # to which torch.compile adds names of its own
+    changed = {name: now[name] for name, before in _LLAMA.items() if now[name] is not before}
     vars(modeling_llama).update({name: _LLAMA[name] for name in changed})
     return changed

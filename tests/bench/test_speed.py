@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
+import types
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from bench import record, rounds, speed, speed_report
+from bench import variants as bench_variants
 from bench.__main__ import main
 from bench.measure import DecodeStep, Work, backbone_flops
 from bench.record import SpeedRecord
@@ -89,8 +91,31 @@ def test_rows_are_measured_in_turns():
     assert log == list("abc") * 4  # the first pass, and three rounds
 
 
+def test_no_round_is_begun_that_would_end_too_late():
+    found, done = rounds.measure([Fake("a", log := [])], 5, CPU, seconds=0)
+    assert done == 1 and log == ["a"] * 2 and found[0]["seconds"]["step"]
+
+
+def test_ligers_functions_are_there_only_while_its_row_runs(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    original, fused = modeling_llama.rotate_half, object()
+    fake = types.ModuleType("liger_kernel.transformers")
+    fake.apply_liger_kernel_to_llama = lambda model, **_: setattr(modeling_llama, "rotate_half", fused)
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", fake)
+    monkeypatch.setattr(bench_variants, "find_spec", lambda name: True)
+    monkeypatch.setattr(modeling_llama, "__builtins_dict___0", {}, raising=False)  # torch.compile leaves such names
+    subject = Subject(variants()["floor-liger"], backbone(TOY, 1, CPU), "prefill", 0.0)
+    assert modeling_llama.rotate_half is original
+    subject.load()
+    assert modeling_llama.rotate_half is fused
+    subject.park()
+    assert modeling_llama.rotate_half is original
+
+
 def test_training_that_does_not_fit_is_tried_with_smaller_micro_batches():
-    half, none, broken, fine = rounds.measure(
+    (half, none, broken, fine), _ = rounds.measure(
         [
             Fake("half", [], fits=2),
             Fake("none", [], fits=0),
@@ -108,7 +133,7 @@ def test_training_that_does_not_fit_is_tried_with_smaller_micro_batches():
 
 def test_a_slow_row_gets_two_samples(monkeypatch):
     monkeypatch.setattr(rounds, "SLOW_SECONDS", 0.0)
-    (slow,) = rounds.measure([Fake("slow", log := [])], 5, CPU)
+    (slow,), _ = rounds.measure([Fake("slow", log := [])], 5, CPU)
     assert log == ["slow"] * 3 and len(slow["seconds"]["step"]) >= 2
 
 
