@@ -1,0 +1,52 @@
+"""The products with dropout inside equal plain products of masked tensors; on a GPU in bfloat16, at sizes in use."""
+
+import pytest
+import torch
+
+from malora.backends import masked
+
+ON_GPU = torch.cuda.is_available()
+DEVICE, DTYPE, CLOSE = ("cuda", torch.bfloat16, 5e-3) if ON_GPU else ("cpu", torch.float64, 1e-12)
+# tokens, inputs, rows of down sides, rows of routers: odd ones; and those of MALoRA and MoLoRA on a 7B and a 135M model
+ODD = [(1, 8, 8, 0), (33, 72, 40, 8), (70, 100, 136, 16)]
+USED = [(4096, 4096, 96, 24), (4096, 11008, 32, 8), (4096, 4096, 192, 24), (1000, 576, 96, 24), (1000, 1536, 64, 8)]
+
+
+def kept(bits: torch.Tensor, n: int) -> torch.Tensor:
+    return ((bits[:, :, None] >> torch.arange(32, device=bits.device)) & 1).flatten(1)[:, :n].bool()
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5])
+@pytest.mark.parametrize("T, n, Z, L", ODD + USED if ON_GPU else ODD)
+def test_products_equal_those_of_masked_tensors(T, n, Z, L, p):
+    torch.manual_seed(0)
+    x, weights = (torch.randn(rows, n, device=DEVICE).to(DTYPE) for rows in (T, Z + L))
+    dzl = masked.rows_of(x, Z + L).copy_(torch.randn(T, Z + L))
+    bits = masked.mask(T, n, torch.tensor([5], device=DEVICE), p)
+    wide = torch.float32 if ON_GPU else torch.float64
+    left = kept(bits, n).to(wide) / (1 - round(65536 * p) / 65536)
+    x_, w_, dzl_ = (t.to(wide) for t in (x, weights, dzl))
+    expected = {
+        "down": torch.cat([(x_ * left) @ w_[:Z].T, x_ @ w_[Z:].T], 1),
+        "input_gradient": left * (dzl_[:, :Z] @ w_[:Z]) + dzl_[:, Z:] @ w_[Z:],
+        "weight_gradient": torch.cat([dzl_[:, :Z].T @ (x_ * left), dzl_[:, Z:].T @ x_]),
+    }
+    got = {
+        "down": masked.down(x, bits, weights, Z, p),
+        "input_gradient": masked.input_gradient(dzl, bits, weights, Z, p),
+        "weight_gradient": masked.weight_gradient(dzl, x, bits, Z, p),
+    }
+    for name, value in expected.items():
+        assert (got[name].to(wide) - value).norm() <= CLOSE * value.norm(), name
+
+
+@pytest.mark.parametrize("p", [0.05, 0.3])
+def test_a_mask_drops_the_share_it_should_and_no_pattern(p):
+    T, n = 512, 256
+    mask = kept(masked.mask(T, n, torch.tensor([3], device=DEVICE), p), n).double()
+    six_sigma = 6 * (p * (1 - p) / mask.numel()) ** 0.5
+    assert abs(1 - p - mask.mean()) < six_sigma + 1 / 65536
+    for shifted in (mask.roll(1, 0), mask.roll(1, 1), mask.roll(32, 1), mask.roll(8, 0)):
+        assert abs(((mask - mask.mean()) * (shifted - mask.mean())).mean()) < six_sigma  # of a product of two such
+    other = kept(masked.mask(T, n, torch.tensor([4], device=DEVICE), p), n).double()
+    assert abs(((mask - mask.mean()) * (other - mask.mean())).mean()) < six_sigma
