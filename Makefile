@@ -6,7 +6,7 @@ ARGS ?=
 # Installed first and by itself, so that nothing else decides which build comes.
 TORCH ?= torch==2.13.0
 
-.PHONY: test lint leaderboard check-tables reproduce-table2 reproduce-table10 clean
+.PHONY: test lint leaderboard report check-tables reproduce-table2 reproduce-table10 clean
 .DEFAULT_GOAL := help
 
 help: ## what there is
@@ -33,6 +33,9 @@ reproduce-table10: .venv/ready ## Table 10 and Figure 4c on this machine, into r
 
 leaderboard: .venv/ready ## tables and the README's leaderboard, from the published records
 	$(BIN)/python -m bench leaderboard
+
+report: .venv/ready ## one HTML page of all published records, into results/local
+	$(BIN)/python -m bench report
 
 check-tables: .venv/ready ## whether they are what the records give
 	$(BIN)/python -m bench leaderboard --check

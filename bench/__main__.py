@@ -106,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     board.set_defaults(command=_leaderboard)
 
+    page = commands.add_parser("report", help="one HTML page of all published records, into results/local")
+    page.set_defaults(command=_report)
+
     publish = commands.add_parser("publish", help="copy clean, whole records to results/PROFILE", formatter_class=Help)
     publish.add_argument(
         "--profile",
@@ -300,6 +303,20 @@ def _leaderboard(options: argparse.Namespace) -> int:
             path.write_text(pages[path])
         print(f"{'not what the records give' if options.check else 'written'}: {path.relative_to(record.ROOT)}")
     return int(options.check and bool(stale))
+
+
+def _report(options: argparse.Namespace) -> int:
+    try:
+        from bench.page import page  # what it needs is an extra, and slow to import
+    except ImportError as error:
+        raise UserError(f"the report needs {error.name}: pip install 'malora[report]'.") from error
+    records = {name: record.read_all(record.RESULTS / name) for name in PROFILES}
+    path = LOCAL / "report.html"
+    text = page(records, record.read_speed(record.RESULTS / SPEED), [])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    print(f"written to {path}")
+    return 0
 
 
 def _publish(options: argparse.Namespace) -> int:

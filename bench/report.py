@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from dataclasses import dataclass
 
 from tabulate import tabulate
 
@@ -21,7 +22,29 @@ from bench.stats import LEVEL, compare, holm
 from tasks import TASKS
 
 
-def experiment_page(
+@dataclass(frozen=True)
+class Board:
+    """A leaderboard; as a string, Markdown."""
+
+    head: list[str]
+    lines: list[tuple[Row | None, list[str]]]  # None: the paper's own
+    notes: str
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for row, _ in self.lines if row]
+
+    def __str__(self) -> str:
+        body, align = [cells for _, cells in self.lines], ("left", *["right"] * (len(self.head) - 2), "left")
+        return f"{tabulate(body, self.head, tablefmt='pipe', disable_numparse=True, colalign=align)}\n\n{self.notes}"
+
+
+def experiment_page(*arguments, **options) -> str:
+    """The page of one experiment and profile; see `experiment_parts`."""
+    return "\n\n".join(map(str, experiment_parts(*arguments, **options))) + "\n"
+
+
+def experiment_parts(
     experiment: Experiment,
     records: list[Record],
     profile: str,
@@ -30,8 +53,8 @@ def experiment_page(
     like: RunConfig | None = None,
     swept: bool = True,
     published: list[Record] | None = None,
-) -> str:
-    """The page of one experiment and profile.
+) -> list[str | Board]:
+    """What the page of one experiment and profile has, in its order.
 
     Args:
         tuned: each method's own rate.
@@ -41,7 +64,7 @@ def experiment_page(
     """
     mine, others = comparable(records, experiment, like)
     if not mine:
-        return f"# {experiment.title}, profile {profile}\n\nNo whole run is recorded yet.\n"
+        return [f"# {experiment.title}, profile {profile}", "No whole run is recorded yet."]
     some = mine[0].config
     paper_rate = PROFILES[profile].paper_rate
     parts = [f"# {experiment.title}, profile {profile}", _intro(mine, some, others)]
@@ -60,7 +83,7 @@ def experiment_page(
         parts += ["## What an option changes", variations]
     if published is not None:
         parts += ["## Against the published records", reproduction(experiment, mine, published, profile)]
-    return "\n\n".join(parts) + "\n"
+    return parts
 
 
 def _intro(records: list[Record], config: RunConfig, others: int) -> str:
@@ -106,7 +129,7 @@ def _of_methods(records: list[Record]) -> str:
 
 def leaderboard(
     experiment: Experiment, records: list[Record], rates: dict[str, float], mark_partial_sweeps: bool = False
-) -> str:
+) -> Board:
     """Methods by rows, tasks by columns, and each method tested against the one with the best mean.
 
     With `mark_partial_sweeps`, a method that was tried at fewer rates than the others says so.
@@ -119,27 +142,24 @@ def leaderboard(
     partly = _partly_swept(records) if mark_partial_sweeps else {}
     figures = paper()[experiment.name]
     titles = [TASKS[t].title for t in tasks]
-    body = []
+    lines = []
     for row in [*rows(records, (BASE,), {}), *found]:
         if not row.records:
-            body.append([row.title, _n(row.rate), *[""] * (len(tasks) + 3), _broken(row)])
+            lines.append((row, [row.title, _n(row.rate), *[""] * (len(tasks) + 3), _broken(row)]))
             continue
         parameters = row.records[0].parameters
-        body.append([
+        lines.append((row, [
             row.title, "" if row.rate is None else f"{row.rate:g}",
             f"{parameters['trainable']:,}" if parameters else "",
             *(f"{row.task_mean(task):.1f}" for task in tasks),
             str(row.mean), len(row.records),
             ". ".join(filter(None, [verdicts.get(row.method, ""), _broken(row), partly.get(row.method)])),
-        ])  # fmt: skip
+        ]))  # fmt: skip
         if row.title in figures:
             theirs = figures[row.title]
             cells = [f"*{theirs[t]:.1f}*" if t in theirs else "" for t in titles]
-            body.append([f"*{row.title}, the paper's*", "", "", *cells, f"*{theirs['AVG']:.1f}*", "*1*", ""])
+            lines.append((None, [f"*{row.title}, the paper's*", "", "", *cells, f"*{theirs['AVG']:.1f}*", "*1*", ""]))
     head = ["method", "rate", "trainable", *titles, "mean", "seeds", "against the best"]
-    table = tabulate(
-        body, head, tablefmt="pipe", disable_numparse=True, colalign=("left", *["right"] * (len(head) - 2), "left")
-    )
     overs = {row.mean.over for row in scored}
     notes = [f"± is half a {LEVEL:.0%} interval over {' or '.join(sorted(overs))}."] if overs else []
     if "items" in overs:
@@ -149,7 +169,7 @@ def leaderboard(
         "corrected by Holm for the number of rows. *Italics* are the paper's own figures "
         f"({paper()['source']}): another, larger model."
     )
-    return f"{table}\n\n{' '.join(notes)}"
+    return Board(head, lines, " ".join(notes))
 
 
 def _partly_swept(records: list[Record]) -> dict[str, str]:
@@ -321,7 +341,15 @@ def reproduction(experiment: Experiment, mine: list[Record], published: list[Rec
 def published_pages(records: dict[str, list[Record]]) -> dict[str, str]:
     """The generated files of `results/`, by path in it, from the published records of each profile."""
     return {
-        f"{profile}/{experiment.name}.md": experiment_page(
+        f"{profile}/{experiment.name}.md": "\n\n".join(map(str, parts)) + "\n"
+        for (profile, experiment), parts in published_parts(records).items()
+    }
+
+
+def published_parts(records: dict[str, list[Record]]) -> dict[tuple[str, Experiment], list[str | Board]]:
+    """The same by profile and experiment, in parts."""
+    return {
+        (profile, experiment): experiment_parts(
             experiment, mine, profile, choose_rates(comparable(mine, experiment)[0])
         )
         for profile, mine in records.items()
