@@ -80,7 +80,7 @@ def means(title: str, label: str, found: list[Row], x: Callable[[Row], float | N
         for at, row in known:
             colour, marker = style(row.method)
             axes.errorbar(at, row.mean.value, row.mean.half_width, color=colour, elinewidth=1.2)
-            axes.scatter(at, row.mean.value, 40, colour, marker, urls=[link(row.records)], zorder=3)
+            axes.scatter(at, row.mean.value, 40, colour, marker=marker, urls=[link(row.records)], zorder=3)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(EngFormatter(unit, sep=" " if unit else ""))
         axes.margins(x=0.12)
@@ -131,8 +131,8 @@ def alike(title: str, records: list[Record]) -> str | None:
         for record in records:
             for (side, what), (value, chance) in by_record[record.id].items():
                 at, (colour, marker) = compared.index((side, what)), style(record.config.method)
-                axes.scatter(value, at, 30, colour, marker, urls=[link([record])], zorder=3)
-                axes.scatter(chance, at, 90, INK, "|")
+                axes.scatter(value, at, 30, colour, marker=marker, urls=[link([record])], zorder=3)
+                axes.scatter(chance, at, 90, INK, marker="|")
         axes.set_yticks(range(len(compared)), [f"{side}, {what}" for side, what in compared])
         axes.invert_yaxis()
         axes.set(xlabel="mean CCA; a bar is chance", xlim=(0, None))

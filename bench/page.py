@@ -1,12 +1,13 @@
 """Records to one HTML page that a person looks at, opened from the file system, without a network. Pure.
 
-It has the tables of `bench.report`, which DataTables sorts and filters (itables brings it along), and figures as SVG. The
-records that a figure is made of are in the page too, and open where the figure stands.
+It has the tables of `bench.report`, which DataTables sorts and filters (itables brings it along), and figures as SVG.
+The records that a figure is made of are in the page too, and open where the figure stands.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ class Table(NamedTuple):
 def page(records: dict[str, list[Record]], speeds: list[SpeedRecord], claims: list[Any]) -> str:
     """The page of these records by profile; `claims` are `bench.claims.Claim`s."""
     measured = latest(speeds)
+    records = {name: sorted(found, key=lambda r: r.id) for name, found in records.items()}
     of_profiles = {name: [] for name in reversed(PROFILES) if records.get(name)}
     for (name, experiment), parts in published_parts({name: records[name] for name in of_profiles}).items():
         boards = [number for number, part in enumerate(parts) if isinstance(part, Board)]
@@ -61,7 +63,7 @@ def page(records: dict[str, list[Record]], speeds: list[SpeedRecord], claims: li
         runs={name: _runs(records[name]) for name in of_profiles},
         goals=_markdown(goal_table(speeds)),
         speeds=[(_markdown(section(r)), _made((figures.steps, "Seconds of a step", r))) for r in measured],
-        records={r.id: _embedded(r) for r in [*sum(records.values(), []), *measured]},
+        records={r.id: _embedded(r) for r in itertools.chain(*records.values(), measured)},
         datatables=Path(itables.options.dt_bundle).read_text(),
     )
 
@@ -134,8 +136,8 @@ def _runs(records: list[Record]) -> Table:
         options = ", ".join(f"{name}={value}" for name, value in r.config.method_options.items())
         means = ["" if mean is None else f"{mean:.1f}" for mean in (r.mean("validation"), r.mean())]
         rate = "" if r.config.learning_rate is None else f"{r.config.learning_rate:g}"
-        rows.append(("", _cells([_method(r.config.method), rate, r.config.seed, r.config.mixture, options, r.status, *means,
-                                 r.provenance["device"]], link([r]))))  # fmt: skip
+        texts = [rate, r.config.seed, r.config.mixture, options, r.status, *means, r.provenance["device"]]
+        rows.append(("", _cells([_method(r.config.method), *texts], link([r]))))
     head = ["method", "rate", "seed", "mixture", "options", "status", "validation", "test", "device"]
     return Table(head, rows)
 

@@ -3,7 +3,7 @@ const bundle = URL.createObjectURL(new Blob([load("datatables")], { type: "text/
 const { default: DataTable } = await import(bundle);
 for (const table of document.querySelectorAll("main table"))
   new DataTable(table, { paging: false, info: false, order: [], autoWidth: false,
-    layout: { topStart: table.tBodies[0].rows.length > 8 ? "search" : null, topEnd: null },
+    layout: { topStart: table.tBodies[0].rows.length > 6 ? "search" : null, topEnd: null },
     language: { search: "Filter rows", searchPlaceholder: "Filter" } });
 
 // A link to records is their ids, #id,id: every figure has an address of its own.
