@@ -162,7 +162,7 @@ def _figures(
     entropy, share = over_steps("router", "entropy"), over_steps("router", "largest_share")
     return _made(
         (figures.means, "Accuracy against trainable parameters", "trainable parameters", rows, _trainable),
-        (figures.means, "Accuracy against the time of a training step", *_step_seconds(rows, speeds), "s"),
+        (figures.means, "Accuracy against the time of a training step", *step_seconds(rows, speeds), "s"),
         (figures.lines, "Training loss", "step", {"loss": over_steps("curve", "loss")}, "log"),
         (figures.lines, "Routers in training: entropy, and the busiest expert's share", "step",
          {"entropy, nats": entropy, "largest share": share}),
@@ -198,7 +198,7 @@ def _trainable(row: Row) -> int | None:
     return row.records[0].parameters and row.records[0].parameters["trainable"]
 
 
-def _step_seconds(found: list[Row], speeds: list[SpeedRecord]) -> tuple[str, list[Row], Callable[[Row], float | None]]:
+def step_seconds(found: list[Row], speeds: list[SpeedRecord]) -> tuple[str, list[Row], Callable[[Row], float | None]]:
     """Seconds of a training step, of the fastest way to compute an adapter, known by its method and size.
 
     They are of the one measurement that has most of the rows. The runs' own seconds are no speed: runs share a machine.

@@ -226,3 +226,10 @@ def test_two_processes_make_a_table_together(base_folder, tmp_path):
     )
     assert len(record.read_all(tmp_path)) == 5 + 1  # the sweep's rates, and the base
     assert "| LoRA " in (tmp_path / "table2.md").read_text()
+
+
+def test_a_report_without_its_extra_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "itables", None)
+    monkeypatch.delitem(sys.modules, "bench.page", raising=False)
+    assert main(["report"]) == 2
+    assert "the report needs itables" in capsys.readouterr().err

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import xml.etree.ElementTree as ElementTree
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +15,7 @@ from tests.bench.test_record import make
 
 pytest.importorskip("itables", reason="the extra 'report' is not installed")
 from bench import figures
-from bench.page import page
+from bench.page import page, step_seconds
 
 TITLE = "Accuracy against the time of a training step"
 
@@ -44,11 +43,11 @@ def runs():
 
 
 def speed(**seconds):
+    unknown = dict.fromkeys(("reason", "peak_bytes", "kernels", "launches", "synchronisations"))
     rows = [
-        {"name": name, "method": method, "status": "ok", "reason": None, "trainable": 1234, "seconds": {"step": [step] * 3},
-         "peak_bytes": None, "kernels": None, "launches": None, "synchronisations": None}
+        {"name": name, "method": method, "status": "ok", "trainable": 1234, "seconds": {"step": [step] * 3}, **unknown}
         for name, (method, step) in seconds.items()
-    ]  # fmt: skip
+    ]
     options = {"variant": "all", "sweep": None, "batch": 1, "length": 8, "tokens": 8, "dropout": 0.0, "rounds": 1,
                "layers": None, "flops": 1}  # fmt: skip
     about = CLEAN | {"packages": dict.fromkeys(("torch", "transformers", "peft")), "cuda": None}
@@ -90,9 +89,7 @@ def test_a_figure_leads_to_the_records_that_it_is_made_of():
 def test_step_times_are_of_the_same_adapter_computed_in_the_fastest_way():
     measured = speed(floor=(None, 0.1), slow=("lora", 0.9), fast=("peft-lora", 0.3))
     rows = [SimpleNamespace(method=m, records=[make(method=m)]) for m in ("lora", "molora")]
-    from bench.page import _step_seconds
-
-    _, _, step = _step_seconds(rows, [measured])
+    _, _, step = step_seconds(rows, [measured])
     assert [step(row) for row in rows] == [0.3, None]
     rows[0].records[0].parameters = {"trainable": 4321}
     assert step(rows[0]) is None
@@ -159,7 +156,7 @@ def test_tables_sort_by_number_filter_and_hide_what_is_the_papers(opened):
     tab.locator(".leaderboard th", has_text="mean").click()
     assert [name[2:] for name in first_cells(tab)] == ["MALoRA", "DoRA", "base, no adapter", "MoLoRA", "LoRA"]
     tab.locator(".leaderboard th", has_text="mean").click()
-    assert [name[2:] for name in first_cells(tab)][0] == "LoRA"
+    assert first_cells(tab)[0][2:] == "LoRA"
     tab.get_by_label("Filter rows").first.fill("molora")
     assert [name[2:] for name in first_cells(tab)] == ["MoLoRA"]
 
