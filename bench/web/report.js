@@ -17,10 +17,10 @@ function element(name, ...children) {
 }
 
 function scores(record) {
-  const percent = (share) => (share ?? null) === null ? "" : (100 * share).toFixed(1);
-  const head = ["", "test, %", "± standard error", "items", "validation, %"].map((title) => element("th", title));
-  const rows = Object.entries(record.test).map(([task, { value, stderr, n }]) => element("tr", element("th", task),
-    ...[percent(value), percent(stderr), n, percent(record.validation?.[task]?.value)].map((cell) => element("td", cell))));
+  const percent = ({ value, stderr }) => [value, stderr].filter(Number.isFinite).map((x) => (100 * x).toFixed(1)).join(" ± ");
+  const head = ["%, ± s.e.", "validation", "test", "items"].map((title) => element("th", title));
+  const rows = Object.entries(record.test).map(([task, score]) => element("tr", element("th", task),
+    ...[percent(record.validation?.[task] ?? {}), percent(score), score.n].map((cell) => element("td", cell))));
   return element("table", element("tr", ...head), ...rows);
 }
 
@@ -28,9 +28,10 @@ function curve(points) {
   const [first, last] = [points[0], points.at(-1)];
   const top = Math.max(...points.map(({ loss }) => loss));
   const path = points.map(({ step, loss }) => `${step / last.step},${1 - loss / top}`).join(" ");
-  const figure = element("figure", element("figcaption", `Loss: ${first.loss} at step ${first.step}, ${last.loss} at step ${last.step}`));
-  figure.insertAdjacentHTML("beforeend", `<svg viewBox="0 0 1 1" preserveAspectRatio="none"><polyline points="${path}" fill="none"
-    stroke="currentColor" stroke-width="1.5" vector-effect="non-scaling-stroke"/></svg>`);
+  const says = `Loss: ${first.loss} at step ${first.step}, ${last.loss} at step ${last.step}`;
+  const figure = element("figure", element("figcaption", says));
+  figure.insertAdjacentHTML("beforeend", `<svg viewBox="0 0 1 1" preserveAspectRatio="none"><polyline points="${path}"
+    fill="none" stroke="currentColor" stroke-width="1.5" vector-effect="non-scaling-stroke"/></svg>`);
   return figure;
 }
 
