@@ -72,15 +72,27 @@ def _draw(title: str, *panels: Callable[[Axes], None], height: float = 2.7) -> s
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
 
 
-def means(title: str, label: str, found: list[Row], x: Callable[[Row], float | None], unit: str = "") -> str | None:
-    """Each row's mean, with its interval, against something of the row; None where that is known of none."""
+def means(
+    title: str, label: str, found: list[Row], x: Callable[[Row], float | None], unit: str = "",
+    series: Callable[[Row], str] | None = None,
+) -> str | None:  # fmt: skip
+    """Each row's mean, with its interval, against something of the row; None where that is known of none.
+
+    A line joins the rows of a method, or those of a series, which has its name at the line's end.
+    """
     known = [(x(row), row) for row in found if row.records and x(row) is not None]
+    joined: dict[Any, list[tuple[float, float]]] = {}
 
     def panel(axes: Axes) -> None:
-        for at, row in known:
-            colour, marker = style(row.method)
-            axes.errorbar(at, row.mean.value, row.mean.half_width, color=colour, elinewidth=1.2)
-            axes.scatter(at, row.mean.value, 40, colour, marker=marker, urls=[link(row.records)], zorder=3)
+        for at, row in sorted(known, key=lambda one: one[0]):
+            (colour, marker), mean = style(row.method), row.mean
+            axes.errorbar(at, mean.value, mean.half_width, color=colour, elinewidth=1.2)
+            axes.scatter(at, mean.value, 40, colour, marker=marker, urls=[link(row.sources)], zorder=3)
+            line = joined.setdefault((series(row) if series else "", row.method, row.entry.single_task), [])
+            line.append((at, mean.value))
+        for (name, method, _), points in joined.items():
+            axes.plot(*zip(*points, strict=True), color=style(method)[0], alpha=0.6)
+            axes.annotate(name, points[-1], (8, 0), textcoords="offset points", va="center")
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(EngFormatter(unit, sep=" " if unit else ""))
         axes.margins(x=0.12)
@@ -121,21 +133,19 @@ def heat(title: str, label: str, columns: dict[Any, Sequence[float]]) -> str:
     return _draw(title, panel, height=3.2)
 
 
-def alike(title: str, records: list[Record]) -> str | None:
-    """Similarity of a record's experts, by side and what they are compared with, and that of random ones: Figure 2."""
-    by_record = {r.id: {(side, what): value for what, by in r.inside["similarity"].items()
-                        for side, value in by["mean"].items() if value} for r in records}  # fmt: skip
-    compared = sorted(set().union(*by_record.values()))
+def alike(title: str, readings: dict[tuple[str, str, str], list[tuple[Record, float, float]]]) -> str | None:
+    """Similarity of experts by side and setting, and that of random ones: Figure 2."""
+    compared = sorted({(side, setting) for _, setting, side in readings})
 
     def panel(axes: Axes) -> None:
-        for record in records:
-            for (side, what), (value, chance) in by_record[record.id].items():
-                at, (colour, marker) = compared.index((side, what)), style(record.config.method)
+        for (method, setting, side), found in readings.items():
+            at, (colour, marker) = compared.index((side, setting)), style(method)
+            for record, value, chance in found:
                 axes.scatter(value, at, 30, colour, marker=marker, urls=[link([record])], zorder=3)
                 axes.scatter(chance, at, 90, INK, marker="|")
-        axes.set_yticks(range(len(compared)), [f"{side}, {what}" for side, what in compared])
+        axes.set_yticks(range(len(compared)), [f"{side}, {setting}" for side, setting in compared])
         axes.invert_yaxis()
-        axes.set(xlabel="mean CCA; a bar is chance", xlim=(0, None))
+        axes.set(xlabel="mean correlation; a bar is chance", xlim=(0, None))
 
     return _draw(title, panel, height=0.8 + 0.3 * len(compared)) if compared else None
 

@@ -7,7 +7,9 @@ The records that a figure is made of are in the page too, and open where the fig
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,13 +20,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
+import malora
 from bench import figures
-from bench.experiments import Experiment
+from bench.claims import Claim
+from bench.experiments import TITLES, Experiment
 from bench.figures import Line, link
+from bench.inside_report import readings
 from bench.profiles import PROFILES
 from bench.record import Record, SpeedRecord
 from bench.report import Board, published_parts
-from bench.rows import TITLES, Row, comparable
+from bench.rows import Row
 from bench.run import BASE
 from bench.speed_report import goal_table, latest, seconds, section
 from tasks import TASKS
@@ -41,18 +46,19 @@ class Table(NamedTuple):
     notes: str = ""
 
 
-def page(records: dict[str, list[Record]], speeds: list[SpeedRecord], claims: list[Any]) -> str:
-    """The page of these records by profile; `claims` are `bench.claims.Claim`s."""
+def page(records: dict[str, list[Record]], speeds: list[SpeedRecord], claims: list[Claim]) -> str:
+    """The page of these records, by profile."""
     measured = latest(speeds)
     records = {name: sorted(found, key=lambda r: r.id) for name, found in records.items()}
     of_profiles = {name: [] for name in reversed(PROFILES) if records.get(name)}
-    for (name, experiment), parts in published_parts({name: records[name] for name in of_profiles}).items():
-        boards = [number for number, part in enumerate(parts) if isinstance(part, Board)]
-        rows = parts[boards[0]].rows if boards else []
-        shown = [_leaderboard(part) if isinstance(part, Board) else _markdown(part) for part in parts]
-        drawn = _figures(experiment, rows, comparable(records[name], experiment)[0], measured)
-        after = boards[-1] + 1 if boards else len(parts)
-        of_profiles[name].append((shown[:after], [row.method for row in rows], drawn, shown[after:]))
+    for name, experiment, parts in published_parts({name: records[name] for name in of_profiles}):
+        tables = [number for number, part in enumerate(parts) if not isinstance(part, str)]
+        rows = parts[tables[0]].rows if tables else []
+        shown = [_leaderboard(part) if isinstance(part, Board) else _markdown(str(part)) for part in parts]
+        drawn = (_inside if experiment.figure else _scores)(experiment, rows, measured)
+        after = tables[-1] + 1 if tables else len(parts)
+        methods = dict.fromkeys(row.method for row in rows)
+        of_profiles[name].append((shown[:after], methods, drawn, shown[after:]))
     environment = Environment(loader=PackageLoader("bench", "web"), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     environment.policies["json.dumps_kwargs"] = {}  # in the records' own order
@@ -114,14 +120,14 @@ def _leaderboard(board: Board) -> Table:
             ends = [row.mean.value + sign * row.mean.half_width for sign in (-1, 0, 1)]
             bar = _RANGE.format(figures.style(row.method)[0], *(100 * (end - low) / (high - low or 1) for end in ends))
         name = _method(row.method, row.title) if row else texts[0]
-        cells = _cells([name, *texts[1:at], bar, *texts[at:]], link([*row.records, *row.broken]) if row else "",
+        cells = _cells([name, *texts[1:at], bar, *texts[at:]], link(row.sources) if row else "",
                        {0: texts[0], 2: texts[2].replace(",", ""), at - 1: mean, at: mean})  # fmt: skip
         lines.append(("" if row else "paper", cells))
     head = [*board.head[:at], f"{low:.0f} to {high:.0f}", *board.head[at:]]
     return Table(head, lines, _markdown(board.notes))
 
 
-def _claims(claims: list[Any]) -> Table:
+def _claims(claims: list[Claim]) -> Table:
     rows = []
     for c in claims:
         claim = Markup("{} <small>{}</small>").format(c.claim, c.source)
@@ -148,12 +154,8 @@ def _made(*wanted: tuple) -> list[tuple[str, Markup]]:
     return [(title, Markup(svg)) for title, svg in made if svg]
 
 
-def _figures(
-    experiment: Experiment, rows: list[Row], records: list[Record], speeds: list[SpeedRecord]
-) -> list[tuple[str, Markup]]:
-    if getattr(experiment, "figure", None):
-        return _made(*_inside([r for r in records if r.inside]))
-    runs = [r for row in rows for r in (*row.records, *row.broken) if r.train]
+def _scores(experiment: Experiment, rows: list[Row], speeds: list[SpeedRecord]) -> list[tuple[str, Markup]]:
+    runs = [r for row in rows for r in row.sources if r.train]
 
     def over_steps(part: str, key: str) -> list[Line]:
         readings = [(r, [p for p in r.train[part] if p[key] is not None]) for r in runs]
@@ -161,7 +163,9 @@ def _figures(
 
     entropy, share = over_steps("router", "entropy"), over_steps("router", "largest_share")
     return _made(
-        (figures.means, "Accuracy against trainable parameters", "trainable parameters", rows, _trainable),
+        (figures.means, "Accuracy against β, for each d (Figure 4b)", "β", rows, _beta, "", _d)
+        if experiment.name == "table12"
+        else (figures.means, "Accuracy against trainable parameters", "trainable parameters", rows, _trainable),
         (figures.means, "Accuracy against the time of a training step", *step_seconds(rows, speeds), "s"),
         (figures.lines, "Training loss", "step", {"loss": over_steps("curve", "loss")}, "log"),
         (figures.lines, "Routers in training: entropy, and the busiest expert's share", "step",
@@ -169,29 +173,40 @@ def _figures(
     )  # fmt: skip
 
 
-def _inside(records: list[Record]) -> list[tuple]:
+def _inside(experiment: Experiment, rows: list[Row], speeds: list[SpeedRecord]) -> list[tuple[str, Markup]]:
     """What is inside trained adapters: Figures 2 and 3, and what the paper does not show."""
+    if experiment.figure == "similarity":
+        return _made((figures.alike, "How alike experts are (Figure 2)", readings(rows, "mean")))
+    runs = {row.title: [r for r in row.sources if r.inside] for row in rows if not row.entry.single_task}
 
-    def over(values: Callable[[dict], list[float]]) -> list[Line]:
-        return [Line(r.config.method, range(len(values(r.inside))), values(r.inside), r) for r in records]
+    def over(*path: str) -> list[Line]:
+        found = [(r, functools.reduce(operator.getitem, path, r.inside)) for of in runs.values() for r in of]
+        return [Line(r.config.method, range(1, len(values) + 1), values, r) for r, values in found]
 
     heats = []
-    for method in dict.fromkeys(r.config.method for r in records):
-        routing = [r.inside["routing"] for r in records if r.config.method == method]
-        shares = {TASKS[t].title: np.mean([r["largest_share"][t] for r in routing], 0) for t in routing[0]["entropy"]}
-        name = TITLES.get(method, method)
-        heats += [(figures.heat, f"{name}: the busiest expert's share, by layer and task", "task", shares),
-                  (figures.heat, f"{name}: load of the experts, the busiest first, by layer", "expert",
-                   dict(enumerate(np.mean([r["load"] for r in routing], 0).T, 1)))]  # fmt: skip
-    return [
-        (figures.alike, "How alike experts are (Figure 2)", records),
+    for title, routing in ((title, [r.inside["routing"] for r in of]) for title, of in runs.items() if of):
+        shares = {t: np.mean([r["largest_share"][t] for r in routing], 0) for t in routing[0]["largest_share"]}
+        load = np.mean([r["load"] for r in routing], 0).T
+        heats += [(figures.heat, f"{title}: the busiest expert's share, by layer and task", "task",
+                   {TASKS[t].title: share for t, share in shares.items()}),
+                  (figures.heat, f"{title}: load of the experts, the busiest first, by layer", "expert",
+                   dict(enumerate(load, 1)))]  # fmt: skip
+    return _made(
         (figures.lines, "Singular values of the stacked experts (Figure 3)", "number",
-         {f"of {side}": over(lambda inside, side=side: inside["spectra"][side]["values"]) for side in "AB"}),
-        (figures.lines, "By layer: how far the down side moved, and what an expert says of the task", "layer",
-         {"relative movement": over(lambda inside: inside["movement"]["relative"]),
-          "information, nats": over(lambda inside: inside["routing"]["task_information"])}),
+         {f"of {side}": over("spectra", side, "values") for side in "AB"}),
+        (figures.lines, "How far the down side moved, and what an expert says of the task, by layer", "layer",
+         {"relative movement": over("movement", "relative"),
+          "information, nats": over("routing", "task_information")}),
         *heats,
-    ]  # fmt: skip
+    )  # fmt: skip
+
+
+def _beta(row: Row) -> float | None:
+    return None if row.method == BASE else malora.METHODS[row.method](**row.entry.options).beta
+
+
+def _d(row: Row) -> str:
+    return f"d={malora.METHODS[row.method](**row.entry.options).d}"
 
 
 def _trainable(row: Row) -> int | None:

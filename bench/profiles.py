@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ class Profile:
         model: a name in `bench.model.BUILT_IN`, a folder or a hub id.
         source: where data comes from unless `--data` names a folder.
         mixtures: stand-ins, for a profile whose source does not have an experiment's mixture.
+        inter: what is different for the inter-domain suite.
         rank_divisor: the paper's ranks are divided by it, for models much smaller than the paper's.
         epochs, batch_size: examples, not tokens, a batch.
         rates: what `--sweep` tries, for every method alike; they contain the paper's.
@@ -33,6 +35,7 @@ class Profile:
     rates: tuple[float, ...]
     seeds: int
     mixtures: dict[str, str] = field(default_factory=dict)
+    inter: dict[str, Any] = field(default_factory=dict)
     rank_divisor: int = 1
     paper_rate: float = 4e-4
     warmup_ratio: float = 0.1
@@ -44,6 +47,10 @@ class Profile:
     checkpoint_every: int = 200
     threads: int | None = None
 
+    def for_mixture(self, mixture: str) -> Profile:
+        """The profile at the sizes of a mixture's suite."""
+        return replace(self, **self.inter) if mixture.startswith("inter") else self
+
 
 PROFILES: dict[str, Profile] = {
     profile.name: profile
@@ -52,7 +59,11 @@ PROFILES: dict[str, Profile] = {
             name="tiny",
             model="tiny",
             source=Generator(),
-            mixtures={"intra": "procedural"},
+            mixtures={
+                "intra": "procedural",
+                "inter": "procedural-inter",
+                "inter/mathematics": "procedural-inter/seasons",
+            },
             rank_divisor=4,  # LoRA of rank 16 on a hidden size of 128
             epochs=1,
             batch_size=32,
@@ -78,6 +89,7 @@ PROFILES: dict[str, Profile] = {
             batch_size=2,
             rates=(1e-4, 2e-4, 4e-4, 8e-4),
             seeds=1,
+            inter={"epochs": 3, "batch_size": 4, "paper_rate": 5e-4},
             eval_batch_size=16,
             checkpoint_every=1000,
         ),

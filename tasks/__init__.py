@@ -36,7 +36,7 @@ class Mixture:
     """Tasks that are trained together.
 
     Attributes:
-        name: as in commands and records.
+        name: as in commands and records; `WHOLE/TASK` is one task of a mixture by itself.
         tasks: names in TASKS, in the order of the table's columns.
         blend: "size" takes every training question; "even" as many of each task as its smallest has.
     """
@@ -51,8 +51,10 @@ MIXTURES: dict[str, Mixture] = {
     for mixture in (
         Mixture("intra", ("piqa", "openbookqa", "boolq", "arc_challenge", "arc_easy")),
         Mixture("procedural", tuple(task.name for task in PROCEDURAL), blend="even"),
+        Mixture("procedural-inter", tuple(task.name for task in PROCEDURAL[2:4]), blend="even"),
     )
 }
+MIXTURES |= {f"{m.name}/{task}": Mixture(f"{m.name}/{task}", (task,)) for m in [*MIXTURES.values()] for task in m.tasks}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 
 from bench import record
 from bench.__main__ import _parser, main
+from bench.experiments import EXPERIMENTS
 from bench.model import add_adapter, load, prepare
 from tests.bench.test_record import make
 
@@ -168,7 +169,7 @@ def test_run_prints_and_records(base_folder, tmp_path, capsys):
 
 def test_every_option_has_a_help_line_and_a_default():
     commands = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
-    assert set(commands) == {"table2", "run", "score", "leaderboard", "publish"}
+    assert set(commands) == {*EXPERIMENTS, "run", "score", "leaderboard", "report", "publish"}
     for name, command in commands.items():
         for action in command._actions:
             assert action.help, (name, action.option_strings)
