@@ -26,9 +26,10 @@ from bench.claims import Claim
 from bench.experiments import TITLES, Experiment
 from bench.figures import Line, link
 from bench.inside_report import readings
+from bench.parts import Board
 from bench.profiles import PROFILES
 from bench.record import Record, SpeedRecord
-from bench.report import Board, published_parts
+from bench.report import published_parts
 from bench.rows import Row
 from bench.run import BASE
 from bench.speed_report import goal_table, latest, seconds, section

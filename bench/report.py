@@ -9,7 +9,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from tabulate import tabulate
 
@@ -17,6 +16,7 @@ from bench import inside_report
 from bench.claims import claims, claims_table
 from bench.experiments import EXPERIMENTS, SWEEP_SEED, TITLES, Entry, Experiment
 from bench.paper import paper
+from bench.parts import Board, Insides, Part, page_of
 from bench.profiles import PROFILES
 from bench.record import Record, RunConfig, SpeedRecord
 from bench.rows import Row, comparable, difference, entries_of, rows, tuned_rates
@@ -25,44 +25,9 @@ from bench.stats import LEVEL, POWER, compare, holm
 from tasks import TASKS
 
 
-@dataclass(frozen=True)
-class Board:
-    """A leaderboard; as a string, Markdown."""
-
-    head: list[str]
-    lines: list[tuple[Row | None, list[str]]]  # None: the paper's own
-    notes: str
-
-    @property
-    def rows(self) -> list[Row]:
-        return [row for row, _ in self.lines if row]
-
-    def __str__(self) -> str:
-        body, align = [cells for _, cells in self.lines], ("left", *["right"] * (len(self.head) - 2), "left")
-        return f"{tabulate(body, self.head, tablefmt='pipe', disable_numparse=True, colalign=align)}\n\n{self.notes}"
-
-
-@dataclass(frozen=True)
-class Insides:
-    """What `bench.inside_report` says of rows, in Markdown."""
-
-    text: str
-    rows: list[Row]
-
-    def __str__(self) -> str:
-        return self.text
-
-
-Part = str | Board | Insides
-
-
 def experiment_page(*arguments, **options) -> str:
     """The page of one experiment and profile; see `experiment_parts`."""
     return page_of(experiment_parts(*arguments, **options))
-
-
-def page_of(parts: list[Part]) -> str:
-    return "\n\n".join(map(str, parts)) + "\n"
 
 
 def experiment_parts(

@@ -4,12 +4,16 @@ import json
 import re
 import shutil
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from bench import record
 from bench.__main__ import main
+from bench.experiments import EXPERIMENTS
+from bench.profiles import PROFILES
+from bench.run import method_options
 from tests.bench.conftest import CLEAN
 from tests.bench.test_record import make
 
@@ -95,6 +99,30 @@ def test_step_times_are_of_the_same_adapter_computed_in_the_fastest_way():
     assert step(rows[0]) is None
     drawn = svgs(page({"tiny": runs()}, [measured], []))
     assert TITLE in drawn and links(drawn["Seconds of a step"]) == {f"#{measured.id}"}
+
+
+def test_figures_of_insides_and_of_settings_are_drawn_where_records_have_them():
+    inside = {
+        "similarity": {name: {"mean": {"A": [0.4, 0.1], "B": None}, "mean_square": {"A": [0.2, 0.1], "B": None}}
+                       for name in ("within", "start")},
+        "spectra": {side: {"values": [2.0, 1.0], "stable_rank": 1.5, "effective_rank": 1.8} for side in "AB"},
+        "movement": {"factor": "A", "relative": [0.1, 0.2], "angle": 10.0},
+        "routing": {**{kind: {"lexicon": [1.0, 0.5]} for kind in ("entropy", "largest_share", "unused")},
+                    "load": [[0.7, 0.3], [0.6, 0.4]], "task_information": [0.0, 0.1]},
+    }  # fmt: skip
+    routed = [make(0, method=method, rate=4e-4, inside=inside) for method in ("malora", "molora")]
+    drawn, each = svgs(page({"tiny": routed}, [], [])), {f"#{r.id}" for r in routed}
+    assert links(drawn["How alike experts are (Figure 2)"]) == each
+    assert links(drawn["Singular values of the stacked experts (Figure 3)"]) == each
+    assert "lexicon" in drawn["MALoRA: the busiest expert's share, by layer and task"].itertext()
+
+    entries, tiny = EXPERIMENTS["table12"].entries, PROFILES["tiny"]
+    grid = [make(0, method="malora", rate=4e-4) for _ in entries]
+    for run, entry in zip(grid, entries, strict=True):
+        options = method_options("malora", tiny, "procedural", entry.changes(tiny))
+        run.config = replace(run.config, method_options=options)
+    drawn = svgs(page({"tiny": grid}, [], []))["Accuracy against β, for each d (Figure 4b)"]
+    assert links(drawn) == {f"#{r.id}" for r in grid} and {"d=16", "d=32", "d=48", "d=64"} <= set(drawn.itertext())
 
 
 def test_a_method_has_one_colour_and_its_variants_too():
