@@ -73,7 +73,7 @@ def _draw(title: str, *panels: Callable[[Axes], None], height: float = 2.7) -> s
 
 
 def means(
-    title: str, label: str, found: list[Row], x: Callable[[Row], float | None], unit: str = "",
+    title: str, label: str, found: list[Row], x: Callable[[Row], float | None], unit: str | None = "",
     series: Callable[[Row], str] | None = None,
 ) -> str | None:  # fmt: skip
     """Each row's mean, with its interval, against something of the row; None where that is known of none.
@@ -94,7 +94,8 @@ def means(
             axes.plot(*zip(*points, strict=True), color=style(method)[0], alpha=0.6)
             axes.annotate(name, points[-1], (8, 0), textcoords="offset points", va="center")
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_formatter(EngFormatter(unit, sep=" " if unit else ""))
+        if unit is not None:
+            axes.xaxis.set_major_formatter(EngFormatter(unit, sep=" " if unit else ""))
         axes.margins(x=0.12)
         axes.set(xlabel=label, ylabel="mean, %")
 

@@ -26,7 +26,7 @@ from bench.claims import Claim
 from bench.experiments import TITLES, Experiment
 from bench.figures import Line, link
 from bench.inside_report import readings
-from bench.parts import Board
+from bench.parts import Board, Part
 from bench.profiles import PROFILES
 from bench.record import Record, SpeedRecord
 from bench.report import published_parts
@@ -53,13 +53,7 @@ def page(records: dict[str, list[Record]], speeds: list[SpeedRecord], claims: li
     records = {name: sorted(found, key=lambda r: r.id) for name, found in records.items()}
     of_profiles = {name: [] for name in reversed(PROFILES) if records.get(name)}
     for name, experiment, parts in published_parts({name: records[name] for name in of_profiles}):
-        tables = [number for number, part in enumerate(parts) if not isinstance(part, str)]
-        rows = parts[tables[0]].rows if tables else []
-        shown = [_leaderboard(part) if isinstance(part, Board) else _markdown(str(part)) for part in parts]
-        drawn = (_inside if experiment.figure else _scores)(experiment, rows, measured)
-        after = tables[-1] + 1 if tables else len(parts)
-        methods = dict.fromkeys(row.method for row in rows)
-        of_profiles[name].append((shown[:after], methods, drawn, shown[after:]))
+        of_profiles[name].append(_experiment(experiment, parts, measured))
     environment = Environment(loader=PackageLoader("bench", "web"), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     environment.policies["json.dumps_kwargs"] = {}  # in the records' own order
@@ -73,6 +67,20 @@ def page(records: dict[str, list[Record]], speeds: list[SpeedRecord], claims: li
         records={r.id: _embedded(r) for r in itertools.chain(*records.values(), measured)},
         datatables=Path(itables.options.dt_bundle).read_text(),
     )
+
+
+def _experiment(experiment: Experiment, parts: list[Part], speeds: list[SpeedRecord]) -> dict[str, Any]:
+    """Its parts, with the figures after the leaderboards, or before the long tables of a figure's page."""
+    tables = [number for number, part in enumerate(parts) if not isinstance(part, str)]
+    rows = parts[tables[0]].rows if tables else []
+    shown = [_leaderboard(part) if isinstance(part, Board) else _markdown(str(part)) for part in parts]
+    split = tables[0] if experiment.figure and tables else tables[-1] + 1 if tables else len(parts)
+    return {
+        "before": shown[:split],
+        "methods": dict.fromkeys(row.method for row in rows),
+        "figures": (_inside if experiment.figure else _scores)(experiment, rows, speeds),
+        "after": shown[split:],
+    }
 
 
 def _markdown(text: str) -> Markup:
@@ -164,7 +172,7 @@ def _scores(experiment: Experiment, rows: list[Row], speeds: list[SpeedRecord]) 
 
     entropy, share = over_steps("router", "entropy"), over_steps("router", "largest_share")
     return _made(
-        (figures.means, "Accuracy against β, for each d (Figure 4b)", "β", rows, _beta, "", _d)
+        (figures.means, "Accuracy against β, for each d (Figure 4b)", "β", rows, _beta, None, _d)
         if experiment.name == "table12"
         else (figures.means, "Accuracy against trainable parameters", "trainable parameters", rows, _trainable),
         (figures.means, "Accuracy against the time of a training step", *step_seconds(rows, speeds), "s"),
@@ -182,7 +190,7 @@ def _inside(experiment: Experiment, rows: list[Row], speeds: list[SpeedRecord]) 
 
     def over(*path: str) -> list[Line]:
         found = [(r, functools.reduce(operator.getitem, path, r.inside)) for of in runs.values() for r in of]
-        return [Line(r.config.method, range(1, len(values) + 1), values, r) for r, values in found]
+        return [Line(r.config.method, range(len(values)), values, r) for r, values in found]
 
     heats = []
     for title, routing in ((title, [r.inside["routing"] for r in of]) for title, of in runs.items() if of):
