@@ -70,7 +70,7 @@ class RunConfig:
     def id(self) -> str:
         """A name that a person can read and that no other configuration has."""
         rate = "" if self.learning_rate is None else f"-lr{self.learning_rate:g}"
-        return f"{self.mixture}-{self.format}-{self.method}{rate}-s{self.seed}-{self.hash[:8]}"
+        return f"{self.mixture.replace('/', '-')}-{self.format}-{self.method}{rate}-s{self.seed}-{self.hash[:8]}"
 
     def but(self, *fields: str) -> tuple:
         """The configuration without the named fields: runs that agree in it differ only there."""
