@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from bench.experiments import EXPERIMENTS, Runs, final, opened, sweep
 from bench.model import check_adapter, load, load_adapter, prepare
 from bench.profiles import PROFILES, Profile, default_profile
 from bench.rows import tuned_rates
-from bench.run import BASE, Setting, configure, processes, run, run_all
-from bench.score import score
+from bench.run import BASE, Setting, configure, processes, run, run_all, score_options
+from bench.score import require_scoring, score
 from tasks import FORMATS, MIXTURES, DataError, Folder, build
 
 LOCAL = record.RESULTS / "local"
@@ -77,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         type=one_of("mixture", MIXTURES),
         default="intra",
         metavar="NAME",
-        help="tasks to train together; the tiny profile has stand-ins",
+        help="tasks to train together, or a part of a mixture alone as in inter/code; tiny has stand-ins",
     )
     one.add_argument("--seed", type=int, default=0, metavar="S", help="of initialisation, order and dropout")
     one.add_argument("--learning-rate", type=_rate, metavar="R", help="(default: the paper's)")
@@ -149,6 +150,9 @@ def _add_setting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, metavar="DIR", help="for records (default: results/local/PROFILE)")
     parser.add_argument("--max-steps", type=positive, metavar="N", help="stop training early, to try things out")
     parser.add_argument("--max-items", type=positive, metavar="N", help="score so many items a task, to try things out")
+    parser.add_argument(
+        "--unsafe-code", action="store_true", help="run what models write (HumanEval) on purpose without a sandbox"
+    )
 
 
 _method = one_of("method", malora.METHODS)
@@ -180,10 +184,10 @@ def _option(text: str) -> tuple[str, Any]:
 
 def _setting(options: argparse.Namespace, mixture: str) -> Setting:
     mixture = opened(mixture) if options.data else mixture
-    profile: Profile = PROFILES[options.profile].for_mixture(mixture)
+    profile: Profile = PROFILES[options.profile]
     if options.data and profile.name == "tiny" and not options.model:
         raise UserError("the tiny base knows the words of the procedural tasks only; with --data take --profile small.")
-    return Setting(
+    setting = Setting(
         profile=profile,
         model=options.model or profile.model,
         source=Folder(options.data) if options.data else profile.source,
@@ -194,7 +198,9 @@ def _setting(options: argparse.Namespace, mixture: str) -> Setting:
         max_steps=options.max_steps,
         max_items=options.max_items,
         save=getattr(options, "save", None),
+        unsafe_code=options.unsafe_code,
     )
+    return replace(setting, profile=profile.on(setting.mixture_name))
 
 
 def _table(options: argparse.Namespace) -> int:
@@ -283,11 +289,12 @@ def _run(options: argparse.Namespace) -> int:
 def _score(options: argparse.Namespace) -> int:
     setting = _setting(options, options.mixture)
     check_adapter(options.adapter)
+    require_scoring(MIXTURES[setting.mixture_name].tasks, options.unsafe_code)
     model, tokenizer = load(prepare(setting.model), setting.device)
     model = load_adapter(model, options.adapter)
     data = build(MIXTURES[setting.mixture_name], setting.source, format=setting.format, seed=0)
     tests = {task: items[: setting.max_items] for task, items in data.test.items()}
-    results, _ = score(model, tokenizer, tests, format=setting.format, batch_size=setting.profile.eval_batch_size)
+    results, _ = score(model, tokenizer, tests, **score_options(setting))
     _print_scores(results)
     return 0
 

@@ -112,7 +112,7 @@ class _Tables:
         mine, _ = comparable(self.records.get(profile, []), experiment)
         tuned, _ = tuned_rates(experiment, self.records.get(profile, []))
         entries = entries_of(experiment, mine)
-        rate = PROFILES[profile].for_mixture(experiment.mixture).paper_rate
+        rate = PROFILES[profile].on(experiment.mixture).paper_rate
         rates = dict.fromkeys((entry.family for entry in entries), rate) | tuned
         return {row.title: row for row in rows(mine, entries, rates, experiment)}
 

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tasks import Example
+from tasks import Example, WrittenExample
 
 # Batches are cut from runs of this many, sorted by length: enough that a batch's lengths are nearly equal, few enough
 # that every part of an epoch has batches of every length.
 BATCHES_SORTED_TOGETHER = 50
 PAD_TO_MULTIPLE = 8  # tensor cores want it
-# What a GPU holds the activations of; 64 examples of 1,024 tokens need 70 GiB at once. The paper's step has as many.
-MOST_TOKENS = 16_384
+# What a device holds the activations of; 64 examples of 1,024 tokens need 70 GiB at once. The paper's step has as many.
+# Labels are tokens too, so this bounds their logits: 10 GiB for a vocabulary of 49,152 and its gradients on a GPU.
+MOST_TOKENS = {"cuda": 16_384, "cpu": 4_096}
 # Where a step is captured once for each shape, few shapes: these and then multiples of the last.
 GPU_WIDTHS = (*range(32, 257, 32), 320, 384, 512)
 
@@ -41,7 +42,7 @@ class Batch:
     mask: Tensor  # [B, S], 1 for tokens and 0 for padding
     row: Tensor  # [L]
     column: Tensor  # [L]: the position before each label token
-    target: Tensor  # [L]
+    target: Tensor  # [L], -100 for padding
     labels: Tensor  # []: label tokens of the whole batch that this is a part of
 
     def to(self, device: torch.device) -> Batch:
@@ -54,11 +55,18 @@ class Batch:
 def encode(tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_length: int) -> list[Encoded]:
     """Prompts with their labels. A prompt that is too long loses its beginning, as in lm-eval.
 
-    As in lm-eval too, the label's tokens are those that the prompt alone does not have.
+    As in lm-eval too, the label's tokens are those that the prompt alone does not have. What is written is followed by
+    the token that ends a text; where prompt and label are too long together, the label leaves half of the room to the
+    prompt and loses its end.
     """
     whole = tokenizer([e.prompt + e.label for e in examples])["input_ids"]
     prompts = tokenizer([e.prompt for e in examples])["input_ids"]
-    return [Encoded(ids[-max_length:], len(ids) - len(prompt)) for ids, prompt in zip(whole, prompts, strict=True)]
+    encoded = []
+    for example, ids, prompt in zip(examples, whole, prompts, strict=True):
+        label = ids[len(prompt) :] + [tokenizer.eos_token_id] * isinstance(example, WrittenExample)
+        label = label[: max_length - min(len(prompt), max_length // 2)]
+        encoded.append(Encoded((ids[: len(prompt)] + label)[-max_length:], len(label)))
+    return encoded
 
 
 def label_tokens(examples: list[Example], encoded: list[Encoded]) -> dict[str, dict[str, int]]:
@@ -92,9 +100,17 @@ def schedule(lengths: list[int], *, batch_size: int, epochs: int, seed: int) -> 
 
 
 def collate(
-    encoded: list[Encoded], pad_id: int, *, widths: tuple[int, ...] | None = None, most_tokens: int = MOST_TOKENS
+    encoded: list[Encoded],
+    pad_id: int,
+    *,
+    widths: tuple[int, ...] | None = None,
+    most_tokens: int = MOST_TOKENS["cuda"],
 ) -> list[Batch]:
-    """A batch, padded to the next of `widths` if given, in parts of at most `most_tokens` ids and equal size.
+    """A batch in parts of at most `most_tokens` ids and equal size.
+
+    With `widths` its shapes recur: ids are padded to the next of them, and labels, unless each is one token, to as many
+    as there are ids. For logits of every position a step of a small model takes some 8% longer; every other size of
+    label would be one more graph to capture for each width.
 
     The last label token is a target only; nothing is predicted from it, so it is not read.
     """
@@ -104,10 +120,11 @@ def collate(
     parts = math.ceil(len(encoded) * width / most_tokens)
     rows = math.ceil(len(encoded) / parts)
     labels = torch.tensor(float(sum(code.label_length for code in encoded)))
-    return [_part(encoded[i : i + rows], pad_id, width, labels) for i in range(0, len(encoded), rows)]
+    pad_labels = bool(widths) and any(code.label_length > 1 for code in encoded)
+    return [_part(encoded[i : i + rows], pad_id, width, labels, pad_labels) for i in range(0, len(encoded), rows)]
 
 
-def _part(encoded: list[Encoded], pad_id: int, width: int, labels: Tensor) -> Batch:
+def _part(encoded: list[Encoded], pad_id: int, width: int, labels: Tensor, pad_labels: bool) -> Batch:
     ids = torch.tensor([[*tokens[:-1], *[pad_id] * (width - len(tokens) + 1)] for tokens, _ in encoded])
     lengths = torch.tensor([len(tokens) - 1 for tokens, _ in encoded])
     mask = (torch.arange(width) < lengths[:, None]).long()
@@ -116,5 +133,7 @@ def _part(encoded: list[Encoded], pad_id: int, width: int, labels: Tensor) -> Ba
         for row, (tokens, label_length) in enumerate(encoded)
         for back in range(label_length, 0, -1)
     ]
+    if pad_labels:
+        places += [(0, 0, -100)] * (ids.numel() - len(places))
     row, column, target = torch.tensor(places).T.contiguous()
     return Batch(ids, mask, row, column, target, labels)

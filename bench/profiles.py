@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tasks import Generator, Hub, Source
+from tasks import MIXTURES, Generator, Hub, Source
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,10 @@ class Profile:
         model: a name in `bench.model.BUILT_IN`, a folder or a hub id.
         source: where data comes from unless `--data` names a folder.
         mixtures: stand-ins, for a profile whose source does not have an experiment's mixture.
-        inter: what is different for the inter-domain suite.
+        inter: what is otherwise for mixtures of domains, by field; see `on`.
         rank_divisor: the paper's ranks are divided by it, for models much smaller than the paper's.
         epochs, batch_size: examples, not tokens, a batch.
+        generation_batch_size: answers that are written at a time; it bounds the cache of keys and values.
         rates: what `--sweep` tries, for every method alike; they contain the paper's.
         seeds: runs a row of a table.
         checkpoint_every: steps between checkpoints.
@@ -44,12 +45,13 @@ class Profile:
     max_grad_norm: float = 1.0
     max_length: int = 1024
     eval_batch_size: int = 64
+    generation_batch_size: int = 64
     checkpoint_every: int = 200
     threads: int | None = None
 
-    def for_mixture(self, mixture: str) -> Profile:
-        """The profile at the sizes of a mixture's suite."""
-        return replace(self, **self.inter) if mixture.startswith("inter") else self
+    def on(self, mixture: str) -> Profile:
+        """The profile for a mixture: the paper trains on domains at another rate and for another time."""
+        return replace(self, **self.inter) if MIXTURES[mixture].domains else self
 
 
 PROFILES: dict[str, Profile] = {
@@ -62,8 +64,10 @@ PROFILES: dict[str, Profile] = {
             mixtures={
                 "intra": "procedural",
                 "inter": "procedural-inter",
-                "inter/mathematics": "procedural-inter/seasons",
+                "inter-open": "procedural-inter",
+                "inter/mathematics": "procedural-inter/counting_train",
             },
+            inter={"paper_rate": 5e-4, "rates": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)},
             rank_divisor=4,  # LoRA of rank 16 on a hidden size of 128
             epochs=1,
             batch_size=32,
@@ -78,8 +82,10 @@ PROFILES: dict[str, Profile] = {
             epochs=2,
             batch_size=64,  # the paper's 2 would leave a GPU idle; the rates are tuned for this one
             rates=(4e-4, 1e-3, 1.5e-3, 2e-3, 3e-3),
+            inter={"epochs": 3, "paper_rate": 5e-4, "rates": (5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3)},
             seeds=3,
             eval_batch_size=128,
+            generation_batch_size=512,
         ),
         Profile(
             name="paper",
@@ -88,9 +94,10 @@ PROFILES: dict[str, Profile] = {
             epochs=2,
             batch_size=2,
             rates=(1e-4, 2e-4, 4e-4, 8e-4),
+            inter={"epochs": 3, "batch_size": 4, "paper_rate": 5e-4, "rates": (1.25e-4, 2.5e-4, 5e-4, 1e-3)},
             seeds=1,
-            inter={"epochs": 3, "batch_size": 4, "paper_rate": 5e-4},
             eval_batch_size=16,
+            generation_batch_size=32,
             checkpoint_every=1000,
         ),
     )

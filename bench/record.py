@@ -70,7 +70,7 @@ class RunConfig:
     def id(self) -> str:
         """A name that a person can read and that no other configuration has."""
         rate = "" if self.learning_rate is None else f"-lr{self.learning_rate:g}"
-        return f"{self.mixture}-{self.format}-{self.method}{rate}-s{self.seed}-{self.hash[:8]}"
+        return f"{self.mixture.replace('/', '-')}-{self.format}-{self.method}{rate}-s{self.seed}-{self.hash[:8]}"
 
     def but(self, *fields: str) -> tuple:
         """The configuration without the named fields: runs that agree in it differ only there."""
@@ -87,7 +87,8 @@ class Record:
         train: steps, tokens, seconds by part, loss curve, peak bytes, router statistics.
         validation, test: task -> metric, value, stderr, n, version. Rates are chosen on validation alone.
         inside: of a routed adapter: similarity, spectra, movement, routing, as `bench.inside` gives them.
-        items: task -> outcomes (1 right, 0 wrong) of the test, in its order; kept in the file beside.
+        items: task -> outcomes (1 right, 0 wrong, of ROUGE-L what is between) of the test, in its order; kept in the
+            file beside.
     """
 
     config: RunConfig
@@ -99,7 +100,7 @@ class Record:
     validation: dict[str, dict[str, Any]] | None = None
     test: dict[str, dict[str, Any]] | None = None
     inside: dict[str, Any] | None = None
-    items: dict[str, list[int]] | None = None
+    items: dict[str, list[float]] | None = None
     error: str | None = None
     path: Path | None = None
 
@@ -273,7 +274,7 @@ def _replace(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def _items_to_bytes(items: dict[str, list[int]]) -> bytes:
+def _items_to_bytes(items: dict[str, list[float]]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["task", "item", "correct"])
@@ -281,10 +282,10 @@ def _items_to_bytes(items: dict[str, list[int]]) -> bytes:
     return gzip.compress(text.getvalue().encode(), mtime=0)  # the same items give the same bytes
 
 
-def _items_from_bytes(content: bytes) -> dict[str, list[int]]:
-    items: dict[str, list[int]] = {}
+def _items_from_bytes(content: bytes) -> dict[str, list[float]]:
+    items: dict[str, list[float]] = {}
     for row in csv.DictReader(io.StringIO(gzip.decompress(content).decode())):
-        items.setdefault(row["task"], []).append(int(row["correct"]))
+        items.setdefault(row["task"], []).append(json.loads(row["correct"]))
     return items
 
 

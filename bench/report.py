@@ -54,7 +54,7 @@ def experiment_parts(
     if not mine:
         return [f"# {experiment.title}, profile {profile}", "No whole run is recorded yet."]
     some = mine[0].config
-    size = PROFILES[profile].for_mixture(experiment.mixture)
+    size = PROFILES[profile].on(experiment.mixture)
     entries = entries_of(experiment, mine)
     at_paper = dict.fromkeys((entry.family for entry in entries), size.paper_rate)
     parts = [f"# {experiment.title}, profile {profile}", _intro(mine, some, others)]

@@ -29,7 +29,7 @@ from bench.inside import look_inside
 from bench.model import add_adapter, count_parameters, load, prepare, targets
 from bench.profiles import Profile
 from bench.record import Record, RunConfig
-from bench.score import score
+from bench.score import require_scoring, score
 from bench.train import DivergedError, train
 from malora.experts import experts
 from tasks import MIXTURES, MixtureData, Source, build
@@ -58,6 +58,7 @@ class Setting:
     max_items: int | None = None
     save: Path | None = None  # a folder for the trained adapter
     peers: dict[str, Path] = field(default_factory=dict)  # adapters whose experts are compared with the run's
+    unsafe_code: bool = False  # run what a model writes without a sandbox
 
     @property
     def mixture_name(self) -> str:
@@ -130,11 +131,15 @@ def run(config: RunConfig, setting: Setting, jobs: int = 1) -> Record:
     """Make a run, or give back its record if the results folder has it. Failures of a run are recorded, not raised.
 
     Every process of `accelerate launch` gives back the record that the first one wrote.
+
+    Raises:
+        UserError: the run cannot be made as it was asked for.
     """
     state = processes()
     _limit_threads(setting.profile.threads)
     if found := _recorded(config, setting):
         return found
+    require_scoring(MIXTURES[config.mixture].tasks, setting.unsafe_code)
     checkpoint = setting.results / "checkpoints" / f"{config.id}.pt"
     record = Record(config, status="ok", provenance=records.provenance(setting.device, jobs))
     try:
@@ -195,12 +200,23 @@ def _train_and_score(record: Record, setting: Setting, checkpoint: Path) -> None
         prompts = {task: [e.prompt for e in items] for task, items in _limited(data.validation, config).items()}
         record.inside = _rounded(look_inside(model, tokenizer, fresh, prompts, setting.peers))
     start = time.perf_counter()
-    score_with = {"format": config.format, "batch_size": profile.eval_batch_size}
+    score_with = score_options(setting)
     if config.method != BASE:
         record.validation, _ = score(model, tokenizer, _limited(data.validation, config), **score_with)
     record.test, record.items = score(model, tokenizer, _limited(data.test, config), **score_with)
     if record.train:
         record.train["seconds"]["evaluation"] = time.perf_counter() - start
+
+
+def score_options(setting: Setting) -> dict[str, Any]:
+    """How the setting has `score` work."""
+    profile = setting.profile
+    return {
+        "format": setting.format,
+        "batch_size": profile.eval_batch_size,
+        "generation_batch_size": profile.generation_batch_size,
+        "unsafe_code": setting.unsafe_code,
+    }
 
 
 def _train_section(log) -> dict:

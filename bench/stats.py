@@ -19,7 +19,7 @@ import numpy as np
 from scipy.stats import norm
 from scipy.stats import t as student
 
-Outcomes = dict[str, list[int]]  # task -> 1 right, 0 wrong, in the test's order
+Outcomes = dict[str, list[float]]  # task -> 1 right, 0 wrong, or what is between, in the test's order
 
 LEVEL = 0.95
 POWER = 0.8

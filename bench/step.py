@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import malora
 from bench.data import Batch
+from malora.backends import WAIT_FOR_THE_HOST
 from malora.routing import Routing
 
 Losses = tuple[Tensor, Tensor]  # task loss, balance loss
@@ -83,6 +84,12 @@ def fuse_backbone(model: nn.Module) -> None:
         _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=False, cross_entropy=False)
 
 
+def can_capture(model: nn.Module) -> bool:
+    """Whether a CUDA graph can hold a pass: on a GPU, by backends that never wait for its results."""
+    backends = {getattr(config, "backend", None) for config in getattr(model, "peft_config", {}).values()}
+    return model.device.type == "cuda" and backends.isdisjoint(WAIT_FOR_THE_HOST)
+
+
 class EagerStep:
     """One batch, kernel by kernel. Leaves the gradients in the parameters."""
 
@@ -103,7 +110,7 @@ class EagerStep:
         loss = F.cross_entropy(logits.float(), batch.target, reduction="sum") / batch.labels
         balance = torch.zeros_like(loss)
         if self.routed:
-            balance = malora.balance_loss(self.model, batch.mask) * (len(batch.target) / batch.labels)
+            balance = malora.balance_loss(self.model, batch.mask) * ((batch.target >= 0).sum() / batch.labels)
         self.mark("forward")
         self.accelerator.backward(loss + self.balance_factor * balance)
         self.mark("backward")
@@ -125,10 +132,7 @@ class _Captured:
 
 
 class GraphedStep:
-    """Replays an `EagerStep`, if the batch is full and has one label token an example; else runs it.
-
-    Few shapes recur: the last batch of an epoch is of its own size, and labels of several tokens are of every number.
-    """
+    """Replays an `EagerStep`, if the batch is full; else runs it: the last batch of an epoch is of its own size."""
 
     def __init__(self, eager: EagerStep, batch_size: int) -> None:
         self.eager, self.batch_size = eager, batch_size
@@ -137,8 +141,7 @@ class GraphedStep:
         self.captured: dict[tuple, _Captured] = {}
 
     def __call__(self, parts: list[Batch]) -> Losses:
-        recurs = sum(len(part.ids) for part in parts) == self.batch_size
-        if not recurs or any(len(part.target) != len(part.ids) for part in parts):
+        if sum(len(part.ids) for part in parts) != self.batch_size:
             return self.eager(parts)
         captured = [self._captured(part) for part in parts]
         losses, gradients = [], None
@@ -158,7 +161,7 @@ class GraphedStep:
         return loss, balance
 
     def _captured(self, batch: Batch) -> _Captured:
-        shape = batch.ids.shape
+        shape = (batch.ids.shape, len(batch.target))
         if shape not in self.captured:
             self.captured[shape] = self._capture(batch)
         return self.captured[shape]

@@ -23,8 +23,7 @@ from transformers import get_linear_schedule_with_warmup
 import malora
 from bench.data import GPU_WIDTHS, MOST_TOKENS, Encoded, collate, schedule
 from bench.record import RunConfig, source_hash
-from bench.step import EagerStep, GraphedStep, fuse_backbone
-from malora.backends import WAIT_FOR_THE_HOST
+from bench.step import EagerStep, GraphedStep, can_capture, fuse_backbone
 
 # Reading a loss from a GPU makes the host wait for it. Every so many steps is often enough to notice a divergence
 # and to draw a curve.
@@ -105,8 +104,7 @@ def train(
     """
     accelerator = Accelerator(mixed_precision="bf16" if config.device_type == "cuda" else "no")
     alone = accelerator.num_processes == 1
-    backend = getattr(model.peft_config["default"], "backend", None)
-    capture = accelerator.device.type == "cuda" and alone and backend not in WAIT_FOR_THE_HOST
+    capture = alone and can_capture(model)
     if capture:
         fuse_backbone(model.get_base_model())
     batches = schedule(
@@ -133,7 +131,7 @@ def train(
     routed = malora.has_router(model)
     widths = GPU_WIDTHS if capture else None
     # Processes must do the same number of passes, so a batch that they share is not split further.
-    most_tokens = MOST_TOKENS if alone else sys.maxsize
+    most_tokens = MOST_TOKENS[config.device_type] if alone else sys.maxsize
     pending: list[Tensor] = []
     last = min(len(batches), config.max_steps or len(batches))
 

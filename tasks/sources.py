@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tasks.base import DataError, DataRef
 from tasks.procedural import GENERATORS
+from tasks.procedural_inter import WRITERS
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,19 @@ class Hub:
     """The Hugging Face hub, or datasets' cache of it."""
 
     def read(self, ref: DataRef, split: str) -> list[dict]:
-        """The split's records.
+        """The split's records, with the names of classes in place of their numbers.
 
         Raises:
             DataError: the hub cannot be reached, or does not have the split.
         """
+        if not ref.hub:
+            raise DataError(f"{ref.file} is not on the hub; give --data a folder that has {ref.file}_{split}.jsonl.gz.")
         import datasets  # two seconds to import, and only needed here
 
         try:
-            return list(datasets.load_dataset(ref.hub, ref.config, split=split))
+            rows = datasets.load_dataset(ref.hub, ref.config, split=ref.hub_splits.get(split, split))
+            classes = {name: f.names for name, f in rows.features.items() if isinstance(f, datasets.ClassLabel)}
+            return [row | {name: names[row[name]] for name, names in classes.items()} for row in rows]
         except Exception as error:  # datasets raises whatever its transports raise
             raise DataError(
                 f"cannot read {ref.hub} ({split}) from the Hugging Face hub: {type(error).__name__}: {error}. "
@@ -82,7 +87,8 @@ class Generator:
         Raises:
             DataError: the task is not one that is generated.
         """
-        if ref.file not in GENERATORS:
+        generators = GENERATORS | WRITERS
+        if ref.file not in generators:
             raise DataError(f"{ref.file} is not generated; give --data a folder, or use a profile that has the hub.")
         rng = random.Random(f"{ref.file}/{split}")
-        return [asdict(GENERATORS[ref.file](rng)) for _ in range(dict(self.sizes)[split])]
+        return [asdict(generators[ref.file](rng)) for _ in range(dict(self.sizes)[split])]
