@@ -11,6 +11,7 @@ import pytest
 
 from bench import record
 from bench.__main__ import main
+from bench.claims import Claim
 from bench.experiments import EXPERIMENTS
 from bench.profiles import PROFILES
 from bench.run import method_options
@@ -25,7 +26,7 @@ TITLE = "Accuracy against the time of a training step"
 
 
 def claim(verdict, *records):
-    return SimpleNamespace(claim="A < B", source="Table 2", paper="+1", ours="+2", verdict=verdict, records=records)
+    return Claim("A < B", "Table 2", "+1", "+2", verdict, list(records), "tiny")
 
 
 def runs():
