@@ -109,7 +109,7 @@ def _cells(texts: Iterable[Any], to: str = "", order: dict[int, Any] | None = No
     cells = []
     for number, text in enumerate(texts):
         tag, rest = ("td", ' tabindex="-1"') if number else ("th", "")
-        inside = Markup('<a href="{}"{}>{}</a>').format(to, Markup(rest), text) if to else text
+        inside = Markup('<a href="{}"{}>{}</a>').format(to, Markup(rest), text) if to and text != "" else text
         by = (order or {}).get(number)
         by = "" if by is None else Markup(' data-order="{}"').format(by)
         cells.append(Markup("<{0}{1}>{2}</{0}>").format(tag, by, inside))
@@ -173,10 +173,10 @@ def _scores(experiment: Experiment, rows: list[Row], speeds: list[SpeedRecord]) 
 
     entropy, share = over_steps("router", "entropy"), over_steps("router", "largest_share")
     return _made(
-        (figures.means, "Accuracy against β, for each d (Figure 4b)", "β", rows, _beta, None, _d)
+        (figures.means, "Mean score against β, for each d (Figure 4b)", "β", rows, _beta, None, _d)
         if experiment.name == "table12"
-        else (figures.means, "Accuracy against trainable parameters", "trainable parameters", rows, _trainable),
-        (figures.means, "Accuracy against the time of a training step", *step_seconds(rows, speeds), "s"),
+        else (figures.means, "Mean score against trainable parameters", "trainable parameters", rows, _trainable),
+        (figures.means, "Mean score against the time of a training step", *step_seconds(rows, speeds), "s"),
         (figures.lines, "Training loss", "step", {"loss": over_steps("curve", "loss")}, "log"),
         (figures.lines, "Routers in training: entropy, and the busiest expert's share", "step",
          {"entropy, nats": entropy, "largest share": share}),

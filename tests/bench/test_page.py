@@ -22,7 +22,7 @@ pytest.importorskip("itables", reason="the extra 'report' is not installed")
 from bench import figures
 from bench.page import page, step_seconds
 
-TITLE = "Accuracy against the time of a training step"
+TITLE = "Mean score against the time of a training step"
 
 
 def claim(verdict, *records):
@@ -83,7 +83,7 @@ def test_a_figure_leads_to_the_records_that_it_is_made_of():
     drawn = svgs(page({"tiny": runs()}, [], []))
     best = [r.id for r in runs() if (r.config.method, r.config.learning_rate) == ("lora", 2e-3)]
     base = next(r.id for r in runs() if r.config.method == "base")
-    assert len(best) == 2 and links(drawn["Accuracy against trainable parameters"]) == {
+    assert len(best) == 2 and links(drawn["Mean score against trainable parameters"]) == {
         "#" + ",".join(best),
         f"#{base}",
     }
@@ -122,7 +122,7 @@ def test_figures_of_insides_and_of_settings_are_drawn_where_records_have_them():
     for run, entry in zip(grid, entries, strict=True):
         options = method_options("malora", tiny, "procedural", entry.changes(tiny))
         run.config = replace(run.config, method_options=options)
-    drawn = svgs(page({"tiny": grid}, [], []))["Accuracy against β, for each d (Figure 4b)"]
+    drawn = svgs(page({"tiny": grid}, [], []))["Mean score against β, for each d (Figure 4b)"]
     assert links(drawn) == {f"#{r.id}" for r in grid} and {"d=16", "d=32", "d=48", "d=64"} <= set(drawn.itertext())
 
 
