@@ -41,7 +41,7 @@ class Entry:
 
     method: str
     title: str = ""
-    options: dict[str, Any] = field(default_factory=dict, hash=False)  # so that an experiment is a key
+    options: dict[str, Any] = field(default_factory=dict)
     single_task: bool = False
     seeds: int | None = None
     own_rate: bool = False
