@@ -183,7 +183,6 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 def _setting(options: argparse.Namespace, mixture: str) -> Setting:
-    mixture = opened(mixture) if options.data else mixture
     profile: Profile = PROFILES[options.profile]
     if options.data and profile.name == "tiny" and not options.model:
         raise UserError("the tiny base knows the words of the procedural tasks only; with --data take --profile small.")
@@ -205,7 +204,7 @@ def _setting(options: argparse.Namespace, mixture: str) -> Setting:
 
 def _table(options: argparse.Namespace) -> int:
     experiment = options.experiment
-    setting = _setting(options, experiment.mixture)
+    setting = _setting(options, opened(experiment.mixture) if options.data else experiment.mixture)
     published = record.read_all(record.RESULTS / setting.profile.name)
     mine = record.read_all(setting.results)  # a broken record is better found before the runs than after
     alone = processes().num_processes == 1

@@ -22,7 +22,7 @@ from scipy.stats import ttest_1samp, ttest_ind
 from tabulate import tabulate
 
 import malora
-from bench.experiments import EXPERIMENTS, Experiment
+from bench.experiments import EXPERIMENTS
 from bench.inside_report import readings
 from bench.paper import paper
 from bench.profiles import PROFILES
@@ -108,7 +108,8 @@ class _Tables:
         self.records = records
 
     @cache  # noqa: B019  (it lives as long as one call of `claims`)
-    def rows(self, experiment: Experiment, profile: str) -> dict[str, Row]:
+    def rows(self, name: str, profile: str) -> dict[str, Row]:
+        experiment = EXPERIMENTS[name]
         mine, _ = comparable(self.records.get(profile, []), experiment)
         tuned, _ = tuned_rates(experiment, self.records.get(profile, []))
         entries = entries_of(experiment, mine)
@@ -119,7 +120,7 @@ class _Tables:
     def find(self, name: str, titles: list[str]) -> tuple[str, list[Row]] | None:
         """The profile and these rows of an experiment, if a profile has scores of all of them."""
         for profile in EVIDENCE:
-            found = self.rows(EXPERIMENTS[name], profile)
+            found = self.rows(name, profile)
             if all(title in found and found[title].records for title in titles):
                 return profile, [found[title] for title in titles]
         return None
@@ -182,7 +183,7 @@ def _alike(tables: _Tables, setting: str) -> Claim | _Tested:
     claim = Claim(f"down sides are alike and up sides are not, {setting}", "Figure 2",
                   f"A {theirs['A'][setting]:g}, B {theirs['B'][setting]:g}")  # fmt: skip
     for profile in EVIDENCE:
-        found = readings([*tables.rows(EXPERIMENTS["fig2"], profile).values()], "mean")
+        found = readings([*tables.rows("fig2", profile).values()], "mean")
         A, B = (found.get(("molora", setting, side), []) for side in "AB")
         if len(A) != len(B) or not A:
             continue

@@ -117,15 +117,15 @@ def _inside(rows: list[Row]) -> str:
     ])  # fmt: skip
 
 
-def _over(insides: list[dict[str, Any]], *path: str) -> np.ndarray:
-    """Mean over runs of what stands at a path."""
+def _over(insides: list[dict[str, Any]], *path: str) -> np.ndarray | None:
+    """Mean over runs of what stands at a path; None where no run has it."""
     found = []
     for value in insides:
         for key in path:
             value = value[key]
         if value is not None:
             found.append(value)
-    return np.mean(found, axis=0)
+    return np.mean(found, axis=0) if found else None
 
 
 def _with_interval(values: tuple[float, ...]) -> str:
@@ -136,5 +136,5 @@ def _table(body: list[list[Any]], head: list[str]) -> str:
     return tabulate(body, head, tablefmt="pipe", disable_numparse=True)
 
 
-def _n(value: float) -> str:
-    return f"{value:.3g}"
+def _n(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
