@@ -65,7 +65,7 @@ def experiment_page(
     if experiment.both_rates:
         parts += [f"## Every method at the paper's rate, {size.paper_rate:g}",
                   leaderboard(experiment, mine, at_paper)]  # fmt: skip
-    if tuned and swept and lender is None:
+    if tuned and swept and lender is None and not experiment.figure:
         parts += ["## What each rate gave", sweep_table(experiment, mine, tuned)]
     if experiment.both_rates and (routers := router_table(experiment, mine)):
         parts += ["## What the routers did", routers]
@@ -84,9 +84,9 @@ def _policy(
     lender: Experiment | None,
 ) -> str:
     """Which rates the rows have and why, and what else is not the paper's."""
-    chose = f"the sweep of {lender.title}" if lender else "this page's sweep"
+    chose = f"the sweeps of {lender.title}" if lender else "sweeps on this mixture"
     rates = ", ".join(f"{TITLES.get(f, f)} {(paper_rate | tuned)[f]:g}" for f in experiment.families)
-    lines = [f"A row takes the rate of the method that it is a variant of, chosen on validation by {chose}: {rates}."]
+    lines = [f"A row takes the rate of the method that it is a variant of, chosen on validation by {chose}, all at the same rates: {rates}."]
     if untuned := [TITLES.get(f, f) for f in experiment.families if f not in tuned]:
         lines.append(f"**Not tuned, at the paper's rate: {', '.join(untuned)}.**")
     if divisor > 1:
