@@ -20,7 +20,7 @@ from bench.record import Record, RunConfig, SpeedRecord
 from bench.rows import Row, comparable, difference, entries_of, rows, tuned_rates
 from bench.run import BASE
 from bench.stats import LEVEL, POWER, compare, holm
-from tasks import TASKS
+from tasks import MIXTURES, TASKS
 
 
 def experiment_page(
@@ -101,6 +101,8 @@ def _intro(records: list[Record], config: RunConfig, others: int) -> str:
         f"{config.epochs} epochs, {config.batch_size} examples a batch, on {', '.join(devices)}. "
         f"Scores are accuracy in percent by lm-eval. {len(records)} records."
     ]
+    if note := MIXTURES[config.mixture].note:
+        lines.append(f"**{note}**")
     train = next((r.data["train"] for r in records if r.data and r.data.get("train")), {})
     if train:
         parts = (f"{n['examples']:,} of {TASKS[t].title} ({n['label_tokens']:,})" for t, n in sorted(train.items()))
