@@ -86,7 +86,10 @@ def _policy(
     """Which rates the rows have and why, and what else is not the paper's."""
     chose = f"the sweeps of {lender.title}" if lender else "sweeps on this mixture"
     rates = ", ".join(f"{TITLES.get(f, f)} {(paper_rate | tuned)[f]:g}" for f in experiment.families)
-    lines = [f"A row takes the rate of the method that it is a variant of, chosen on validation by {chose}, all at the same rates: {rates}."]
+    lines = [
+        f"A row takes the rate of the method that it is a variant of, chosen on validation by {chose}, all at the same "
+        f"rates: {rates}."
+    ]
     if untuned := [TITLES.get(f, f) for f in experiment.families if f not in tuned]:
         lines.append(f"**Not tuned, at the paper's rate: {', '.join(untuned)}.**")
     if divisor > 1:
