@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         type=one_of("mixture", MIXTURES),
         default="intra",
         metavar="NAME",
-        help="tasks to train together, or a part of a mixture alone as in inter/code; tiny has stand-ins",
+        help="tasks to train together, or one part of them alone, as in inter/code; the tiny profile has stand-ins",
     )
     one.add_argument("--seed", type=int, default=0, metavar="S", help="of initialisation, order and dropout")
     one.add_argument("--learning-rate", type=_rate, metavar="R", help="(default: the paper's)")

@@ -18,7 +18,8 @@ from tasks import Example, WrittenExample
 BATCHES_SORTED_TOGETHER = 50
 PAD_TO_MULTIPLE = 8  # tensor cores want it
 # What a device holds the activations of; 64 examples of 1,024 tokens need 70 GiB at once. The paper's step has as many.
-# Labels are tokens too, so this bounds their logits: 10 GiB for a vocabulary of 49,152 and its gradients on a GPU.
+# It bounds the logits too, since no example has more labels than tokens: of 16,384 labels and a vocabulary of 49,152
+# they are 1.5 GiB in bfloat16 and 3 GiB in float32, and their gradients as much again.
 MOST_TOKENS = {"cuda": 16_384, "cpu": 4_096}
 # Where a step is captured once for each shape, few shapes: these and then multiples of the last.
 GPU_WIDTHS = (*range(32, 257, 32), 320, 384, 512)
@@ -109,8 +110,7 @@ def collate(
     """A batch in parts of at most `most_tokens` ids and equal size.
 
     With `widths` its shapes recur: ids are padded to the next of them, and labels, unless each is one token, to as many
-    as there are ids. For logits of every position a step of a small model takes some 8% longer; every other size of
-    label would be one more graph to capture for each width.
+    as there are ids: every other size of label would be one more graph to capture for each width.
 
     The last label token is a target only; nothing is predicted from it, so it is not read.
     """

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 import malora
+from bench.step import label_positions_only
 from malora.experts import Experts, experts, saved_experts
 from malora.similarity import means, movement, similarities, spectra
 
@@ -105,8 +106,10 @@ def _routing(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: dict
         ids = [torch.tensor(tokenizer(text)["input_ids"][:MOST_TOKENS]) for text in texts[:PROMPTS]]
         mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(model.device)
         ids = pad_sequence(ids, batch_first=True).to(model.device)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-            model(input_ids=ids, attention_mask=mask, logits_to_keep=1)
+        nowhere = torch.zeros(1, dtype=torch.long, device=model.device)  # all logits would be gigabytes, and unread
+        precision = torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
+        with precision, label_positions_only(model, nowhere, nowhere):
+            model(input_ids=ids, attention_mask=mask)
         stats[task] = malora.router_stats(model)
     model.train(was_training)
     layers = defaultdict(list)

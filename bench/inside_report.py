@@ -50,7 +50,7 @@ def _similarity(rows: list[Row]) -> str:
         for found in (by_mean, by_square):
             _, values, chances = zip(*found[method, setting, side], strict=True)
             cells += [_with_interval(values), _n(np.mean(chances))]
-        seen = theirs[side].get(setting)
+        seen = theirs[side].get(setting) if method == "molora" else None
         cells += [len(values), "" if seen is None else f"*{seen:g}*"]
         body.append([TITLES[method], setting, side, *cells])
     head = [
@@ -137,4 +137,4 @@ def _table(body: list[list[Any]], head: list[str]) -> str:
 
 
 def _n(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
+    return "" if value is None else f"{value if abs(value) > 1e-9 else 0:.3g}"  # float64's rounding is no value

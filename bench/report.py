@@ -22,7 +22,7 @@ from bench.record import Record, RunConfig, SpeedRecord
 from bench.rows import Row, comparable, difference, entries_of, rows, tuned_rates
 from bench.run import BASE
 from bench.stats import LEVEL, POWER, compare, holm
-from tasks import TASKS
+from tasks import MIXTURES, TASKS
 
 
 def experiment_page(*arguments, **options) -> str:
@@ -73,7 +73,7 @@ def experiment_parts(
     if experiment.both_rates:
         parts += [f"## Every method at the paper's rate, {size.paper_rate:g}",
                   leaderboard(experiment, mine, at_paper)]  # fmt: skip
-    if tuned and swept and lender is None:
+    if tuned and swept and lender is None and not experiment.figure:
         parts += ["## What each rate gave", sweep_table(experiment, mine, tuned)]
     if experiment.both_rates and (routers := router_table(experiment, mine)):
         parts += ["## What the routers did", routers]
@@ -92,9 +92,12 @@ def _policy(
     lender: Experiment | None,
 ) -> str:
     """Which rates the rows have and why, and what else is not the paper's."""
-    chose = f"the sweep of {lender.title}" if lender else "this page's sweep"
+    chose = f"the sweeps of {lender.title}" if lender else "sweeps on this mixture"
     rates = ", ".join(f"{TITLES.get(f, f)} {(paper_rate | tuned)[f]:g}" for f in experiment.families)
-    lines = [f"A row takes the rate of the method that it is a variant of, chosen on validation by {chose}: {rates}."]
+    lines = [
+        f"A row takes the rate of the method that it is a variant of, chosen on validation by {chose}, all at the same "
+        f"rates: {rates}."
+    ]
     if untuned := [TITLES.get(f, f) for f in experiment.families if f not in tuned]:
         lines.append(f"**Not tuned, at the paper's rate: {', '.join(untuned)}.**")
     if divisor > 1:
@@ -109,6 +112,8 @@ def _intro(records: list[Record], config: RunConfig, others: int) -> str:
         f"{config.epochs} epochs, {config.batch_size} examples a batch, on {', '.join(devices)}. "
         f"Scores are accuracy in percent by lm-eval. {len(records)} records."
     ]
+    if note := MIXTURES[config.mixture].note:
+        lines.append(f"**{note}**")
     train = next((r.data["train"] for r in records if r.data and r.data.get("train")), {})
     if train:
         parts = (f"{n['examples']:,} of {TASKS[t].title} ({n['label_tokens']:,})" for t, n in sorted(train.items()))

@@ -57,7 +57,7 @@ def comparable(
     else:
         group = max(groups.values(), key=lambda g: (len(g), max(r.provenance["time"] for r in g)), default=[])
     group = [r for r in _same_test(group) if any(experiment.has(entry, r.config) for entry in entries)]
-    group.sort(key=lambda r: r.config.id)
+    group.sort(key=lambda r: (r.config.mixture not in experiment.mixtures, r.config.id))  # parts last
     return group, len(of_suite) - len(group)
 
 

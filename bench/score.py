@@ -32,7 +32,8 @@ from bench.generate import generate
 from bench.grade import grader
 from bench.sandbox import require_sandbox
 from bench.step import label_positions_only
-from tasks import LIKELIHOOD, PASS, TASKS, Example, Writing, WrittenExample
+from tasks import TASKS, Example, WrittenExample
+from tasks.base import LIKELIHOOD, PASS, Writing
 
 # Of prompts, metrics and precision; counts up when a score could change. 2: on a GPU the head's product is in float32,
 # so that the logits of two choices do not tie in bfloat16; of 9,156 items of the small profile's base, one changed.

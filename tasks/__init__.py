@@ -19,10 +19,6 @@ from typing import Literal
 from tasks.arc import ARC_CHALLENGE, ARC_EASY
 from tasks.base import (
     FORMATS,
-    LAST_NUMBER,
-    LIKELIHOOD,
-    PASS,
-    ROUGE_L,
     DataError,
     DataRef,
     Domain,
@@ -32,7 +28,6 @@ from tasks.base import (
     Question,
     Source,
     Task,
-    Writing,
     WrittenExample,
     written,
 )
@@ -154,7 +149,7 @@ def build(mixture: Mixture, source: Source, *, format: str, seed: int) -> Mixtur
         rng = random.Random(seed)
         for name, questions in clean.items():
             if mixture.domains:
-                rng = random.Random(f"{seed}/{name}")  # so that a domain alone gives the items that it gives to a blend
+                rng = random.Random(f"{seed}/{name}")  # so that a domain alone draws as it does in a blend
             clean[name] = [questions[i] for i in sorted(rng.sample(range(len(questions)), size))]
 
     def examples(name: str, questions: list[Item]) -> list[Example]:
@@ -183,16 +178,10 @@ def _hash(*parts: list[Example]) -> str:
 
 __all__ = [
     "FORMATS",
-    "LAST_NUMBER",
-    "LIKELIHOOD",
     "MIXTURES",
-    "PASS",
-    "ROUGE_L",
     "TASKS",
     "DataError",
-    "Domain",
     "Example",
-    "Exercise",
     "Folder",
     "Generator",
     "Hub",
@@ -201,7 +190,6 @@ __all__ = [
     "Question",
     "Source",
     "Task",
-    "Writing",
     "WrittenExample",
     "build",
 ]

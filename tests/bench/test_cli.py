@@ -14,6 +14,7 @@ from bench import record
 from bench.__main__ import _parser, main
 from bench.experiments import EXPERIMENTS
 from bench.model import add_adapter, load, prepare
+from tests import inter_folder
 from tests.bench.test_record import make
 
 
@@ -165,6 +166,38 @@ def test_run_prints_and_records(base_folder, tmp_path, capsys):
     assert json.loads(path.read_text())["config"]["method_options"]["backend"] == "dispatch"
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert "an adapter is kept only while its run is made" in refused(command, capsys, tmp_path)
+
+
+def test_humaneval_without_bubblewrap_is_refused_before_any_work(base_folder, capsys, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    data.mkdir()
+    inter_folder.make(data)
+    command = [
+        *"run --profile small --mixture inter-open/code --method lora --max-steps 1 --max-items 1 --model".split(),
+        *(base_folder, "--data", data, "--results", tmp_path / "results"),
+    ]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "install it (apt install bubblewrap), or run what models write unsafely" in refused(
+        command, capsys, tmp_path
+    )
+    assert main([str(a) for a in [*command, "--unsafe-code"]]) == 0
+    assert "pass@1, 1 items" in capsys.readouterr().out
+
+
+def test_the_inter_domain_path_in_miniature(base_folder, capsys, tmp_path):
+    """Training on long labels, likelihoods for validation, generation for the test."""
+    command = [
+        *"run --profile tiny --mixture inter --method malora --max-steps 12 --max-items 3 --model".split(),
+        *(base_folder, "--results", tmp_path),
+    ]
+    assert main([str(a) for a in command]) == 0
+    out = capsys.readouterr().out
+    assert "(exact_match, 3 items)" in out and "(rougeL, 3 items)" in out and "(acc, 3 items)" in out
+    (one,) = record.read_all(tmp_path)
+    assert one.config.learning_rate == 5e-4  # the paper's for domains
+    assert {score["metric"] for score in one.validation.values()} == {"likelihood"}
+    assert all(0 < score["value"] < 1 for score in one.validation.values())
+    assert one.train["curve"][-1]["loss"] < one.train["curve"][0]["loss"]
 
 
 def test_every_option_has_a_help_line_and_a_default():

@@ -2,7 +2,7 @@ import torch
 
 from bench import tiny
 from bench.data import GPU_WIDTHS, Encoded, collate, encode, label_tokens, schedule
-from tasks import Example
+from tasks import Example, WrittenExample
 
 EXAMPLES = [
     Example("majority", "Passage: red blue\nQuestion: which is most often ?\nAnswer:", (" red", " blue"), 0),
@@ -51,3 +51,32 @@ def test_large_batches_come_in_equal_parts_of_few_widths():
     assert all(part.labels.item() == 64 for part in parts)
     (wide,) = collate([Encoded(list(range(600)), 1)], pad_id=0, widths=GPU_WIDTHS)
     assert wide.ids.shape == (1, 1024)
+
+
+WRITTEN = WrittenExample("counting", "Question: say it .\nAnswer:", (" 1 2 3",), 0, ("3",))
+
+
+def test_what_is_written_ends_with_the_token_that_ends_a_text():
+    words = tiny.tokenizer()
+    (code,) = encode(words, [WRITTEN], max_length=100)
+    assert code.ids[-4:] == [*words(" 1 2 3")["input_ids"], words.eos_token_id] and code.label_length == 4
+
+
+def test_a_label_that_is_too_long_leaves_half_of_the_room_to_its_prompt():
+    words = tiny.tokenizer()
+    (code,) = encode(words, [WRITTEN], max_length=6)
+    assert words.decode(code.ids) == "it . Answer: 1 2 3" and code.label_length == 3  # and no end, which is not there
+    (code,) = encode(words, [WRITTEN], max_length=4)
+    assert words.decode(code.ids) == ". Answer: 1 2" and code.label_length == 2
+
+
+def test_where_shapes_must_recur_labels_are_padded_to_every_position():
+    encoded = [Encoded([5, 6, 7, 8], 2), Encoded([9, 10], 1)]
+    (plain,), (padded,) = collate(encoded, 0), collate(encoded, 0, widths=(8,))
+    assert len(padded.target) == padded.ids.numel()
+    real = padded.target != -100
+    for name in ("row", "column", "target"):
+        assert getattr(padded, name)[real].tolist() == getattr(plain, name).tolist()
+    assert padded.labels == plain.labels == 3
+    (one,) = collate([Encoded([9, 10], 1)] * 2, 0, widths=(8,))
+    assert len(one.target) == 2  # a label of one token each is of one shape as it is

@@ -155,3 +155,15 @@ def test_a_commit_has_the_hash_of_its_sources():
     ).stdout
     assert (record.source_hash_of(head.strip()) == record.source_hash()) == clean
     assert record.source_hash_of("0" * 40) is None
+
+
+def test_outcomes_between_right_and_wrong_are_read_back_as_they_were(tmp_path):
+    items = {"lexicon": [1, 0, 1], "report": [2 / 3, 1e-9, 1.0, 0.1 + 0.2]}
+    written = record.write(make(items=items), tmp_path)
+    assert record.read(written).items == items
+
+
+def test_the_mixture_of_a_single_domain_names_a_file(tmp_path):
+    one = make()
+    path = record.write(replace(one, config=replace(one.config, mixture="inter/code")), tmp_path)
+    assert path.parent == tmp_path / "runs" and record.read(path).config.mixture == "inter/code"

@@ -21,7 +21,7 @@ from tests.conftest import SHAPES, make_model
 ENCODED = [Encoded([7, 3, 9, 11, 2, 5], 2), Encoded([4, 8, 1], 1), Encoded([6, 6, 2, 3], 1)]
 
 
-def step(shape="llama", most_tokens=10_000, method="malora"):
+def step(shape="llama", most_tokens=10_000, method="malora", widths=None, balance=0.0):
     torch.manual_seed(0)
     targets = malora.TARGET_MODULES[shape]
     model = get_peft_model(make_model(shape), malora.METHODS[method](lora_dropout=0.0, target_modules=targets)).train()
@@ -30,7 +30,8 @@ def step(shape="llama", most_tokens=10_000, method="malora"):
             if "malora_B" in name:
                 p.normal_(generator=torch.Generator().manual_seed(1), std=0.1)
     accelerator = Accelerator()
-    losses = EagerStep(model, model, accelerator, balance_factor=0.0)(collate(ENCODED, 0, most_tokens=most_tokens))
+    parts = collate(ENCODED, 0, most_tokens=most_tokens, widths=widths)
+    losses = EagerStep(model, model, accelerator, balance_factor=balance)(parts)
     return model, losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -71,6 +72,14 @@ def test_a_batch_in_parts_is_the_same_batch():
     torch.testing.assert_close(whole[0], parts[0], rtol=1e-5, atol=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(added[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_padding_of_labels_changes_nothing():
+    _, plain, gradients = step(balance=0.1)
+    _, padded, of_padded = step(balance=0.1, widths=(8,))  # as wide, so that the balance loss sees the same
+    torch.testing.assert_close(torch.stack(padded), torch.stack(plain), rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(of_padded[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
 
 
 class KilledError(BaseException):
@@ -183,7 +192,7 @@ def test_seeds_change_the_run_and_the_same_seed_repeats_it(base_folder, tmp_path
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("method", ["lora", "malora"])
 def test_a_captured_step_is_the_plain_step(method):
-    """Three batches of two shapes, so that a replay follows another shape's, and one in parts."""
+    """Batches of two shapes, so that a replay follows another shape's, one in parts, and one of longer labels."""
 
     def trained(captured: bool):
         torch.manual_seed(0)
@@ -194,9 +203,9 @@ def test_a_captured_step_is_the_plain_step(method):
             step = GraphedStep(step, batch_size=4)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         losses = []
-        for width, most_tokens in ((5, 10_000), (20, 10_000), (5, 10_000), (20, 64)):
+        for width, most_tokens, label in ((5, 10_000, 1), (20, 10_000, 1), (5, 10_000, 1), (20, 64, 1), (20, 64, 7)):
             generator = torch.Generator().manual_seed(width)
-            batch = [Encoded(torch.randint(1, 60, (width,), generator=generator).tolist(), 1) for _ in range(4)]
+            batch = [Encoded(torch.randint(1, 60, (width,), generator=generator).tolist(), label) for _ in range(4)]
             parts = [
                 part.to(torch.device("cuda")) for part in collate(batch, 0, widths=(8, 32), most_tokens=most_tokens)
             ]
