@@ -41,12 +41,13 @@ def experiment_page(
         like: a configuration that the page's records agree with; see `comparable`.
         swept: whether these records hold the sweep that chose the rates, or only its choice.
         published: records to compare with, for the page of a reproduction.
-        lender: the experiment whose sweep chose the rates, if it was not this one's own.
+        lender: the experiment whose sweep chose the rates; None for this one.
     """
     mine, others = comparable(records, experiment, like)
     if not mine:
         return f"# {experiment.title}, profile {profile}\n\nNo whole run is recorded yet.\n"
     some = mine[0].config
+    lender = None if lender == experiment else lender
     size = PROFILES[profile].on(experiment.mixture)
     entries = entries_of(experiment, mine)
     at_paper = dict.fromkeys((entry.family for entry in entries), size.paper_rate)
@@ -372,18 +373,13 @@ def published_pages(records: dict[str, list[Record]]) -> dict[str, str]:
     for profile, mine in records.items():
         for experiment in EXPERIMENTS.values():
             tuned, lender = tuned_rates(experiment, mine)
-            found, _ = comparable(mine, experiment)
+            found = [r for r in comparable(mine, experiment)[0] if r.inside or not experiment.figure]
             # Tables share runs, so one row may be there because another table has it: that is no table yet.
-            if experiment.both_rates or len([e for e in experiment.entries if _any(experiment, e, found)]) > 1:
-                lender = None if lender == experiment else lender
-                text = experiment_page(experiment, mine, profile, tuned, lender=lender)
-                pages[f"{profile}/{experiment.name}.md"] = text
+            there = [e for e in experiment.entries if any(experiment.has(e, r.config) for r in found)]
+            if experiment.both_rates or len(there) > 1:
+                page = experiment_page(experiment, mine, profile, tuned, lender=lender)
+                pages[f"{profile}/{experiment.name}.md"] = page
     return pages
-
-
-def _any(experiment: Experiment, entry: Entry, records: list[Record]) -> bool:
-    shown = [r for r in records if r.inside] if experiment.figure else records
-    return any(experiment.has(entry, r.config) for r in shown)
 
 
 def fill_readme(readme: str, records: dict[str, list[Record]], speeds: list[SpeedRecord] = ()) -> str:
