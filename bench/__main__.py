@@ -234,7 +234,7 @@ def _table(options: argparse.Namespace) -> int:
                 like=like,
                 swept=options.sweep,
                 published=published,
-                lender=None if lender == experiment else lender,
+                lender=lender,
             )
         )
         print(f"\n{page.read_text()}\nwritten to {page}")

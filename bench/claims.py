@@ -12,7 +12,7 @@ counts.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 
 import numpy as np
@@ -98,7 +98,7 @@ def _judged(tested: _Tested, p: float) -> Claim:
     verdict = UNDECIDED
     if p < 1 - LEVEL:
         verdict = (HOLDS if tested.above else FAILS) + tested.limited
-    return Claim(**vars(tested.claim) | {"verdict": verdict, "ours": f"{tested.claim.ours}, p={p:.2g}"})
+    return replace(tested.claim, verdict=verdict, ours=f"{tested.claim.ours}, p={p:.2g}")
 
 
 class _Tables:
@@ -147,7 +147,7 @@ def _better(
     ours = f" with {1 - sizes[1] / sizes[0]:.0%} fewer" if fewer else ""
     mixture = pair[0].records[0].config.mixture
     tested = _tested(claim, d, bound, profile, mixture, pair, ours)
-    return tested if not fewer or sizes[1] < sizes[0] else Claim(**vars(tested.claim) | {"verdict": FAILS})
+    return tested if not fewer or sizes[1] < sizes[0] else replace(tested.claim, verdict=FAILS)
 
 
 def _tested(
@@ -156,7 +156,7 @@ def _tested(
     margin = f"; worse only beyond {bound:+g}" if bound else ""
     ours = f"{d.value:+.2f} [{d.low:+.2f}, {d.high:+.2f}] on {profile}, {mixture}{more}{margin}"
     ids = sorted({record.id for row in of for record in row.sources})
-    claim = Claim(claim.claim, claim.source, claim.paper, ours, records=ids, profile=profile)
+    claim = replace(claim, ours=ours, records=ids, profile=profile)
     return _Tested(claim, d.value > bound, d.p_against(bound), ", on these items (one seed)" if d.seeds == 1 else "")
 
 
@@ -191,14 +191,14 @@ def _alike(tables: _Tables, setting: str) -> Claim | _Tested:
         above = [side[:, 0] - side[:, 1] for side in sides]
         text = ", ".join(f"{n} {s[:, 0].mean():.3f} (chance {s[:, 1].mean():.3f})" for n, s in zip("AB", sides))
         ids = sorted({record.id for record, _, _ in A})
-        claim = Claim(claim.claim, claim.source, claim.paper, text, records=ids, profile=profile)
+        claim = replace(claim, ours=f"{text} on {profile}", records=ids, profile=profile)
         if len(A) == 1:
-            return Claim(**vars(claim) | {"ours": f"{text} on {profile}", "verdict": f"{UNDECIDED}, one run"})
+            return replace(claim, verdict=f"{UNDECIDED}, one run")
         test = ttest_1samp(above[0] - above[1], 0)
         low, high = test.confidence_interval(LEVEL)
         value = float(np.mean(above[0] - above[1]))
-        ours = f"{text}; above chance by {value:+.3f} [{low:+.3f}, {high:+.3f}] more on {profile}, MoLoRA"
-        return _Tested(Claim(**vars(claim) | {"ours": ours}), value > 0, float(test.pvalue))
+        ours = f"{claim.ours}, MoLoRA; A above chance by {value:+.3f} [{low:+.3f}, {high:+.3f}] more than B"
+        return _Tested(replace(claim, ours=ours), value > 0, float(test.pvalue))
     return claim
 
 
@@ -244,9 +244,13 @@ def _faster(speeds: list[SpeedRecord], by: str | None) -> Claim | _Tested:
         low, high = np.exp(np.array(test.confidence_interval(LEVEL)) + bound)
         names = " over ".join(f"`{row['name']}`" for row in pair)
         ours = f"{middle:.2f} [{low:.2f}, {high:.2f}], {names}"
-        claim = Claim(claim.claim, claim.source, claim.paper, ours, records=[record.id], profile="speed")
         on = f", on {record.provenance['device']}"
-        return _Tested(claim, math.log(middle) > bound, float(test.pvalue), on)
+        return _Tested(
+            replace(claim, ours=ours, records=[record.id], profile="speed"),
+            math.log(middle) > bound,
+            float(test.pvalue),
+            on,
+        )
     return claim
 
 

@@ -48,12 +48,13 @@ def experiment_parts(
         like: a configuration that the page's records agree with; see `comparable`.
         swept: whether these records hold the sweep that chose the rates, or only its choice.
         published: records to compare with, for the page of a reproduction.
-        lender: the experiment whose sweep chose the rates, if it was not this one's own.
+        lender: the experiment whose sweep chose the rates; None for this one.
     """
     mine, others = comparable(records, experiment, like)
     if not mine:
         return [f"# {experiment.title}, profile {profile}", "No whole run is recorded yet."]
     some = mine[0].config
+    lender = None if lender == experiment else lender
     size = PROFILES[profile].on(experiment.mixture)
     entries = entries_of(experiment, mine)
     at_paper = dict.fromkeys((entry.family for entry in entries), size.paper_rate)
@@ -381,16 +382,11 @@ def published_parts(records: dict[str, list[Record]]) -> Iterator[tuple[str, Exp
     for profile, mine in records.items():
         for experiment in EXPERIMENTS.values():
             tuned, lender = tuned_rates(experiment, mine)
-            found, _ = comparable(mine, experiment)
+            found = [r for r in comparable(mine, experiment)[0] if r.inside or not experiment.figure]
             # Tables share runs, so one row may be there because another table has it: that is no table yet.
-            if experiment.both_rates or len([e for e in experiment.entries if _any(experiment, e, found)]) > 1:
-                lender = None if lender == experiment else lender
+            there = [e for e in experiment.entries if any(experiment.has(e, r.config) for r in found)]
+            if experiment.both_rates or len(there) > 1:
                 yield profile, experiment, experiment_parts(experiment, mine, profile, tuned, lender=lender)
-
-
-def _any(experiment: Experiment, entry: Entry, records: list[Record]) -> bool:
-    shown = [r for r in records if r.inside] if experiment.figure else records
-    return any(experiment.has(entry, r.config) for r in shown)
 
 
 def fill_readme(readme: str, records: dict[str, list[Record]], speeds: list[SpeedRecord] = ()) -> str:

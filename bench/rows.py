@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from bench.experiments import EXPERIMENTS, TITLES, Entry, Experiment, choose_rates, parts
+from bench.experiments import EXPERIMENTS, Entry, Experiment, choose_rates, parts
 from bench.record import Record, RunConfig
 from bench.run import BASE
 from bench.stats import Difference, Mean, compare, mean_over_seeds
-
-__all__ = ["TITLES", "Row", "comparable", "difference", "entries_of", "rows", "tuned_rates"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ def comparable(
     equals. Of a method with other options than the experiment's rows have, none count.
     """
     entries = [Entry(BASE), *entries_of(experiment, records)]
-    of_suite = [r for r in records if r.config.mixture in experiment.mixtures or _is_part(r, experiment)]
+    of_suite = [r for r in records if _mixture(r.config, experiment)]
     groups: dict[tuple, list[Record]] = {}
     for record in of_suite:
         groups.setdefault(_setting(record.config, experiment), []).append(record)
@@ -61,9 +59,12 @@ def comparable(
     return group, len(of_suite) - len(group)
 
 
-def _is_part(record: Record, experiment: Experiment) -> bool:
-    apart = any(entry.single_task for entry in experiment.entries)
-    return apart and record.config.mixture.rpartition("/")[0] in experiment.mixtures
+def _mixture(config: RunConfig, experiment: Experiment) -> str | None:
+    """What a run was trained on: the experiment's mixture or one that stands for it, of which it may be a part."""
+    if config.mixture in experiment.mixtures:
+        return config.mixture
+    whole = config.mixture.rpartition("/")[0]
+    return whole if whole in experiment.mixtures and any(e.single_task for e in experiment.entries) else None
 
 
 def _same_test(records: list[Record]) -> list[Record]:
@@ -77,9 +78,9 @@ def _same_test(records: list[Record]) -> list[Record]:
 
 
 def _setting(config: RunConfig, experiment: Experiment) -> tuple:
-    mixture = config.mixture if config.mixture in experiment.mixtures else config.mixture.rpartition("/")[0]
     # The data's hash covers the training blend, which depends on the seed.
-    return mixture, *config.but("method", "method_options", "learning_rate", "seed", "data_hash", "mixture")
+    free = ("method", "method_options", "learning_rate", "seed", "data_hash", "mixture")
+    return _mixture(config, experiment), *config.but(*free)
 
 
 def entries_of(experiment: Experiment, records: list[Record]) -> list[Entry]:
