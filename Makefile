@@ -6,11 +6,11 @@ ARGS ?=
 # Installed first and by itself, so that nothing else decides which build comes.
 TORCH ?= torch==2.13.0
 
-.PHONY: test lint leaderboard check-tables reproduce-table2 reproduce-table10 clean
+.PHONY: test lint leaderboard report check-tables reproduce-table10 reproduce-fig4 clean
 .DEFAULT_GOAL := help
 
 help: ## what there is
-	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
+	@grep -E '^[a-z0-9%-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -25,14 +25,19 @@ lint: .venv/ready ## style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-reproduce-table2: .venv/ready ## Table 2 at the size this machine can do, into results/local
-	$(BIN)/python -m bench table2 $(ARGS)
+reproduce-%: .venv/ready ## table1, 2, 3, 11, 12, fig2, 3, 5 at the size this machine can do, into results/local
+	$(BIN)/python -m bench $* $(ARGS)
 
 reproduce-table10: .venv/ready ## Table 10 and Figure 4c on this machine, into results/local/speed
 	$(BIN)/python -m bench.speed --variant all $(ARGS)
 
+reproduce-fig4: reproduce-table11 reproduce-table12 ## Figures 4a and 4b; 4c is reproduce-table10
+
 leaderboard: .venv/ready ## tables and the README's leaderboard, from the published records
 	$(BIN)/python -m bench leaderboard
+
+report: .venv/ready ## one HTML page of all published records, into results/local
+	$(BIN)/python -m bench report
 
 check-tables: .venv/ready ## whether they are what the records give
 	$(BIN)/python -m bench leaderboard --check

@@ -19,10 +19,11 @@ from typing import Any
 import malora
 from bench import UserError, record, report, speed_report
 from bench.arguments import Help, one_of, positive
-from bench.experiments import EXPERIMENTS, choose_rates, final, sweep
+from bench.claims import claims
+from bench.experiments import EXPERIMENTS, Runs, final, opened, sweep
 from bench.model import check_adapter, load, load_adapter, prepare
 from bench.profiles import PROFILES, Profile, default_profile
-from bench.rows import comparable
+from bench.rows import tuned_rates
 from bench.run import BASE, Setting, configure, processes, run, run_all, score_options
 from bench.score import require_scoring, score
 from tasks import FORMATS, MIXTURES, DataError, Folder, build
@@ -53,11 +54,12 @@ def _parser() -> argparse.ArgumentParser:
         table.add_argument(
             "--methods",
             type=_methods,
-            default=list(experiment.methods),
             metavar="A,B",
-            help="methods to compare, by commas",
+            help=f"rows of these methods, by commas (default: all, of {', '.join(experiment.methods)})",
         )
-        table.add_argument("--seeds", type=positive, metavar="K", help="runs a row (default: the profile's)")
+        table.add_argument(
+            "--seeds", type=positive, metavar="K", help="runs a row (default: the profile's, or the row's)"
+        )
         table.add_argument(
             "--sweep",
             action="store_true",
@@ -76,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         type=one_of("mixture", MIXTURES),
         default="intra",
         metavar="NAME",
-        help="tasks to train together, or one domain of them alone, as in inter/code; the tiny profile has stand-ins",
+        help="tasks to train together, or one part of them alone, as in inter/code; the tiny profile has stand-ins",
     )
     one.add_argument("--seed", type=int, default=0, metavar="S", help="of initialisation, order and dropout")
     one.add_argument("--learning-rate", type=_rate, metavar="R", help="(default: the paper's)")
@@ -106,6 +108,9 @@ def _parser() -> argparse.ArgumentParser:
         "--check", action="store_true", help="write nothing; exit 1 if a file is not what the records give"
     )
     board.set_defaults(command=_leaderboard)
+
+    page = commands.add_parser("report", help="one HTML page of all published records, into results/local")
+    page.set_defaults(command=_report)
 
     publish = commands.add_parser("publish", help="copy clean, whole records to results/PROFILE", formatter_class=Help)
     publish.add_argument(
@@ -198,33 +203,38 @@ def _setting(options: argparse.Namespace, mixture: str) -> Setting:
 
 
 def _table(options: argparse.Namespace) -> int:
-    setting = _setting(options, options.experiment.mixture)
+    experiment = options.experiment
+    setting = _setting(options, opened(experiment.mixture) if options.data else experiment.mixture)
     published = record.read_all(record.RESULTS / setting.profile.name)
     mine = record.read_all(setting.results)  # a broken record is better found before the runs than after
     alone = processes().num_processes == 1
     jobs = (options.jobs or (_cores() if setting.device.type == "cpu" else 1)) if alone else 1
-    seeds = options.seeds or setting.profile.seeds
     like = configure(setting, BASE, 0)
+    entries = experiment.chosen(options.methods)
+    families = list(dict.fromkeys(entry.family for entry in entries))
     if options.sweep:
-        known = _run_and_print(sweep(setting, options.methods), setting, jobs, "sweep")
+        known = _run_and_print(sweep(setting, families), jobs, "sweep")
     else:
         # Rates are tuned for a model by name: its weights may differ by rounding where they were made.
         known = [r for r in published or mine if _tuned_alike(r.config, like)]
-    tuned = choose_rates(comparable(known, options.experiment)[0])
-    if (without := [m for m in options.methods if m not in tuned]) and processes().is_main_process:
+    tuned, lender = tuned_rates(experiment, known)
+    if (without := [m for m in families if m not in tuned]) and processes().is_main_process:
         print(f"no rate is tuned for {', '.join(without)}: the paper's only; --sweep tunes.", file=sys.stderr)
-    runs = _run_and_print(final(setting, options.methods, seeds, tuned), setting, jobs, options.experiment.name)
+    runs = []
+    for wave in final(setting, experiment, entries, options.seeds, tuned):
+        runs += _run_and_print(wave, jobs, experiment.name)
     if processes().is_main_process:
-        page = setting.results / f"{options.experiment.name}.md"
+        page = setting.results / f"{experiment.name}.md"
         page.write_text(
             report.experiment_page(
-                options.experiment,
+                experiment,
                 record.read_all(setting.results),
                 setting.profile.name,
                 tuned,
                 like=like,
                 swept=options.sweep,
                 published=published,
+                lender=lender,
             )
         )
         print(f"\n{page.read_text()}\nwritten to {page}")
@@ -232,7 +242,8 @@ def _table(options: argparse.Namespace) -> int:
 
 
 def _tuned_alike(config: record.RunConfig, like: record.RunConfig) -> bool:
-    free = ("model_hash", "method", "method_options", "learning_rate", "seed", "data_hash", "max_steps", "max_items")
+    free = ("model_hash", "method", "method_options", "mixture", "learning_rate", "seed", "data_hash", "max_steps",
+            "max_items", "epochs", "batch_size")  # fmt: skip
     return config.but(*free) == like.but(*free)
 
 
@@ -241,16 +252,16 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _run_and_print(configs: list[record.RunConfig], setting: Setting, jobs: int, what: str) -> list[record.Record]:
+def _run_and_print(runs: Runs, jobs: int, what: str) -> list[record.Record]:
     records = []
-    for number, one in enumerate(run_all(configs, setting, jobs), 1):
+    for number, one in enumerate(run_all(runs, jobs), 1):
         records.append(one)
         if not processes().is_main_process:
             continue
         result = (
             f"mean {one.mean():.1f}" if one.status == "ok" else f"{one.status}: {(one.error or '').splitlines()[0]}"
         )
-        print(f"{what} {number}/{len(configs)} {one.config.id}: {result}", file=sys.stderr, flush=True)
+        print(f"{what} {number}/{len(runs)} {one.config.id}: {result}", file=sys.stderr, flush=True)
     return records
 
 
@@ -300,13 +311,28 @@ def _leaderboard(options: argparse.Namespace) -> int:
     speeds = record.read_speed(record.RESULTS / SPEED)
     pages |= {record.RESULTS / SPEED / name: text for name, text in speed_report.pages(speeds).items()}
     readme = record.ROOT / "README.md"
-    pages[readme] = speed_report.fill_readme(report.fill_readme(readme.read_text(), records), speeds)
+    pages[readme] = speed_report.fill_readme(report.fill_readme(readme.read_text(), records, speeds), speeds)
     stale = [path for path, text in pages.items() if not path.is_file() or path.read_text() != text]
     for path in stale:
         if not options.check:
             path.write_text(pages[path])
         print(f"{'not what the records give' if options.check else 'written'}: {path.relative_to(record.ROOT)}")
     return int(options.check and bool(stale))
+
+
+def _report(options: argparse.Namespace) -> int:
+    try:
+        from bench.page import page  # what it needs is an extra, and slow to import
+    except ImportError as error:
+        raise UserError(f"the report needs {error.name}: pip install 'malora[report]'.") from error
+    records = {name: record.read_all(record.RESULTS / name) for name in PROFILES}
+    speeds = record.read_speed(record.RESULTS / SPEED)
+    path = LOCAL / "report.html"
+    text = page(records, speeds, claims(records, speeds))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    print(f"written to {path}")
+    return 0
 
 
 def _publish(options: argparse.Namespace) -> int:

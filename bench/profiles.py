@@ -61,7 +61,12 @@ PROFILES: dict[str, Profile] = {
             name="tiny",
             model="tiny",
             source=Generator(),
-            mixtures={"intra": "procedural", "inter": "procedural-inter", "inter-open": "procedural-inter"},
+            mixtures={
+                "intra": "procedural",
+                "inter": "procedural-inter",
+                "inter-open": "procedural-inter",
+                "inter/mathematics": "procedural-inter/counting_train",
+            },
             inter={"paper_rate": 5e-4, "rates": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)},
             rank_divisor=4,  # LoRA of rank 16 on a hidden size of 128
             epochs=1,

@@ -86,6 +86,7 @@ class Record:
         parameters: trainable, total, adapter_bytes.
         train: steps, tokens, seconds by part, loss curve, peak bytes, router statistics.
         validation, test: task -> metric, value, stderr, n, version. Rates are chosen on validation alone.
+        inside: of a routed adapter: similarity, spectra, movement, routing, as `bench.inside` gives them.
         items: task -> outcomes (1 right, 0 wrong, of ROUGE-L what is between) of the test, in its order; kept in the
             file beside.
     """
@@ -98,6 +99,7 @@ class Record:
     train: dict[str, Any] | None = None
     validation: dict[str, dict[str, Any]] | None = None
     test: dict[str, dict[str, Any]] | None = None
+    inside: dict[str, Any] | None = None
     items: dict[str, list[float]] | None = None
     error: str | None = None
     path: Path | None = None
@@ -198,7 +200,7 @@ def read(path: Path) -> Record:
         UserError: the file, or the items file that belongs to it, is broken or of another schema.
     """
     try:
-        content = json.loads(path.read_text())
+        content = {"inside": None} | json.loads(path.read_text())  # older records do not have it
         if content["schema"] != SCHEMA:
             raise UserError(f"{path} has schema {content['schema']}, this version reads {SCHEMA}; move it away.")
         items = content["items"]

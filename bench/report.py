@@ -8,20 +8,29 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 
 from tabulate import tabulate
 
-from bench.experiments import EXPERIMENTS, SWEEP_SEED, Experiment, choose_rates
+from bench import inside_report
+from bench.claims import claims, claims_table
+from bench.experiments import EXPERIMENTS, SWEEP_SEED, TITLES, Entry, Experiment
 from bench.paper import paper
+from bench.parts import Board, Insides, Part, page_of
 from bench.profiles import PROFILES
-from bench.record import Record, RunConfig
-from bench.rows import TITLES, Row, comparable, methods_of, rows
+from bench.record import Record, RunConfig, SpeedRecord
+from bench.rows import Row, comparable, difference, entries_of, rows, tuned_rates
 from bench.run import BASE
-from bench.stats import LEVEL, compare, holm
+from bench.stats import LEVEL, POWER, compare, holm
 from tasks import MIXTURES, TASKS
 
 
-def experiment_page(
+def experiment_page(*arguments, **options) -> str:
+    """The page of one experiment and profile; see `experiment_parts`."""
+    return page_of(experiment_parts(*arguments, **options))
+
+
+def experiment_parts(
     experiment: Experiment,
     records: list[Record],
     profile: str,
@@ -30,37 +39,71 @@ def experiment_page(
     like: RunConfig | None = None,
     swept: bool = True,
     published: list[Record] | None = None,
-) -> str:
-    """The page of one experiment and profile.
+    lender: Experiment | None = None,
+) -> list[Part]:
+    """What the page of one experiment and profile has, in its order.
 
     Args:
-        tuned: each method's own rate.
+        tuned: each family's own rate.
         like: a configuration that the page's records agree with; see `comparable`.
         swept: whether these records hold the sweep that chose the rates, or only its choice.
         published: records to compare with, for the page of a reproduction.
+        lender: the experiment whose sweep chose the rates; None for this one.
     """
     mine, others = comparable(records, experiment, like)
     if not mine:
-        return f"# {experiment.title}, profile {profile}\n\nNo whole run is recorded yet.\n"
+        return [f"# {experiment.title}, profile {profile}", "No whole run is recorded yet."]
     some = mine[0].config
-    paper_rate = PROFILES[profile].paper_rate
+    lender = None if lender == experiment else lender
+    size = PROFILES[profile].on(experiment.mixture)
+    entries = entries_of(experiment, mine)
+    at_paper = dict.fromkeys((entry.family for entry in entries), size.paper_rate)
     parts = [f"# {experiment.title}, profile {profile}", _intro(mine, some, others)]
-    if tuned:
+    if not experiment.both_rates:
+        parts.append(_policy(experiment, tuned, at_paper, size.rank_divisor, lender))
+        if experiment.figure:
+            found = rows(mine, entries, at_paper | tuned, experiment)
+            parts.append(Insides(inside_report.section(experiment, found), found))
+        else:
+            parts.append(leaderboard(experiment, mine, at_paper | tuned))
+    elif tuned:
         parts += [
             f"## Each method at its own rate, chosen on validation{'' if swept else ' by the published sweep'}",
             leaderboard(experiment, mine, tuned, mark_partial_sweeps=swept),
         ]
-    parts += [f"## Every method at the paper's rate, {paper_rate:g}",
-              leaderboard(experiment, mine, dict.fromkeys(methods_of(experiment, mine), paper_rate))]  # fmt: skip
-    if tuned and swept:
+    if experiment.both_rates:
+        parts += [f"## Every method at the paper's rate, {size.paper_rate:g}",
+                  leaderboard(experiment, mine, at_paper)]  # fmt: skip
+    if tuned and swept and lender is None and not experiment.figure:
         parts += ["## What each rate gave", sweep_table(experiment, mine, tuned)]
-    if routers := router_table(experiment, mine):
+    if experiment.both_rates and (routers := router_table(experiment, mine)):
         parts += ["## What the routers did", routers]
-    if variations := options_table(records, mine):
+    if experiment.both_rates and (variations := options_table(records, mine)):
         parts += ["## What an option changes", variations]
-    if published is not None:
+    if published is not None and not experiment.figure:
         parts += ["## Against the published records", reproduction(experiment, mine, published, profile)]
-    return "\n\n".join(parts) + "\n"
+    return parts
+
+
+def _policy(
+    experiment: Experiment,
+    tuned: dict[str, float],
+    paper_rate: dict[str, float],
+    divisor: int,
+    lender: Experiment | None,
+) -> str:
+    """Which rates the rows have and why, and what else is not the paper's."""
+    chose = f"the sweeps of {lender.title}" if lender else "sweeps on this mixture"
+    rates = ", ".join(f"{TITLES.get(f, f)} {(paper_rate | tuned)[f]:g}" for f in experiment.families)
+    lines = [
+        f"A row takes the rate of the method that it is a variant of, chosen on validation by {chose}, all at the same "
+        f"rates: {rates}."
+    ]
+    if untuned := [TITLES.get(f, f) for f in experiment.families if f not in tuned]:
+        lines.append(f"**Not tuned, at the paper's rate: {', '.join(untuned)}.**")
+    if divisor > 1:
+        lines.append(f"Ranks are those of the titles divided by {divisor}, for a smaller model.")
+    return " ".join(lines)
 
 
 def _intro(records: list[Record], config: RunConfig, others: int) -> str:
@@ -108,50 +151,56 @@ def _of_methods(records: list[Record]) -> str:
 
 def leaderboard(
     experiment: Experiment, records: list[Record], rates: dict[str, float], mark_partial_sweeps: bool = False
-) -> str:
-    """Methods by rows, tasks by columns, and each method tested against the one with the best mean.
+) -> Board:
+    """Methods by rows, tasks by columns, and each tested against the experiment's reference or the best mean.
 
     With `mark_partial_sweeps`, a method that was tried at fewer rates than the others says so.
     """
-    found = rows(records, methods_of(experiment, records), rates)
+    found = rows(records, entries_of(experiment, records), rates, experiment)
     scored = [row for row in found if row.records]
-    tasks = list(scored[0].records[0].test) if scored else []
+    # A single-task row has its parts' order of tasks, which need not be the mixture's.
+    tasks = list(min(scored, key=lambda row: row.entry.single_task).records[0].test) if scored else []
     best = max(scored, key=lambda row: row.mean.value) if scored else None
-    verdicts = _verdicts(scored, best)
+    best = next((row for row in scored if row.title == experiment.reference), best)
+    name = "best" if experiment.reference is None or best is None or best.title != experiment.reference else "reference"
+    verdicts = _verdicts(scored, best, name, detailed=not experiment.both_rates)
     partly = _partly_swept(records) if mark_partial_sweeps else {}
-    figures = paper()[experiment.name]
+    figures = paper().get(experiment.name, {})
     titles = [TASKS[t].title for t in tasks]
-    body = []
-    for row in [*rows(records, (BASE,), {}), *found]:
+    lines = []
+    for row in [*rows(records, [Entry(BASE)], {BASE: None}, experiment), *found]:
         if not row.records:
-            body.append([row.title, _n(row.rate), *[""] * (len(tasks) + 3), _broken(row)])
+            lines.append((row, [row.title, _n(row.rate), *[""] * (len(tasks) + 3), _broken(row)]))
             continue
         parameters = row.records[0].parameters
-        body.append([
+        lines.append((row, [
             row.title, "" if row.rate is None else f"{row.rate:g}",
             f"{parameters['trainable']:,}" if parameters else "",
             *(f"{row.task_mean(task):.1f}" for task in tasks),
             str(row.mean), len(row.records),
-            ". ".join(filter(None, [verdicts.get(row.method, ""), _broken(row), partly.get(row.method)])),
-        ])  # fmt: skip
+            ". ".join(filter(None, [verdicts.get(row.title, ""), _broken(row), partly.get(row.method)])),
+        ]))  # fmt: skip
         if row.title in figures:
             theirs = figures[row.title]
             cells = [f"*{theirs[t]:.1f}*" if t in theirs else "" for t in titles]
-            body.append([f"*{row.title}, the paper's*", "", "", *cells, f"*{theirs['AVG']:.1f}*", "*1*", ""])
-    head = ["method", "rate", "trainable", *titles, "mean", "seeds", "against the best"]
-    table = tabulate(
-        body, head, tablefmt="pipe", disable_numparse=True, colalign=("left", *["right"] * (len(head) - 2), "left")
-    )
+            lines.append((None, [f"*{row.title}, the paper's*", "", "", *cells, f"*{theirs['AVG']:.1f}*", "*1*", ""]))
+    against = "against the best" if experiment.reference is None else f"against {experiment.reference}"
+    head = ["method", "rate", "trainable", *titles, "mean", "seeds", against]
     overs = {row.mean.over for row in scored}
     notes = [f"± is half a {LEVEL:.0%} interval over {' or '.join(sorted(overs))}."] if overs else []
     if "items" in overs:
         notes.append("With one seed neither it nor the test knows how much a run varies.")
     notes.append(
-        "Against the best: difference of the means in points with its 95% interval, paired over seeds and items, p "
-        "corrected by Holm for the number of rows. *Italics* are the paper's own figures "
+        f"{against[0].upper()}{against[1:]}: difference of the means in points with its 95% interval, paired over "
+        "seeds and items, p corrected by Holm for the number of rows. *Italics* are the paper's own figures "
         f"({paper()['source']}): another, larger model."
     )
-    return f"{table}\n\n{' '.join(notes)}"
+    if not experiment.both_rates:
+        notes.append(
+            f"h is Cohen's effect size; ≥ the smallest difference that so many seeds and items show in {POWER:.0%} of "
+            "such experiments, before Holm's correction."
+        )
+    return Board(head, lines, " ".join(notes))
 
 
 def _partly_swept(records: list[Record]) -> dict[str, str]:
@@ -171,33 +220,35 @@ def _broken(row: Row) -> str:
     return ", ".join(f"{n} of {n + len(row.records)} runs {status}" for status, n in sorted(counts.items()))
 
 
-def _verdicts(scored: list[Row], best: Row | None) -> dict[str, str]:
+def _verdicts(scored: list[Row], best: Row | None, name: str, detailed: bool) -> dict[str, str]:
     others = [row for row in scored if row is not best]
-    differences = []
-    for row in others:
-        seeds = {r.config.seed for r in row.records} & {r.config.seed for r in best.records}
-        paired = [[r.items for r in side.records if r.config.seed in seeds] for side in (best, row)]
-        differences.append(compare(*paired) if seeds else None)
+    differences = [difference(best, row) for row in others]
     adjusted = iter(holm([d.p for d in differences if d]))
-    verdicts = {best.method: "best"} if best else {}
+    verdicts = {best.title: name} if best else {}
     for row, d in zip(others, differences, strict=True):
         if d is None:
-            verdicts[row.method] = "no seed in common"
+            verdicts[row.title] = "no seed in common"
             continue
         p = next(adjusted)
-        word = "worse" if p < 1 - LEVEL else "not distinguishable"
-        if d.seeds == 1 and word == "worse":
-            word = "worse on these items"
-        verdicts[row.method] = f"{word}: {d.value:+.1f} [{d.low:+.1f}, {d.high:+.1f}], p={p:.2g}"
+        word = "not distinguishable" if p >= 1 - LEVEL else "worse" if d.value < 0 else "better"
+        if d.seeds == 1 and p < 1 - LEVEL:
+            word += " on these items"
+        verdicts[row.title] = f"{word}: {d.value:+.1f} [{d.low:+.1f}, {d.high:+.1f}], p={p:.2g}"
+        if detailed:
+            verdicts[row.title] += f", h={d.effect:+.2f}, ≥{d.smallest:.1f}"
     return verdicts
 
 
 def sweep_table(experiment: Experiment, records: list[Record], tuned: dict[str, float]) -> str:
     """Validation means of the sweep's seed, by method and rate."""
-    runs = {(r.config.method, r.config.learning_rate): r for r in records if r.config.seed == SWEEP_SEED}
+    runs = {
+        (r.config.method, r.config.learning_rate): r
+        for r in records
+        if r.config.seed == SWEEP_SEED and experiment.has(Entry(r.config.method), r.config)
+    }
     rates = sorted({rate for _, rate in runs if rate is not None})
     body = []
-    for method in methods_of(experiment, records):
+    for method in dict.fromkeys(entry.family for entry in entries_of(experiment, records)):
         cells = []
         for rate in rates:
             record = runs.get((method, rate))
@@ -288,24 +339,25 @@ def reproduction(experiment: Experiment, mine: list[Record], published: list[Rec
     theirs, _ = comparable(published, experiment)
     if not theirs:
         return "Nothing is published for this profile yet."
+    entries = entries_of(experiment, theirs)
+    own, _ = tuned_rates(experiment, published)
+    at_paper = dict.fromkeys((entry.family for entry in entries), PROFILES[profile].paper_rate)
     lines = []
-    paper_rate = PROFILES[profile].paper_rate
     for label, rates in (
-        ("its own rate", choose_rates(theirs)),
-        ("the paper's rate", dict.fromkeys(methods_of(experiment, theirs), paper_rate)),
+        ("its own rate", own if experiment.both_rates else at_paper | own),
+        ("the paper's rate", at_paper if experiment.both_rates else {}),
     ):
-        methods = methods_of(experiment, theirs)
-        ours = {row.method: row for row in rows(mine, methods, rates) if row.records}
-        for row in rows(theirs, methods, rates):
-            if row.method not in ours or not row.records:
+        ours = {row.title: row for row in rows(mine, entries, rates, experiment) if row.records}
+        for row in rows(theirs, entries, rates, experiment):
+            if row.title not in ours or not row.records:
                 continue
             if row.mean.over == "items":
                 lines.append(
-                    f"- {row.title} at {label}, {row.rate:g}: {ours[row.method].mean.value:.1f} here, "
+                    f"- {row.title} at {label}, {row.rate:g}: {ours[row.title].mean.value:.1f} here, "
                     f"{row.mean.value:.1f} published; one published seed gives no interval to be within."
                 )
                 continue
-            here, there = ours[row.method].mean, row.mean
+            here, there = ours[row.title].mean, row.mean
             away, allowed = here.value - there.value, there.interval_of_another(here.seeds)
             verdict = "reproduced" if abs(away) <= allowed else "not reproduced"
             lines.append(
@@ -322,28 +374,35 @@ def reproduction(experiment: Experiment, mine: list[Record], published: list[Rec
 
 def published_pages(records: dict[str, list[Record]]) -> dict[str, str]:
     """The generated files of `results/`, by path in it, from the published records of each profile."""
-    return {
-        f"{profile}/{experiment.name}.md": experiment_page(
-            experiment, mine, profile, choose_rates(comparable(mine, experiment)[0])
-        )
-        for profile, mine in records.items()
-        for experiment in EXPERIMENTS.values()
-    }
+    return {f"{profile}/{e.name}.md": page_of(parts) for profile, e, parts in published_parts(records)}
 
 
-def fill_readme(readme: str, records: dict[str, list[Record]]) -> str:
-    """The README with each part between `<!-- NAME PROFILE -->` and `<!-- end -->` made anew."""
+def published_parts(records: dict[str, list[Record]]) -> Iterator[tuple[str, Experiment, list[Part]]]:
+    """The same by profile and experiment, in parts."""
+    for profile, mine in records.items():
+        for experiment in EXPERIMENTS.values():
+            tuned, lender = tuned_rates(experiment, mine)
+            found = [r for r in comparable(mine, experiment)[0] if r.inside or not experiment.figure]
+            # Tables share runs, so one row may be there because another table has it: that is no table yet.
+            there = [e for e in experiment.entries if any(experiment.has(e, r.config) for r in found)]
+            if experiment.both_rates or len(there) > 1:
+                yield profile, experiment, experiment_parts(experiment, mine, profile, tuned, lender=lender)
+
+
+def fill_readme(readme: str, records: dict[str, list[Record]], speeds: list[SpeedRecord] = ()) -> str:
+    """The README with each part between `<!-- NAME PROFILE -->` or `<!-- claims -->` and `<!-- end -->` made anew."""
 
     def table(match: re.Match) -> str:
         experiment, profile = EXPERIMENTS[match["experiment"]], match["profile"]
         mine, _ = comparable(records.get(profile, []), experiment)
-        text = (
-            leaderboard(experiment, mine, choose_rates(mine), mark_partial_sweeps=True)
-            if mine
-            else "No run is published yet."
-        )
+        tuned, _ = tuned_rates(experiment, mine)
+        text = leaderboard(experiment, mine, tuned, mark_partial_sweeps=True) if mine else "No run is published yet."
         return f"{match['start']}\n\n{text}\n\n<!-- end -->"
 
+    if "<!-- claims -->" in readme:
+        before, _, rest = readme.partition("<!-- claims -->")
+        table_of_claims = claims_table(claims(records, speeds))
+        readme = f"{before}<!-- claims -->\n\n{table_of_claims}\n\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
     return re.sub(
         r"(?P<start><!-- (?P<experiment>\w+) (?P<profile>\w+) -->).*?<!-- end -->", table, readme, flags=re.DOTALL
     )

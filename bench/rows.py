@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from bench.experiments import Experiment
-from bench.profiles import PROFILES
+from bench.experiments import EXPERIMENTS, Entry, Experiment, choose_rates, parts
 from bench.record import Record, RunConfig
 from bench.run import BASE
-from bench.stats import Mean, mean_over_seeds
-
-TITLES = {"lora": "LoRA", "asylora": "AsyLoRA", "dora": "DoRA", "molora": "MoLoRA", "moasylora": "MoAsyLoRA",
-          "malora": "MALoRA", "malora-small": "MALoRA-Small", BASE: "base, no adapter"}  # fmt: skip
+from bench.stats import Difference, Mean, compare, mean_over_seeds
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method at one rate, all its seeds."""
+    """A method with its options at one rate, all its seeds."""
 
-    method: str
+    entry: Entry
     rate: float | None
-    records: list[Record]  # status ok, by seed
+    records: list[Record]  # status ok, by seed; those of a single-task row are joined from their parts
     broken: list[Record]  # diverged or out of memory
+    sources: list[Record]  # every record that it rests on
+
+    @property
+    def method(self) -> str:
+        return self.entry.method
 
     @property
     def title(self) -> str:
-        return TITLES.get(self.method, self.method)
+        return self.entry.title
 
     @property
     def mean(self) -> Mean:
@@ -40,52 +40,103 @@ class Row:
 def comparable(
     records: list[Record], experiment: Experiment, like: RunConfig | None = None
 ) -> tuple[list[Record], int]:
-    """The records of an experiment that agree in everything but method, rate and seed, and how many do not.
+    """The records of an experiment that agree in everything but row, rate and seed, and how many do not.
 
     Without `like`, a configuration that they must agree with, the largest such group of the folder; the latest of
-    equals. A method that was run with different options counts with those that most of its records have.
+    equals. Of a method with other options than the experiment's rows have, none count.
     """
-    mixtures = {experiment.mixture, *(p.mixtures.get(experiment.mixture) for p in PROFILES.values())}
-    mine = [r for r in records if r.config.mixture in mixtures]
+    entries = [Entry(BASE), *entries_of(experiment, records)]
+    of_suite = [r for r in records if _mixture(r.config, experiment)]
     groups: dict[tuple, list[Record]] = {}
-    for record in mine:
-        groups.setdefault(_setting(record.config), []).append(record)
+    for record in of_suite:
+        groups.setdefault(_setting(record.config, experiment), []).append(record)
     if like is not None:
-        group = groups.get(_setting(like), [])
+        group = groups.get(_setting(like, experiment), [])
     else:
         group = max(groups.values(), key=lambda g: (len(g), max(r.provenance["time"] for r in g)), default=[])
-    group = _commonest(group, lambda r: r.data["sha256"]["test"] if r.data else None)
-    by_method = {method: [r for r in group if r.config.method == method] for method in {r.config.method for r in group}}
-    group = [r for runs in by_method.values() for r in _commonest(runs, lambda r: repr(r.config.method_options))]
-    group.sort(key=lambda r: r.config.id)
-    return group, len(mine) - len(group)
+    group = [r for r in _same_test(group) if any(experiment.has(entry, r.config) for entry in entries)]
+    group.sort(key=lambda r: (r.config.mixture not in experiment.mixtures, r.config.id))  # parts last
+    return group, len(of_suite) - len(group)
 
 
-def _commonest(records: list[Record], key: Callable[[Record], str | None]) -> list[Record]:
-    """The records with the commonest key, or none."""
-    keys = Counter(key(r) for r in records if key(r) is not None)
-    commonest = max(sorted(keys), key=keys.get, default=None)
-    return [r for r in records if key(r) in (None, commonest)]
+def _mixture(config: RunConfig, experiment: Experiment) -> str | None:
+    """What a run was trained on: the experiment's mixture or one that stands for it, of which it may be a part."""
+    if config.mixture in experiment.mixtures:
+        return config.mixture
+    whole = config.mixture.rpartition("/")[0]
+    return whole if whole in experiment.mixtures and any(e.single_task for e in experiment.entries) else None
 
 
-def _setting(config: RunConfig) -> tuple:
+def _same_test(records: list[Record]) -> list[Record]:
+    """Of each mixture the records with its commonest test, and those that know none."""
+    tests: dict[str, Counter] = {}
+    for record in records:
+        if record.data:
+            tests.setdefault(record.config.mixture, Counter())[record.data["sha256"]["test"]] += 1
+    commonest = {mixture: max(sorted(counts), key=counts.get) for mixture, counts in tests.items()}
+    return [r for r in records if not r.data or r.data["sha256"]["test"] == commonest[r.config.mixture]]
+
+
+def _setting(config: RunConfig, experiment: Experiment) -> tuple:
     # The data's hash covers the training blend, which depends on the seed.
-    return config.but("method", "method_options", "learning_rate", "seed", "data_hash")
+    free = ("method", "method_options", "learning_rate", "seed", "data_hash", "mixture")
+    return _mixture(config, experiment), *config.but(*free)
 
 
-def methods_of(experiment: Experiment, records: list[Record]) -> tuple[str, ...]:
-    """The paper's methods in the paper's order, then whatever else was run."""
-    others = {r.config.method for r in records} - {*experiment.methods, BASE}
-    return (*experiment.methods, *sorted(others))
+def entries_of(experiment: Experiment, records: list[Record]) -> list[Entry]:
+    """The paper's rows in the paper's order and, in Table 2, a row for every other method that was run."""
+    if not experiment.both_rates:
+        return list(experiment.entries)
+    others = {r.config.method for r in records if r.config.mixture in experiment.mixtures}
+    return [*experiment.entries, *(Entry(m, own_rate=True) for m in sorted(others - {*experiment.methods, BASE}))]
 
 
-def rows(records: list[Record], methods: tuple[str, ...], rates: dict[str, float]) -> list[Row]:
-    """A row a method, at the rate given for it."""
+def tuned_rates(
+    experiment: Experiment, records: list[Record], like: RunConfig | None = None
+) -> tuple[dict[str, float], Experiment]:
+    """Each family's own rate, and the experiment whose sweep chose it.
+
+    That is this experiment if all its families were swept on its mixture; else Table 2 lends its choice to all of them,
+    for the same model and size.
+    """
+    own, _ = comparable(records, experiment, like)
+    own = [r for r in own if r.config.mixture in experiment.mixtures]
+    rates = choose_rates(own)
+    lender = EXPERIMENTS["table2"]
+    if experiment == lender or rates.keys() >= set(experiment.families):
+        return rates, experiment
+    lent = choose_rates(comparable(records, lender)[0])
+    return {family: lent[family] for family in experiment.families if family in lent}, lender
+
+
+def rows(records: list[Record], entries: list[Entry], rates: dict[str, float], experiment: Experiment) -> list[Row]:
+    """A row an entry, at the rate given for its family."""
     found = []
-    for method in methods:
-        runs = sorted((r for r in records if r.config.method == method and r.config.learning_rate == rates.get(method)),
-                      key=lambda r: r.config.seed)  # fmt: skip
-        ok = [r for r in runs if r.status == "ok"]
+    for entry in entries:
+        runs = sorted((r for r in records if experiment.has(entry, r.config)
+                       and r.config.learning_rate == rates.get(entry.family)), key=lambda r: r.config.seed)  # fmt: skip
         if runs:
-            found.append(Row(method, rates.get(method), ok, [r for r in runs if r.status != "ok"]))
+            whole = _joined(runs) if entry.single_task else runs
+            ok = [r for r in whole if r.status == "ok"]
+            found.append(Row(entry, rates.get(entry.family), ok, [r for r in runs if r.status != "ok"], runs))
     return found
+
+
+def _joined(runs: list[Record]) -> list[Record]:
+    """A record a seed whose parts are all there and whole, with the tests of all parts."""
+    names = set(parts(runs[0].config.mixture.rpartition("/")[0]))
+    joined = []
+    for seed in sorted({r.config.seed for r in runs}):
+        mine = [r for r in runs if r.config.seed == seed and r.status == "ok"]
+        if {r.config.mixture for r in mine} == names:
+            tests = {task: score for r in mine for task, score in r.test.items()}
+            items = {task: outcomes for r in mine for task, outcomes in r.items.items()}
+            joined.append(replace(mine[0], test=tests, items=items, data=None))
+    return joined
+
+
+def difference(first: Row, second: Row) -> Difference | None:
+    """Second less first, paired over the seeds that both have; None without one."""
+    seeds = {r.config.seed for r in first.records} & {r.config.seed for r in second.records}
+    paired = [{r.config.seed: r.items for r in row.records if r.config.seed in seeds} for row in (first, second)]
+    return compare(*([items[seed] for seed in sorted(seeds)] for items in paired)) if seeds else None

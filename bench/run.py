@@ -25,11 +25,13 @@ import malora
 from bench import UserError
 from bench import record as records
 from bench.data import Encoded, encode, label_tokens
+from bench.inside import look_inside
 from bench.model import add_adapter, count_parameters, load, prepare, targets
 from bench.profiles import Profile
 from bench.record import Record, RunConfig
 from bench.score import require_scoring, score
 from bench.train import DivergedError, train
+from malora.experts import experts
 from tasks import MIXTURES, MixtureData, Source, build
 
 BASE = "base"  # the method that trains nothing
@@ -55,6 +57,7 @@ class Setting:
     max_steps: int | None = None
     max_items: int | None = None
     save: Path | None = None  # a folder for the trained adapter
+    peers: dict[str, Path] = field(default_factory=dict)  # adapters whose experts are compared with the run's
     unsafe_code: bool = False  # run what a model writes without a sandbox
 
     @property
@@ -73,7 +76,7 @@ def configure(setting: Setting, method: str, seed: int, learning_rate: float | N
     if method == BASE:
         options, learning_rate, seed = {}, None, 0
     else:
-        options = method_options(method, setting)
+        options = method_options(method, profile, setting.mixture_name, setting.method_options)
         learning_rate = learning_rate or profile.paper_rate
     base = prepare(setting.model)
     data_hash = hashlib.sha256(repr(sorted(_data(setting, seed).sha256.items())).encode()).hexdigest()
@@ -101,22 +104,22 @@ def configure(setting: Setting, method: str, seed: int, learning_rate: float | N
     )
 
 
-def method_options(method: str, setting: Setting) -> dict:
-    """What the setting changes in the paper's method: ranks for a small model, β for the suite, what a user set.
+def method_options(method: str, profile: Profile, mixture: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """What differs from the paper's method: ranks for a small model, β for the suite, and then the changes asked for.
 
     Raises:
         UserError: the method has no such option, or not with such a value.
     """
     config = malora.METHODS[method]()
-    divisor = setting.profile.rank_divisor
+    divisor, suite = profile.rank_divisor, mixture.partition("/")[0]
     options = {}
     if divisor > 1:
         options |= {"r": config.r // divisor, "lora_alpha": config.lora_alpha // divisor}
         if getattr(config, "d", None):
             options["d"] = config.d // divisor
-    if getattr(config, "down", "A_t") != "A_t" and setting.mixture_name in PAPER_BETA:
-        options["beta"] = PAPER_BETA[setting.mixture_name]
-    options |= setting.method_options
+    if getattr(config, "down", "A_t") != "A_t" and suite in PAPER_BETA:
+        options["beta"] = PAPER_BETA[suite]
+    options |= changes
     try:
         malora.METHODS[method](**options)
     except (TypeError, ValueError) as error:
@@ -134,7 +137,7 @@ def run(config: RunConfig, setting: Setting, jobs: int = 1) -> Record:
     """
     state = processes()
     _limit_threads(setting.profile.threads)
-    if found := records.find(config, setting.results):
+    if found := _recorded(config, setting):
         return found
     require_scoring(MIXTURES[config.mixture].tasks, setting.unsafe_code)
     checkpoint = setting.results / "checkpoints" / f"{config.id}.pt"
@@ -168,10 +171,12 @@ def _train_and_score(record: Record, setting: Setting, checkpoint: Path) -> None
     config, profile = record.config, setting.profile
     data = _data(setting, config.seed)
     model, tokenizer = load(prepare(setting.model), setting.device)
+    fresh = None
     record.data = {"sha256": data.sha256, "dropped": data.dropped, "dropped_validation": data.dropped_validation}
     if config.method != BASE:
         options = {"target_modules": targets(prepare(setting.model)), **config.method_options}
         model = add_adapter(model, config.method, options, config.seed)
+        fresh = experts(model) if malora.has_router(model) else None
         record.parameters = count_parameters(model)
         encoded = _encoded(setting, config, tokenizer)
         record.data["train"] = label_tokens(data.train, encoded)
@@ -191,6 +196,9 @@ def _train_and_score(record: Record, setting: Setting, checkpoint: Path) -> None
         return
     if setting.device.type == "cuda":
         torch.cuda.empty_cache()  # of training's graphs; other runs may share the GPU
+    if fresh:
+        prompts = {task: [e.prompt for e in items] for task, items in _limited(data.validation, config).items()}
+        record.inside = _rounded(look_inside(model, tokenizer, fresh, prompts, setting.peers))
     start = time.perf_counter()
     score_with = score_options(setting)
     if config.method != BASE:
@@ -212,15 +220,16 @@ def score_options(setting: Setting) -> dict[str, Any]:
 
 
 def _train_section(log) -> dict:
-    section = dict(vars(log))
-    section["curve"] = [{k: _rounded(v) for k, v in point.items()} for point in log.curve]
-    section["router"] = [{k: _rounded(v) for k, v in point.items()} for point in log.router]
-    return section
+    return vars(log) | {"curve": _rounded(log.curve), "router": _rounded(log.router)}
 
 
-def _rounded(value: float) -> float | None:
-    """Five digits are plenty for a curve. JSON knows no infinity."""
-    if isinstance(value, int):
+def _rounded(value: Any) -> Any:
+    """Five digits are plenty, and keep a record small. JSON knows no infinity."""
+    if isinstance(value, dict):
+        return {key: _rounded(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(v) for v in value]
+    if not isinstance(value, float):
         return value
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
@@ -255,20 +264,26 @@ def _build(mixture: str, source: Source, format: str, seed: int) -> MixtureData:
     return build(MIXTURES[mixture], source, format=format, seed=seed)
 
 
-def run_all(configs: list[RunConfig], setting: Setting, jobs: int) -> Iterator[Record]:
+def _recorded(config: RunConfig, setting: Setting) -> Record | None:
+    """The run's record, unless it is to leave an adapter and has not: then the run is made again."""
+    found = records.find(config, setting.results)
+    return None if found and found.status == "ok" and setting.save and not setting.save.is_dir() else found
+
+
+def run_all(runs: list[tuple[RunConfig, Setting]], jobs: int) -> Iterator[Record]:
     """Make the runs that the results folder does not have, `jobs` at a time; yields each as it is there."""
-    done = {config.id: found for config in configs if (found := records.find(config, setting.results))}
+    done = {config.id: found for config, setting in runs if (found := _recorded(config, setting))}
     yield from done.values()
-    missing = [config for config in configs if config.id not in done]
+    missing = [(config, setting) for config, setting in runs if config.id not in done]
     if jobs == 1 or len(missing) <= 1:
-        for config in missing:
+        for config, setting in missing:
             yield run(config, setting)
         return
     # Processes, each with models and libraries of its own: threads would take turns at the interpreter.
     context = multiprocessing.get_context("spawn")
     number = context.Value("i", 0)
     with ProcessPoolExecutor(min(jobs, len(missing)), context, _start_worker, (number,)) as pool:
-        futures = [pool.submit(run, config, setting, jobs) for config in missing]
+        futures = [pool.submit(run, config, setting, jobs) for config, setting in missing]
         try:
             for future in as_completed(futures):
                 yield future.result()

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from malora.backends import Factors
-from malora.layer import MaloraLayer
+from malora.layer import PREFIX, MaloraLayer
+
+Experts = dict[str, Factors]  # by their module's name in the base model
 
 
-def experts(model: nn.Module, adapter: str = "default") -> dict[str, Factors]:
-    """Copies of an adapter's factors in float64 on the CPU, by their module's name in the base model.
+def experts(model: nn.Module | Experts, adapter: str = "default") -> Experts:
+    """Copies of an adapter's factors in float64 on the CPU. What this or `saved_experts` gave is given back as it is.
 
     A module with PEFT's LoRA has one expert, A [1, r, n] and B [1, r, m]; DoRA's magnitude is left out.
 
     Raises:
         ValueError: no module has such an adapter, or a value is not finite.
     """
+    if isinstance(model, dict):
+        return model
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     found, there = {}, set()
     for name, layer in base.named_modules():
@@ -34,7 +40,27 @@ def experts(model: nn.Module, adapter: str = "default") -> dict[str, Factors]:
     return found
 
 
-def paired_experts(model: nn.Module, other: nn.Module, adapter: str) -> Iterator[tuple[str, Factors, Factors]]:
+def saved_experts(folder: Path) -> Experts:
+    """The same of a routed adapter that `save_pretrained` wrote, without its base model.
+
+    Raises:
+        ValueError: the folder has no adapter of this package, or a value is not finite.
+    """
+    path = Path(folder) / "adapter_model.safetensors"
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(path).items() if path.is_file() else ():
+        module, _, factor = key.removeprefix("base_model.model.").rpartition(f".{PREFIX}")
+        if factor in Factors._fields:
+            found.setdefault(module, {})[factor] = tensor
+    if not found:
+        raise ValueError(f"{folder} has no adapter of malora; give a folder that save_pretrained wrote.")
+    absent = dict.fromkeys(Factors._fields)
+    return {module: _float64(Factors(**absent | tensors), module) for module, tensors in found.items()}
+
+
+def paired_experts(
+    model: nn.Module | Experts, other: nn.Module | Experts, adapter: str
+) -> Iterator[tuple[str, Factors, Factors]]:
     """Module by module, the experts of the adapter of this name in both models.
 
     Raises:

@@ -1,7 +1,8 @@
 """What is inside trained adapters: how alike their experts are (Figure 2), their spectra (3), how far S_A moved.
 
 `means(similarities(model))` is MT of Figure 2, `means(similarities(one, another))` with a model of another seed ST(S),
-of another task ST(D). A model has MALoRA's experts, or PEFT's LoRA, each module of which counts as one expert.
+of another task ST(D). A model has MALoRA's experts, or PEFT's LoRA, each module of which counts as one expert. For a
+model may stand what `experts` took out of it, before training say, or `saved_experts` out of a folder.
 
 Side "A" is an expert's down side multiplied out, [r, n]; side "B" its up side transposed, [r, m], without the scaling.
 All in float64 on the CPU. Shapes: n coordinates of a row, p and q ranks compared, N experts, d rank of S.
@@ -19,7 +20,7 @@ import torch
 from scipy.linalg import subspace_angles
 from torch import Tensor, nn
 
-from malora.experts import experts, paired_experts, sides
+from malora.experts import Experts, experts, paired_experts, sides
 
 _POWERS = {"mean": 1, "mean_square": 2}  # what `statistic` may be
 _DRAWS = 4000  # over the rank, whose draw is a mean of as many: a standard error of 1.2% for rank 1, 0.4% for rank 8
@@ -106,8 +107,8 @@ def chance_level(p: int, q: int, n: int, statistic: str = "mean") -> float:
 
 
 def similarities(
-    model: nn.Module, other: nn.Module | None = None, adapter: str = "default", *, statistic: str = "mean",
-    centred: bool = False,
+    model: nn.Module | Experts, other: nn.Module | Experts | None = None, adapter: str = "default", *,
+    statistic: str = "mean", centred: bool = False,
 ) -> list[Similarity]:  # fmt: skip
     """Every two experts i < j of each module, or every i with every j of the same module of another model (Figure 2).
 
@@ -143,7 +144,7 @@ def means(records: list[Similarity]) -> dict[str, tuple[float, float] | None]:
     return {side: tuple(np.mean(rows, axis=0).tolist()) if rows else None for side, rows in by_side.items()}
 
 
-def spectra(model: nn.Module, adapter: str = "default") -> list[Spectrum]:
+def spectra(model: nn.Module | Experts, adapter: str = "default") -> list[Spectrum]:
     """Singular values of the stacked experts by module and side (Figure 3). With a shared S at most d are not zero."""
     return [
         Spectrum(module, side, torch.linalg.svdvals(stacked.flatten(0, 1)).tolist())
@@ -152,11 +153,14 @@ def spectra(model: nn.Module, adapter: str = "default") -> list[Spectrum]:
     ]
 
 
-def movement(model: nn.Module, start: nn.Module, adapter: str = "default", *, factor: str = "S") -> list[Movement]:
+def movement(
+    model: nn.Module | Experts, start: nn.Module | Experts, adapter: str = "default", *, factor: str = "S"
+) -> list[Movement]:
     """How far a factor ("S", "A", "P", ... of `Factors`) moved, by module, and by expert where each has its own.
 
-    A saved adapter does not keep its start: build it again with the same seed, base and config. Another LAPACK may flip
-    the sign of S's rows; `relative` counts that as movement, `angles` do not. Nor do they see S's rows mixed.
+    A saved adapter does not keep its start: take it before training, or build it again with the same seed, base and
+    config. Another LAPACK may flip the sign of S's rows; `relative` counts that as movement, `angles` do not. Nor do
+    they see S's rows mixed.
 
     Raises:
         ValueError: no such adapter or factor, models that differ in shape, or a start at zero.
@@ -168,7 +172,9 @@ def movement(model: nn.Module, start: nn.Module, adapter: str = "default", *, fa
             there = {name: [*tensor.shape] for name, tensor in both[0]._asdict().items() if tensor is not None}
             raise ValueError(f"factor={factor!r} must be in both, of one shape, not zero at first; {module}: {there}.")
         for t, a, b in [(None, new, old)] if new.dim() == 2 else zip(range(len(new)), new, old, strict=True):
-            angles = subspace_angles(a.T.numpy(), b.T.numpy()).tolist()  # accurate near zero, as arccos is not
+            together = torch.linalg.qr(torch.cat([a, b]).T).Q  # [n, up to 2d]; angles are the same in fewer dimensions
+            # Accurate near zero, as arccos is not.
+            angles = subspace_angles((a @ together).T.numpy(), (b @ together).T.numpy()).tolist()
             records.append(Movement(module, t, ((a - b).norm() / b.norm()).item(), angles))
     return records
 

@@ -63,7 +63,7 @@ class Mixture:
     """Tasks that are trained together.
 
     Attributes:
-        name: as in commands and records.
+        name: as in commands and records; `WHOLE/PART` is one task or domain of a mixture by itself.
         tasks: names in TASKS, in the order of the table's columns.
         blend: "size" takes every training item; "even" as many of each task or domain as its smallest has.
         domains: what is trained, where it is not the tasks; these are then asked only.
@@ -90,11 +90,14 @@ _MIXED = (
     Mixture("inter-open", tuple(task.name for task in _INTER), "even", OPEN, size=OPEN_SIZE, note=_NOT_THE_PAPERS),
     Mixture("procedural-inter", tuple(task.name for task in _PROCEDURAL_INTER), "even", _PROCEDURAL_DOMAINS),
 )
-# Beside each mixture of domains, every one of its domains alone (the paper's "ST"), asked what it teaches.
+# Beside each mixture, every one of its domains or tasks alone (the paper's "ST"), asked what it teaches.
 _SINGLE = tuple(
-    replace(mixture, name=f"{mixture.name}/{domain.name}", tasks=domain.tests, domains=(domain,))
+    replace(mixture, name=f"{mixture.name}/{name}", tasks=tests, domains=domains)
     for mixture in _MIXED
-    for domain in mixture.domains
+    for name, tests, domains in (
+        [(domain.name, domain.tests, (domain,)) for domain in mixture.domains]
+        or [(task, (task,), ()) for task in mixture.tasks]
+    )
 )
 MIXTURES: dict[str, Mixture] = {mixture.name: mixture for mixture in (*_MIXED, *_SINGLE)}
 

@@ -12,6 +12,7 @@ import torch
 
 from bench import record
 from bench.__main__ import _parser, main
+from bench.experiments import EXPERIMENTS
 from bench.model import add_adapter, load, prepare
 from tests import inter_folder
 from tests.bench.test_record import make
@@ -201,7 +202,7 @@ def test_the_inter_domain_path_in_miniature(base_folder, capsys, tmp_path):
 
 def test_every_option_has_a_help_line_and_a_default():
     commands = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
-    assert set(commands) == {"table2", "run", "score", "leaderboard", "publish"}
+    assert set(commands) == {*EXPERIMENTS, "run", "score", "leaderboard", "report", "publish"}
     for name, command in commands.items():
         for action in command._actions:
             assert action.help, (name, action.option_strings)
@@ -259,3 +260,10 @@ def test_two_processes_make_a_table_together(base_folder, tmp_path):
     )
     assert len(record.read_all(tmp_path)) == 5 + 1  # the sweep's rates, and the base
     assert "| LoRA " in (tmp_path / "table2.md").read_text()
+
+
+def test_a_report_without_its_extra_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "itables", None)
+    monkeypatch.delitem(sys.modules, "bench.page", raising=False)
+    assert main(["report"]) == 2
+    assert "the report needs itables" in capsys.readouterr().err

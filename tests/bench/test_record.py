@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 
 from bench import UserError, record
+from bench.profiles import PROFILES
 from bench.record import Record, RunConfig
+from bench.run import BASE, method_options
 from tests.bench.conftest import CLEAN
 
 CONFIG = RunConfig(
@@ -33,7 +35,8 @@ CONFIG = RunConfig(
 
 
 def make(seed=0, status="ok", method="lora", rate=2e-3, right=0.5, n=40, **options) -> Record:
-    config = replace(CONFIG, seed=seed, method=method, learning_rate=rate)
+    usual = {} if method == BASE else method_options(method, PROFILES["tiny"], CONFIG.mixture, {})
+    config = replace(CONFIG, seed=seed, method=method, learning_rate=rate, method_options=usual)
     items = {task: [int(i < right * n) for i in range(n)] for task in ("lexicon", "majority")}
     scores = {t: {"metric": "acc", "value": sum(v) / n, "stderr": 0.01, "n": n, "version": 1} for t, v in items.items()}
     ok = status == "ok"

@@ -58,6 +58,43 @@ def test_one_seed_does_not_know_how_runs_vary():
     assert false_alarms(1, 0.06) > 0.15
 
 
+def shown(seeds, between_seeds, gain, draws=300):
+    """How often a true gain, in points, is shown, and the mean of the smallest difference that was promised to be."""
+    rng = np.random.default_rng(2)
+
+    def method(mean):
+        return [outcomes(rng, np.clip(mean + between_seeds * rng.standard_normal(), 0, 1), n=200) for _ in range(seeds)]
+
+    found = [compare(method(0.5), method(0.5 + gain / 100)) for _ in range(draws)]
+    return np.mean([d.p < 0.05 and d.value > 0 for d in found]), np.mean([d.smallest for d in found])
+
+
+@pytest.mark.parametrize("seeds, between_seeds", [(1, 0.0), (5, 0.04)])
+def test_the_smallest_difference_is_shown_in_four_of_five_experiments(seeds, between_seeds):
+    _, smallest = shown(seeds, between_seeds, gain=5.0, draws=100)
+    power, _ = shown(seeds, between_seeds, gain=smallest)
+    assert power == pytest.approx(0.8, abs=0.08)  # three standard errors of 300 draws are 0.07
+
+
+def test_no_worse_than_a_margin_is_wrongly_shown_in_at_most_one_of_forty_cases():
+    """At the margin itself, where half of the two-sided 5% would say "no worse"."""
+    rng = np.random.default_rng(3)
+
+    def method(mean):
+        return [outcomes(rng, np.clip(mean + 0.03 * rng.standard_normal(), 0, 1), n=200) for _ in range(5)]
+
+    found = [compare(method(0.5), method(0.49)) for _ in range(300)]
+    wrong = np.mean([d.value > -1 and d.p_against(-1.0) < 0.05 for d in found])
+    assert wrong <= 0.025 + 3 * (0.025 * 0.975 / 300) ** 0.5
+    assert all(d.p_against(0.0) == pytest.approx(d.p) for d in found)
+
+
+def test_the_effect_size_is_cohens():
+    """Cohen (1988), table 6.2.1: h of 0.50 and 0.60 is 0.20."""
+    d = compare([{"t": [1] * 50 + [0] * 50}], [{"t": [1] * 60 + [0] * 40}])
+    assert d.effect == pytest.approx(0.20, abs=0.005)
+
+
 def test_pairing_counts():
     """The same 10 of 400 items turned right is surer than two independent samples of the same means."""
     base = [0, 1] * 200

@@ -1,0 +1,60 @@
+const load = (id) => JSON.parse(document.getElementById(id).textContent);
+const bundle = URL.createObjectURL(new Blob([load("datatables")], { type: "text/javascript" }));
+const { default: DataTable } = await import(bundle);
+for (const table of document.querySelectorAll("main table"))
+  new DataTable(table, { paging: false, info: false, order: [], autoWidth: false,
+    layout: { topStart: table.tBodies[0].rows.length > 6 ? "search" : null, topEnd: null },
+    language: { search: "Filter rows", searchPlaceholder: "Filter" } });
+
+// A link to records is their ids, #id,id: every figure has an address of its own.
+const records = load("records");
+const dialog = document.querySelector("dialog");
+
+function element(name, ...children) {
+  const node = document.createElement(name);
+  node.append(...children);
+  return node;
+}
+
+function scores(record) {
+  const percent = ({ value, stderr }) => [value, stderr].filter(Number.isFinite).map((x) => (100 * x).toFixed(1)).join(" ± ");
+  const head = ["%, ± s.e.", "validation", "test", "items"].map((title) => element("th", title));
+  const rows = Object.entries(record.test).map(([task, score]) => element("tr", element("th", task),
+    ...[percent(record.validation?.[task] ?? {}), percent(score), score.n].map((cell) => element("td", cell))));
+  return element("table", element("tr", ...head), ...rows);
+}
+
+function curve(points) {
+  const [first, last] = [points[0], points.at(-1)];
+  const top = Math.max(...points.map(({ loss }) => loss));
+  const path = points.map(({ step, loss }) => `${step / last.step},${1 - loss / top}`).join(" ");
+  const says = `Loss: ${first.loss} at step ${first.step}, ${last.loss} at step ${last.step}`;
+  const figure = element("figure", element("figcaption", says));
+  figure.insertAdjacentHTML("beforeend", `<svg viewBox="0 0 1 1" preserveAspectRatio="none"><polyline points="${path}"
+    fill="none" stroke="currentColor" stroke-width="1.5" vector-effect="non-scaling-stroke"/></svg>`);
+  return figure;
+}
+
+function article(id) {
+  const record = records[id], { status, error, provenance: from } = record;
+  const about = [status, error, from.device, from.time, from.commit && `commit ${from.commit.slice(0, 12)}`];
+  const parts = [element("h3", id), element("p", about.filter(Boolean).join(" · "))];
+  if (record.test) parts.push(scores(record));
+  if (record.train?.curve.length) parts.push(curve(record.train.curve));
+  for (const [name, value] of Object.entries(record))
+    if (value && typeof value === "object")
+      parts.push(element("details", element("summary", name), element("pre", JSON.stringify(value, null, 1))));
+  return element("article", ...parts);
+}
+
+function show() {
+  const ids = decodeURIComponent(location.hash.slice(1)).split(",").filter((id) => Object.hasOwn(records, id));
+  if (!ids.length) return dialog.close();
+  dialog.querySelector("h2").textContent = ids.length > 1 ? `${ids.length} records` : "A record";
+  dialog.querySelector("div").replaceChildren(...ids.map(article));
+  if (!dialog.open) dialog.showModal();
+}
+addEventListener("hashchange", show);
+dialog.addEventListener("close", () => history.replaceState(null, "", "#"));
+dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
+show();
