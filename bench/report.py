@@ -5,12 +5,9 @@ The paper's own figures are those of `paper.json`, and are marked as the paper's
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-
-from tabulate import tabulate
 
 from bench import inside_report
 from bench.claims import claims, claims_table
@@ -21,7 +18,8 @@ from bench.profiles import PROFILES
 from bench.record import Record, RunConfig, SpeedRecord
 from bench.rows import Row, comparable, difference, entries_of, rows, tuned_rates
 from bench.run import BASE
-from bench.stats import LEVEL, POWER, compare, holm
+from bench.runs_report import options_table, router_table, sweep_table
+from bench.stats import LEVEL, POWER, holm
 from tasks import MIXTURES, TASKS
 
 
@@ -111,7 +109,7 @@ def _intro(records: list[Record], config: RunConfig, others: int) -> str:
     lines = [
         f"Base `{config.model}` (`{config.model_hash[:12]}`), mixture `{config.mixture}`, format `{config.format}`, "
         f"{config.epochs} epochs, {config.batch_size} examples a batch, on {', '.join(devices)}. "
-        f"Scores are accuracy in percent by lm-eval. {len(records)} records."
+        f"Scores are {_metrics(records)} in percent by lm-eval. {len(records)} records."
     ]
     if note := MIXTURES[config.mixture].note:
         lines.append(f"**{note}**")
@@ -137,6 +135,16 @@ def _intro(records: list[Record], config: RunConfig, others: int) -> str:
     if others:
         lines.append(f"{others} records of other settings in this folder are not in these tables.")
     return "\n\n".join(lines)
+
+
+def _metrics(records: list[Record]) -> str:
+    by_metric: dict[str, list[str]] = {}
+    for task, score in {task: score for r in records for task, score in (r.test or {}).items()}.items():
+        name = {"acc": "accuracy", "acc_norm": "accuracy"}.get(score["metric"], score["metric"])
+        by_metric.setdefault(name, []).append(TASKS[task].title)
+    if by_metric.keys() <= {"accuracy"}:
+        return "accuracy"
+    return "; ".join(f"{metric} ({', '.join(titles)})" for metric, titles in by_metric.items())
 
 
 def _scorer(record: Record) -> int | None:
@@ -170,7 +178,9 @@ def leaderboard(
     lines = []
     for row in [*rows(records, [Entry(BASE)], {BASE: None}, experiment), *found]:
         if not row.records:
-            lines.append((row, [row.title, _n(row.rate), *[""] * (len(tasks) + 3), _broken(row)]))
+            lines.append(
+                (row, [row.title, "" if row.rate is None else f"{row.rate:g}", *[""] * (len(tasks) + 3), _broken(row)])
+            )
             continue
         parameters = row.records[0].parameters
         lines.append((row, [
@@ -239,101 +249,6 @@ def _verdicts(scored: list[Row], best: Row | None, name: str, detailed: bool) ->
     return verdicts
 
 
-def sweep_table(experiment: Experiment, records: list[Record], tuned: dict[str, float]) -> str:
-    """Validation means of the sweep's seed, by method and rate."""
-    runs = {
-        (r.config.method, r.config.learning_rate): r
-        for r in records
-        if r.config.seed == SWEEP_SEED and experiment.has(Entry(r.config.method), r.config)
-    }
-    rates = sorted({rate for _, rate in runs if rate is not None})
-    body = []
-    for method in dict.fromkeys(entry.family for entry in entries_of(experiment, records)):
-        cells = []
-        for rate in rates:
-            record = runs.get((method, rate))
-            if record is None:
-                cells.append("not run")
-            elif record.status != "ok":
-                steps = f" by step {record.train['steps']}" if record.train else ""
-                cells.append(f"{record.status}{steps}")
-            else:
-                cell = f"{record.mean('validation'):.1f}"
-                cells.append(f"**{cell}**" if rate == tuned.get(method) else cell)
-        if set(cells) != {"not run"}:
-            body.append([TITLES.get(method, method), *cells])
-    head = ["method", *(f"{rate:g}" for rate in rates)]
-    table = tabulate(body, head, tablefmt="pipe", disable_numparse=True, colalign=("left", *["right"] * len(rates)))
-    note = f"Mean over the validation sets, seed {SWEEP_SEED}. Bold: chosen."
-    if any("not run" in row for row in body):
-        note += " **This sweep is not complete**: a method's own rate is the best of those that were run."
-    return f"{table}\n\n{note}"
-
-
-def router_table(experiment: Experiment, records: list[Record]) -> str:
-    """How decided the routers were at the end of each run of the sweep's seed, and how far gradients had grown."""
-    body = []
-    for r in sorted(records, key=lambda r: (r.config.method, r.config.learning_rate or 0)):
-        if r.config.seed == SWEEP_SEED and r.train and r.train["router"]:
-            first, last = r.train["router"][0], r.train["router"][-1]
-            norms = [point["grad_norm"] for point in r.train["curve"] if point["grad_norm"] is not None]
-            body.append([
-                TITLES.get(r.config.method, r.config.method), f"{r.config.learning_rate:g}", r.status,
-                f"{_n(first['gate_sum'])} → {_n(last['gate_sum'])}", f"{_n(first['entropy'])} → {_n(last['entropy'])}",
-                _n(last["largest_share"]), last["unused_experts"],
-                _n(max(norms, default=None)), _n(norms[-1] if norms else None),
-            ])  # fmt: skip
-    if not body:
-        return ""
-    head = [
-        "method",
-        "rate",
-        "status",
-        "gate sum",
-        "entropy",
-        "largest share",
-        "unused experts",
-        "largest gradient",
-        "last gradient",
-    ]
-    table = tabulate(body, head, tablefmt="pipe", disable_numparse=True)
-    return (
-        f"{table}\n\nFrom the first to the last reading, means over layers: the gate sum is what the top k's update is "
-        "scaled by, since gates are not renormalised (k/N for a router that does not choose, 1 for one that is "
-        "certain); entropy in nats; the largest expert's share of the assignments; experts without a token in the last "
-        "batch read, over all layers; gradient norms before clipping, means of ten steps."
-    )
-
-
-def options_table(records: list[Record], mine: list[Record]) -> str:
-    """Runs with other options of a method than the page's, each beside its twin without them."""
-    body = []
-    for record in sorted((r for r in records if r not in mine and r.test), key=lambda r: r.config.id):
-        alike = record.config.but("method_options", "data_hash")
-        twin = next((r for r in mine if r.test and r.config.but("method_options", "data_hash") == alike), None)
-        if twin is None or record.data["sha256"]["test"] != twin.data["sha256"]["test"]:
-            continue
-        usual = twin.config.method_options
-        set_to = {k: v for k, v in record.config.method_options.items() if v != usual.get(k)}
-        if not set_to:
-            continue
-        d = compare([twin.items], [record.items])
-        body.append([
-            TITLES.get(record.config.method, record.config.method), f"{record.config.learning_rate:g}",
-            record.config.seed, ", ".join(f"`{k}={json.dumps(v)}`" for k, v in set_to.items()),
-            f"{twin.mean():.1f}", f"{record.mean():.1f}", f"{d.value:+.1f} [{d.low:+.1f}, {d.high:+.1f}], p={d.p:.2g}",
-        ])  # fmt: skip
-    if not body:
-        return ""
-    head = ["method", "rate", "seed", "set", "mean without", "mean with", "difference"]
-    table = tabulate(body, head, tablefmt="pipe", disable_numparse=True)
-    return f"{table}\n\nPaired over items; one seed does not know how much a run varies."
-
-
-def _n(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
-
-
 def reproduction(experiment: Experiment, mine: list[Record], published: list[Record], profile: str) -> str:
     """One line a method and rate: whether this machine's mean is where another run of the published one would fall."""
     theirs, _ = comparable(published, experiment)
@@ -341,7 +256,7 @@ def reproduction(experiment: Experiment, mine: list[Record], published: list[Rec
         return "Nothing is published for this profile yet."
     entries = entries_of(experiment, theirs)
     own, _ = tuned_rates(experiment, published)
-    at_paper = dict.fromkeys((entry.family for entry in entries), PROFILES[profile].paper_rate)
+    at_paper = dict.fromkeys((entry.family for entry in entries), PROFILES[profile].on(experiment.mixture).paper_rate)
     lines = []
     for label, rates in (
         ("its own rate", own if experiment.both_rates else at_paper | own),
