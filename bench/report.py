@@ -103,7 +103,7 @@ def _intro(records: list[Record], config: RunConfig, others: int) -> str:
     lines = [
         f"Base `{config.model}` (`{config.model_hash[:12]}`), mixture `{config.mixture}`, format `{config.format}`, "
         f"{config.epochs} epochs, {config.batch_size} examples a batch, on {', '.join(devices)}. "
-        f"Scores are accuracy in percent by lm-eval. {len(records)} records."
+        f"Scores are {_metrics(records)} in percent by lm-eval. {len(records)} records."
     ]
     if note := MIXTURES[config.mixture].note:
         lines.append(f"**{note}**")
@@ -129,6 +129,13 @@ def _intro(records: list[Record], config: RunConfig, others: int) -> str:
     if others:
         lines.append(f"{others} records of other settings in this folder are not in these tables.")
     return "\n\n".join(lines)
+
+
+def _metrics(records: list[Record]) -> str:
+    """What the scores are, by task where that is not the accuracy of a choice."""
+    metrics = {task: score["metric"] for r in records for task, score in (r.test or {}).items()}
+    others = [f"{m} of {TASKS[t].title}" for t, m in sorted(metrics.items()) if m not in ("acc", "acc_norm")]
+    return ", ".join(["accuracy", *others])
 
 
 def _scorer(record: Record) -> int | None:
