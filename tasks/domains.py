@@ -38,5 +38,6 @@ _STAND_INS = {
     "data_to_text": (E2E,),
 }
 OPEN = tuple(replace(domain, parts=_STAND_INS[domain.name]) for domain in PAPER)
-# The smallest domain, mathematics, has 10,549 items, of which validation and what stands in a test are taken.
+# The smallest domain, mathematics, has 10,549 items, of which validation and what stands in a test are taken. Of
+# all six that is 7.4 million tokens of SmolLM2 an epoch, so three epochs are minutes on one GPU.
 OPEN_SIZE = 10_000
