@@ -138,13 +138,10 @@ def _intro(records: list[Record], config: RunConfig, others: int) -> str:
 
 
 def _metrics(records: list[Record]) -> str:
-    by_metric: dict[str, list[str]] = {}
-    for task, score in {task: score for r in records for task, score in (r.test or {}).items()}.items():
-        name = {"acc": "accuracy", "acc_norm": "accuracy"}.get(score["metric"], score["metric"])
-        by_metric.setdefault(name, []).append(TASKS[task].title)
-    if by_metric.keys() <= {"accuracy"}:
-        return "accuracy"
-    return "; ".join(f"{metric} ({', '.join(titles)})" for metric, titles in by_metric.items())
+    """What the scores are, by task where that is not the accuracy of a choice."""
+    metrics = {task: score["metric"] for r in records for task, score in (r.test or {}).items()}
+    others = [f"{m} of {TASKS[t].title}" for t, m in sorted(metrics.items()) if m not in ("acc", "acc_norm")]
+    return ", ".join(["accuracy", *others])
 
 
 def _scorer(record: Record) -> int | None:
