@@ -126,7 +126,7 @@ class Stack:
         s, z = self.shape, self.by_sibling(zl)
         wide = torch.promote_types(z.dtype, torch.float32)
         if not s.z_step:
-            dP = torch.stack([_weight_gradient(e_g, z_g) for e_g, z_g in zip(e, z, strict=True)])
+            dP = torch.stack([masked.summed(e_g, z_g) for e_g, z_g in zip(e, z, strict=True)])
             return dP[:, : s.N * s.r].unflatten(1, (s.N, s.r))
         e = e[..., : s.N * s.r].unflatten(2, (s.N, s.r))
         z = z[..., : s.N * s.D].unflatten(2, (s.N, s.D))
@@ -235,25 +235,18 @@ class _Experts(torch.autograd.Function):
         ddown, dP, dBs = down, P, Bs
         if needs.get("A", needs.get("S")) or needs.get("router"):
             if bits is None:
-                ddown = _weight_gradient(dzl, x)
+                ddown = masked.summed(dzl, x)
             else:
                 ddown = masked.weight_gradient(dzl, x, bits, s.logits_at, config.lora_dropout)
         if needs.get("P"):
             dP = stack.P_gradient(e, zl)
         if needs["B"]:
-            dBs = [_weight_gradient(h_g, dy) for h_g, dy in zip(h, dys, strict=True)]
+            dBs = [masked.summed(h_g, dy) for h_g, dy in zip(h, dys, strict=True)]
             if alpha != 1:
                 torch._foreach_mul_(dBs, alpha)
         found = [part for g in range(G) for part in stack.parts(ddown, dP, dBs[g], g)]
         wanted = zip(found, ctx.needs_input_grad[4:], strict=True)
         return dx, None, None, None, *(gradient if needed else None for gradient, needed in wanted)
-
-
-def _weight_gradient(left: Tensor, right: Tensor) -> Tensor:
-    """leftᵀ right of [T, a] and [T, b], summed and kept in float32 or wider."""
-    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(left.T, right, out_dtype=torch.float32)
-    return (left.T @ right).to(torch.promote_types(left.dtype, torch.float32))
 
 
 def _stacked(gradients: tuple[Tensor | None, ...], x: Tensor, N: int) -> Tensor:

@@ -60,6 +60,20 @@ def _kept_of(bits_ptr, rows, row_inside, block, W, BLOCK_T: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def _dropout_kernel(
+    x_ptr, bits_ptr, out_ptr, T, n, W, SCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_inside = (rows < T)[:, None]
+    inside = row_inside & (columns < n)[None, :]
+    place = rows.to(tl.int64)[:, None] * n + columns[None, :]
+    x = tl.load(x_ptr + place, mask=inside)
+    kept = _kept_of(bits_ptr, rows, row_inside, tl.program_id(1), W, BLOCK_T, BLOCK_N)
+    tl.store(out_ptr + place, tl.where(kept, x * SCALE, 0.0), mask=inside)
+
+
+@triton.jit
 def _down_kernel(
     x_ptr, bits_ptr, down_ptr, zl_ptr, T, n, W, zl_stride, N_EACH: tl.constexpr,
     SCALE: tl.constexpr, Z: tl.constexpr, L: tl.constexpr, PAD_Z: tl.constexpr, PAD_L: tl.constexpr,
@@ -156,6 +170,8 @@ DOWN = {"BLOCK_T": 64, "BLOCK_N": 64, "num_stages": 3}
 INPUT_GRADIENT = {"BLOCK_T": 64, "BLOCK_N": 128, "num_stages": 1}
 WEIGHT_GRADIENT = {"BLOCK_T": 64, "BLOCK_N": 64, "num_stages": 3}
 PROGRAMS = 264  # two for each multiprocessor of an H100
+# With more rows of D a block does not fit, and arithmetic outweighs the passes over the input: plain products then.
+MOST_ROWS = 256
 
 
 def _parts(blocks: int, others: int) -> int:
@@ -166,10 +182,22 @@ def _parts(blocks: int, others: int) -> int:
     return min(2 ** max(0, round(math.log2(PROGRAMS / blocks))), triton.next_power_of_2(others))
 
 
+def dropout(x: Tensor, bits: Tensor, p: float) -> Tensor:
+    """x [T, n] with elements dropped and the rest scaled up."""
+    out = torch.empty_like(x)
+    grid = (triton.cdiv(len(x), 32), triton.cdiv(x.shape[1], 128))
+    _dropout_kernel[grid](x, bits, out, *x.shape, bits.shape[1], SCALE=OF / _kept(p), BLOCK_T=32, BLOCK_N=128)
+    return out
+
+
 def down(x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float) -> Tensor:
     """[dropout(x) Dᵀ, x Gᵀ]: [T, Z + L] of x [T, n]; weights are the Z rows of D above the L of G."""
     (T, n), columns = x.shape, len(weights)
     zl = rows_of(x, columns)
+    if Z > MOST_ROWS:
+        torch.mm(dropout(x, bits, p), weights[:Z].T, out=zl[:, :Z])
+        torch.mm(x, weights[Z:].T, out=zl[:, Z:])
+        return zl
     blocks, blocks_n = triton.cdiv(T, DOWN["BLOCK_T"]), triton.cdiv(n, DOWN["BLOCK_N"])
     n_each = triton.cdiv(blocks_n, _parts(blocks, blocks_n)) * DOWN["BLOCK_N"]
     parts = triton.cdiv(n, n_each)
@@ -182,6 +210,8 @@ def down(x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float) -> Tensor:
 
 def input_gradient(dzl: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float) -> Tensor:
     """dropout(dz D) + dl G: [T, n] of dzl [T, Z + L]."""
+    if Z > MOST_ROWS:
+        return dropout(dzl[:, :Z] @ weights[:Z], bits, p).addmm_(dzl[:, Z:], weights[Z:])
     T, n = len(dzl), weights.shape[1]
     dx = dzl.new_empty(T, n)
     grid = (triton.cdiv(T, INPUT_GRADIENT["BLOCK_T"]), triton.cdiv(n, INPUT_GRADIENT["BLOCK_N"]))
@@ -193,6 +223,8 @@ def input_gradient(dzl: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float)
 
 def weight_gradient(dzl: Tensor, x: Tensor, bits: Tensor, Z: int, p: float) -> Tensor:
     """[dzᵀ dropout(x); dlᵀ x]: [Z + L, n] in float32 or wider, of dzl [T, Z + L]."""
+    if Z > MOST_ROWS:
+        return torch.cat([summed(dzl[:, :Z], dropout(x, bits, p)), summed(dzl[:, Z:], x)])
     (T, n), rows = x.shape, dzl.shape[1]
     blocks, blocks_T = triton.cdiv(n, WEIGHT_GRADIENT["BLOCK_N"]), triton.cdiv(T, WEIGHT_GRADIENT["BLOCK_T"])
     T_each = triton.next_power_of_2(triton.cdiv(blocks_T, _parts(blocks, blocks_T))) * WEIGHT_GRADIENT["BLOCK_T"]
@@ -202,6 +234,13 @@ def weight_gradient(dzl: Tensor, x: Tensor, bits: Tensor, Z: int, p: float) -> T
         dzl, x, bits, out, T, n, bits.shape[1], dzl.stride(0), T_each, **_sizes(dzl.T, Z, p), **WEIGHT_GRADIENT
     )
     return out[0] if parts == 1 else out.sum(0)
+
+
+def summed(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ right of [T, a] and [T, b], summed and kept in float32 or wider."""
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(left.T, right, out_dtype=torch.float32)
+    return (left.T @ right).to(torch.promote_types(left.dtype, torch.float32))
 
 
 def rows_of(x: Tensor, columns: int) -> Tensor:
