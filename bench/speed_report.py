@@ -78,7 +78,7 @@ def section(record: SpeedRecord) -> str:
     options = record.options
     what = f"{record.shape}, " + (f"one linear map, {options['sweep']}" if record.mode == "layer" else record.mode)
     table = _sweep_table(record) if record.mode == "layer" else _table(record)
-    return "\n\n".join([f"## {what}", _intro(record), table, _notes(record)])
+    return "\n\n".join(filter(None, [f"## {what}", _intro(record), table, _notes(record), _where(record)]))
 
 
 def _intro(record: SpeedRecord) -> str:
@@ -186,6 +186,20 @@ def _notes(record: SpeedRecord) -> str:
             f"({paper()['source']}): {paper()['table10_source']}."
         )
     return text.rstrip()
+
+
+def _where(record: SpeedRecord) -> str:
+    """The kernels that took longest in a step of MALoRA's fastest row, beside the compiled floor's."""
+    parts = []
+    for row in (_mine(record), _named(record, "floor-compiled")):
+        if row is None or not row.get("where") or record.mode == "layer":
+            continue
+        busy = sum(taken for _, _, taken in row["where"])
+        body = [[f"`{name[:60]}`", f"{calls:,}", f"{1e3 * taken:.1f}"] for name, calls, taken in row["where"]]
+        table = tabulate(body, ["kernel", "calls", "ms"], tablefmt="pipe", disable_numparse=True,
+                         colalign=("left", "right", "right"))  # fmt: skip
+        parts.append(f"Where a step of `{row['name']}` spends its time; these kernels take {busy:.3g} s:\n\n{table}")
+    return "\n\n".join(parts)
 
 
 def _n(value: float | None, digits: int = 4) -> str:

@@ -236,6 +236,7 @@ def row(name, step, peak=10.0, method=None, waits=0) -> dict:
         "name": name, "status": "ok", "reason": None, "method": method, "batch": 4, "trainable": 5,
         "seconds": {"step": [step, step, 2 * step]}, "peak_bytes": {"allocated": peak, "reserved": peak},
         "kernels": 7, "launches": 7, "synchronisations": waits,
+        "where": [[f"slow_kernel_of_{name}", 3, 0.75 * step], ["fast_kernel", 4, 0.125 * step]],
     }  # fmt: skip
 
 
@@ -285,6 +286,14 @@ def test_the_table_says_ratios_and_shares():
     cells = [cell.strip() for cell in line.split("|")]
     # × compiled floor, × floor, × PEFT LoRA; 8 operations in 2 s, where the device does 16 a second.
     assert cells[8:12] == ["2", "1.67", "1", "25.0%"] and cells[5] == "2" and cells[7] == "8,192"
+
+
+def test_the_page_says_where_the_time_goes():
+    """Of MALoRA's fastest row and of the compiled floor, which it is measured against."""
+    page = speed_report.section(make_speed())
+    (line,) = (line for line in page.splitlines() if "slow_kernel_of_malora-dense-compiled" in line)
+    assert [cell.strip() for cell in line.split("|")[2:4]] == ["3", "796.9"]  # 0.75 of a step of 1.0625 s
+    assert "slow_kernel_of_floor-compiled" in page and "slow_kernel_of_malora-dense`" not in page
 
 
 def test_the_readme_is_filled_between_its_marks_only():
