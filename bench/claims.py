@@ -254,18 +254,19 @@ def _faster(speeds: list[SpeedRecord], by: str | None) -> Claim | _Tested:
     return claim
 
 
+NOTES = (
+    "Differences are in points of the mean over tasks, with 95% intervals, each method at its own rate. p is against "
+    f"the claim's bound, corrected by Holm over the claims that were tested. ≥ and “no worse” allow {MARGIN:g} point."
+)
+
+
 def claims_table(found: list[Claim]) -> str:
-    """Markdown; each record is a link below `results/`."""
+    """Markdown; each record is a link below `results/`. What no record speaks to yet is named below the table."""
     body = []
-    for c in found:
+    for c in (c for c in found if c.verdict != NOT_RUN):
         links = " ".join(f"[{i}](results/{c.profile}/runs/{id}.json)" for i, id in enumerate(c.records, 1))
-        body.append(
-            [c.claim, c.source, c.paper, c.ours, f"**{c.verdict}**" if c.verdict != NOT_RUN else NOT_RUN, links]
-        )
+        body.append([c.claim, c.source, c.paper, c.ours, f"**{c.verdict}**", links])
     table = tabulate(body, ["the paper's claim", "source", "the paper's", "ours", "verdict", "records"],
                      tablefmt="pipe", disable_numparse=True)  # fmt: skip
-    return (
-        f"{table}\n\nDifferences are in points of the mean over tasks, with 95% intervals, each method at its own "
-        "rate. p is against the claim's bound, corrected by Holm over the claims that were tested. ≥ and “no worse” "
-        f"allow {MARGIN:g} point."
-    )
+    waiting = "; ".join(f"{c.claim} ({c.source}: {c.paper})" for c in found if c.verdict == NOT_RUN)
+    return "\n\n".join(filter(None, [table, NOTES, waiting and f"No whole record speaks to these yet: {waiting}."]))

@@ -22,7 +22,7 @@ from markupsafe import Markup
 
 import malora
 from bench import figures
-from bench.claims import Claim, claims_table
+from bench.claims import NOTES, Claim
 from bench.experiments import TITLES, Experiment
 from bench.figures import Line, link
 from bench.inside_report import readings
@@ -142,8 +142,7 @@ def _claims(claims: list[Claim]) -> Table:
         claim = Markup("{} <small>{}</small>").format(c.claim, c.source)
         verdict = _VERDICT.format(c.verdict.partition(",")[0], c.verdict)
         rows.append(("", _cells([claim, c.paper, c.ours, verdict], "#" + ",".join(c.records) if c.records else "")))
-    notes = claims_table(claims).rpartition("\n\n")[2]  # below the Markdown table
-    return Table(["claim", "the paper", "ours", "verdict"], rows, _markdown(notes))
+    return Table(["claim", "the paper", "ours", "verdict"], rows, _markdown(NOTES))
 
 
 def _runs(records: list[Record]) -> Table:
