@@ -110,6 +110,7 @@ def lines(title: str, label: str, panels: dict[str, list[Line]], scale: str = "l
             for method, xs, ys, record in panels[name]:
                 axes.plot(xs, ys, color=style(method)[0], alpha=0.85, url=link([record]))
             axes.set(ylabel=name, xlabel=label if name == list(panels)[-1] else "", yscale=scale)
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))  # steps, layers, places in a list
             if scale == "log":
                 axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axes.yaxis.set_minor_locator(NullLocator())
@@ -124,8 +125,11 @@ def heat(title: str, label: str, columns: dict[Any, Sequence[float]]) -> str:
     """A number for each decoder layer, downwards, and column."""
 
     def panel(axes: Axes) -> None:
-        mesh = axes.pcolormesh(np.array(list(columns.values())).T, cmap="cividis")
-        axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
+        values = np.array(list(columns.values())).T
+        mesh = axes.pcolormesh(values, cmap="cividis")
+        axes.set_xticks(np.arange(len(columns)) + 0.5, columns, fontsize=7)
+        layers = np.arange(0, len(values), max(1, len(values) // 6))
+        axes.set_yticks(layers + 0.5, layers)
         axes.invert_yaxis()
         axes.grid(visible=False)
         axes.set(xlabel=label, ylabel="layer")
