@@ -170,8 +170,13 @@ DOWN = {"BLOCK_T": 64, "BLOCK_N": 64, "num_stages": 3}
 INPUT_GRADIENT = {"BLOCK_T": 64, "BLOCK_N": 128, "num_stages": 1}
 WEIGHT_GRADIENT = {"BLOCK_T": 64, "BLOCK_N": 64, "num_stages": 3}
 PROGRAMS = 264  # two for each multiprocessor of an H100
-# With more rows of D a block does not fit, and arithmetic outweighs the passes over the input: plain products then.
 MOST_ROWS = 256
+
+
+def _plainly(x: Tensor, Z: int) -> bool:
+    """Whether plain products of a dropped input are better: of many rows a block does not fit, nor of wide elements,
+    and the arithmetic, which tensor cores do not do in full float32, then outweighs the passes over the input."""
+    return Z > MOST_ROWS or (x.is_cuda and x.element_size() > 2)
 
 
 def _parts(blocks: int, others: int) -> int:
@@ -194,7 +199,7 @@ def down(x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float) -> Tensor:
     """[dropout(x) Dᵀ, x Gᵀ]: [T, Z + L] of x [T, n]; weights are the Z rows of D above the L of G."""
     (T, n), columns = x.shape, len(weights)
     zl = rows_of(x, columns)
-    if Z > MOST_ROWS:
+    if _plainly(x, Z):
         torch.mm(dropout(x, bits, p), weights[:Z].T, out=zl[:, :Z])
         torch.mm(x, weights[Z:].T, out=zl[:, Z:])
         return zl
@@ -210,7 +215,7 @@ def down(x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float) -> Tensor:
 
 def input_gradient(dzl: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float) -> Tensor:
     """dropout(dz D) + dl G: [T, n] of dzl [T, Z + L]."""
-    if Z > MOST_ROWS:
+    if _plainly(dzl, Z):
         return dropout(dzl[:, :Z] @ weights[:Z], bits, p).addmm_(dzl[:, Z:], weights[Z:])
     T, n = len(dzl), weights.shape[1]
     dx = dzl.new_empty(T, n)
@@ -223,7 +228,7 @@ def input_gradient(dzl: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float)
 
 def weight_gradient(dzl: Tensor, x: Tensor, bits: Tensor, Z: int, p: float) -> Tensor:
     """[dzᵀ dropout(x); dlᵀ x]: [Z + L, n] in float32 or wider, of dzl [T, Z + L]."""
-    if Z > MOST_ROWS:
+    if _plainly(x, Z):
         return torch.cat([summed(dzl[:, :Z], dropout(x, bits, p)), summed(dzl[:, Z:], x)])
     (T, n), rows = x.shape, dzl.shape[1]
     blocks, blocks_T = triton.cdiv(n, WEIGHT_GRADIENT["BLOCK_N"]), triton.cdiv(T, WEIGHT_GRADIENT["BLOCK_T"])
