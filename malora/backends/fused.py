@@ -4,7 +4,7 @@ Layers that read the same input (Q, K and V; Gate and Up) are computed together:
 one product, what comes out is routed and gated in one kernel, each up side is added to its base product in place, and
 in the backward pass the gradients of the input are added up by the products that make them. Weights are read from
 narrow copies, stacked as the products want them; sums and weight gradients are float32. A sibling's dropout is its
-siblings': one mask for the input they share, kept as its seed.
+siblings': one mask for the input they share, kept as bits.
 
 Shapes: T tokens, n in, m out, G siblings, N experts, r rank, H = N·r, R rows of a sibling's down side.
 """

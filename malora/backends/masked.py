@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-OF = 65536  # a mask's probability is a multiple of 1/65536
+LEVELS = 65536  # a mask's probability is a multiple of 1/65536
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def mask(T: int, n: int, seed: Tensor, p: float) -> Tensor:
 
 
 def _kept(p: float) -> int:
-    return min(max(OF - round(p * OF), 1), OF - 1)
+    return min(max(LEVELS - round(p * LEVELS), 1), LEVELS - 1)
 
 
 @triton.jit
@@ -170,7 +170,7 @@ DOWN = {"BLOCK_T": 64, "BLOCK_N": 64, "num_stages": 3}
 INPUT_GRADIENT = {"BLOCK_T": 64, "BLOCK_N": 128, "num_stages": 1}
 WEIGHT_GRADIENT = {"BLOCK_T": 64, "BLOCK_N": 64, "num_stages": 3}
 PROGRAMS = 264  # two for each multiprocessor of an H100
-MOST_ROWS = 256
+MOST_ROWS = 256  # of down sides; the sums of a block of tokens stay in registers
 
 
 def _plainly(x: Tensor, Z: int) -> bool:
@@ -191,7 +191,7 @@ def dropout(x: Tensor, bits: Tensor, p: float) -> Tensor:
     """x [T, n] with elements dropped and the rest scaled up."""
     out = torch.empty_like(x)
     grid = (triton.cdiv(len(x), 32), triton.cdiv(x.shape[1], 128))
-    _dropout_kernel[grid](x, bits, out, *x.shape, bits.shape[1], SCALE=OF / _kept(p), BLOCK_T=32, BLOCK_N=128)
+    _dropout_kernel[grid](x, bits, out, *x.shape, bits.shape[1], SCALE=LEVELS / _kept(p), BLOCK_T=32, BLOCK_N=128)
     return out
 
 
@@ -260,7 +260,7 @@ def _sizes(weights: Tensor, Z: int, p: float) -> dict[str, Any]:
     L = len(weights) - Z
     wide = tl.float64 if weights.dtype == torch.float64 else tl.float32
     pads = {"PAD_Z": _pad(Z), "PAD_L": _pad(L), "num_warps": 4 if Z <= 128 else 8}
-    return {"SCALE": OF / _kept(p), "Z": Z, "L": L, "WIDE": wide, **pads}
+    return {"SCALE": LEVELS / _kept(p), "Z": Z, "L": L, "WIDE": wide, **pads}
 
 
 def _pad(size: int) -> int:
