@@ -9,7 +9,7 @@ launched at once. Elsewhere the plain step runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -73,17 +73,6 @@ def label_positions_only(model: nn.Module, row: Tensor, column: Tensor, in_float
             handle.remove()
 
 
-def fuse_backbone(model: nn.Module) -> None:
-    """Put Liger's kernels for norms, rotary positions and SwiGLU into a base model, if it is installed and has them."""
-    try:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-    except ImportError:
-        return
-    if model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=False, cross_entropy=False)
-
-
 def can_capture(model: nn.Module) -> bool:
     """Whether a CUDA graph can hold a pass: on a GPU, by backends that never wait for its results."""
     backends = {getattr(config, "backend", None) for config in getattr(model, "peft_config", {}).values()}
@@ -93,9 +82,18 @@ def can_capture(model: nn.Module) -> bool:
 class EagerStep:
     """One batch, kernel by kernel. Leaves the gradients in the parameters."""
 
-    def __init__(self, model: nn.Module, wrapped: nn.Module, accelerator: Accelerator, balance_factor: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        wrapped: nn.Module,
+        accelerator: Accelerator,
+        balance_factor: float,
+        kernels: AbstractContextManager | None = None,
+    ) -> None:
+        """`kernels` is entered for every forward pass."""
         self.model, self.wrapped, self.accelerator = model, wrapped, accelerator
         self.balance_factor = balance_factor
+        self.kernels = kernels or nullcontext()
         self.routed = malora.has_router(model)
         self.mark: Callable[[str], None] = lambda part: None  # called as each part of the work is done
 
@@ -105,7 +103,8 @@ class EagerStep:
 
     def part(self, batch: Batch) -> Losses:
         """Forward and backward of a part; its losses are shares of the whole batch's, by label tokens."""
-        with no_attention_mask(self.model), label_positions_only(self.model, batch.row, batch.column):
+        positions = label_positions_only(self.model, batch.row, batch.column)
+        with self.kernels, no_attention_mask(self.model), positions:
             logits = self.wrapped(input_ids=batch.ids, use_cache=False).logits
         loss = F.cross_entropy(logits.float(), batch.target, reduction="sum") / batch.labels
         balance = torch.zeros_like(loss)

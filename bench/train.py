@@ -22,8 +22,9 @@ from transformers import get_linear_schedule_with_warmup
 
 import malora
 from bench.data import GPU_WIDTHS, MOST_TOKENS, Encoded, collate, schedule
+from bench.liger import LigerKernels, has_liger
 from bench.record import RunConfig, source_hash
-from bench.step import EagerStep, GraphedStep, can_capture, fuse_backbone
+from bench.step import EagerStep, GraphedStep, can_capture
 
 # Reading a loss from a GPU makes the host wait for it. Every so many steps is often enough to notice a divergence
 # and to draw a curve.
@@ -105,8 +106,7 @@ def train(
     accelerator = Accelerator(mixed_precision="bf16" if config.device_type == "cuda" else "no")
     alone = accelerator.num_processes == 1
     capture = alone and can_capture(model)
-    if capture:
-        fuse_backbone(model.get_base_model())
+    kernels = LigerKernels(model.get_base_model()) if capture and has_liger() else None
     batches = schedule(
         [len(code.ids) for code in encoded], batch_size=config.batch_size, epochs=config.epochs, seed=config.seed
     )
@@ -123,7 +123,7 @@ def train(
     state = _Checkpoint(checkpoint, config.hash + source_hash(), model, optimizer, scheduler)
     log = state.load() or TrainLog()
     watch = Stopwatch(accelerator.device)
-    step = EagerStep(model, wrapped, accelerator, config.balance_factor)
+    step = EagerStep(model, wrapped, accelerator, config.balance_factor, kernels)
     if capture:
         step = GraphedStep(step, config.batch_size)
     else:

@@ -18,17 +18,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
-from transformers.models.llama import modeling_llama
 
 import malora
 from bench import UserError
+from bench.liger import LigerKernels, has_liger
 from malora.backends import WAIT_FOR_THE_HOST
 
 
@@ -189,9 +188,11 @@ class Subject:
         self.variant, self.device = variant, base.device
         shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
         self.model: nn.Module = copy.deepcopy(base, dict(shared))
-        self.globals: dict[str, Any] = {}
+        self.kernels: AbstractContextManager = nullcontext()
         if variant.liger:
-            self.globals = _apply_liger(self.model, with_loss=variant.backend is None)
+            if not has_liger():
+                raise UserError("liger_kernel is not installed")
+            self.kernels = LigerKernels(self.model, with_loss=variant.backend is None)
         narrow = variant.plain or not (training or variant.as_it_comes)
         dtype = base.dtype if narrow else torch.float32
         if variant.method is not None:
@@ -231,12 +232,12 @@ class Subject:
         return torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext()
 
     def load(self) -> None:
-        vars(modeling_llama).update(self.globals)
+        self.kernels.__enter__()
         for tensor in self.own:
             tensor.data = tensor.data.to(self.device)
 
     def park(self) -> None:
-        vars(modeling_llama).update({name: _LLAMA[name] for name in self.globals})
+        self.kernels.__exit__(None, None, None)
         for tensor in self.own:
             tensor.grad = None
             tensor.data = tensor.data.to("cpu")
@@ -253,23 +254,3 @@ def _compile_layers(model: nn.Module) -> None:
     for module in base.modules():
         if type(module).__name__ in base._no_split_modules:
             module.compile()
-
-
-_LLAMA = dict(vars(modeling_llama))  # as transformers has it
-
-
-def _apply_liger(model: PreTrainedModel, with_loss: bool) -> dict[str, Any]:
-    """Puts Liger's kernels into one model; returns the names of transformers' module that it must have while it runs.
-
-    Liger replaces functions for the whole process, and the other variants are to be measured without them. Its loss,
-    which saves memory, makes the host wait for the number of labels, so a CUDA graph cannot hold it.
-    """
-    if find_spec("liger_kernel") is None:
-        raise UserError("liger_kernel is not installed")
-    from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-    apply_liger_kernel_to_llama(model=model, fused_linear_cross_entropy=with_loss)
-    now = vars(modeling_llama)  # to which torch.compile adds names of its own
-    changed = {name: now[name] for name, before in _LLAMA.items() if now[name] is not before}
-    vars(modeling_llama).update({name: _LLAMA[name] for name in changed})
-    return changed

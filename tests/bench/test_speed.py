@@ -101,11 +101,17 @@ def test_ligers_functions_are_there_only_while_its_row_runs(monkeypatch):
 
     original, fused = modeling_llama.rotate_half, object()
     fake = types.ModuleType("liger_kernel.transformers")
-    fake.apply_liger_kernel_to_llama = lambda model, **_: setattr(modeling_llama, "rotate_half", fused)
+
+    def apply(model, **_):
+        modeling_llama.rotate_half = fused
+        modeling_llama.__builtins_dict___0 = {}  # torch.compile leaves such names
+
+    fake._apply_liger_kernel_to_instance = apply
     monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", fake)
-    monkeypatch.setattr(bench_variants, "find_spec", lambda name: True)
-    monkeypatch.setattr(modeling_llama, "__builtins_dict___0", {}, raising=False)  # torch.compile leaves such names
+    monkeypatch.setattr(bench_variants, "has_liger", lambda: True)
+    monkeypatch.setattr(modeling_llama, "__builtins_dict___0", None, raising=False)  # so that it is gone in the end
+    del modeling_llama.__builtins_dict___0
     subject = Subject(variants()["floor-liger"], backbone(TOY, 1, CPU), "prefill", 0.0)
     assert modeling_llama.rotate_half is original
     subject.load()

@@ -13,8 +13,9 @@ import bench.run
 import malora
 from bench import record
 from bench.data import Encoded, collate
+from bench.liger import LigerKernels
 from bench.run import BASE, configure, run
-from bench.step import EagerStep, GraphedStep, fuse_backbone
+from bench.step import EagerStep, GraphedStep
 from tests.bench.conftest import make_setting
 from tests.conftest import SHAPES, make_model
 
@@ -197,9 +198,9 @@ def test_a_captured_step_is_the_plain_step(method):
     def trained(captured: bool):
         torch.manual_seed(0)
         model = get_peft_model(make_model(), malora.METHODS[method](lora_dropout=0.0)).cuda().train()
-        step = EagerStep(model, model, Accelerator(), balance_factor=0.01)
+        kernels = LigerKernels(model.get_base_model()) if captured else None
+        step = EagerStep(model, model, Accelerator(), balance_factor=0.01, kernels=kernels)
         if captured:
-            fuse_backbone(model.get_base_model())
             step = GraphedStep(step, batch_size=4)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         losses = []
