@@ -61,7 +61,7 @@ class TrainStep:
             self.static_ids = self.ids[0].clone()
             for parameter in self.parameters:
                 parameter.grad = torch.zeros_like(parameter)  # the graph adds into these
-            self.graph = _capture(lambda: self._forward(self.static_ids).backward())
+            self.graph = capture(lambda: self._forward(self.static_ids).backward())
 
     def __call__(self, done: Done) -> None:
         for ids in self.ids:
@@ -95,7 +95,7 @@ class PrefillStep:
         self.ids = work.ids(batch, subject.device)[0]
         self.run = self._forward
         if subject.variant.run == "captured":
-            self.run = _capture(self._forward).replay
+            self.run = capture(self._forward).replay
 
     def __call__(self, done: Done) -> None:
         self.run()
@@ -127,7 +127,7 @@ class DecodeStep:
             self.next = lambda: self._forward(self.token)
             if subject.variant.run == "captured":
                 self._forward(self.prompt)
-                self.next = _capture(self.next).replay
+                self.next = capture(self.next).replay
 
     def __call__(self, done: Done) -> Tensor:
         if not self.static:
@@ -157,7 +157,7 @@ STEPS: dict[str, Callable[[Subject, Work, int], Callable[[Done], Any]]] = {
 }
 
 
-def _capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
     """The call as a CUDA graph. Compilers and libraries set themselves up in the passes before it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -104,6 +104,8 @@ def _intro(record: SpeedRecord) -> str:
     return "\n\n".join(lines)
 
 
+# Backends whose work grows with k·r; that of the others grows with N·r.
+_SPARSE = ("dispatch", "sorted")
 _CEILINGS = ("matrix_flops_per_second", "copy_bytes_per_second")
 _PARTS = ("forward", "backward", "optimizer")
 
@@ -172,9 +174,24 @@ def _sweep_table(record: SpeedRecord) -> str:
     return tabulate(body, head, tablefmt="pipe", disable_numparse=True, colalign=["right"] * len(head))
 
 
+def _crossovers(record: SpeedRecord) -> list[str]:
+    """Of each method, the values at which a sparse row is the fastest that ran."""
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in record.rows):
+        won: dict[str, list[int]] = {}
+        for value in dict.fromkeys(row["value"] for row in record.rows):
+            best = _fastest(record, lambda row, at=(method, value): (row["method"], row["value"]) == at)
+            if best and best["backend"] in _SPARSE:
+                won.setdefault(best["name"], []).append(value)
+        where = (f"`{name}` is the fastest at {', '.join(map(str, values))}" for name, values in won.items())
+        lines.append(f"Crossover, {method} by {record.options['sweep']}: {'; '.join(where) or 'no sparse row wins'}.")
+    return lines
+
+
 def _notes(record: SpeedRecord) -> str:
     if record.mode == "layer":
-        return "Milliseconds of a forward and backward pass, medians."
+        text = "Milliseconds of a forward and backward pass, medians; captured rows are CUDA graphs, and not compiled."
+        return "\n\n".join([text, *_crossovers(record)])
     text = (
         "Medians over all rounds; the spread is the interquartile range of a step. Rows were measured in turns. The "
         "share of the rate counts the frozen backbone's matrix operations alone, against the higher ceiling. Peak "

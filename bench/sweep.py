@@ -1,6 +1,8 @@
 """The crossover: where a sparse product overtakes a dense one, on one frozen linear map of the backbone's MLP.
 
-Dense work grows with N·r, sparse work with k·r. Every backend of ours is measured beside the good dispatch.
+Dense work grows with N·r, sparse work with k·r. On a GPU every backend that can be is replayed as a CUDA graph, so that
+launches, which a whole backbone's graph hides, cost nobody anything; nothing is compiled, which would take seconds for
+every value. It is how `bench.train` runs a layer.
 """
 
 from __future__ import annotations
@@ -14,14 +16,14 @@ import torch
 from torch import nn
 
 import malora
-from bench.measure import Done, Work
+from bench.measure import Done, Work, capture
 from bench.rounds import Step
 from bench.variants import CONFIGS, DEFAULT_BACKENDS, Variant
 from malora.backends import WAIT_FOR_THE_HOST
 from malora.routing import RoutingLog
 
 SWEEPS: dict[str, tuple[int, ...]] = {
-    "experts": (2, 8, 16, 32, 64, 128, 256),
+    "experts": (8, 16, 32, 64, 128, 256),
     "rank": (4, 8, 16, 32, 64),
     "tokens": (256, 1024, 4096, 16384),
     "top-k": (1, 2, 4, 8),
@@ -49,9 +51,8 @@ class LayerRow:
                     for name, value in parameters.items():
                         parameters[name] = nn.Parameter(torch.randn(value.shape, device=device) * 0.02)
             self.layer.set_adapter("default")
-            if self.variant.run == "compiled":
-                self.layer.compile(dynamic=False)
             self.about["trainable"] = sum(p.numel() for p in self.layer.parameters() if p.requires_grad)
+        torch.cuda.empty_cache()  # the graph of the row before had memory of its own
         x = torch.randn(1, self.work.tokens, self.linear.in_features, device=device, dtype=self.linear.weight.dtype)
         x.requires_grad_()
         gradient = torch.randn(1, self.work.tokens, self.linear.out_features, device=device, dtype=x.dtype)
@@ -65,7 +66,16 @@ class LayerRow:
             self.layer.zero_grad()
             x.grad = None
 
-        yield step
+        if self.variant.run != "captured":
+            yield step
+            return
+        graph = capture(lambda: step(lambda part: None))
+
+        def replay(done: Done) -> None:
+            graph.replay()
+            done("forward_backward")
+
+        yield replay
 
 
 def sweep_rows(sweep: str, methods: list[str], linear: nn.Linear, work: Work) -> list[LayerRow]:
@@ -82,12 +92,12 @@ def sweep_rows(sweep: str, methods: list[str], linear: nn.Linear, work: Work) ->
             if config.d is not None:
                 options["d"] = min(linear.in_features, round(config.d / config.r * options["r"]))
             at = dataclasses.replace(work, tokens=value) if sweep == "tokens" else work
-            for backend in (*DEFAULT_BACKENDS, f"sorted-top{options['top_k']}"):
+            for backend in (*DEFAULT_BACKENDS, "sorted"):
                 if backend == "fused" and not on_gpu:
                     continue  # elsewhere it is the dense one
-                compilable = on_gpu and backend not in (*WAIT_FOR_THE_HOST, "fused")
-                for run in ("eager", "compiled") if compilable else ("eager",):
-                    name = f"{method}-{backend.partition('-top')[0]}{'' if run == 'eager' else '-' + run}"
-                    variant = Variant(name, method, backend, run)
-                    found.append(LayerRow(variant, value, linear, options | {"backend": backend}, at))
+                name, run = f"{method}-{backend}", "eager"
+                if on_gpu and backend not in WAIT_FOR_THE_HOST:
+                    name, run = f"{name}-captured", "captured"
+                variant = Variant(name, method, backend, run)
+                found.append(LayerRow(variant, value, linear, options | {"backend": backend}, at))
     return found

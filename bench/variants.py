@@ -68,7 +68,7 @@ class Variant:
 
     Attributes:
         method: a name in CONFIGS; None for the frozen backbone alone, the floor.
-        backend: for methods of ours, one of `malora.BACKENDS`, or a rival of `bench.rivals`.
+        backend: for methods of ours, one of `malora.BACKENDS`, or the rival of `bench.rivals`.
         run: eager, compiled or captured.
         plain: the adapter is in bfloat16 and trains without autocast.
         liger: Liger's kernels for norm, rotary embedding and SwiGLU; in rows that are not ours for the loss too.
@@ -99,8 +99,8 @@ CONFIGS: dict[str, Callable[..., PeftConfig]] = {
 }
 OURS = tuple(name for name in CONFIGS if not name.startswith("peft-"))
 ROUTED = tuple(name for name in OURS if CONFIGS[name]().has_router)
-# Without the oracle, and without the rivals, which are registered later. "auto" is one of the others.
-DEFAULT_BACKENDS = tuple(name for name in malora.BACKENDS if name not in ("auto", "reference"))
+# Without the oracle, and without sparse rivals, which MoLoRA alone is measured with. "auto" is one of the others.
+DEFAULT_BACKENDS = tuple(name for name in malora.BACKENDS if name not in ("auto", "reference", "sorted"))
 MAIN = ("lora", "molora", "malora")  # they run in every way; the others in the way that trains them fastest
 RUNS = ("eager", "compiled", "captured")
 # With them a method's row can be read: they are measured whenever a method is asked for by its name.
@@ -127,7 +127,7 @@ def variants() -> dict[str, Variant]:
                 name = f"{method}-{backend}-liger"
                 rows += [Variant(_name(name, run), method, backend, run, liger=True) for run in ("eager", "captured")]
     rows += [Variant("molora-loop", "molora", "loop")]
-    rows += [Variant(_name("molora-sorted", run), "molora", "sorted-top2", run) for run in RUNS]
+    rows += [Variant(_name("molora-sorted", run), "molora", "sorted", run) for run in RUNS]
     return {row.name: row for row in rows}
 
 

@@ -41,8 +41,9 @@ class MaloraConfig(PeftConfig):
         same_start: every A_t starts as the same random matrix (an ablation).
         freeze: what stays as it starts: down-side factors, of "A", "P", "S", and "router".
         backend: how the sum over experts is computed; any of `malora.BACKENDS` gives the same result within rounding.
-            "auto" is "fused" on a GPU with Triton and "dense" elsewhere. The fused one computes in the dtype of the
-            input, or autocast's, with sums and weight gradients in float32; the others in the adapter's dtype.
+            "auto" is "dense" on a CPU, and on a GPU "fused", or "sorted" where many and wide experts make that the
+            faster (`malora.backends.choose`). The fused one computes in the dtype of the input, or autocast's, with
+            sums and weight gradients in float32; the others in the adapter's dtype.
 
     Raises:
         ValueError: a value out of range, or an option that the other options leave without effect.

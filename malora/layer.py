@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from malora.backends import BACKENDS, Factors
+from malora.backends import BACKENDS, Factors, choose
 from malora.config import MaloraConfig
 from malora.init import init_factors_, kaiming_uniform
 from malora.routing import Routing, RoutingLog, route
@@ -97,10 +97,11 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
     def fused_adapter(self) -> str | None:
         """The adapter to compute together with the base, if there is one that the fused backend can."""
         active = [adapter for adapter in self.active_adapters if adapter in self.settings]
-        backends = {self.settings[adapter].backend for adapter in active}
-        if self.disable_adapters or self.merged or not backends & {"auto", "fused"}:
+        device = self.base_layer.weight.device
+        backends = {choose(self.settings[adapter], device) for adapter in active}
+        if self.disable_adapters or self.merged or "fused" not in backends:
             return None
-        config, device = self.settings[active[0]], self.base_layer.weight.device.type
+        config = self.settings[active[0]]
         obstacle = None
         if len(active) > 1:
             obstacle = "several adapters at once"
@@ -110,9 +111,9 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
             obstacle = "a base that is trained too"
         elif config.up != "B_t":
             obstacle = f"up={config.up!r}"
-        elif not (has_triton() if device == "cuda" else config.backend == "fused" and interprets_triton()):
-            obstacle = f"on {device}, with Triton {'' if has_triton() else 'not '}installed"
-        if obstacle and "fused" in backends:
+        elif not (has_triton() if device.type == "cuda" else interprets_triton()):
+            obstacle = f"on {device.type}, with Triton {'' if has_triton() else 'not '}installed"
+        if obstacle and any(self.settings[adapter].backend == "fused" for adapter in active):
             say_once(obstacle)
         return None if obstacle else active[0]
 
@@ -121,14 +122,14 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         config, factors = self.settings[adapter], self.factors(adapter)
         if not torch.is_autocast_enabled(x.device.type):  # autocast narrows the weights instead
             x = self._cast_input_dtype(x, factors.dtype)
-        gate_TN = None
+        routed = None
         if config.has_router:
             routing = route(x, self.malora_router[adapter], config.top_k)
             if self.routing_log.listening:
                 self.routings[adapter] = routing
-            gate_TN = routing.gate.flatten(0, -2)
+            routed = routing._replace(probability=routing.probability.flatten(0, -2))
         x_Tn = self.malora_dropout[adapter](x).flatten(0, -2)
-        y_Tm = BACKENDS[config.backend](x_Tn, gate_TN, factors, config.scaling)
+        y_Tm = BACKENDS[choose(config, x.device)](x_Tn, routed, factors, config.scaling)
         return y_Tm.unflatten(0, x.shape[:-1])
 
     def train(self, mode: bool = True) -> MaloraLayer:

@@ -32,6 +32,11 @@ class Routing(NamedTuple):
         return largest(self.probability, self.top_k)
 
     @property
+    def experts(self) -> Tensor:
+        """The top k by number, the most probable first: [B, S, k]."""
+        return torch.cat(_best(self.probability, self.top_k), -1)
+
+    @property
     def gate(self) -> Tensor:
         """g of equation 4: the probability of the top k, zero elsewhere; not renormalised."""
         return self.probability * self.chosen
@@ -48,14 +53,23 @@ def largest(probability: Tensor, top_k: int) -> Tensor:
 
     One maximum after the other: a compiler fuses that with the softmax, where a sort would be kernels of its own.
     """
-    remaining = probability.detach()
-    chosen = torch.zeros_like(remaining)
+    chosen = torch.zeros_like(probability.detach())
     expert = torch.arange(probability.shape[-1], device=probability.device)
-    for _ in range(top_k):
-        best = expert == remaining.argmax(-1, keepdim=True)
-        chosen = chosen + best
-        remaining = remaining.masked_fill(best, -1.0)
+    for best in _best(probability, top_k):
+        chosen = chosen + (expert == best)
     return chosen
+
+
+def _best(probability: Tensor, top_k: int) -> list[Tensor]:
+    """Places of the k largest of the last dimension, the largest first and of equals the first: k times [..., 1]."""
+    remaining = probability.detach()
+    expert = torch.arange(probability.shape[-1], device=probability.device)
+    found = []
+    for _ in range(top_k):
+        best = remaining.argmax(-1, keepdim=True)
+        found.append(best)
+        remaining = remaining.masked_fill(expert == best, -1.0)
+    return found
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Ways to compute one and the same sum over experts, `scaling · Σ_t g_t U_t D_t x`.
 
-A backend is a function `(x_Tn, gate_TN, factors, scaling) -> y_Tm`. The gate is zero for the experts that do not serve
-a token, or None where there is one expert and no router. Dropout has already been applied to `x`.
+A backend is a function `(x_Tn, routing, factors, scaling) -> y_Tm`. The routing has a probability [T, N], and is None
+where there is one expert and no router. Dropout has already been applied to `x`.
 
 Shapes here and below: T tokens, n in, m out, N experts, r rank, d rank of the subspace.
 """
@@ -9,10 +9,15 @@ Shapes here and below: T tokens, n in, m out, N experts, r rank, d rank of the s
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+from malora.routing import Routing
+
+if TYPE_CHECKING:
+    from malora.config import MaloraConfig
 
 
 class Factors(NamedTuple):
@@ -46,21 +51,42 @@ class Factors(NamedTuple):
         return scaling * (self.up().flatten(0, 1).T @ self.down().flatten(0, 1))
 
 
-Backend = Callable[[Tensor, Tensor | None, Factors, float], Tensor]
+Backend = Callable[[Tensor, Routing | None, Factors, float], Tensor]
 
 from malora.backends.dense import dense  # noqa: E402  (they need Factors)
 from malora.backends.dispatch import dispatch  # noqa: E402
 from malora.backends.reference import reference  # noqa: E402
+from malora.backends.sorted import sorted_dispatch  # noqa: E402
 
-# "fused" computes whole layers, base and routers included (malora/siblings.py), and "auto" is "fused" where that can
-# run; the function here is what both do elsewhere.
+# "fused" computes whole layers, base and routers included (malora/siblings.py); the function here is what it does where
+# that cannot run. "auto" is one of the others: see `choose`.
 BACKENDS: dict[str, Backend] = {
     "auto": dense,
     "dense": dense,
     "dispatch": dispatch,
     "fused": dense,
     "reference": reference,
+    "sorted": sorted_dispatch,
 }
 
 # They ask the device how many tokens an expert got, so they cannot be captured in a CUDA graph.
 WAIT_FOR_THE_HOST = frozenset({"dispatch"})
+
+# What carrying a token to an expert and back costs, in ranks that it could be multiplied by meanwhile. A guess that
+# leaves the paper's sizes fused, until it is measured by `python -m bench.speed --variant molora --sweep experts`.
+RANKS_TO_CARRY = 512
+
+
+def choose(config: MaloraConfig, device: torch.device) -> str:
+    """The backend that a config means: its own, or for "auto" what an H100 was measured to be fastest with.
+
+    Side by side, experts cost N·r a token; sorted, k·r and the carrying (docs/speed.md says how that is measured). A
+    CPU stays dense, on which nothing was measured. GPUs before Hopper stay fused: torch's grouped product waits for the
+    host there, so a CUDA graph could not hold it.
+    """
+    if config.backend != "auto":
+        return config.backend
+    if device.type != "cuda":
+        return "dense"
+    is_sparse = config.num_experts * config.r > config.top_k * (config.r + RANKS_TO_CARRY)
+    return "sorted" if is_sparse and torch.cuda.get_device_properties(device).major >= 9 else "fused"

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from malora.backends import Factors
+from malora.routing import Routing
 
 
-def dense(x_Tn: Tensor, gate_TN: Tensor | None, factors: Factors, scaling: float) -> Tensor:
+def dense(x_Tn: Tensor, routing: Routing | None, factors: Factors, scaling: float) -> Tensor:
     """See `malora.backends` for shapes."""
     h_TNr = _down(x_Tn, factors)
-    if gate_TN is None:
+    if routing is None:
         h_TNr = h_TNr * scaling
     else:
-        h_TNr = h_TNr * (gate_TN * scaling).to(h_TNr.dtype).unsqueeze(-1)
+        h_TNr = h_TNr * (routing.gate * scaling).to(h_TNr.dtype).unsqueeze(-1)
     return _up(h_TNr.flatten(1), factors)
 
 

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from malora.backends import Factors
 from malora.backends.dense import dense
+from malora.routing import Routing
 
 
-def dispatch(x_Tn: Tensor, gate_TN: Tensor | None, factors: Factors, scaling: float) -> Tensor:
+def dispatch(x_Tn: Tensor, routing: Routing | None, factors: Factors, scaling: float) -> Tensor:
     """See `malora.backends` for shapes."""
-    if gate_TN is None:
+    if routing is None:
         return dense(x_Tn, None, factors, scaling)
-    f = factors
+    f, gate_TN = factors, routing.gate
     shares_S = f.S is not None and f.S.dim() == 2
     # The shared part of the down side is one product for all tokens; only its d-wide result travels.
     z = x_Tn @ f.S.T if shares_S else x_Tn

@@ -63,8 +63,27 @@ def test_a_sweep_has_a_row_a_value_and_backend(tmp_path, capsys):
     arguments = ("--variant", "molora,malora", "--sweep", "top-k", "--tokens", 16, "--rounds", 1)
     made = run(tmp_path, *arguments)
     backends = set(DEFAULT_BACKENDS) - ({"fused"} if not torch.cuda.is_available() else set())
-    assert len(made.rows) == 4 * 2 * (len(backends) + 1)  # the rival besides
+    assert len(made.rows) == 4 * 2 * (len(backends) + 1)  # the sorted one besides
     assert {row["status"] for row in made.rows} == {"ok"} and "| top-k |" in capsys.readouterr().out.replace("  ", "")
+
+
+def test_a_sweep_says_where_a_sparse_row_is_the_fastest():
+    def swept(method, **milliseconds):  # at 8, 64 and 256 experts; 0 did not run
+        for name, (*steps,) in milliseconds.items():
+            for value, step in zip((8, 64, 256), steps, strict=True):
+                made = row(f"{method}-{name}", step, method=method) | {"backend": name, "value": value}
+                yield made if step else made | {"status": "oom", "seconds": {}}
+
+    rows = [
+        *swept("molora", fused=(1, 2, 8), dispatch=(9, 9, 3), sorted=(2, 1.5, 4)),
+        *swept("malora", fused=(1, 2, 0), sorted=(2, 3, 4)),
+        *swept("moasylora", fused=(1, 2, 3), sorted=(2, 3, 0)),
+    ]
+    page = speed_report.section(make_speed(mode="layer", rows=rows, sweep="experts", flops=None))
+    molora = "`molora-sorted` is the fastest at 64; `molora-dispatch` is the fastest at 256"
+    assert f"Crossover, molora by experts: {molora}.\n" in page
+    assert "Crossover, malora by experts: `malora-sorted` is the fastest at 256.\n" in page
+    assert page.endswith("Crossover, moasylora by experts: no sparse row wins.")
 
 
 class Fake:

@@ -1,10 +1,12 @@
 """Every backend computes what the reference computes: forward and every gradient, in float64, dropout included."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from malora import BACKENDS, METHODS, MaloraConfig, MaloraLayer
-from malora.backends import masked
+from malora.backends import choose, masked
 from malora.routing import RoutingLog
 
 methods = [name for name, config in METHODS.items() if isinstance(config(), MaloraConfig)]
@@ -83,6 +85,16 @@ def test_agrees_on_odd_ranks_and_numbers_of_experts(options, backend):
 
 
 @others
+def test_of_equally_probable_experts_the_first_serve(backend):
+    made = layer(METHODS["molora"](top_k=3))
+    with torch.no_grad():
+        made.malora_router["default"][1:] = made.malora_router["default"][1]
+    x = torch.randn(2, 6, 72, dtype=torch.float64)
+    assert_agrees(made, backend, x)
+    assert (run(made, backend, x)["malora_B.default"][4:] == 0).all()
+
+
+@others
 def test_an_expert_without_tokens_gets_a_zero_gradient(backend):
     made = layer(METHODS["molora"]())
     with torch.no_grad():
@@ -92,6 +104,30 @@ def test_an_expert_without_tokens_gets_a_zero_gradient(backend):
     gradients = run(made, backend, x)
     assert (gradients["malora_B.default"][3] == 0).all()
     assert torch.isfinite(gradients["x"]).all()
+
+
+def chosen(monkeypatch, generation: int = 9, device: str = "cuda", **options) -> str:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=generation))
+    return choose(METHODS["molora"](**options), torch.device(device))
+
+
+def test_auto_is_fused_at_the_paper_s_sizes_and_sorted_beyond(monkeypatch):
+    for r in (4, 8, 16, 32, 64):
+        assert {chosen(monkeypatch, r=r, top_k=k) for k in (1, 2, 4, 8)} == {"fused"}
+    many = {"num_experts": 1024, "r": 8}
+    assert chosen(monkeypatch, **many) == "sorted"
+    assert chosen(monkeypatch, **many, top_k=1024) == "fused"  # what serves every token need not be carried
+    assert chosen(monkeypatch, **many, generation=8) == "fused" and chosen(monkeypatch, **many, device="cpu") == "dense"
+    assert chosen(monkeypatch, **many, backend="dispatch") == "dispatch"
+
+
+@pytest.mark.parametrize("backend", ["sorted", "fused"])
+def test_a_layer_is_what_auto_chose(backend, monkeypatch):
+    choices = {"auto": backend, "reference": "reference"}
+    monkeypatch.setattr("malora.layer.choose", lambda config, device: choices[config.backend])
+    made = layer(METHODS["molora"](num_experts=9, lora_dropout=0.0))
+    assert made.fused_adapter() == (None if backend == "sorted" else "default")
+    assert_agrees(made, "auto", torch.randn(2, 6, 72, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
