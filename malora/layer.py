@@ -98,7 +98,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         """The adapter to compute together with the base, if there is one that the fused backend can."""
         active = [adapter for adapter in self.active_adapters if adapter in self.settings]
         backends = {self.settings[adapter].backend for adapter in active}
-        if self.disable_adapters or self.merged or not backends & {"auto", "fused"}:
+        if self.disable_adapters or self.merged or not backends & {"auto", "fused", "fp8"}:
             return None
         config, device = self.settings[active[0]], self.base_layer.weight.device.type
         obstacle = None
@@ -110,10 +110,11 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
             obstacle = "a base that is trained too"
         elif config.up != "B_t":
             obstacle = f"up={config.up!r}"
-        elif not (has_triton() if device == "cuda" else config.backend == "fused" and interprets_triton()):
+        elif not (has_triton() if device == "cuda" else config.backend != "auto" and interprets_triton()):
             obstacle = f"on {device}, with Triton {'' if has_triton() else 'not '}installed"
-        if obstacle and "fused" in backends:
-            say_once(obstacle)
+        if obstacle:
+            for backend in backends & {"fused", "fp8"}:
+                say_once(backend, obstacle, "dense")
         return None if obstacle else active[0]
 
     def delta(self, adapter: str, x: Tensor) -> Tensor:
@@ -150,7 +151,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
                 getattr(self, PREFIX + name)[adapter].requires_grad_(False)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self.siblings.release()
+        self.siblings.release(frozen=True)
         self.settings.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 

@@ -52,15 +52,19 @@ from malora.backends.dense import dense  # noqa: E402  (they need Factors)
 from malora.backends.dispatch import dispatch  # noqa: E402
 from malora.backends.reference import reference  # noqa: E402
 
-# "fused" computes whole layers, base and routers included (malora/siblings.py), and "auto" is "fused" where that can
-# run; the function here is what both do elsewhere.
+# "fused" computes whole layers, base and routers included (malora/siblings.py), "fp8" does so with the base in 8 bits,
+# and "auto" is "fused" where that can run; the function here is what they do elsewhere.
 BACKENDS: dict[str, Backend] = {
     "auto": dense,
     "dense": dense,
     "dispatch": dispatch,
+    "fp8": dense,
     "fused": dense,
     "reference": reference,
 }
 
 # They ask the device how many tokens an expert got, so they cannot be captured in a CUDA graph.
 WAIT_FOR_THE_HOST = frozenset({"dispatch"})
+
+# They round more than the others, so their results and speeds do not stand for their method's.
+INEXACT = frozenset({"fp8"})
