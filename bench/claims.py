@@ -31,6 +31,7 @@ from bench.rows import Row, comparable, difference, entries_of, rows, tuned_rate
 from bench.speed_report import seconds
 from bench.stats import LEVEL, Difference, compare, holm
 from bench.variants import SHAPES, backbone
+from malora.backends import INEXACT
 
 HOLDS, FAILS, UNDECIDED, NOT_RUN = "holds", "does not hold", "cannot be told at this size", "not run"
 EVIDENCE = ("paper", "small")  # profiles, the largest first
@@ -232,7 +233,8 @@ def _faster(speeds: list[SpeedRecord], by: str | None) -> Claim | _Tested:
             continue
         pair = []
         for method in ("molora", "malora"):
-            ran = [r for r in record.rows if r["method"] == method and seconds(r) and by in (None, r["backend"])]
+            exact = [r for r in record.rows if r["method"] == method and r["backend"] not in INEXACT]
+            ran = [r for r in exact if seconds(r) and by in (None, r["backend"])]
             pair.append(min(ran, key=seconds, default=None))
         if None in pair:
             continue

@@ -33,6 +33,7 @@ from bench.report import published_parts
 from bench.rows import Row
 from bench.run import BASE
 from bench.speed_report import goal_table, latest, seconds, section
+from malora.backends import INEXACT
 from tasks import TASKS
 
 _RANGE = Markup('<span class="range" style="color: {}; --from: {:.1f}%; --at: {:.1f}%; --to: {:.1f}%"></span>')
@@ -230,7 +231,8 @@ def step_seconds(found: list[Row], speeds: list[SpeedRecord]) -> tuple[str, list
 
     def step(row: Row, record: SpeedRecord) -> float | None:
         adapter = row.method, _trainable(row)
-        same = [s for s in record.rows if ((s["method"] or BASE).removeprefix("peft-"), s["trainable"]) == adapter]
+        exact = [s for s in record.rows if s["backend"] not in INEXACT]
+        same = [s for s in exact if ((s["method"] or BASE).removeprefix("peft-"), s["trainable"]) == adapter]
         return min(filter(None, map(seconds, same)), default=None)
 
     scored = [row for row in found if row.records]

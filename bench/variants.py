@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 import malora
 from bench import UserError
 from bench.liger import LigerKernels, has_liger
-from malora.backends import WAIT_FOR_THE_HOST
+from malora.backends import INEXACT, WAIT_FOR_THE_HOST
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Variant:
 
     @property
     def needs_gpu(self) -> bool:
-        return self.run == "captured" or self.backend == "fused" or self.liger
+        return self.run == "captured" or self.backend in ("fused", "fp8") or self.liger
 
     @property
     def as_it_comes(self) -> bool:
@@ -99,8 +99,9 @@ CONFIGS: dict[str, Callable[..., PeftConfig]] = {
 }
 OURS = tuple(name for name in CONFIGS if not name.startswith("peft-"))
 ROUTED = tuple(name for name in OURS if CONFIGS[name]().has_router)
-# Without the oracle, and without sparse rivals, which MoLoRA alone is measured with. "auto" is one of the others.
-DEFAULT_BACKENDS = tuple(name for name in malora.BACKENDS if name not in ("auto", "reference", "sorted"))
+# Without the oracle, what is not exact, and sparse rivals, which MoLoRA alone is measured with. "auto" is one of the
+# others.
+DEFAULT_BACKENDS = tuple(name for name in malora.BACKENDS if name not in ("auto", "reference", "sorted", *INEXACT))
 MAIN = ("lora", "molora", "malora")  # they run in every way; the others in the way that trains them fastest
 RUNS = ("eager", "compiled", "captured")
 # With them a method's row can be read: they are measured whenever a method is asked for by its name.
@@ -126,6 +127,7 @@ def variants() -> dict[str, Variant]:
             if backend == "fused":  # with Liger's kernels around it, as bench.train has it
                 name = f"{method}-{backend}-liger"
                 rows += [Variant(_name(name, run), method, backend, run, liger=True) for run in ("eager", "captured")]
+    rows += [Variant(f"{m}-fp8-liger-captured", m, "fp8", "captured", liger=True) for m in ("lora", "malora")]
     rows += [Variant("molora-loop", "molora", "loop")]
     rows += [Variant(_name("molora-sorted", run), "molora", "sorted", run) for run in RUNS]
     return {row.name: row for row in rows}
@@ -243,7 +245,7 @@ class Subject:
             tensor.data = tensor.data.to("cpu")
         for module in self.model.modules():
             if isinstance(module, malora.MaloraLayer):
-                module.siblings.release()
+                module.siblings.release(frozen=True)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

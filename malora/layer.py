@@ -99,7 +99,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         active = [adapter for adapter in self.active_adapters if adapter in self.settings]
         device = self.base_layer.weight.device
         backends = {choose(self.settings[adapter], device) for adapter in active}
-        if self.disable_adapters or self.merged or "fused" not in backends:
+        if self.disable_adapters or self.merged or not backends & {"fused", "fp8"}:
             return None
         config = self.settings[active[0]]
         obstacle = None
@@ -113,8 +113,9 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
             obstacle = f"up={config.up!r}"
         elif not (has_triton() if device.type == "cuda" else interprets_triton()):
             obstacle = f"on {device.type}, with Triton {'' if has_triton() else 'not '}installed"
-        if obstacle and any(self.settings[adapter].backend == "fused" for adapter in active):
-            say_once(obstacle)
+        if obstacle:
+            for asked in {self.settings[adapter].backend for adapter in active} & {"fused", "fp8"}:
+                say_once(asked, obstacle, "dense")
         return None if obstacle else active[0]
 
     def delta(self, adapter: str, x: Tensor) -> Tensor:
@@ -151,7 +152,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
                 getattr(self, PREFIX + name)[adapter].requires_grad_(False)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self.siblings.release()
+        self.siblings.release(frozen=True)
         self.settings.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 

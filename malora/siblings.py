@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from malora.backends.fp8 import Frozen
     from malora.backends.fused import Stack
     from malora.layer import MaloraLayer
 
@@ -37,8 +38,8 @@ def interprets_triton() -> bool:
 
 
 @cache
-def say_once(reason: str) -> None:
-    logger.warning("backend 'fused' cannot compute %s; the dense backend does.", reason)
+def say_once(backend: str, reason: str, instead: str) -> None:
+    logger.warning("backend %r cannot compute %s; the %s backend does.", backend, reason, instead)
 
 
 @contextmanager
@@ -65,6 +66,7 @@ class Siblings:
     def __init__(self) -> None:
         self.layers: list[MaloraLayer] = []
         self._stacks: dict[str, Stack] = {}
+        self.frozen: dict[tuple[int, ...], Frozen] = {}  # of the fp8 backend, by the layers' ids
         self._forget()
 
     def _forget(self) -> None:
@@ -89,8 +91,13 @@ class Siblings:
         """Of active adapters, those that have run since the last `release`."""
         return [stack for stack in self._stacks.values() if stack.adapter in stack.layers[0].active_adapters]
 
-    def release(self) -> None:
-        """Drop what is kept of the layers' weights and settings; the next pass makes it again."""
+    def release(self, frozen: bool = False) -> None:
+        """Drop what is kept of the adapters' weights and settings, and of frozen weights; a next pass makes it again.
+
+        Frozen weights are many, and do not change: they are dropped only if asked for.
+        """
+        if frozen:
+            self.frozen.clear()
         self._stacks.clear()
         self._forget()
 

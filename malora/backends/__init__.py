@@ -58,12 +58,13 @@ from malora.backends.dispatch import dispatch  # noqa: E402
 from malora.backends.reference import reference  # noqa: E402
 from malora.backends.sorted import sorted_dispatch  # noqa: E402
 
-# "fused" computes whole layers, base and routers included (malora/siblings.py); the function here is what it does where
-# that cannot run. "auto" is one of the others: see `choose`.
+# "fused" computes whole layers, base and routers included (malora/siblings.py), and "fp8" does so with the base in 8
+# bits; the function here is what they do where that cannot run. "auto" is one of the others: see `choose`.
 BACKENDS: dict[str, Backend] = {
     "auto": dense,
     "dense": dense,
     "dispatch": dispatch,
+    "fp8": dense,
     "fused": dense,
     "reference": reference,
     "sorted": sorted_dispatch,
@@ -71,6 +72,9 @@ BACKENDS: dict[str, Backend] = {
 
 # They ask the device how many tokens an expert got, so they cannot be captured in a CUDA graph.
 WAIT_FOR_THE_HOST = frozenset({"dispatch"})
+
+# They round more than the others, so their results and speeds do not stand for their method's.
+INEXACT = frozenset({"fp8"})
 
 # What carrying a token to an expert and back costs, in ranks that it could be multiplied by meanwhile. A guess that
 # leaves the paper's sizes fused, until it is measured by `python -m bench.speed --variant molora --sweep experts`.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from malora.backends import kernels, masked
+from malora.backends import fp8, kernels, masked
 from malora.backends.kernels import GateShape
 from malora.routing import Routing
 
@@ -170,7 +170,8 @@ class _Experts(torch.autograd.Function):
         ctx: Any, x: Tensor, seed: Tensor | None, stack: Stack, narrow: Narrow, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         config, s, down = stack.config, stack.shape, narrow.down
-        weights = [layer.base_layer.weight.to(x.dtype) for layer in stack.layers]
+        frozen = fp8.frozen(stack.layers, ctx.needs_input_grad[0]) if config.backend == "fp8" else None
+        weights = [] if frozen else [layer.base_layer.weight.to(x.dtype) for layer in stack.layers]
         bits = None
         if seed is None:
             zl = torch.mm(x, down.T, out=masked.rows_of(x, len(down)))
@@ -185,13 +186,16 @@ class _Experts(torch.autograd.Function):
             h = stack.by_sibling(zl)
             probabilities, alpha = (), config.scaling
         ys = []
-        for layer, W, B, h_g in zip(stack.layers, weights, narrow.B, h, strict=True):
+        if frozen:  # its products cannot add to what is there
+            found = zip(frozen.outputs(x, stack.layers), h, narrow.B, strict=True)
+            ys = [y.addmm_(h_g, B, alpha=alpha) for y, h_g, B in found]
+        for layer, W, B, h_g in zip(stack.layers, weights, narrow.B, h, strict=not frozen):
             bias = layer.base_layer.bias
             start = x.new_empty(()) if bias is None else bias.to(x.dtype)
             # The base product comes second: adding to what is there is hidden behind its arithmetic.
             y = torch.addmm(start, h_g, B, beta=0 if bias is None else 1, alpha=alpha)
             ys.append(y.addmm_(x, W.T))
-        ctx.stack, ctx.alpha = stack, alpha
+        ctx.stack, ctx.alpha, ctx.frozen = stack, alpha, frozen
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, bits, zl, h if config.has_router else None, *narrow[:2], *narrow.B, *weights)
         return (*ys, *probabilities)
@@ -224,11 +228,12 @@ class _Experts(torch.autograd.Function):
 
         dx = None
         if ctx.needs_input_grad[0]:
-            if bits is None:
-                dx = dzl @ down
+            base = ctx.frozen.input_gradient(dys) if ctx.frozen else None
+            if bits is not None:
+                dx = masked.input_gradient(dzl, bits, down, s.logits_at, config.lora_dropout, base)
             else:
-                dx = masked.input_gradient(dzl, bits, down, s.logits_at, config.lora_dropout)
-            for dy, W in zip(dys, weights, strict=True):
+                dx = dzl @ down if base is None else base.addmm_(dzl, down)
+            for dy, W in zip(dys, weights, strict=not ctx.frozen):
                 dx.addmm_(dy, W)
 
         # What is not trained gets its weights for gradients, which are then left out.

@@ -109,6 +109,7 @@ def _down_kernel(
 def _input_gradient_kernel(
     dzl_ptr, bits_ptr, down_ptr, dx_ptr, T, n, W, zl_stride, SCALE: tl.constexpr, Z: tl.constexpr, L: tl.constexpr,
     PAD_Z: tl.constexpr, PAD_L: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    ADDS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -127,7 +128,10 @@ def _input_gradient_kernel(
         g = tl.load(down_ptr + (Z + l_rows)[:, None] * n + columns[None, :],
                     mask=(l_rows < L)[:, None] & column_inside, other=0.0)  # fmt: skip
         dx = tl.dot(dl, g, dx, input_precision="ieee", out_dtype=WIDE)
-    tl.store(dx_ptr + rows.to(tl.int64)[:, None] * n + columns[None, :], dx, mask=row_inside & column_inside)
+    dx_ptr += rows.to(tl.int64)[:, None] * n + columns[None, :]
+    if ADDS:
+        dx += tl.load(dx_ptr, mask=row_inside & column_inside)
+    tl.store(dx_ptr, dx, mask=row_inside & column_inside)
 
 
 @triton.jit
@@ -213,16 +217,18 @@ def down(x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float) -> Tensor:
     return zl if parts == 1 else zl.copy_(out[..., :columns].sum(0))
 
 
-def input_gradient(dzl: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float) -> Tensor:
-    """dropout(dz D) + dl G: [T, n] of dzl [T, Z + L]."""
+def input_gradient(dzl: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float, base: Tensor | None = None) -> Tensor:
+    """dropout(dz D) + dl G: [T, n] of dzl [T, Z + L]; added to `base`, contiguous, where there is one."""
     if _plainly(dzl, Z):
-        return dropout(dzl[:, :Z] @ weights[:Z], bits, p).addmm_(dzl[:, Z:], weights[Z:])
+        dx = dropout(dzl[:, :Z] @ weights[:Z], bits, p)
+        return (dx if base is None else base.add_(dx)).addmm_(dzl[:, Z:], weights[Z:])
     T, n = len(dzl), weights.shape[1]
-    dx = dzl.new_empty(T, n)
+    dx = dzl.new_empty(T, n) if base is None else base
     grid = (triton.cdiv(T, INPUT_GRADIENT["BLOCK_T"]), triton.cdiv(n, INPUT_GRADIENT["BLOCK_N"]))
     _input_gradient_kernel[grid](
-        dzl, bits, weights, dx, T, n, bits.shape[1], dzl.stride(0), **_sizes(weights, Z, p), **INPUT_GRADIENT
-    )
+        dzl, bits, weights, dx, T, n, bits.shape[1], dzl.stride(0), ADDS=base is not None,
+        **_sizes(weights, Z, p), **INPUT_GRADIENT,
+    )  # fmt: skip
     return dx
 
 

@@ -48,7 +48,7 @@ def runs():
 
 
 def speed(**seconds):
-    unknown = dict.fromkeys(("reason", "peak_bytes", "kernels", "launches", "synchronisations"))
+    unknown = dict.fromkeys(("backend", "reason", "peak_bytes", "kernels", "launches", "synchronisations"))
     rows = [
         {"name": name, "method": method, "status": "ok", "trainable": 1234, "seconds": {"step": [step] * 3}, **unknown}
         for name, (method, step) in seconds.items()

@@ -209,6 +209,7 @@ def test_names_stand_for_rows():
     assert "malora-dense-compiled" not in [v.name for v in choose(["malora"], "decode", torch.device("cuda"))]
     assert {v.run for v in choose(["all"], "train", CPU)} == {"eager"}
     assert [v.name for v in choose(["floor-compiled"], "train", CPU)] == ["floor-compiled"]
+    assert [name for name in variants() if "fp8" in name] == ["lora-fp8-liger-captured", "malora-fp8-liger-captured"]
 
 
 @pytest.mark.parametrize(
@@ -256,9 +257,10 @@ def test_it_needs_nothing_of_the_harness_that_scores():
     assert subprocess.run([sys.executable, "-c", code], cwd=record.ROOT, timeout=120).returncode == 0
 
 
-def row(name, step, peak=10.0, method=None, waits=0) -> dict:
+def row(name, step, peak=10.0, method=None, waits=0, backend=None) -> dict:
     return {
-        "name": name, "status": "ok", "reason": None, "method": method, "batch": 4, "trainable": 5,
+        "name": name, "status": "ok", "reason": None, "method": method, "backend": backend, "batch": 4,
+        "trainable": 5,
         "seconds": {"step": [step, step, 2 * step]}, "peak_bytes": {"allocated": peak, "reserved": peak},
         "kernels": 7, "launches": 7, "synchronisations": waits,
         "where": [[f"slow_kernel_of_{name}", 3, 0.75 * step], ["fast_kernel", 4, 0.125 * step]],
@@ -273,6 +275,7 @@ def make_speed(shape="llama2-7b", mode="train", rows=None, **options) -> SpeedRe
     rows = rows or [
         row("floor", 1.2), row("floor-compiled", 1.0), row("peft-lora", 2.0), row("lora-plain-compiled", 1.25),
         row("malora-dense", 4.0, 99.0, "malora", 3), row("malora-dense-compiled", 1.0625, 8.0, "malora"),
+        row("malora-fp8-liger-captured", 0.5, method="malora", backend="fp8"),  # too inexact to stand for MALoRA
         row("molora-dense-compiled", 1.125, method="molora"), row("lora-dense-compiled", 1.0, method="lora"),
         row("molora-loop", 17.0), row("molora-sorted", 1.5), row("molora-sorted-compiled", 1.275),
     ]  # fmt: skip
