@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import StaticCache
 
+from bench.graph import capture
 from bench.step import can_capture, label_positions_only
 
 CHECK_EVERY = 16
@@ -92,7 +93,7 @@ class _Decoder:
         """Read the prompts and write the first token."""
         self._read(prompts)
         if self.graph is None and can_capture(self.model) and self.shape[2] > 1:
-            self._capture()
+            self.graph = capture(self._advance, passes=1)
             self._read(prompts)  # capturing has moved the state on
 
     def step(self) -> None:
@@ -137,13 +138,3 @@ class _Decoder:
             return self.model(
                 input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=self.cache, use_cache=True
             ).logits
-
-    def _capture(self) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries set themselves up in a first pass, which a graph cannot hold
-            self._advance()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self._advance()

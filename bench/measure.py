@@ -17,6 +17,7 @@ from torch.autograd import DeviceType
 from transformers import PreTrainedModel, StaticCache
 
 import malora
+from bench.graph import add_up, capture
 from bench.step import no_attention_mask
 from bench.train import Stopwatch
 from bench.variants import Subject
@@ -59,25 +60,34 @@ class TrainStep:
         self.captured = subject.variant.run == "captured"
         if self.captured:
             self.static_ids = self.ids[0].clone()
-            for parameter in self.parameters:
-                parameter.grad = torch.zeros_like(parameter)  # the graph adds into these
-            self.graph = capture(lambda: self._forward(self.static_ids).backward())
+            self.graph = capture(self._gradients_of_static_ids)
+            self.gradients = [parameter.grad for parameter in self.parameters]
 
     def __call__(self, done: Done) -> None:
+        sums = None
         for ids in self.ids:
             if self.captured:
                 self.static_ids.copy_(ids)
                 self.graph.replay()
+                sums = add_up(sums, self.gradients, alone=len(self.ids) == 1)
                 done("forward_backward")
                 continue
             loss = self._forward(ids)
             done("forward")
             loss.backward()
             done("backward")
+        if self.captured:
+            for parameter, gradient in zip(self.parameters, sums, strict=True):
+                parameter.grad = gradient
         if self.optimizer is not None:
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=not self.captured)
+            self.optimizer.zero_grad()
         done("optimizer")
+
+    def _gradients_of_static_ids(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None  # new ones, in the graph's memory
+        self._forward(self.static_ids).backward()
 
     def _forward(self, ids: Tensor) -> Tensor:
         with self.subject.precision(), no_attention_mask(self.subject.model):
@@ -155,26 +165,6 @@ STEPS: dict[str, Callable[[Subject, Work, int], Callable[[Done], Any]]] = {
     "prefill": PrefillStep,
     "decode": DecodeStep,
 }
-
-
-def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """The call as a CUDA graph. Compilers and libraries set themselves up in the passes before it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            run()
-    except Exception:
-        # The device's generator would take itself to be captured for ever, and every later row would fail.
-        fresh = torch.Generator("cuda").graphsafe_get_state()
-        torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh)
-        raise
-    return graph
 
 
 def time_steps(step: Callable[[Done], Any], samples: int, device: torch.device) -> list[dict[str, float]]:

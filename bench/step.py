@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import malora
 from bench.data import Batch
+from bench.graph import add_up, capture
 from malora.backends import WAIT_FOR_THE_HOST
 from malora.routing import Routing
 
@@ -147,11 +148,7 @@ class GraphedStep:
         for part, step in zip(parts, captured, strict=True):
             step.replay(part)
             losses.append(torch.stack(step.losses))
-            if gradients is None:
-                # The next replay of the same graph writes where these stand.
-                gradients = step.gradients if len(parts) == 1 else [gradient.clone() for gradient in step.gradients]
-            else:
-                torch._foreach_add_(gradients, step.gradients)
+            gradients = add_up(gradients, step.gradients, alone=len(parts) == 1)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         for layer, routings in zip(self.routed_layers, captured[-1].routings, strict=True):
@@ -167,21 +164,17 @@ class GraphedStep:
 
     def _capture(self, batch: Batch) -> _Captured:
         inputs = Batch(*(tensor.clone() for tensor in vars(batch).values()))
-        # Compilers and libraries set themselves up in the first passes of a shape, which a graph cannot hold.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(1 if self.captured else 2):
-                self.eager.part(inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.empty_cache()  # what the first passes used is another stream's, and would stay so
-        for parameter in self.parameters:
-            parameter.grad = None  # so that the backward pass makes gradients of its own, in the graph's memory
-        graph = torch.cuda.CUDAGraph()
+        losses = None
+
+        def run() -> None:
+            nonlocal losses
+            for parameter in self.parameters:
+                parameter.grad = None  # new ones, in the graph's memory
+            losses = self.eager.part(inputs)
+
         # Replays follow each other, so graphs share one pool of memory; what a graph gives back stays its own.
         pool = next(iter(self.captured.values())).graph.pool() if self.captured else None
-        with torch.cuda.graph(graph, pool=pool):
-            losses = self.eager.part(inputs)
+        graph = capture(run, passes=1 if self.captured else 2, pool=pool)
         gradients = [parameter.grad for parameter in self.parameters]
         routings = [
             {adapter: routing._replace(probability=routing.probability.detach()) for adapter, routing in kept.items()}

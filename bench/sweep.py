@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 import malora
-from bench.measure import Done, Work, capture
+from bench.graph import capture
+from bench.measure import Done, Work
 from bench.rounds import Step
 from bench.variants import CONFIGS, DEFAULT_BACKENDS, Variant
 from malora.backends import WAIT_FOR_THE_HOST

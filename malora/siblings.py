@@ -66,6 +66,7 @@ class Siblings:
     def __init__(self) -> None:
         self.layers: list[MaloraLayer] = []
         self._stacks: dict[str, Stack] = {}
+        self.tables: dict[tuple, Tensor] = {}  # of `malora.backends.copies`
         self.frozen: dict[tuple[int, ...], Frozen] = {}  # of the fp8 backend, by the layers' ids
         self._forget()
 

@@ -11,6 +11,7 @@ Shapes: T tokens, n in, m out, G siblings, N experts, r rank, H = N·r, R rows o
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,11 +19,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from malora.backends import fp8, kernels, masked
+from malora.backends.copies import copy_all
 from malora.backends.kernels import GateShape
 from malora.routing import Routing
 
 if TYPE_CHECKING:
     from malora.layer import MaloraLayer
+
+
+ROW = 64  # elements: every weight of a flat copy begins at a multiple, for aligned reads
 
 
 class Narrow(NamedTuple):
@@ -104,14 +109,27 @@ class Stack:
         """A layer that did not run leaves its copies; weights may have changed when it does."""
         self._ahead = None
 
-    def empty(self) -> tuple[Narrow, list[Tensor]]:
-        """Room for copies in the form of the last pass, and the views of it that are each parameter's."""
+    @property
+    def room(self) -> int:
+        """Elements that copies of its weights take."""
+        return sum(ROW * -(-math.prod(shape) // ROW) for shape in self._shapes)
+
+    @property
+    def _shapes(self) -> list[tuple[int, ...]]:
+        """Of what is in `Narrow`, in its order; without P where there is none."""
         s, G = self.shape, len(self.layers)
-        like = torch.empty(0, dtype=self._form[0], device=self._form[1])
-        P = self.new(like, G, s.N, s.r, self.D8) if s.has_p else None
-        down = self.new(like, G * (s.z_group + s.l_group), self.layers[0].in_features)
-        narrow = Narrow(down, P, [self.new(like, self.H8, layer.out_features) for layer in self.layers])
-        return narrow, [view for g in range(G) for view in self.parts(down, P, narrow.B[g], g)]
+        shapes = [(G * (s.z_group + s.l_group), self.layers[0].in_features)]
+        shapes += [(G, s.N, s.r, self.D8)] * s.has_p
+        return shapes + [(self.H8, layer.out_features) for layer in self.layers]
+
+    def lay_out(self, flat: Tensor) -> tuple[Narrow, list[Tensor]]:
+        """Room [room] as the weights of a pass, and the views of it that are each parameter's."""
+        found, start = [], 0
+        for shape in self._shapes:
+            found.append(flat[start : start + math.prod(shape)].view(shape))
+            start += ROW * -(-math.prod(shape) // ROW)
+        down, P, Bs = found[0], found[1] if self.shape.has_p else None, found[-len(self.layers) :]
+        return Narrow(down, P, Bs), [view for g, B in enumerate(Bs) for view in self.parts(down, P, B, g)]
 
     def new(self, like: Tensor, *shape: int) -> Tensor:
         """For a kernel that writes what is not padding."""
@@ -126,8 +144,7 @@ class Stack:
         s, z = self.shape, self.by_sibling(zl)
         wide = torch.promote_types(z.dtype, torch.float32)
         if not s.z_step:
-            dP = torch.stack([masked.summed(e_g, z_g) for e_g, z_g in zip(e, z, strict=True)])
-            return dP[:, : s.N * s.r].unflatten(1, (s.N, s.r))
+            return masked.summed(e, z)[:, : s.N * s.r].unflatten(1, (s.N, s.r))
         e = e[..., : s.N * s.r].unflatten(2, (s.N, s.r))
         z = z[..., : s.N * s.D].unflatten(2, (s.N, s.D))
         return torch.einsum("gtnr,gtnd->gnrd", e, z).to(wide)
@@ -147,18 +164,21 @@ class Stack:
 
 @torch.no_grad()
 def copy_ahead(stacks: list[Stack]) -> None:
-    """Copies the weights of all stacks that have run before, for the next pass of each: one launch, however many.
-
-    A stack's own few tensors do not fill a GPU.
-    """
-    stacks = [stack for stack in stacks if stack._form is not None]
-    views, weights = [], []
+    """Copies the weights of stacks that have run before, for the next pass of each; all that are of a kind at once."""
+    by_form: dict[tuple, list[Stack]] = {}
     for stack in stacks:
-        stack._ahead, mine = stack.empty()
-        views += mine
-        weights += [p.detach() for layer in stack.layers for p in stack._parameters(layer)]
-    if views:
-        torch._foreach_copy_(views, weights)
+        if stack._form is not None:
+            by_form.setdefault(stack._form, []).append(stack)
+    for (dtype, device), alike in by_form.items():
+        rooms = [stack.room for stack in alike]
+        make = torch.zeros if any(stack.is_padded for stack in alike) else torch.empty
+        flat = make(sum(rooms), dtype=dtype, device=device)
+        weights, views = [], []
+        for stack, part in zip(alike, flat.split(rooms), strict=True):
+            stack._ahead, mine = stack.lay_out(part)
+            views += mine
+            weights += [p.detach() for layer in stack.layers for p in stack._parameters(layer)]
+        copy_all(weights, views, flat, alike[0].layers[0].siblings.tables)
 
 
 class _Experts(torch.autograd.Function):

@@ -174,6 +174,7 @@ DOWN = {"BLOCK_T": 64, "BLOCK_N": 64, "num_stages": 3}
 INPUT_GRADIENT = {"BLOCK_T": 64, "BLOCK_N": 128, "num_stages": 1}
 WEIGHT_GRADIENT = {"BLOCK_T": 64, "BLOCK_N": 64, "num_stages": 3}
 PROGRAMS = 264  # two for each multiprocessor of an H100
+LEAST_BLOCKS = 16  # of columns in a part of a sum, since adding parts up takes two more kernels
 MOST_ROWS = 256  # of down sides; the sums of a block of tokens stay in registers
 
 
@@ -188,7 +189,7 @@ def _parts(blocks: int, others: int) -> int:
 
     The parts are added up in a fixed order, and few different numbers mean few compilations.
     """
-    return min(2 ** max(0, round(math.log2(PROGRAMS / blocks))), triton.next_power_of_2(others))
+    return min(2 ** max(0, round(math.log2(PROGRAMS / blocks))), triton.next_power_of_2(max(1, others)))
 
 
 def dropout(x: Tensor, bits: Tensor, p: float) -> Tensor:
@@ -208,7 +209,7 @@ def down(x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float) -> Tensor:
         torch.mm(x, weights[Z:].T, out=zl[:, Z:])
         return zl
     blocks, blocks_n = triton.cdiv(T, DOWN["BLOCK_T"]), triton.cdiv(n, DOWN["BLOCK_N"])
-    n_each = triton.cdiv(blocks_n, _parts(blocks, blocks_n)) * DOWN["BLOCK_N"]
+    n_each = triton.cdiv(blocks_n, _parts(blocks, blocks_n // LEAST_BLOCKS)) * DOWN["BLOCK_N"]
     parts = triton.cdiv(n, n_each)
     out = zl if parts == 1 else zl.new_empty(parts, T, zl.stride(0), dtype=torch.promote_types(x.dtype, torch.float32))
     _down_kernel[(blocks, parts)](
@@ -248,10 +249,11 @@ def weight_gradient(dzl: Tensor, x: Tensor, bits: Tensor, Z: int, p: float) -> T
 
 
 def summed(left: Tensor, right: Tensor) -> Tensor:
-    """leftᵀ right of [T, a] and [T, b], summed and kept in float32 or wider."""
+    """leftᵀ right of [..., T, a] and [..., T, b], summed and kept in float32 or wider."""
     if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(left.T, right, out_dtype=torch.float32)
-    return (left.T @ right).to(torch.promote_types(left.dtype, torch.float32))
+        multiply = torch.mm if left.dim() == 2 else torch.bmm
+        return multiply(left.mT, right, out_dtype=torch.float32)
+    return (left.mT @ right).to(torch.promote_types(left.dtype, torch.float32))
 
 
 def rows_of(x: Tensor, columns: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from bench import record, rounds, speed, speed_report
 from bench import variants as bench_variants
 from bench.__main__ import main
-from bench.measure import DecodeStep, Work, backbone_flops
+from bench.measure import DecodeStep, TrainStep, Work, backbone_flops
 from bench.record import SpeedRecord
 from bench.rivals import registered
 from bench.variants import DEFAULT_BACKENDS, SHAPES, Subject, Variant, backbone, choose, variants
@@ -189,6 +189,37 @@ def test_decoding_over_a_static_cache_makes_the_tokens_of_generate():
     step = DecodeStep(subject, work, 2)
     for _ in range(2):  # a second generation starts anew
         assert torch.equal(step(lambda part: None), expected) and expected.shape == (2, 6)
+
+
+class FakeGraph:
+    """What is replayed writes its gradients where those of the capture stand."""
+
+    def __init__(self, run):
+        run()
+        self.run, self.parameters = run, run.__self__.parameters
+        self.static = [p.grad for p in self.parameters]
+
+    def replay(self):
+        self.run()
+        for static, p in zip(self.static, self.parameters, strict=True):
+            static.copy_(p.grad)
+
+
+@pytest.mark.parametrize("tokens", [8, 24])
+def test_a_captured_step_trains_on_all_micro_batches(tokens, monkeypatch):
+    monkeypatch.setattr("bench.measure.capture", FakeGraph)
+    work = Work("train", batch=2, length=4, tokens=tokens, dropout=0.0, vocab_size=512)
+    eager = Variant("malora-dense", "malora", "dense")
+    trained = []
+    for run in ("eager", "captured"):
+        subject = Subject(eager, backbone(TOY, 1, CPU), "train", 0.0)
+        subject.variant = replace(eager, run=run)
+        step = TrainStep(subject, work, 2)
+        for _ in range(2):
+            step(lambda part: None)
+        trained.append([p.detach() for p in step.parameters])
+    for plain, replayed in zip(*trained, strict=True):
+        torch.testing.assert_close(plain, replayed)
 
 
 def test_the_backbone_s_operations():

@@ -16,9 +16,11 @@ def kept(bits: torch.Tensor, n: int) -> torch.Tensor:
     return ((bits[:, :, None] >> torch.arange(32, device=bits.device)) & 1).flatten(1)[:, :n].bool()
 
 
-@pytest.mark.parametrize("p", [0.05, 0.5])
+@pytest.mark.parametrize("p, least_blocks", [(0.05, 1), (0.05, 16), (0.5, 16)])
 @pytest.mark.parametrize("T, n, Z, L", ODD + USED if ON_GPU else ODD)
-def test_products_equal_those_of_masked_tensors(T, n, Z, L, p):
+def test_products_equal_those_of_masked_tensors(T, n, Z, L, p, least_blocks, monkeypatch):
+    """With sums in parts and in one."""
+    monkeypatch.setattr(masked, "LEAST_BLOCKS", least_blocks)
     torch.manual_seed(0)
     x, weights = (torch.randn(rows, n, device=DEVICE).to(DTYPE) for rows in (T, Z + L))
     dzl = masked.rows_of(x, Z + L).copy_(torch.randn(T, Z + L))

@@ -1,0 +1,45 @@
+"""Work as CUDA graphs: what thousands of small kernels do, launched at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def capture(run: Callable[[], Any], passes: int = 2, pool: Any = None) -> torch.cuda.CUDAGraph:
+    """The call as a graph. Compilers and libraries set themselves up in `passes` before it, which a graph cannot hold.
+
+    Graphs of one `pool` share memory: what one of them leaves is good until another is replayed.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(passes):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.empty_cache()  # what those passes used is another stream's, and would stay so
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            run()
+    except Exception:
+        # The device's generator would take itself to be captured for ever, and no later work could use it.
+        fresh = torch.Generator("cuda").graphsafe_get_state()
+        torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh)
+        raise
+    return graph
+
+
+def add_up(sums: list[Tensor] | None, replayed: list[Tensor], alone: bool) -> list[Tensor]:
+    """The gradients of a part of a batch added to those of the parts before it.
+
+    They are copied first, unless the part is `alone`: the next replay writes where they stand.
+    """
+    if sums is None:
+        return replayed if alone else [gradient.clone() for gradient in replayed]
+    if sums:
+        torch._foreach_add_(sums, replayed)
+    return sums
