@@ -57,7 +57,8 @@ def look_inside(
 
 
 def _similarity(one: Experts, other: Experts | None = None) -> dict[str, dict[str, Any]]:
-    return {s: means(similarities(one, other, statistic=s)) for s in ("mean", "mean_square")}
+    records = similarities(one, other)
+    return {statistic: means(records, statistic) for statistic in ("mean", "mean_square")}
 
 
 def _spectra(now: Experts) -> dict[str, dict[str, Any]]:

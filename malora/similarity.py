@@ -27,14 +27,27 @@ _DRAWS = 4000  # over the rank, whose draw is a mean of as many: a standard erro
 
 
 class Similarity(NamedTuple):
-    """Expert i of a model, and j of the same or of another. No value where one is zero, as an untrained B is."""
+    """Expert i of a model, and j of the same or of another.
+
+    A statistic of their correlations is "mean", or "mean_square" (Kornblith et al.'s R²_CCA); it is None where one of
+    them is zero, as an untrained B is.
+    """
 
     module: str
     side: str
     i: int
     j: int
-    value: float | None
-    chance: float | None  # for random matrices of these ranks, where these experts can lie
+    correlations: list[float]  # canonical, descending; none where one is zero
+    ranks: tuple[int, int]
+    dimensions: int  # in which these experts can lie
+
+    def value(self, statistic: str = "mean") -> float | None:
+        _check_statistic(statistic)
+        return float(np.mean(np.power(self.correlations, _POWERS[statistic]))) if self.correlations else None
+
+    def chance(self, statistic: str = "mean") -> float | None:
+        """The value to be expected of random matrices of these ranks."""
+        return chance_level(*self.ranks, self.dimensions, statistic) if self.correlations else None
 
 
 class Spectrum(NamedTuple):
@@ -91,8 +104,7 @@ def chance_level(p: int, q: int, n: int, statistic: str = "mean") -> float:
     Raises:
         ValueError: a rank that does not fit in n, or an unknown statistic.
     """
-    if statistic not in _POWERS:
-        raise ValueError(f"statistic={statistic!r} is unknown; choose one of {', '.join(map(repr, _POWERS))}.")
+    _check_statistic(statistic)
     if not 1 <= min(p, q) <= max(p, q) <= n:
         raise ValueError(f"ranks p={p} and q={q} must be from 1 to n={n}, the dimensions that hold them.")
     if statistic == "mean_square":
@@ -106,16 +118,20 @@ def chance_level(p: int, q: int, n: int, statistic: str = "mean") -> float:
     return float(np.linalg.svd(basis[:, :q], compute_uv=False).mean())
 
 
+def _check_statistic(statistic: str) -> None:
+    if statistic not in _POWERS:
+        raise ValueError(f"statistic={statistic!r} is unknown; choose one of {', '.join(map(repr, _POWERS))}.")
+
+
 def similarities(
     model: nn.Module | Experts, other: nn.Module | Experts | None = None, adapter: str = "default", *,
-    statistic: str = "mean", centred: bool = False,
+    centred: bool = False,
 ) -> list[Similarity]:  # fmt: skip
     """Every two experts i < j of each module, or every i with every j of the same module of another model (Figure 2).
 
     Experts over a shared S lie in its row space whatever they learn, so within a model their chance level is that of d
     dimensions. Equation 9 starts them above it, as every P_t leans to the same rows of S, and models of one seed start
-    with the same A: compare with the start. `statistic` is of a pair's `canonical_correlations`: "mean", or
-    "mean_square" (Kornblith et al.'s R²_CCA).
+    with the same A: compare with the start.
 
     Raises:
         ValueError: no such adapter, one expert and no other model, or models that adapt different modules or sizes.
@@ -126,21 +142,18 @@ def similarities(
             n = shared if shared and other is None else one.shape[-1] - centred
             bases, more = ([*enumerate(_row_basis(X, centred) for X in stacked)] for stacked in (one, another))
             for (i, X), (j, Y) in combinations(bases, 2) if other is None else product(bases, more):
-                value = chance = None
-                if len(X) and len(Y):
-                    chance = chance_level(len(X), len(Y), n, statistic)
-                    value = (torch.linalg.svdvals(X @ Y.T) ** _POWERS[statistic]).mean().item()
-                records.append(Similarity(module, side, i, j, value, chance))
+                correlations = torch.linalg.svdvals(X @ Y.T).tolist()
+                records.append(Similarity(module, side, i, j, correlations, (len(X), len(Y)), n))
     if not records:
         raise ValueError(f"adapter {adapter!r} has one expert a module; give another model to compare it with.")
     return records
 
 
-def means(records: list[Similarity]) -> dict[str, tuple[float, float] | None]:
+def means(records: list[Similarity], statistic: str = "mean") -> dict[str, tuple[float, float] | None]:
     """Value and chance level by side, means over modules and pairs: the bars of Figure 2, and the floor under each."""
     by_side: dict[str, list] = {record.side: [] for record in records}
-    for record in (record for record in records if record.value is not None):
-        by_side[record.side].append((record.value, record.chance))
+    for record in (record for record in records if record.correlations):
+        by_side[record.side].append((record.value(statistic), record.chance(statistic)))
     return {side: tuple(np.mean(rows, axis=0).tolist()) if rows else None for side, rows in by_side.items()}
 
 
