@@ -243,7 +243,7 @@ class Goal:
 def goals(records: list[SpeedRecord]) -> list[Goal]:
     """The goals, from the last record of each kind that measured MALoRA beside what a goal compares it with.
 
-    MALoRA is the fastest of its rows, and all figures of one record are of that row.
+    MALoRA is its fastest exact row, and all figures of one record are of that row.
     """
     large = _last(records, "llama2-7b", "train")
     small = _last(records, "smollm2-135m", "train", batch=16, length=128)
@@ -309,7 +309,7 @@ def goal_table(records: list[SpeedRecord]) -> str:
     table = tabulate(body, ["figure", "goal", "measured", "reached"], tablefmt="pipe", disable_numparse=True)
     sources = [r for r in (_last(records, "llama2-7b", "train"), _last(records, "smollm2-135m", "train")) if r]
     rows = "; ".join(f"{r.shape}: `{_mine(r)['name']}` on {r.provenance['device']}, record `{r.id}`" for r in sources)
-    return f"{table}\n\nMALoRA is the fastest of its rows. {rows}.".rstrip()
+    return f"{table}\n\nMALoRA is its fastest exact row. {rows}.".rstrip()
 
 
 def fill_readme(readme: str, records: list[SpeedRecord]) -> str:
