@@ -205,16 +205,12 @@ class _Experts(torch.autograd.Function):
         else:
             h = stack.by_sibling(zl)
             probabilities, alpha = (), config.scaling
-        ys = []
         if frozen:  # its products cannot add to what is there
-            found = zip(frozen.outputs(x, stack.layers), h, narrow.B, strict=True)
-            ys = [y.addmm_(h_g, B, alpha=alpha) for y, h_g, B in found]
-        for layer, W, B, h_g in zip(stack.layers, weights, narrow.B, h, strict=not frozen):
-            bias = layer.base_layer.bias
-            start = x.new_empty(()) if bias is None else bias.to(x.dtype)
-            # The base product comes second: adding to what is there is hidden behind its arithmetic.
-            y = torch.addmm(start, h_g, B, beta=0 if bias is None else 1, alpha=alpha)
-            ys.append(y.addmm_(x, W.T))
+            bases = frozen.outputs(x, stack.layers)
+            ys = [y.addmm_(h_g, B, alpha=alpha) for y, h_g, B in zip(bases, h, narrow.B, strict=True)]
+        else:
+            of_each = zip(stack.layers, weights, h, narrow.B, strict=True)
+            ys = [_output(x, W, layer.base_layer.bias, h_g, B, alpha) for layer, W, h_g, B in of_each]
         ctx.stack, ctx.alpha, ctx.frozen = stack, alpha, frozen
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, bits, zl, h if config.has_router else None, *narrow[:2], *narrow.B, *weights)
@@ -253,8 +249,9 @@ class _Experts(torch.autograd.Function):
                 dx = masked.input_gradient(dzl, bits, down, s.logits_at, config.lora_dropout, base)
             else:
                 dx = dzl @ down if base is None else base.addmm_(dzl, down)
-            for dy, W in zip(dys, weights, strict=not ctx.frozen):
-                dx.addmm_(dy, W)
+            if not ctx.frozen:
+                for dy, W in zip(dys, weights, strict=True):
+                    dx.addmm_(dy, W)
 
         # What is not trained gets its weights for gradients, which are then left out.
         ddown, dP, dBs = down, P, Bs
@@ -272,6 +269,13 @@ class _Experts(torch.autograd.Function):
         found = [part for g in range(G) for part in stack.parts(ddown, dP, dBs[g], g)]
         wanted = zip(found, ctx.needs_input_grad[4:], strict=True)
         return dx, None, None, None, *(gradient if needed else None for gradient, needed in wanted)
+
+
+def _output(x: Tensor, W: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, alpha: float) -> Tensor:
+    """x Wᵀ + bias + alpha · h B: [T, m]. The base product comes second: adding to what is there hides behind it."""
+    start = x.new_empty(()) if bias is None else bias.to(x.dtype)
+    y = torch.addmm(start, h, B, beta=0 if bias is None else 1, alpha=alpha)
+    return y.addmm_(x, W.T)
 
 
 def _stacked(gradients: tuple[Tensor | None, ...], x: Tensor, N: int) -> Tensor:
