@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from multiprocessing import parent_process
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from peft.helpers import disable_input_dtype_casting
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import get_linear_schedule_with_warmup
@@ -150,7 +153,8 @@ def train(
     start, tokens_before = time.perf_counter(), log.tokens
     # One bar on a terminal (None: only there); workers beside each other would tear one another's.
     hidden = True if parent_process() or not accelerator.is_main_process else None
-    with tqdm(total=last, initial=log.steps, unit="step", desc=config.id, disable=hidden, leave=False) as bar:
+    bar = tqdm(total=last, initial=log.steps, unit="step", desc=config.id, disable=hidden, leave=False)
+    with bar, narrow_inputs(model, accelerator.device):
         while log.steps < last:
             watch.start()
             chosen = batches[log.steps][accelerator.process_index :: accelerator.num_processes]
@@ -187,6 +191,14 @@ def train(
         log.peak_bytes = torch.cuda.max_memory_allocated()
     accelerator.wait_for_everyone()
     return log
+
+
+def narrow_inputs(model: nn.Module, device: torch.device) -> AbstractContextManager:
+    """Inside it PEFT's LoRA reads inputs as they come, on a GPU: PEFT would widen them to the adapter's float32, and
+    autocast narrow them again. DoRA takes the norms of its weights in the dtype of its inputs, so it is left alone."""
+    loras = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    plain = device.type == "cuda" and not any(module.lora_variant for module in loras)
+    return disable_input_dtype_casting(model, active=plain and bool(loras))
 
 
 def _router_summary(model: nn.Module, mask: Tensor) -> dict[str, float]:

@@ -41,6 +41,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
             setattr(self, attribute, nn.ParameterDict())
         self.malora_dropout = nn.ModuleDict()
         self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True  # what peft.helpers.disable_input_dtype_casting switches
 
     def update_layer(self, adapter: str, config: MaloraConfig) -> None:
         """Add an adapter: create its tensors and start them as the paper does."""

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import bench.run
@@ -16,6 +17,7 @@ from bench.data import Encoded, collate
 from bench.liger import LigerKernels
 from bench.run import BASE, configure, run
 from bench.step import EagerStep, GraphedStep
+from bench.train import narrow_inputs
 from tests.bench.conftest import make_setting
 from tests.conftest import SHAPES, make_model
 
@@ -188,6 +190,28 @@ def test_seeds_change_the_run_and_the_same_seed_repeats_it(base_folder, tmp_path
         return run(configure(setting, "malora", seed), setting).train["curve"]
 
     assert curve("a", 0) == curve("b", 0) != curve("c", 1)
+
+
+@pytest.mark.parametrize("method, active", [("lora", True), ("dora", False), ("malora", False)])
+def test_lora_reads_inputs_as_they_come_and_computes_the_same(method, active, ids):
+    """Under bfloat16 autocast, to the bit; it is entered as if for a GPU."""
+
+    def computed(device: str):
+        model = get_peft_model(make_model().bfloat16(), malora.METHODS[method](lora_dropout=0.0)).train()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_B" in name:
+                    p.normal_(generator=torch.Generator().manual_seed(0))
+        with narrow_inputs(model, torch.device(device)), torch.autocast("cpu", torch.bfloat16):
+            layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+            reads = [layer.cast_input_dtype_enabled for layer in layers]
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return reads, [loss, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+    (_, expected), (reads, got) = computed("cpu"), computed("cuda")
+    assert all(enabled is not active for enabled in reads)
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
