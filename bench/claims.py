@@ -28,10 +28,9 @@ from bench.paper import paper
 from bench.profiles import PROFILES
 from bench.record import Record, SpeedRecord
 from bench.rows import Row, comparable, difference, entries_of, rows, tuned_rates
-from bench.speed_report import seconds
+from bench.speed_report import exact_rows, seconds
 from bench.stats import LEVEL, Difference, compare, holm
 from bench.variants import SHAPES, backbone
-from malora.backends import INEXACT
 
 HOLDS, FAILS, UNDECIDED, NOT_RUN = "holds", "does not hold", "cannot be told at this size", "not run"
 EVIDENCE = ("paper", "small")  # profiles, the largest first
@@ -233,8 +232,8 @@ def _faster(speeds: list[SpeedRecord], by: str | None) -> Claim | _Tested:
             continue
         pair = []
         for method in ("molora", "malora"):
-            exact = [r for r in record.rows if r["method"] == method and r["backend"] not in INEXACT]
-            ran = [r for r in exact if seconds(r) and by in (None, r["backend"])]
+            mine = [r for r in exact_rows(record) if r["method"] == method]
+            ran = [r for r in mine if seconds(r) and by in (None, r["backend"])]
             pair.append(min(ran, key=seconds, default=None))
         if None in pair:
             continue

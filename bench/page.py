@@ -32,8 +32,7 @@ from bench.record import Record, SpeedRecord
 from bench.report import published_parts
 from bench.rows import Row
 from bench.run import BASE
-from bench.speed_report import goal_table, latest, seconds, section
-from malora.backends import INEXACT
+from bench.speed_report import exact_rows, goal_table, latest, seconds, section
 from tasks import TASKS
 
 _RANGE = Markup('<span class="range" style="color: {}; --from: {:.1f}%; --at: {:.1f}%; --to: {:.1f}%"></span>')
@@ -231,8 +230,8 @@ def step_seconds(found: list[Row], speeds: list[SpeedRecord]) -> tuple[str, list
 
     def step(row: Row, record: SpeedRecord) -> float | None:
         adapter = row.method, _trainable(row)
-        exact = [s for s in record.rows if s["backend"] not in INEXACT]
-        same = [s for s in exact if ((s["method"] or BASE).removeprefix("peft-"), s["trainable"]) == adapter]
+        rows = exact_rows(record)
+        same = [s for s in rows if ((s["method"] or BASE).removeprefix("peft-"), s["trainable"]) == adapter]
         return min(filter(None, map(seconds, same)), default=None)
 
     scored = [row for row in found if row.records]

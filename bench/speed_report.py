@@ -46,9 +46,14 @@ def _named(record: SpeedRecord, name: str) -> Row | None:
     return next((row for row in record.rows if row["name"] == name), None)
 
 
+def exact_rows(record: SpeedRecord) -> list[Row]:
+    """Those that compute what their method says, within rounding."""
+    return [row for row in record.rows if row["backend"] not in INEXACT]
+
+
 def _fastest(record: SpeedRecord, choose: Callable[[Row], bool]) -> Row | None:
-    """Of the rows that ran, and compute what their method says within rounding."""
-    ran = [r for r in record.rows if seconds(r) is not None and r["backend"] not in INEXACT and choose(r)]
+    """Of the exact rows that ran."""
+    ran = [r for r in exact_rows(record) if seconds(r) is not None and choose(r)]
     return min(ran, key=seconds, default=None)
 
 
