@@ -99,8 +99,7 @@ CONFIGS: dict[str, Callable[..., PeftConfig]] = {
 }
 OURS = tuple(name for name in CONFIGS if not name.startswith("peft-"))
 ROUTED = tuple(name for name in OURS if CONFIGS[name]().has_router)
-# Without the oracle, what is not exact, and sparse rivals, which MoLoRA alone is measured with. "auto" is one of the
-# others.
+# Without the oracle, what is not exact, and sparse rivals, which MoLoRA alone has rows of. "auto" is one of the others.
 DEFAULT_BACKENDS = tuple(name for name in malora.BACKENDS if name not in ("auto", "reference", "sorted", *INEXACT))
 MAIN = ("lora", "molora", "malora")  # they run in every way; the others in the way that trains them fastest
 RUNS = ("eager", "compiled", "captured")

@@ -41,11 +41,11 @@ class MaloraConfig(PeftConfig):
         same_start: every A_t starts as the same random matrix (an ablation).
         freeze: what stays as it starts: down-side factors, of "A", "P", "S", and "router".
         backend: how the sum over experts is computed; any of `malora.BACKENDS` but "fp8" gives the same result within
-            rounding. "auto" is "dense" on a CPU, and on a GPU "fused", or "sorted" where many and wide experts make
-            that the faster (`malora.backends.choose`). The fused one computes in the dtype of the input, or autocast's,
-            with sums and weight gradients in float32; the others in the adapter's dtype. "fp8" is the fused one whose
-            frozen products round their factors to 8 bits (float8_e4m3fn, a scale for each row), which changes the
-            result by a few percent of it.
+            rounding. "auto" is "dense" on a CPU, and on a GPU "fused", or "sorted" where experts are so many and
+            wide that it should be faster (`malora.backends.choose`). The fused one computes in the dtype of the input,
+            or autocast's, with sums and weight gradients in float32; the others in the adapter's dtype. "fp8" is the
+            fused one whose frozen products round their factors to 8 bits (float8_e4m3fn, a scale for each row), which
+            changes the result by a few percent of it.
 
     Raises:
         ValueError: a value out of range, or an option that the other options leave without effect.

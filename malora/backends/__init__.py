@@ -77,16 +77,15 @@ WAIT_FOR_THE_HOST = frozenset({"dispatch"})
 INEXACT = frozenset({"fp8"})
 
 # What carrying a token to an expert and back costs, in ranks that it could be multiplied by meanwhile. A guess that
-# leaves the paper's sizes fused, until it is measured by `python -m bench.speed --variant molora --sweep experts`.
+# leaves the paper's sizes fused; `python -m bench.speed --variant molora --sweep experts` on a GPU is to measure it.
 RANKS_TO_CARRY = 512
 
 
 def choose(config: MaloraConfig, device: torch.device) -> str:
-    """The backend that a config means: its own, or for "auto" what an H100 was measured to be fastest with.
+    """The backend that a config means: its own, or for "auto" the one expected to be fastest on the device.
 
-    Side by side, experts cost N·r a token; sorted, k·r and the carrying (docs/speed.md says how that is measured). A
-    CPU stays dense, on which nothing was measured. GPUs before Hopper stay fused: torch's grouped product waits for the
-    host there, so a CUDA graph could not hold it.
+    Side by side, experts cost N·r a token; sorted, k·r and the carrying, `RANKS_TO_CARRY`. A CPU stays dense. GPUs
+    before Hopper stay fused: torch's grouped product waits for the host there, so a CUDA graph could not hold it.
     """
     if config.backend != "auto":
         return config.backend

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from malora.layer import MaloraLayer
 
 
-ROW = 64  # elements: every weight of a flat copy begins at a multiple, for aligned reads
+ALIGNED = 64  # elements: every weight of a flat copy begins at a multiple of it, so that it is read in wide loads
 
 
 class Narrow(NamedTuple):
@@ -112,7 +112,7 @@ class Stack:
     @property
     def room(self) -> int:
         """Elements that copies of its weights take."""
-        return sum(ROW * -(-math.prod(shape) // ROW) for shape in self._shapes)
+        return sum(map(_aligned, self._shapes))
 
     @property
     def _shapes(self) -> list[tuple[int, ...]]:
@@ -124,11 +124,9 @@ class Stack:
 
     def lay_out(self, flat: Tensor) -> tuple[Narrow, list[Tensor]]:
         """Room [room] as the weights of a pass, and the views of it that are each parameter's."""
-        found, start = [], 0
-        for shape in self._shapes:
-            found.append(flat[start : start + math.prod(shape)].view(shape))
-            start += ROW * -(-math.prod(shape) // ROW)
-        down, P, Bs = found[0], found[1] if self.shape.has_p else None, found[-len(self.layers) :]
+        parts = zip(flat.split([*map(_aligned, self._shapes)]), self._shapes, strict=True)
+        down, *rest = (part[: math.prod(shape)].view(shape) for part, shape in parts)
+        P, Bs = (rest[0], rest[1:]) if self.shape.has_p else (None, rest)
         return Narrow(down, P, Bs), [view for g, B in enumerate(Bs) for view in self.parts(down, P, B, g)]
 
     def new(self, like: Tensor, *shape: int) -> Tensor:
@@ -160,6 +158,10 @@ class Stack:
             found.append(P[g, ..., : s.D])
             found.append(rows[: s.N * s.D].unflatten(0, (s.N, s.D)) if s.z_step else rows[: s.D])
         return [*found, B[: s.N * s.r].unflatten(0, (s.N, s.r))]
+
+
+def _aligned(shape: tuple[int, ...]) -> int:
+    return -(-math.prod(shape) // ALIGNED) * ALIGNED
 
 
 @torch.no_grad()
