@@ -74,10 +74,19 @@ def _dropout_kernel(
 
 
 @triton.jit
+def _finished(sums, COMPILED: tl.constexpr):
+    # On Hopper a product may run on while the next pass of its loop writes the registers that it still reads (Triton
+    # 3.6, its issue 9433), and AsyLoRA trained to NaN. Whoever reads the sums waits for them; ptxas drops the mov.
+    if COMPILED:
+        sums = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [sums], dtype=tl.float32, is_pure=True, pack=1)
+    return sums
+
+
+@triton.jit
 def _down_kernel(
     x_ptr, bits_ptr, down_ptr, zl_ptr, T, n, W, zl_stride, N_EACH: tl.constexpr,
     SCALE: tl.constexpr, Z: tl.constexpr, L: tl.constexpr, PAD_Z: tl.constexpr, PAD_L: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     part = tl.program_id(1)
@@ -99,6 +108,7 @@ def _down_kernel(
             g = tl.load(down_ptr + (Z + l_rows)[:, None] * n + columns[None, :],
                         mask=(l_rows < L)[:, None] & column_inside[None, :], other=0.0)  # fmt: skip
             logits = tl.dot(x, tl.trans(g), logits, input_precision="ieee", out_dtype=WIDE)
+        z = _finished(z, COMPILED)
     place = zl_ptr + (part.to(tl.int64) * T + rows)[:, None] * zl_stride
     tl.store(place + z_rows[None, :], z * SCALE, mask=row_inside & (z_rows < Z)[None, :])
     if L > 0:
@@ -213,8 +223,9 @@ def down(x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float) -> Tensor:
     parts = triton.cdiv(n, n_each)
     out = zl if parts == 1 else zl.new_empty(parts, T, zl.stride(0), dtype=torch.promote_types(x.dtype, torch.float32))
     _down_kernel[(blocks, parts)](
-        x, bits, weights, out, T, n, bits.shape[1], zl.stride(0), n_each, **_sizes(weights, Z, p), **DOWN
-    )
+        x, bits, weights, out, T, n, bits.shape[1], zl.stride(0), n_each, COMPILED=x.is_cuda,
+        **_sizes(weights, Z, p), **DOWN,
+    )  # fmt: skip
     return zl if parts == 1 else zl.copy_(out[..., :columns].sum(0))
 
 

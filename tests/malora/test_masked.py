@@ -1,5 +1,10 @@
 """The products with dropout inside equal plain products of masked tensors; on a GPU in bfloat16, at sizes in use."""
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -10,6 +15,7 @@ DEVICE, DTYPE, CLOSE = ("cuda", torch.bfloat16, 5e-3) if ON_GPU else ("cpu", tor
 # tokens, inputs, rows of down sides, rows of routers: odd ones; and those of MALoRA and MoLoRA on a 7B and a 135M model
 ODD = [(1, 8, 8, 0), (33, 72, 40, 8), (70, 100, 136, 16), (9, 40, 264, 0), (9, 40, 264, 8)]
 USED = [(4096, 4096, 96, 24), (4096, 11008, 32, 8), (4096, 4096, 192, 24), (1000, 576, 96, 24), (1000, 1536, 64, 8)]
+USED += [(8192, 576, 256, 0), (8192, 1536, 128, 0)]  # and of AsyLoRA, without routers
 
 
 def kept(bits: torch.Tensor, n: int) -> torch.Tensor:
@@ -52,3 +58,58 @@ def test_a_mask_drops_the_share_it_should_and_no_pattern(p):
         assert abs(((mask - mask.mean()) * (shifted - mask.mean())).mean()) < six_sigma  # of a product of two such
     other = kept(masked.mask(T, n, torch.tensor([4], device=DEVICE), p), n).double()
     assert abs(((mask - mask.mean()) * (other - mask.mean())).mean()) < six_sigma
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the interpreter has no races")
+@pytest.mark.parametrize("T, n, Z, L", USED)
+def test_a_product_is_the_same_every_time(T, n, Z, L):
+    torch.manual_seed(0)
+    x, weights = (torch.randn(rows, n, device=DEVICE).to(DTYPE) for rows in (T, Z + L))
+    dzl = torch.randn(T, Z + L, device=DEVICE).to(DTYPE)
+    bits = masked.mask(T, n, torch.tensor([5], device=DEVICE), 0.05)
+    products = {
+        "down": lambda: masked.down(x, bits, weights, Z, 0.05),
+        "weight_gradient": lambda: masked.weight_gradient(masked.rows_of(x, Z + L).copy_(dzl), x, bits, Z, 0.05),
+    }
+    for name, product in products.items():
+        first = product()
+        others = torch.stack([(product() != first).any() for _ in range(3000)])
+        assert not others.any(), f"{name}: {others.sum().item()} of 3000 differ"
+
+
+# Compiles for Hopper, which needs no GPU, in a process where Triton does not interpret.
+COMPILE = """
+import triton, triton.language as tl
+from malora.backends import masked
+def compiled(kernel, Z, L):
+    names, each = kernel.arg_names, {"N_EACH": 576, "T_EACH": 1024, "BLOCK_T": 64, "BLOCK_N": 64, "COMPILED": True}
+    sizes = each | dict(SCALE=1.05, Z=Z, L=L, PAD_Z=masked._pad(Z), PAD_L=masked._pad(L), WIDE=tl.float32)
+    types = {"bits_ptr": "*i32", "out_ptr": "*fp32"} | dict.fromkeys(sizes, "constexpr")
+    signature = {name: types.get(name, "*bf16" if name.endswith("_ptr") else "i32") for name in names}
+    aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or name in ("T", "n", "zl_stride")]
+    constants = {(i,): sizes[name] for i, name in enumerate(names) if name in sizes}
+    source = triton.compiler.ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    options = {"num_warps": 4 if Z <= 128 else 8, "num_stages": 3}
+    return triton.compile(source, triton.backends.compiler.GPUTarget("cuda", 90, 32), options).asm["ttgir"]
+for kernel in masked._down_kernel, masked._weight_gradient_kernel:
+    for Z, L in (256, 0), (64, 8):
+        print(kernel.__name__, Z, L, compiled(kernel, Z, L), sep="|", end="\\f")
+"""
+
+
+def test_no_product_runs_on_while_the_next_pass_writes_what_it_reads(tmp_path):
+    """Registers and buffers of one pass, that is. What has a buffer for every stage may be read for longer."""
+    compiles = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", COMPILE]
+    codes = subprocess.run(command, capture_output=True, text=True, env=compiles, check=True).stdout.split("\f")[:-1]
+    assert len(codes) == 4
+    for code in codes:
+        kernel, _, loop = code.partition("scf.yield")[0].partition("scf.for")
+        running = []  # products of which no wait has said that they are done, oldest first: whether they may run on
+        for line in loop.splitlines():
+            if "ttng.warp_group_dot " in line:
+                left, right = line.rpartition(" : ")[2].partition(" -> ")[0].split(" * ")
+                running.append("mutable" in left and "mutable" in right)
+            elif wait := re.search(r"warp_group_dot_wait .*pendings = (\d+)", line):
+                running = running[max(0, len(running) - int(wait[1])) :]
+        assert "warp_group_dot" in loop and all(running), kernel[:40]
