@@ -193,7 +193,7 @@ class Subject:
         if variant.liger:
             if not has_liger():
                 raise UserError("liger_kernel is not installed")
-            self.kernels = LigerKernels(self.model, with_loss=variant.backend is None)
+            self.kernels = LigerKernels(self.model, as_it_comes=variant.backend is None)
         narrow = variant.plain or not (training or variant.as_it_comes)
         dtype = base.dtype if narrow else torch.float32
         if variant.method is not None:

@@ -59,7 +59,7 @@ def test_one_token_and_no_prompt():
 @pytest.mark.parametrize("method", [None, "lora", "dora", "malora"])
 def test_a_captured_step_writes_what_the_plain_one_does(method, monkeypatch):
     """Two batches of one shape, so that a replay follows another batch's, and a rest of its own shape."""
-    model = make_model().cuda()
+    model = make_model().to("cuda", torch.bfloat16)  # as `bench.model.load` has it there
     if method:
         model = get_peft_model(model, malora.METHODS[method]()).cuda().eval()
     captured = generate(model, PROMPTS, most=MOST, batch_size=2, end=[END])

@@ -14,6 +14,7 @@ import torch
 from bench import record, rounds, speed, speed_report
 from bench import variants as bench_variants
 from bench.__main__ import main
+from bench.liger import LigerKernels
 from bench.measure import DecodeStep, TrainStep, Work, backbone_flops
 from bench.record import SpeedRecord
 from bench.rivals import registered
@@ -137,6 +138,30 @@ def test_ligers_functions_are_there_only_while_its_row_runs(monkeypatch):
     assert modeling_llama.rotate_half is fused
     subject.park()
     assert modeling_llama.rotate_half is original
+
+
+@pytest.mark.parametrize("as_it_comes", [False, True])
+def test_norms_are_torchs_own_where_liger_is_ours(as_it_comes, monkeypatch):
+    model = backbone(TOY, 1, CPU).to(torch.bfloat16)
+    theirs = lambda x: x  # noqa: E731
+
+    def apply(model, **_):
+        model.model.norm.casting_mode, model.model.norm.forward = "llama", theirs
+
+    fake = types.ModuleType("liger_kernel.transformers")
+    fake._apply_liger_kernel_to_instance = apply
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", fake)
+    norm, x = model.model.norm, torch.randn(3, 5, model.config.hidden_size)
+    expected = norm.float()(x)
+    model.to(torch.bfloat16)
+    LigerKernels(model, as_it_comes)
+    if as_it_comes:
+        assert norm.forward is theirs
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = norm(x.bfloat16())
+        assert y.dtype == torch.bfloat16 and (y - expected).norm() < 4e-3 * expected.norm()
 
 
 def test_training_that_does_not_fit_is_tried_with_smaller_micro_batches():
