@@ -42,7 +42,7 @@ class LigerKernels:
 
 
 def _norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """Liger's backward pass also makes the gradient of a weight that nobody trains, most of its time at small widths."""
+    """Liger's backward pass also makes the gradient of a weight that nobody trains, most of its time at small width."""
     with torch.autocast(x.device.type, enabled=False):  # it would widen x to float32
         return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
