@@ -75,8 +75,8 @@ def _dropout_kernel(
 
 @triton.jit
 def _finished(sums, COMPILED: tl.constexpr):
-    # On Hopper a product may run on while the next pass of its loop writes the registers that it still reads (Triton
-    # 3.6, its issue 9433), and AsyLoRA trained to NaN. Whoever reads the sums waits for them; ptxas drops the mov.
+    # On Hopper a product may run on while its loop writes the registers (Triton 3.6, its issue 9433) or the buffer that
+    # it still reads, and AsyLoRA trained to NaN. Whoever reads the sums waits for them; ptxas drops the mov.
     if COMPILED:
         sums = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [sums], dtype=tl.float32, is_pure=True, pack=1)
     return sums
@@ -107,7 +107,7 @@ def _down_kernel(
         if L > 0:
             g = tl.load(down_ptr + (Z + l_rows)[:, None] * n + columns[None, :],
                         mask=(l_rows < L)[:, None] & column_inside[None, :], other=0.0)  # fmt: skip
-            logits = tl.dot(x, tl.trans(g), logits, input_precision="ieee", out_dtype=WIDE)
+            logits = _finished(tl.dot(x, tl.trans(g), logits, input_precision="ieee", out_dtype=WIDE), COMPILED)
         z = _finished(z, COMPILED)
     place = zl_ptr + (part.to(tl.int64) * T + rows)[:, None] * zl_stride
     tl.store(place + z_rows[None, :], z * SCALE, mask=row_inside & (z_rows < Z)[None, :])
