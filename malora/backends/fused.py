@@ -281,8 +281,20 @@ def _output(x: Tensor, W: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, alp
 
 
 def _stacked(gradients: tuple[Tensor | None, ...], x: Tensor, N: int) -> Tensor:
-    """The gradients of the probabilities, [G, T, N]."""
-    if all(gradient is not None for gradient in gradients):
-        return torch.stack(gradients)
-    zero = x.new_zeros(len(x), N, dtype=torch.promote_types(x.dtype, torch.float32))
-    return torch.stack([zero if gradient is None else gradient for gradient in gradients])
+    """The gradients of the probabilities, [G, T, N]. Those of a balance loss over all layers lie side by side already."""
+    first = next((gradient for gradient in gradients if gradient is not None), None)
+    if first is None:
+        first = x.new_zeros(len(x), N, dtype=torch.promote_types(x.dtype, torch.float32))
+    if all(_follows(first, gradient, place) for place, gradient in enumerate(gradients)):
+        return first.as_strided((len(gradients), *first.shape), (first.numel(), *first.stride()))
+    return torch.stack([torch.zeros_like(first) if gradient is None else gradient for gradient in gradients])
+
+
+def _follows(first: Tensor, other: Tensor | None, place: int) -> bool:
+    """Whether a tensor lies where that of this place would lie, were all of them stacked in memory."""
+    return (
+        other is not None
+        and other.is_contiguous()
+        and other.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and other.storage_offset() == first.storage_offset() + place * first.numel()
+    )

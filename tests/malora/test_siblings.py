@@ -80,6 +80,26 @@ def test_a_training_pass_copies_all_weights_at_once(ids, monkeypatch):
     assert sizes == [36]
 
 
+def test_the_gradients_of_a_balance_loss_are_read_where_they_lie(ids, monkeypatch):
+    def gradients():
+        model = adapted("molora")
+        (model(ids).logits.sum() + malora.balance_loss(model)).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    got, stack = gradients(), torch.stack
+    copied = []
+    monkeypatch.setattr("malora.backends.fused._follows", lambda *_: False)
+    monkeypatch.setattr(torch, "stack", lambda tensors: copied.append(len(tensors)) or stack(tensors))
+    for name, expected in gradients().items():
+        assert torch.equal(got[name], expected), name
+    assert copied.count(3) == copied.count(2) == 2  # Q, K, V and Gate, Up of two layers; and the losses
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "stack", lambda tensors: copied.append(len(tensors)) or stack(tensors))
+    del copied[:]
+    gradients()
+    assert not {2, 3} & set(copied)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_optimizers_step_is_seen(fused, ids):
     """A fused one does not raise the version of what it changes."""
