@@ -76,8 +76,8 @@ WAIT_FOR_THE_HOST = frozenset({"dispatch"})
 # They round more than the others, so their results and speeds do not stand for their method's.
 INEXACT = frozenset({"fp8"})
 
-# What carrying a token to an expert and back costs, in ranks that it could be multiplied by meanwhile. On an H100 sparse
-# work was behind up to the largest N·r tried, 2,048 with k = 2 (docs/speed.md); where the lines' last slopes meet.
+# What carrying a token to an expert and back costs, in ranks that it could be multiplied by meanwhile. On an H100,
+# sparse work was behind up to the largest N·r tried, 2,048 with k = 2; this is where both would meet (docs/speed.md).
 RANKS_TO_CARRY = 2048
 
 

@@ -281,20 +281,19 @@ def _output(x: Tensor, W: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, alp
 
 
 def _stacked(gradients: tuple[Tensor | None, ...], x: Tensor, N: int) -> Tensor:
-    """The gradients of the probabilities, [G, T, N]. Those of a balance loss over all layers lie side by side already."""
-    first = next((gradient for gradient in gradients if gradient is not None), None)
-    if first is None:
-        first = x.new_zeros(len(x), N, dtype=torch.promote_types(x.dtype, torch.float32))
-    if all(_follows(first, gradient, place) for place, gradient in enumerate(gradients)):
+    """The gradients of the probabilities, [G, T, N]."""
+    if any(gradient is None for gradient in gradients):
+        zero = x.new_zeros(len(x), N, dtype=torch.promote_types(x.dtype, torch.float32))
+        return torch.stack([zero if gradient is None else gradient for gradient in gradients])
+    if _side_by_side(gradients):  # as a balance loss over all layers leaves them
+        first = gradients[0]
         return first.as_strided((len(gradients), *first.shape), (first.numel(), *first.stride()))
-    return torch.stack([torch.zeros_like(first) if gradient is None else gradient for gradient in gradients])
+    return torch.stack(gradients)
 
 
-def _follows(first: Tensor, other: Tensor | None, place: int) -> bool:
-    """Whether a tensor lies where that of this place would lie, were all of them stacked in memory."""
-    return (
-        other is not None
-        and other.is_contiguous()
-        and other.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        and other.storage_offset() == first.storage_offset() + place * first.numel()
-    )
+def _side_by_side(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether tensors of one shape lie in memory as `torch.stack` would lay them."""
+    first, storages = tensors[0], {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    places = [first.storage_offset() + place * first.numel() for place in range(len(tensors))]
+    contiguous = all(tensor.is_contiguous() for tensor in tensors)
+    return contiguous and len(storages) == 1 and [tensor.storage_offset() for tensor in tensors] == places

@@ -88,7 +88,7 @@ def test_the_gradients_of_a_balance_loss_are_read_where_they_lie(ids, monkeypatc
 
     got, stack = gradients(), torch.stack
     copied = []
-    monkeypatch.setattr("malora.backends.fused._follows", lambda *_: False)
+    monkeypatch.setattr("malora.backends.fused._side_by_side", lambda _: False)
     monkeypatch.setattr(torch, "stack", lambda tensors: copied.append(len(tensors)) or stack(tensors))
     for name, expected in gradients().items():
         assert torch.equal(got[name], expected), name
