@@ -6,9 +6,12 @@ The records that a figure is made of are in the page too, and open where the fig
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import functools
+import gzip
 import itertools
+import json
 import operator
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -56,8 +59,7 @@ def page(records: dict[str, list[Record]], speeds: list[SpeedRecord], claims: li
         of_profiles[name].append(_experiment(experiment, parts, measured))
     environment = Environment(loader=PackageLoader("bench", "web"), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-    environment.policies["json.dumps_kwargs"] = {}  # in the records' own order
-    environment.filters["method"] = _method
+    environment.filters |= {"method": _method, "packed": _packed}
     return environment.get_template("report.html").render(
         claims=_claims(claims),
         profiles=of_profiles,
@@ -102,6 +104,11 @@ def _embedded(record: Record | SpeedRecord) -> dict[str, Any]:
     """A record as JSON, without the outcomes of its items."""
     fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name not in ("items", "path")}
     return fields | ({"config": dataclasses.asdict(record.config)} if isinstance(record, Record) else {})
+
+
+def _packed(value: Any) -> str:
+    """JSON, gzipped, in base64: records repeat themselves, and there are hundreds."""
+    return base64.b64encode(gzip.compress(json.dumps(value).encode(), mtime=0)).decode()
 
 
 def _cells(texts: Iterable[Any], to: str = "", order: dict[int, Any] | None = None) -> list[Markup]:

@@ -1,5 +1,5 @@
-const load = (id) => JSON.parse(document.getElementById(id).textContent);
-const bundle = URL.createObjectURL(new Blob([load("datatables")], { type: "text/javascript" }));
+const datatables = JSON.parse(document.getElementById("datatables").textContent);
+const bundle = URL.createObjectURL(new Blob([datatables], { type: "text/javascript" }));
 const { default: DataTable } = await import(bundle);
 for (const table of document.querySelectorAll("main table"))
   new DataTable(table, { paging: false, info: false, order: [], autoWidth: false,
@@ -7,7 +7,9 @@ for (const table of document.querySelectorAll("main table"))
     language: { search: "Filter rows", searchPlaceholder: "Filter" } });
 
 // A link to records is their ids, #id,id: every figure has an address of its own.
-const records = load("records");
+const packed = Uint8Array.from(atob(document.getElementById("records").textContent), (byte) => byte.charCodeAt(0));
+const unpacked = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+const records = await new Response(unpacked).json();
 const dialog = document.querySelector("dialog");
 
 function element(name, ...children) {
