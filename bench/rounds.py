@@ -99,8 +99,9 @@ def _first_pass(row: Measured, device: torch.device) -> dict[str, Any]:
 def _warm_up(row: Measured, result: dict[str, Any], device: torch.device) -> None:
     def first() -> None:
         with row.session() as step:
-            result["first_seconds"] = wall_seconds(lambda: step(_ignore), device)
-            result["warm_seconds"] = wall_seconds(lambda: step(_ignore), device)
+            result["first_seconds"] = result["warm_seconds"] = wall_seconds(lambda: step(_ignore), device)
+            if result["first_seconds"] <= SLOW_SECONDS or row.about.get("run") != "eager":  # others compile or capture
+                result["warm_seconds"] = wall_seconds(lambda: step(_ignore), device)
             result.update(count(step, device))
 
     result["build_seconds"] = wall_seconds(first, device)  # compiling included

@@ -181,10 +181,15 @@ def test_training_that_does_not_fit_is_tried_with_smaller_micro_batches():
     assert fine["status"] == "ok" and fine["seconds"]["step"]
 
 
-def test_a_slow_row_gets_two_samples(monkeypatch):
+@pytest.mark.parametrize("run, passes", [("eager", 1), ("compiled", 2)])
+def test_a_slow_row_gets_two_samples_and_is_warm_once_it_has_run_or_been_compiled(run, passes, monkeypatch):
     monkeypatch.setattr(rounds, "SLOW_SECONDS", 0.0)
-    (slow,), _ = rounds.measure([Fake("slow", log := [])], 5, CPU)
+    monkeypatch.setattr(rounds, "_ignore", lambda part: warm_ups.append(part))
+    row, warm_ups = Fake("slow", log := []), []
+    row.about["run"] = run
+    (slow,), _ = rounds.measure([row], 5, CPU)
     assert log == ["slow"] * 3 and len(slow["seconds"]["step"]) >= 2
+    assert len(warm_ups) == passes and slow["warm_seconds"] > 0
 
 
 def test_all_variants_share_one_set_of_frozen_weights():
