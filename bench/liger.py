@@ -26,9 +26,9 @@ class LigerKernels:
         before = dict(self.names)
         _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=as_it_comes, cross_entropy=False)
         if not as_it_comes:
-            norms = [module for module in model.modules() if getattr(module, "casting_mode", None) == "llama"]
-            for norm in norms:
-                norm.forward = MethodType(_norm, norm)
+            for module in model.modules():
+                if getattr(module, "casting_mode", None) == "llama":  # a norm that Liger has taken
+                    module.forward = MethodType(_rms_norm, module)
         # torch.compile adds names of its own in between; they are not Liger's to put back.
         self.before = {name: value for name, value in before.items() if self.names[name] is not value}
         self.ligers = {name: self.names[name] for name in self.before}
@@ -41,8 +41,11 @@ class LigerKernels:
         self.names.update(self.before)
 
 
-def _norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """Liger's backward pass also makes the gradient of a weight that nobody trains, most of its time at small width."""
+def _rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """RMSNorm of x [..., h] by torch's kernel.
+
+    Liger's backward pass also makes the gradient of a weight that nobody trains, most of its time at small width.
+    """
     with torch.autocast(x.device.type, enabled=False):  # it would widen x to float32
         return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 

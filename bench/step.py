@@ -1,9 +1,9 @@
 """Forward and backward of one batch, as fast as the device allows.
 
 A small model's step is thousands of kernels of a few microseconds, and launching them takes the host longer than it
-takes the GPU to run them. On one GPU the frozen parts therefore take Liger's kernels, which are fewer and larger, and
-a step is captured as a CUDA graph, once for each shape of batch, and replayed: the same kernels in the same order,
-launched at once. Elsewhere the plain step runs.
+takes the GPU to run them. On one GPU the frozen parts therefore take the kernels of `bench.liger`, which are fewer and
+larger, and a step is captured as a CUDA graph, once for each shape of batch, and replayed: the same kernels in the same
+order, launched at once. Elsewhere the plain step runs.
 """
 
 from __future__ import annotations

@@ -74,10 +74,11 @@ def _dropout_kernel(
 
 
 @triton.jit
-def _finished(sums, COMPILED: tl.constexpr):
+def _finished(sums, PTX: tl.constexpr):
+    """The sums of a product, float32, once it has ended."""
     # On Hopper a product may run on while its loop writes the registers (Triton 3.6, its issue 9433) or the buffer that
     # it still reads, and AsyLoRA trained to NaN. Whoever reads the sums waits for them; ptxas drops the mov.
-    if COMPILED:
+    if PTX:
         sums = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [sums], dtype=tl.float32, is_pure=True, pack=1)
     return sums
 
@@ -86,7 +87,7 @@ def _finished(sums, COMPILED: tl.constexpr):
 def _down_kernel(
     x_ptr, bits_ptr, down_ptr, zl_ptr, T, n, W, zl_stride, N_EACH: tl.constexpr,
     SCALE: tl.constexpr, Z: tl.constexpr, L: tl.constexpr, PAD_Z: tl.constexpr, PAD_L: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, COMPILED: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     part = tl.program_id(1)
@@ -107,8 +108,8 @@ def _down_kernel(
         if L > 0:
             g = tl.load(down_ptr + (Z + l_rows)[:, None] * n + columns[None, :],
                         mask=(l_rows < L)[:, None] & column_inside[None, :], other=0.0)  # fmt: skip
-            logits = _finished(tl.dot(x, tl.trans(g), logits, input_precision="ieee", out_dtype=WIDE), COMPILED)
-        z = _finished(z, COMPILED)
+            logits = _finished(tl.dot(x, tl.trans(g), logits, input_precision="ieee", out_dtype=WIDE), PTX)
+        z = _finished(z, PTX)
     place = zl_ptr + (part.to(tl.int64) * T + rows)[:, None] * zl_stride
     tl.store(place + z_rows[None, :], z * SCALE, mask=row_inside & (z_rows < Z)[None, :])
     if L > 0:
@@ -223,7 +224,7 @@ def down(x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float) -> Tensor:
     parts = triton.cdiv(n, n_each)
     out = zl if parts == 1 else zl.new_empty(parts, T, zl.stride(0), dtype=torch.promote_types(x.dtype, torch.float32))
     _down_kernel[(blocks, parts)](
-        x, bits, weights, out, T, n, bits.shape[1], zl.stride(0), n_each, COMPILED=x.is_cuda,
+        x, bits, weights, out, T, n, bits.shape[1], zl.stride(0), n_each, PTX=x.is_cuda and not torch.version.hip,
         **_sizes(weights, Z, p), **DOWN,
     )  # fmt: skip
     return zl if parts == 1 else zl.copy_(out[..., :columns].sum(0))

@@ -141,7 +141,7 @@ def test_the_command_writes_the_page_of_what_is_published(tmp_path, monkeypatch,
     for run in record.read_all(record.RESULTS / "tiny"):
         there = json.loads(run.path.read_text())
         assert embedded[run.id] == {k: there.get(k) for k in embedded[run.id]}  # older ones lack what is unknown
-    assert len(text) < 6_000_000
+    assert len(text) < 3_000_000
 
 
 @pytest.fixture(scope="module")

@@ -116,19 +116,23 @@ def test_no_round_is_begun_that_would_end_too_late():
     assert done == 1 and log == ["a"] * 2 and found[0]["seconds"]["step"]
 
 
+def stand_in_for_liger(monkeypatch, apply):
+    fake = types.ModuleType("liger_kernel.transformers")
+    fake._apply_liger_kernel_to_instance = apply
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", fake)
+
+
 def test_ligers_functions_are_there_only_while_its_row_runs(monkeypatch):
     from transformers.models.llama import modeling_llama
 
     original, fused = modeling_llama.rotate_half, object()
-    fake = types.ModuleType("liger_kernel.transformers")
 
     def apply(model, **_):
         modeling_llama.rotate_half = fused
         modeling_llama.__builtins_dict___0 = {}  # torch.compile leaves such names
 
-    fake._apply_liger_kernel_to_instance = apply
-    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
-    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", fake)
+    stand_in_for_liger(monkeypatch, apply)
     monkeypatch.setattr(bench_variants, "has_liger", lambda: True)
     monkeypatch.setattr(modeling_llama, "__builtins_dict___0", None, raising=False)  # so that it is gone in the end
     del modeling_llama.__builtins_dict___0
@@ -142,22 +146,17 @@ def test_ligers_functions_are_there_only_while_its_row_runs(monkeypatch):
 
 @pytest.mark.parametrize("as_it_comes", [False, True])
 def test_norms_are_torchs_own_where_liger_is_ours(as_it_comes, monkeypatch):
-    model = backbone(TOY, 1, CPU).to(torch.bfloat16)
-    theirs = lambda x: x  # noqa: E731
+    model = backbone(TOY, 1, CPU).float()
+    norm, x = model.model.norm, torch.randn(3, 5, model.config.hidden_size)
+    expected = norm(x)
 
     def apply(model, **_):
-        model.model.norm.casting_mode, model.model.norm.forward = "llama", theirs
+        norm.casting_mode, norm.forward = "llama", torch.relu
 
-    fake = types.ModuleType("liger_kernel.transformers")
-    fake._apply_liger_kernel_to_instance = apply
-    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
-    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", fake)
-    norm, x = model.model.norm, torch.randn(3, 5, model.config.hidden_size)
-    expected = norm.float()(x)
-    model.to(torch.bfloat16)
-    LigerKernels(model, as_it_comes)
+    stand_in_for_liger(monkeypatch, apply)
+    LigerKernels(model.bfloat16(), as_it_comes)
     if as_it_comes:
-        assert norm.forward is theirs
+        assert norm.forward is torch.relu
     else:
         with torch.autocast("cpu", torch.bfloat16):
             y = norm(x.bfloat16())

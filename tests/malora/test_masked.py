@@ -79,21 +79,21 @@ def test_a_product_is_the_same_every_time(T, n, Z, L):
 
 # Compiles for Hopper, which needs no GPU, in a process where Triton does not interpret.
 COMPILE = """
-import triton, triton.language as tl
+import torch, triton
 from malora.backends import masked
-def compiled(kernel, Z, L):
-    names, each = kernel.arg_names, {"N_EACH": 576, "T_EACH": 1024, "BLOCK_T": 64, "BLOCK_N": 64, "COMPILED": True}
-    sizes = each | dict(SCALE=1.05, Z=Z, L=L, PAD_Z=masked._pad(Z), PAD_L=masked._pad(L), WIDE=tl.float32)
-    types = {"bits_ptr": "*i32", "out_ptr": "*fp32"} | dict.fromkeys(sizes, "constexpr")
+def compiled(kernel, tuned, Z, L):
+    weights = torch.empty(Z + L, 576, dtype=torch.bfloat16)
+    sizes = masked._sizes(weights, Z, 0.05) | tuned | {"N_EACH": 576, "T_EACH": 1024, "PTX": True}
+    options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
+    names, types = kernel.arg_names, {"bits_ptr": "*i32", "out_ptr": "*fp32"} | dict.fromkeys(sizes, "constexpr")
     signature = {name: types.get(name, "*bf16" if name.endswith("_ptr") else "i32") for name in names}
     aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or name in ("T", "n", "zl_stride")]
     constants = {(i,): sizes[name] for i, name in enumerate(names) if name in sizes}
     source = triton.compiler.ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    options = {"num_warps": 4 if Z <= 128 else 8, "num_stages": 3}
     return triton.compile(source, triton.backends.compiler.GPUTarget("cuda", 90, 32), options).asm["ttgir"]
-for kernel in masked._down_kernel, masked._weight_gradient_kernel:
+for kernel, tuned in (masked._down_kernel, masked.DOWN), (masked._weight_gradient_kernel, masked.WEIGHT_GRADIENT):
     for Z, L in (256, 0), (64, 8):
-        print(kernel.__name__, Z, L, compiled(kernel, Z, L), sep="|", end="\\f")
+        print(kernel.__name__, Z, L, compiled(kernel, tuned, Z, L), end="\\f")
 """
 
 

@@ -81,23 +81,21 @@ def test_a_training_pass_copies_all_weights_at_once(ids, monkeypatch):
 
 
 def test_the_gradients_of_a_balance_loss_are_read_where_they_lie(ids, monkeypatch):
-    def gradients():
-        model = adapted("molora")
-        (model(ids).logits.sum() + malora.balance_loss(model)).backward()
-        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    def computed():
+        """Gradients, and how many tensors were copied to lie side by side, each time."""
+        model, copied = adapted("molora"), []
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "stack", lambda tensors: copied.append(len(tensors)) or stack(tensors))
+            (model(ids).logits.sum() + malora.balance_loss(model)).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, copied
 
-    got, stack = gradients(), torch.stack
-    copied = []
+    stack = torch.stack
+    got, copied = computed()
+    assert not {2, 3} & set(copied)  # Gate, Up and Q, K, V
     monkeypatch.setattr("malora.backends.fused._side_by_side", lambda _: False)
-    monkeypatch.setattr(torch, "stack", lambda tensors: copied.append(len(tensors)) or stack(tensors))
-    for name, expected in gradients().items():
-        assert torch.equal(got[name], expected), name
-    assert copied.count(3) == copied.count(2) == 2  # Q, K, V and Gate, Up of two layers; and the losses
-    monkeypatch.undo()
-    monkeypatch.setattr(torch, "stack", lambda tensors: copied.append(len(tensors)) or stack(tensors))
-    del copied[:]
-    gradients()
-    assert not {2, 3} & set(copied)
+    expected, copied = computed()
+    assert copied.count(3) == copied.count(2) == 2  # of two layers
+    assert all(torch.equal(got[name], gradient) for name, gradient in expected.items())
 
 
 @pytest.mark.parametrize("fused", [False, True])
