@@ -12,6 +12,7 @@ Shapes: T tokens, n in, m out, G siblings, N experts, r rank, H = N·r, R rows o
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from malora.backends import fp8, kernels, masked
 from malora.backends.copies import copy_all
 from malora.backends.kernels import GateShape
+from malora.backends.lanes import side_by_side
 from malora.routing import Routing
 
 if TYPE_CHECKING:
@@ -212,7 +214,9 @@ class _Experts(torch.autograd.Function):
             ys = [y.addmm_(h_g, B, alpha=alpha) for y, h_g, B in zip(bases, h, narrow.B, strict=True)]
         else:
             of_each = zip(stack.layers, weights, h, narrow.B, strict=True)
-            ys = [_output(x, W, layer.base_layer.bias, h_g, B, alpha) for layer, W, h_g, B in of_each]
+            ys = side_by_side(
+                x, [partial(_output, x, W, layer.base_layer.bias, h_g, B, alpha) for layer, W, h_g, B in of_each]
+            )
         ctx.stack, ctx.alpha, ctx.frozen = stack, alpha, frozen
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, bits, zl, h if config.has_router else None, *narrow[:2], *narrow.B, *weights)
@@ -234,40 +238,48 @@ class _Experts(torch.autograd.Function):
         dzl = masked.rows_of(x, len(down))
         if stack.is_padded:
             dzl.zero_()
+        up_sides = [B.T for B in Bs]
         if config.has_router:
             dh = x.new_empty(h.shape)
-            for dy, B, dh_g in zip(dys, Bs, dh, strict=True):
-                torch.mm(dy, B.T, out=dh_g)
+            into = zip(dh, dys, up_sides, strict=True)
+            side_by_side(x, [partial(torch.mm, dy, B, out=dh_g) for dh_g, dy, B in into])
             e = kernels.gate_backward(zl, P, dh, _stacked(gradients[G:], x, s.N), dzl, s)
         else:
             h = stack.by_sibling(zl)
-            for dy, B, dz_g in zip(dys, Bs, stack.by_sibling(dzl), strict=True):
-                torch.addmm(dz_g, dy, B.T, beta=0, alpha=alpha, out=dz_g)
+            into = zip(stack.by_sibling(dzl), dys, up_sides, strict=True)
+            side_by_side(x, [partial(torch.addmm, dz, dy, B, beta=0, alpha=alpha, out=dz) for dz, dy, B in into])
 
-        dx = None
-        if ctx.needs_input_grad[0]:
+        def of_input() -> Tensor | None:
+            if not ctx.needs_input_grad[0]:
+                return None
             base = ctx.frozen.input_gradient(dys) if ctx.frozen else None
             if bits is not None:
                 dx = masked.input_gradient(dzl, bits, down, s.logits_at, config.lora_dropout, base)
             else:
                 dx = dzl @ down if base is None else base.addmm_(dzl, down)
-            if not ctx.frozen:
-                for dy, W in zip(dys, weights, strict=True):
-                    dx.addmm_(dy, W)
+            for dy, W in zip(dys, weights, strict=False):  # none with 8 bits
+                dx.addmm_(dy, W)
+            return dx
 
         # What is not trained gets its weights for gradients, which are then left out.
-        ddown, dP, dBs = down, P, Bs
-        if needs.get("A", needs.get("S")) or needs.get("router"):
-            if bits is None:
-                ddown = masked.summed(dzl, x)
-            else:
-                ddown = masked.weight_gradient(dzl, x, bits, s.logits_at, config.lora_dropout)
-        if needs.get("P"):
-            dP = stack.P_gradient(e, zl)
-        if needs["B"]:
+        def of_down() -> tuple[Tensor, Tensor | None]:
+            ddown = down
+            if needs.get("A", needs.get("S")) or needs.get("router"):
+                if bits is None:
+                    ddown = masked.summed(dzl, x)
+                else:
+                    ddown = masked.weight_gradient(dzl, x, bits, s.logits_at, config.lora_dropout)
+            return ddown, stack.P_gradient(e, zl) if needs.get("P") else P
+
+        def of_up() -> list[Tensor]:
+            if not needs["B"]:
+                return Bs
             dBs = [masked.summed(h_g, dy) for h_g, dy in zip(h, dys, strict=True)]
             if alpha != 1:
                 torch._foreach_mul_(dBs, alpha)
+            return dBs
+
+        dx, (ddown, dP), dBs = side_by_side(x, [of_input, of_down, of_up])
         found = [part for g in range(G) for part in stack.parts(ddown, dP, dBs[g], g)]
         wanted = zip(found, ctx.needs_input_grad[4:], strict=True)
         return dx, None, None, None, *(gradient if needed else None for gradient, needed in wanted)
