@@ -243,3 +243,19 @@ def test_a_captured_step_is_the_plain_step(method):
     assert torch.tensor(replayed).allclose(torch.tensor(plain), rtol=1e-4, atol=1e-5)
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", ["lora", "malora"])
+def test_every_replay_draws_dropout_anew(method):
+    torch.manual_seed(0)
+    model = get_peft_model(make_model(), malora.METHODS[method](lora_dropout=0.5)).cuda().train()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.normal_(std=0.3)
+    step = GraphedStep(EagerStep(model, model, Accelerator(), balance_factor=0.0, kernels=None), batch_size=4)
+    batch = [Encoded(list(range(1, 9)), 1)] * 4
+    parts = [part.to(torch.device("cuda")) for part in collate(batch, 0, widths=(8,), most_tokens=10_000)]
+    losses = [torch.stack(step(parts))[0].item() for _ in range(5)]
+    assert len(set(losses)) == 5
