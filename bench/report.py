@@ -16,7 +16,7 @@ from bench.paper import paper
 from bench.parts import Board, Insides, Part, page_of
 from bench.profiles import PROFILES
 from bench.record import Record, RunConfig, SpeedRecord
-from bench.rows import Row, comparable, difference, entries_of, rows, tuned_rates
+from bench.rows import Row, comparable, difference, entries_of, families_of, rows, tuned_rates
 from bench.run import BASE
 from bench.runs_report import options_table, router_table, sweep_table
 from bench.stats import LEVEL, POWER, holm
@@ -58,7 +58,7 @@ def experiment_parts(
     at_paper = dict.fromkeys((entry.family for entry in entries), size.paper_rate)
     parts = [f"# {experiment.title}, profile {profile}", _intro(mine, some, others)]
     if not experiment.both_rates:
-        parts.append(_policy(experiment, tuned, at_paper, size.rank_divisor, lender))
+        parts.append(_policy(families_of(experiment, mine), tuned, at_paper, size.rank_divisor, lender))
         if experiment.figure:
             found = rows(mine, entries, at_paper | tuned, experiment)
             parts.append(Insides(inside_report.section(experiment, found), found))
@@ -84,7 +84,7 @@ def experiment_parts(
 
 
 def _policy(
-    experiment: Experiment,
+    families: list[str],
     tuned: dict[str, float],
     paper_rate: dict[str, float],
     divisor: int,
@@ -92,12 +92,12 @@ def _policy(
 ) -> str:
     """Which rates the rows have and why, and what else is not the paper's."""
     chose = f"the sweeps of {lender.title}" if lender else "sweeps on this mixture"
-    rates = ", ".join(f"{TITLES.get(f, f)} {(paper_rate | tuned)[f]:g}" for f in experiment.families)
+    rates = ", ".join(f"{TITLES.get(f, f)} {(paper_rate | tuned)[f]:g}" for f in families)
     lines = [
         f"A row takes the rate of the method that it is a variant of, chosen on validation by {chose}, all at the same "
         f"rates: {rates}."
     ]
-    if untuned := [TITLES.get(f, f) for f in experiment.families if f not in tuned]:
+    if untuned := [TITLES.get(f, f) for f in families if f not in tuned]:
         lines.append(f"**Not tuned, at the paper's rate: {', '.join(untuned)}.**")
     if divisor > 1:
         lines.append(f"Ranks are those of the titles divided by {divisor}, for a smaller model.")

@@ -96,17 +96,23 @@ def tuned_rates(
 ) -> tuple[dict[str, float], Experiment]:
     """Each family's own rate, and the experiment whose sweep chose it.
 
-    That is this experiment if all its families were swept on its mixture; else Table 2 lends its choice to all of them,
-    for the same model and size.
+    That is this experiment if all families that ran on its mixture were swept there; else Table 2 lends its choice to
+    all of them, for the same model and size.
     """
     own, _ = comparable(records, experiment, like)
     own = [r for r in own if r.config.mixture in experiment.mixtures]
     rates = choose_rates(own)
     lender = EXPERIMENTS["table2"]
-    if experiment == lender or rates.keys() >= set(experiment.families):
+    if experiment == lender or (rates and rates.keys() >= set(families_of(experiment, own))):
         return rates, experiment
     lent = choose_rates(comparable(records, lender)[0])
     return {family: lent[family] for family in experiment.families if family in lent}, lender
+
+
+def families_of(experiment: Experiment, records: list[Record]) -> list[str]:
+    """The families of the rows that have runs."""
+    ran = [entry for entry in experiment.entries if any(experiment.has(entry, r.config) for r in records)]
+    return list(dict.fromkeys(entry.family for entry in ran))
 
 
 def rows(records: list[Record], entries: list[Entry], rates: dict[str, float], experiment: Experiment) -> list[Row]:

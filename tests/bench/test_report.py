@@ -1,10 +1,14 @@
 """Tables follow from records, and say no more than the records do."""
 
+from dataclasses import replace
+
 import pytest
 
 from bench import record, report
 from bench.experiments import EXPERIMENTS, choose_rates
-from bench.rows import comparable
+from bench.profiles import PROFILES
+from bench.rows import comparable, tuned_rates
+from bench.run import method_options
 from tests.bench.test_record import make
 
 TABLE2 = EXPERIMENTS["table2"]
@@ -59,6 +63,23 @@ def test_other_methods_have_rows_too_and_other_options_do_not_mix():
     text = page([*records(), extra, other])
     assert line(text, "MALoRA-Small ") and line(text, "LoRA ") == line(page(), "LoRA ")
     assert "1 records of other settings" in text
+
+
+def test_a_sweep_counts_where_all_that_ran_were_swept():
+    """Otherwise Table 2 lends its rates to all, so that no row is tuned and its rival is not."""
+    table3, lent = EXPERIMENTS["table3"], records()
+
+    def on_domains(method, rate, right=0.5):
+        run = make(0, method=method, rate=rate, right=right)
+        usual = method_options(method, PROFILES["tiny"], "procedural-inter", {})
+        return replace(run, config=replace(run.config, mixture="procedural-inter", method_options=usual))
+
+    swept = [on_domains("malora", 5e-4, right=0.4), on_domains("malora", 1e-3, right=0.6)]
+    assert tuned_rates(table3, lent + swept) == ({"malora": 1e-3}, table3)
+    known = lent + swept + [on_domains("molora", 2e-3)]
+    assert tuned_rates(table3, known) == ({"molora": 2e-3, "malora": 4e-4}, TABLE2)
+    known += [on_domains("molora", 1e-3, right=0.7)]
+    assert tuned_rates(table3, known) == ({"malora": 1e-3, "molora": 1e-3}, table3)
 
 
 def test_a_method_that_was_tried_at_fewer_rates_is_marked():
