@@ -65,7 +65,7 @@ class Hub:
         import datasets  # two seconds to import, and only needed here
 
         try:
-            rows = datasets.load_dataset(ref.hub, ref.config, split=ref.hub_splits.get(split, split))
+            rows = _from_hub(ref, ref.hub_splits.get(split, split))
             classes = {name: f.names for name, f in rows.features.items() if isinstance(f, datasets.ClassLabel)}
             return [row | {name: names[row[name]] for name, names in classes.items()} for row in rows]
         except Exception as error:  # datasets raises whatever its transports raise
@@ -73,6 +73,18 @@ class Hub:
                 f"cannot read {ref.hub} ({split}) from the Hugging Face hub: {type(error).__name__}: {error}. "
                 "Give --data a folder of *.jsonl.gz files, or use --profile tiny, which needs no data."
             ) from error
+
+
+def _from_hub(ref: DataRef, split: str):
+    import datasets
+
+    try:
+        return datasets.load_dataset(ref.hub, ref.config, split=split)
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        # datasets 4 runs no code of a data set's own. What it made, the hub keeps as Parquet, a folder a configuration.
+        return datasets.load_dataset(ref.hub, data_dir=ref.config, split=split, revision="refs/convert/parquet")
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,30 @@ def test_the_hub_gives_the_names_of_classes(monkeypatch):
         build(INTER, Hub(), format="letters", seed=0)
 
 
+def test_what_a_data_sets_own_code_made_is_read_as_parquet(tmp_path, monkeypatch):
+    """On the hub the Financial PhraseBank is a script, which datasets 4 refuses; its branch of Parquet is not."""
+    import datasets
+
+    load, ref = datasets.load_dataset, TASKS["phrasebank"].data
+    features = datasets.Features(
+        {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    for name, label in (("sentences_75agree", 1), ("sentences_allagree", 0)):
+        (tmp_path / "hub" / name / "train").mkdir(parents=True)
+        rows = datasets.Dataset.from_dict({"sentence": ["a"], "label": [label]}, features=features)
+        rows.to_parquet(tmp_path / "hub" / name / "train" / "0000.parquet")
+
+    def load_dataset(path, *words, revision=None, **options):
+        assert path == ref.hub
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found financial_phrasebank.py")
+        assert revision == "refs/convert/parquet"
+        return load(str(tmp_path / "hub"), *words, cache_dir=str(tmp_path / "cache"), **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert Hub().read(ref, "75agree") == [{"sentence": "a", "label": "yes"}]
+
+
 def test_medmcqa_keeps_what_has_one_answer():
     read = TASKS["medmcqa"].question
     assert read({**inter_folder.MEDMCQA, "choice_type": "multi"}) is None
