@@ -7,10 +7,14 @@ import json
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tasks.base import DataError, DataRef
 from tasks.procedural import GENERATORS
 from tasks.procedural_inter import WRITERS
+
+if TYPE_CHECKING:
+    import datasets
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Hub:
         """
         if not ref.hub:
             raise DataError(f"{ref.file} is not on the hub; give --data a folder that has {ref.file}_{split}.jsonl.gz.")
-        import datasets  # two seconds to import, and only needed here
+        import datasets
 
         try:
             rows = _from_hub(ref, ref.hub_splits.get(split, split))
@@ -75,8 +79,8 @@ class Hub:
             ) from error
 
 
-def _from_hub(ref: DataRef, split: str):
-    import datasets
+def _from_hub(ref: DataRef, split: str) -> datasets.Dataset:
+    import datasets  # two seconds to import, and only needed here
 
     try:
         return datasets.load_dataset(ref.hub, ref.config, split=split)
