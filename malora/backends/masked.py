@@ -149,7 +149,7 @@ def _input_gradient_kernel(
 def _weight_gradient_kernel(
     dzl_ptr, x_ptr, bits_ptr, out_ptr, T, n, W, zl_stride, T_EACH: tl.constexpr,
     SCALE: tl.constexpr, Z: tl.constexpr, L: tl.constexpr, PAD_Z: tl.constexpr, PAD_L: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(1)
@@ -170,7 +170,7 @@ def _weight_gradient_kernel(
         z_sum = tl.dot(tl.trans(dz), kept_x, z_sum, input_precision="ieee", out_dtype=WIDE)
         if L > 0:
             dl = tl.load(place + Z + l_rows[None, :], mask=row_inside & (l_rows < L)[None, :], other=0.0)
-            l_sum = tl.dot(tl.trans(dl), x, l_sum, input_precision="ieee", out_dtype=WIDE)
+            l_sum = _finished(tl.dot(tl.trans(dl), x, l_sum, input_precision="ieee", out_dtype=WIDE), PTX)
     out_ptr += part.to(tl.int64) * (Z + L) * n
     tl.store(out_ptr + z_rows[:, None] * n + columns[None, :], z_sum * SCALE,
              mask=(z_rows < Z)[:, None] & column_inside)  # fmt: skip
@@ -224,7 +224,7 @@ def down(x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float) -> Tensor:
     parts = triton.cdiv(n, n_each)
     out = zl if parts == 1 else zl.new_empty(parts, T, zl.stride(0), dtype=torch.promote_types(x.dtype, torch.float32))
     _down_kernel[(blocks, parts)](
-        x, bits, weights, out, T, n, bits.shape[1], zl.stride(0), n_each, PTX=x.is_cuda and not torch.version.hip,
+        x, bits, weights, out, T, n, bits.shape[1], zl.stride(0), n_each, PTX=_has_ptx(x),
         **_sizes(weights, Z, p), **DOWN,
     )  # fmt: skip
     return zl if parts == 1 else zl.copy_(out[..., :columns].sum(0))
@@ -255,8 +255,9 @@ def weight_gradient(dzl: Tensor, x: Tensor, bits: Tensor, Z: int, p: float) -> T
     parts = triton.cdiv(T, T_each)
     out = torch.empty(parts, rows, n, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     _weight_gradient_kernel[(blocks, parts)](
-        dzl, x, bits, out, T, n, bits.shape[1], dzl.stride(0), T_each, **_sizes(dzl.T, Z, p), **WEIGHT_GRADIENT
-    )
+        dzl, x, bits, out, T, n, bits.shape[1], dzl.stride(0), T_each, PTX=_has_ptx(x), **_sizes(dzl.T, Z, p),
+        **WEIGHT_GRADIENT,
+    )  # fmt: skip
     return out[0] if parts == 1 else out.sum(0)
 
 
@@ -274,6 +275,10 @@ def rows_of(x: Tensor, columns: int) -> Tensor:
     Otherwise Triton reads and writes an element at a time; the products were four times slower.
     """
     return x.new_empty(len(x), -(-columns // 16) * 16)[:, :columns]
+
+
+def _has_ptx(x: Tensor) -> bool:
+    return x.is_cuda and not torch.version.hip
 
 
 def _sizes(weights: Tensor, Z: int, p: float) -> dict[str, Any]:
