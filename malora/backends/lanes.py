@@ -18,8 +18,9 @@ LARGE = 1 << 23  # elements of an input: its kernels fill the device by themselv
 
 
 @cache
-def _streams(device: torch.device, count: int) -> list[torch.cuda.Stream]:
-    return [torch.cuda.Stream(device) for _ in range(count)]
+def _streams(device: torch.device) -> list[torch.cuda.Stream]:
+    """The device's, as many as were ever needed: each keeps a workspace of the matrix products."""
+    return []
 
 
 def side_by_side(like: Tensor, works: list[Callable[[], Any]]) -> list[Any]:
@@ -30,13 +31,17 @@ def side_by_side(like: Tensor, works: list[Callable[[], Any]]) -> list[Any]:
     """
     if like.numel() >= LARGE or not (like.is_cuda and torch.cuda.is_current_stream_capturing()):
         return [work() for work in works]
-    here, streams = torch.cuda.current_stream(), _streams(like.device, len(works) - 1)
-    others = []
-    for stream, work in zip(streams, works[1:], strict=True):
-        stream.wait_stream(here)
-        with torch.cuda.stream(stream):
-            others.append(work())
-    first = works[0]()
-    for stream in streams:
-        here.wait_stream(stream)
+    here, streams = torch.cuda.current_stream(), _streams(like.device)
+    streams += [torch.cuda.Stream(like.device) for _ in range(len(works) - 1 - len(streams))]
+    begun, others = [], []
+    try:
+        for stream, work in zip(streams, works[1:], strict=False):
+            stream.wait_stream(here)
+            begun.append(stream)
+            with torch.cuda.stream(stream):
+                others.append(work())
+        first = works[0]()
+    finally:  # a capture that ends with a stream of its own left over would hide what went wrong
+        for stream in begun:
+            here.wait_stream(stream)
     return [first, *others]

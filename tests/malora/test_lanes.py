@@ -35,3 +35,21 @@ def test_a_graph_with_works_side_by_side_computes_as_a_row_of_them_does():
         expected = chain()
         graph.replay()
         torch.testing.assert_close(replayed, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_work_that_fails_in_a_capture_says_so_itself():
+    x = torch.ones(8, 8, device="cuda")
+
+    def fails():
+        raise torch.cuda.OutOfMemoryError("no room")
+
+    x @ x  # the library of matrix products is set up outside of a capture
+    torch.cuda.synchronize()
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="no room"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        side_by_side(x, [lambda: x @ x, lambda: x + x, fails])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        product, _ = side_by_side(x, [lambda: x @ x, lambda: x + x])
+    graph.replay()
+    assert product.eq(8).all()
