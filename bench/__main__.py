@@ -20,7 +20,7 @@ import malora
 from bench import UserError, record, report, speed_report
 from bench.arguments import Help, one_of, positive
 from bench.claims import claims
-from bench.experiments import EXPERIMENTS, Runs, final, opened, sweep
+from bench.experiments import EXPERIMENTS, Runs, families_of, final, opened, sweep
 from bench.model import check_adapter, load, load_adapter, prepare
 from bench.profiles import PROFILES, Profile, default_profile
 from bench.rows import tuned_rates
@@ -211,7 +211,7 @@ def _table(options: argparse.Namespace) -> int:
     jobs = (options.jobs or (_cores() if setting.device.type == "cpu" else 1)) if alone else 1
     like = configure(setting, BASE, 0)
     entries = experiment.chosen(options.methods)
-    families = list(dict.fromkeys(entry.family for entry in entries))
+    families = families_of(entries)
     if options.sweep:
         known = _run_and_print(sweep(setting, families), jobs, "sweep")
     else:

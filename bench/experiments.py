@@ -7,7 +7,7 @@ table, and tuning some rows and not others would rank the tuning.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -96,7 +96,7 @@ class Experiment:
     @property
     def families(self) -> list[str]:
         """The methods to sweep, in the order of the rows."""
-        return list(dict.fromkeys(entry.family for entry in self.entries))
+        return families_of(self.entries)
 
     @property
     def mixtures(self) -> set[str]:
@@ -115,6 +115,10 @@ class Experiment:
             return list(self.entries)
         more = [Entry(method, own_rate=True) for method in methods if method not in self.methods]
         return [entry for entry in self.entries if entry.method in methods] + more
+
+
+def families_of(entries: Iterable[Entry]) -> list[str]:
+    return list(dict.fromkeys(entry.family for entry in entries))
 
 
 def opened(mixture: str) -> str:

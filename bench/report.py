@@ -16,7 +16,7 @@ from bench.paper import paper
 from bench.parts import Board, Insides, Part, page_of
 from bench.profiles import PROFILES
 from bench.record import Record, RunConfig, SpeedRecord
-from bench.rows import Row, comparable, difference, entries_of, families_of, rows, tuned_rates
+from bench.rows import Row, comparable, difference, entries_of, families_that_ran, rows, tuned_rates
 from bench.run import BASE
 from bench.runs_report import options_table, router_table, sweep_table
 from bench.stats import LEVEL, POWER, holm
@@ -58,7 +58,7 @@ def experiment_parts(
     at_paper = dict.fromkeys((entry.family for entry in entries), size.paper_rate)
     parts = [f"# {experiment.title}, profile {profile}", _intro(mine, some, others)]
     if not experiment.both_rates:
-        parts.append(_policy(families_of(experiment, mine), tuned, at_paper, size.rank_divisor, lender))
+        parts.append(_policy(families_that_ran(experiment, mine), tuned, at_paper, size.rank_divisor, lender))
         if experiment.figure:
             found = rows(mine, entries, at_paper | tuned, experiment)
             parts.append(Insides(inside_report.section(experiment, found), found))

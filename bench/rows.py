@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from bench.experiments import EXPERIMENTS, Entry, Experiment, choose_rates, parts
+from bench.experiments import EXPERIMENTS, Entry, Experiment, choose_rates, families_of, parts
 from bench.record import Record, RunConfig
 from bench.run import BASE
 from bench.stats import Difference, Mean, compare, mean_over_seeds
@@ -103,16 +103,15 @@ def tuned_rates(
     own = [r for r in own if r.config.mixture in experiment.mixtures]
     rates = choose_rates(own)
     lender = EXPERIMENTS["table2"]
-    if experiment == lender or (rates and rates.keys() >= set(families_of(experiment, own))):
+    if experiment == lender or (rates and rates.keys() >= set(families_that_ran(experiment, own))):
         return rates, experiment
     lent = choose_rates(comparable(records, lender)[0])
     return {family: lent[family] for family in experiment.families if family in lent}, lender
 
 
-def families_of(experiment: Experiment, records: list[Record]) -> list[str]:
+def families_that_ran(experiment: Experiment, records: list[Record]) -> list[str]:
     """The families of the rows that have runs."""
-    ran = [entry for entry in experiment.entries if any(experiment.has(entry, r.config) for r in records)]
-    return list(dict.fromkeys(entry.family for entry in ran))
+    return families_of(e for e in experiment.entries if any(experiment.has(e, r.config) for r in records))
 
 
 def rows(records: list[Record], entries: list[Entry], rates: dict[str, float], experiment: Experiment) -> list[Row]:

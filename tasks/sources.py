@@ -7,14 +7,10 @@ import json
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tasks.base import DataError, DataRef
 from tasks.procedural import GENERATORS
 from tasks.procedural_inter import WRITERS
-
-if TYPE_CHECKING:
-    import datasets
 
 
 @dataclass(frozen=True)
@@ -66,12 +62,8 @@ class Hub:
         """
         if not ref.hub:
             raise DataError(f"{ref.file} is not on the hub; give --data a folder that has {ref.file}_{split}.jsonl.gz.")
-        import datasets
-
         try:
-            rows = _from_hub(ref, ref.hub_splits.get(split, split))
-            classes = {name: f.names for name, f in rows.features.items() if isinstance(f, datasets.ClassLabel)}
-            return [row | {name: names[row[name]] for name, names in classes.items()} for row in rows]
+            return _from_hub(ref, ref.hub_splits.get(split, split))
         except Exception as error:  # datasets raises whatever its transports raise
             raise DataError(
                 f"cannot read {ref.hub} ({split}) from the Hugging Face hub: {type(error).__name__}: {error}. "
@@ -79,16 +71,18 @@ class Hub:
             ) from error
 
 
-def _from_hub(ref: DataRef, split: str) -> datasets.Dataset:
+def _from_hub(ref: DataRef, split: str) -> list[dict]:
     import datasets  # two seconds to import, and only needed here
 
     try:
-        return datasets.load_dataset(ref.hub, ref.config, split=split)
+        rows = datasets.load_dataset(ref.hub, ref.config, split=split)
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
         # datasets 4 runs no code of a data set's own. What it made, the hub keeps as Parquet, a folder a configuration.
-        return datasets.load_dataset(ref.hub, data_dir=ref.config, split=split, revision="refs/convert/parquet")
+        rows = datasets.load_dataset(ref.hub, data_dir=ref.config, split=split, revision="refs/convert/parquet")
+    classes = {name: f.names for name, f in rows.features.items() if isinstance(f, datasets.ClassLabel)}
+    return [row | {name: names[row[name]] for name, names in classes.items()} for row in rows]
 
 
 @dataclass(frozen=True)

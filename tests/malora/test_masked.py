@@ -15,7 +15,7 @@ DEVICE, DTYPE, CLOSE = ("cuda", torch.bfloat16, 5e-3) if ON_GPU else ("cpu", tor
 # tokens, inputs, rows of down sides, rows of routers: odd ones; and those of MALoRA and MoLoRA on a 7B and a 135M model
 ODD = [(1, 8, 8, 0), (33, 72, 40, 8), (70, 100, 136, 16), (9, 40, 264, 0), (9, 40, 264, 8)]
 USED = [(4096, 4096, 96, 24), (4096, 11008, 32, 8), (4096, 4096, 192, 24), (1000, 576, 96, 24), (1000, 1536, 64, 8)]
-USED += [(8192, 576, 256, 0), (8192, 1536, 128, 0)]  # and of AsyLoRA, without routers
+USED += [(8192, 576, 256, 0), (8192, 1536, 128, 0), (1024, 576, 96, 192)]  # and without routers, and of 64 experts
 
 
 def kept(bits: torch.Tensor, n: int) -> torch.Tensor:

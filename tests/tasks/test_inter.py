@@ -46,14 +46,18 @@ def test_the_hubs_and_the_folders_records_read_alike():
     assert AFRIMEDQA.question({**lettered, "answer": "E"}) is None
 
 
+def labelled(sentences, labels):
+    import datasets
+
+    names = datasets.ClassLabel(names=["no", "yes"])
+    features = datasets.Features({"sentence": datasets.Value("string"), "label": names})
+    return datasets.Dataset.from_dict({"sentence": sentences, "label": labels}, features=features)
+
+
 def test_the_hub_gives_the_names_of_classes(monkeypatch):
     import datasets
 
-    features = datasets.Features(
-        {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
-    )
-    rows = datasets.Dataset.from_dict({"sentence": ["a", "b"], "label": [1, 0]}, features=features)
-    asked = []
+    rows, asked = labelled(["a", "b"], [1, 0]), []
     monkeypatch.setattr(datasets, "load_dataset", lambda *words, **options: asked.append((words, options)) or rows)
     assert [row["label"] for row in Hub().read(TASKS["phrasebank"].data, "75agree")] == ["yes", "no"]
     assert asked == [(("takala/financial_phrasebank", "sentences_75agree"), {"split": "train"})]
@@ -66,13 +70,9 @@ def test_what_a_data_sets_own_code_made_is_read_as_parquet(tmp_path, monkeypatch
     import datasets
 
     load, ref = datasets.load_dataset, TASKS["phrasebank"].data
-    features = datasets.Features(
-        {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
-    )
     for name, label in (("sentences_75agree", 1), ("sentences_allagree", 0)):
         (tmp_path / "hub" / name / "train").mkdir(parents=True)
-        rows = datasets.Dataset.from_dict({"sentence": ["a"], "label": [label]}, features=features)
-        rows.to_parquet(tmp_path / "hub" / name / "train" / "0000.parquet")
+        labelled(["a"], [label]).to_parquet(tmp_path / "hub" / name / "train" / "0000.parquet")
 
     def load_dataset(path, *words, revision=None, **options):
         assert path == ref.hub
