@@ -1,4 +1,4 @@
-"""Examples as tokens, and batches of like length. Shapes: B batch, S sequence, L label tokens of a batch."""
+"""Examples as tokens, and batches of them in rows. Shapes: R rows, C tokens of a row, L label tokens of a batch."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from transformers import PreTrainedTokenizerBase
 
 from tasks import Example, WrittenExample
 
-# Batches are cut from runs of this many, sorted by length: enough that a batch's lengths are nearly equal, few enough
-# that every part of an epoch has batches of every length.
-BATCHES_SORTED_TOGETHER = 50
-PAD_TO_MULTIPLE = 8  # tensor cores want it
+# A batch is drawn at random, so that it holds all tasks: one of like lengths would hold mostly one task, and a balance
+# loss would press the routers to be even within each. Its examples are laid into rows one after the other, which leaves
+# about a tenth for padding, and none sees another. A row is at least as long as the longest.
+ROW = {"cuda": 512, "cpu": 128}
+PAD_TO_MULTIPLE = 64  # of a batch that does not fill a row
 # What a device holds the activations of; 64 examples of 1,024 tokens need 70 GiB at once. The paper's step has as many.
 # It bounds the logits too, since no example has more labels than tokens: of 16,384 labels and a vocabulary of 49,152
 # they are 1.5 GiB in bfloat16 and 3 GiB in float32, and their gradients as much again.
 MOST_TOKENS = {"cuda": 16_384, "cpu": 4_096}
-# Where a step is captured once for each shape, few shapes: these and then multiples of the last.
-GPU_WIDTHS = (*range(32, 257, 32), 320, 384, 512)
 
 
 class Encoded(NamedTuple):
@@ -34,17 +33,26 @@ class Encoded(NamedTuple):
 
 @dataclass
 class Batch:
-    """Right-padded ids, and where in them which label token is to be predicted.
+    """Ids in rows, and where in them which label token is to be predicted."""
 
-    The padding stands behind all that is read, so under causal attention nothing but the balance loss needs a mask.
-    """
-
-    ids: Tensor  # [B, S]
-    mask: Tensor  # [B, S], 1 for tokens and 0 for padding
+    ids: Tensor  # [R, C]
+    position: Tensor  # [R, C]: place in its example
+    example: Tensor  # [R, C]: number of its example in the row, from 1 on; 0 for padding
     row: Tensor  # [L]
     column: Tensor  # [L]: the position before each label token
     target: Tensor  # [L], -100 for padding
     labels: Tensor  # []: label tokens of the whole batch that this is a part of
+
+    @property
+    def mask(self) -> Tensor:
+        """[R, C], true for tokens and false for padding."""
+        return self.example > 0
+
+    @property
+    def visible(self) -> Tensor:
+        """[R, 1, C, C]: whether a token, the third, attends to another, the fourth: one before it in its example."""
+        before = torch.ones(2 * self.ids.shape[-1:], dtype=torch.bool, device=self.ids.device).tril()
+        return (before & (self.example[:, :, None] == self.example[:, None, :]))[:, None]
 
     def to(self, device: torch.device) -> Batch:
         tensors = vars(self).values()
@@ -81,22 +89,17 @@ def label_tokens(examples: list[Example], encoded: list[Encoded]) -> dict[str, d
     return counts
 
 
-def schedule(lengths: list[int], *, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
+def schedule(examples: int, *, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
     """The batches of a whole training, as indices; a function of its arguments alone.
 
-    An epoch sees every example once, in batches of like length; the last batch of an epoch may be short.
+    An epoch sees every example once; its last batch may be short.
     """
     rng = random.Random(seed)
     batches = []
     for _ in range(epochs):
-        order = list(range(len(lengths)))
+        order = list(range(examples))
         rng.shuffle(order)
-        span = batch_size * BATCHES_SORTED_TOGETHER
-        for start in range(0, len(order), span):
-            order[start : start + span] = sorted(order[start : start + span], key=lengths.__getitem__)
-        epoch = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        rng.shuffle(epoch)
-        batches += epoch
+        batches += [order[i : i + batch_size] for i in range(0, examples, batch_size)]
     return batches
 
 
@@ -104,36 +107,58 @@ def collate(
     encoded: list[Encoded],
     pad_id: int,
     *,
-    widths: tuple[int, ...] | None = None,
+    row: int = ROW["cuda"],
     most_tokens: int = MOST_TOKENS["cuda"],
+    recur: bool = False,
 ) -> list[Batch]:
-    """A batch in parts of at most `most_tokens` ids and equal size.
+    """A batch in parts of at most `most_tokens` ids and as many rows each.
 
-    With `widths` its shapes recur: ids are padded to the next of them, and labels, unless each is one token, to as many
-    as there are ids: every other size of label would be one more graph to capture for each width.
+    Where shapes are to `recur`, labels are padded to as many as there are ids, unless each is one token and all are in
+    one part: every other number would be one more graph to capture for each number of rows.
 
     The last label token is a target only; nothing is predicted from it, so it is not read.
     """
-    longest = max(len(code.ids) for code in encoded) - 1
-    multiple = widths[-1] if widths else PAD_TO_MULTIPLE
-    width = next((w for w in widths or () if w >= longest), longest + -longest % multiple)
-    parts = math.ceil(len(encoded) * width / most_tokens)
-    rows = math.ceil(len(encoded) / parts)
+    lengths = [len(code.ids) - 1 for code in encoded]
+    total, longest = sum(lengths), max(lengths)
+    width = math.ceil(longest / row) * row if total > row else math.ceil(total / PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE
+    rows = _rows(lengths, width)
     labels = torch.tensor(float(sum(code.label_length for code in encoded)))
-    pad_labels = bool(widths) and any(code.label_length > 1 for code in encoded)
-    return [_part(encoded[i : i + rows], pad_id, width, labels, pad_labels) for i in range(0, len(encoded), rows)]
-
-
-def _part(encoded: list[Encoded], pad_id: int, width: int, labels: Tensor, pad_labels: bool) -> Batch:
-    ids = torch.tensor([[*tokens[:-1], *[pad_id] * (width - len(tokens) + 1)] for tokens, _ in encoded])
-    lengths = torch.tensor([len(tokens) - 1 for tokens, _ in encoded])
-    mask = (torch.arange(width) < lengths[:, None]).long()
-    places = [
-        (row, len(tokens) - 1 - back, tokens[-back])
-        for row, (tokens, label_length) in enumerate(encoded)
-        for back in range(label_length, 0, -1)
+    parts = math.ceil(len(rows) * width / most_tokens)
+    each = math.ceil(len(rows) / parts)
+    pad_labels = recur and (parts > 1 or any(code.label_length > 1 for code in encoded))
+    return [
+        _part([[encoded[i] for i in one] for one in rows[start : start + each]], pad_id, width, labels, pad_labels)
+        for start in range(0, len(rows), each)
     ]
+
+
+def _rows(lengths: list[int], width: int) -> list[list[int]]:
+    """Which examples share a row: the longest first, each into the first row that has room."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = next((place for place, free in enumerate(room) if free >= lengths[i]), len(rows))
+        if place == len(rows):
+            rows.append([])
+            room.append(width)
+        rows[place].append(i)
+        room[place] -= lengths[i]
+    return rows
+
+
+def _part(rows: list[list[Encoded]], pad_id: int, width: int, labels: Tensor, pad_labels: bool) -> Batch:
+    ids, position, example = (torch.full((len(rows), width), fill) for fill in (pad_id, 0, 0))
+    places = []
+    for row, codes in enumerate(rows):
+        start = 0
+        for number, (tokens, label_length) in enumerate(codes, 1):
+            end = start + len(tokens) - 1
+            ids[row, start:end] = torch.tensor(tokens[:-1])
+            position[row, start:end] = torch.arange(end - start)
+            example[row, start:end] = number
+            places += [(row, end - back, tokens[-back]) for back in range(label_length, 0, -1)]
+            start = end
     if pad_labels:
         places += [(0, 0, -100)] * (ids.numel() - len(places))
     row, column, target = torch.tensor(places).T.contiguous()
-    return Batch(ids, mask, row, column, target, labels)
+    return Batch(ids, position, example, row, column, target, labels)

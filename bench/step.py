@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -45,6 +46,12 @@ def no_attention_mask(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
+
+
+def masked_attention(device: torch.device) -> AbstractContextManager:
+    """Inside it attention takes kernels that are right with a mask: cuDNN's gradient can be NaN (PyTorch's issue
+    196678)."""
+    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager
@@ -105,8 +112,10 @@ class EagerStep:
     def part(self, batch: Batch) -> Losses:
         """Forward and backward of a part; its losses are shares of the whole batch's, by label tokens."""
         positions = label_positions_only(self.model, batch.row, batch.column)
-        with self.kernels, no_attention_mask(self.model), positions:
-            logits = self.wrapped(input_ids=batch.ids, use_cache=False).logits
+        with self.kernels, masked_attention(batch.ids.device), positions:
+            logits = self.wrapped(
+                input_ids=batch.ids, position_ids=batch.position, attention_mask=batch.visible, use_cache=False
+            ).logits
         loss = F.cross_entropy(logits.float(), batch.target, reduction="sum") / batch.labels
         balance = torch.zeros_like(loss)
         if self.routed:
@@ -132,17 +141,15 @@ class _Captured:
 
 
 class GraphedStep:
-    """Replays an `EagerStep`, if the batch is full; else runs it: the last batch of an epoch is of its own size."""
+    """Captures an `EagerStep` for each shape of a part, and replays it."""
 
-    def __init__(self, eager: EagerStep, batch_size: int) -> None:
-        self.eager, self.batch_size = eager, batch_size
+    def __init__(self, eager: EagerStep) -> None:
+        self.eager = eager
         self.parameters = [p for p in eager.model.parameters() if p.requires_grad]
         self.routed_layers = [m for m in eager.model.modules() if isinstance(m, malora.MaloraLayer) and m.routes]
         self.captured: dict[tuple, _Captured] = {}
 
     def __call__(self, parts: list[Batch]) -> Losses:
-        if sum(len(part.ids) for part in parts) != self.batch_size:
-            return self.eager(parts)
         captured = [self._captured(part) for part in parts]
         losses, gradients = [], None
         for part, step in zip(parts, captured, strict=True):

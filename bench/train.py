@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import get_linear_schedule_with_warmup
 
 import malora
-from bench.data import GPU_WIDTHS, MOST_TOKENS, Encoded, collate, schedule
+from bench.data import MOST_TOKENS, ROW, Encoded, collate, schedule
 from bench.liger import LigerKernels, has_liger
 from bench.record import RunConfig, source_hash
 from bench.step import EagerStep, GraphedStep, can_capture
@@ -110,9 +110,7 @@ def train(
     alone = accelerator.num_processes == 1
     capture = alone and can_capture(model)
     kernels = LigerKernels(model.get_base_model()) if capture and has_liger() else None
-    batches = schedule(
-        [len(code.ids) for code in encoded], batch_size=config.batch_size, epochs=config.epochs, seed=config.seed
-    )
+    batches = schedule(len(encoded), batch_size=config.batch_size, epochs=config.epochs, seed=config.seed)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=config.learning_rate,
@@ -128,13 +126,13 @@ def train(
     watch = Stopwatch(accelerator.device)
     step = EagerStep(model, wrapped, accelerator, config.balance_factor, kernels)
     if capture:
-        step = GraphedStep(step, config.batch_size)
+        step = GraphedStep(step)
     else:
         step.mark = watch.done
     routed = malora.has_router(model)
-    widths = GPU_WIDTHS if capture else None
     # Processes must do the same number of passes, so a batch that they share is not split further.
     most_tokens = MOST_TOKENS[config.device_type] if alone else sys.maxsize
+    row = ROW[config.device_type]
     pending: list[Tensor] = []
     last = min(len(batches), config.max_steps or len(batches))
 
@@ -159,7 +157,13 @@ def train(
             watch.start()
             chosen = batches[log.steps][accelerator.process_index :: accelerator.num_processes]
             chosen = chosen or batches[log.steps][:1]  # a short last batch may not reach every process
-            parts = collate([encoded[i] for i in chosen], pad_id, widths=widths, most_tokens=most_tokens)
+            parts = collate(
+                [encoded[i] for i in chosen],
+                pad_id,
+                row=ROW[config.device_type],
+                most_tokens=most_tokens,
+                recur=capture,
+            )
             parts = [part.to(accelerator.device) for part in parts]
             watch.done("data")
             loss, balance = step(parts)

@@ -1,7 +1,5 @@
-import torch
-
 from bench import tiny
-from bench.data import GPU_WIDTHS, Encoded, collate, encode, label_tokens, schedule
+from bench.data import Encoded, collate, encode, label_tokens, schedule
 from tasks import Example, WrittenExample
 
 EXAMPLES = [
@@ -22,35 +20,48 @@ def test_a_prompt_that_is_too_long_loses_its_beginning():
     assert cut == Encoded(whole.ids[-5:], 1)
 
 
-def test_an_epoch_sees_every_example_once_in_batches_of_like_length():
-    lengths = [5 + i * 37 % 100 for i in range(530)]
-    batches = schedule(lengths, batch_size=8, epochs=2, seed=0)
+def test_an_epoch_sees_every_example_once_in_an_order_of_its_own():
+    batches = schedule(530, batch_size=8, epochs=2, seed=0)
     half = len(batches) // 2
     for epoch in (batches[:half], batches[half:]):
         assert sorted(i for batch in epoch for i in batch) == list(range(530))
-    spread = [max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in batches if len(b) == 8]
-    assert sum(spread) / len(spread) < 10  # of lengths from 5 to 104
-    assert batches == schedule(lengths, batch_size=8, epochs=2, seed=0)
-    assert batches != schedule(lengths, batch_size=8, epochs=2, seed=1)
+        assert [len(batch) for batch in epoch] == [8] * 66 + [2]
+    assert batches[:half] != batches[half:]
+    assert batches == schedule(530, batch_size=8, epochs=2, seed=0)
+    assert batches != schedule(530, batch_size=8, epochs=2, seed=1)
 
 
-def test_collate_places_every_label_token():
-    (batch,) = collate([Encoded([5, 6, 7, 8], 2), Encoded([9, 10], 1)], pad_id=0)
-    assert batch.ids.tolist() == [[5, 6, 7, 0, 0, 0, 0, 0], [9, 0, 0, 0, 0, 0, 0, 0]]
-    assert batch.mask.tolist() == [[1, 1, 1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]]
+def test_a_row_holds_examples_one_after_the_other():
+    (batch,) = collate([Encoded([9, 10], 1), Encoded([5, 6, 7, 8], 2)], pad_id=0)
+    assert batch.ids[:, :6].tolist() == [[5, 6, 7, 9, 0, 0]] and batch.ids.shape == (1, 64)
+    assert batch.position[:, :6].tolist() == [[0, 1, 2, 0, 0, 0]]
+    assert batch.example[:, :6].tolist() == [[1, 1, 1, 2, 0, 0]]
+    assert batch.mask.sum() == 4
     assert list(zip(batch.row.tolist(), batch.column.tolist(), batch.target.tolist(), strict=True)) == [
-        (0, 1, 7), (0, 2, 8), (1, 0, 10),
+        (0, 1, 7), (0, 2, 8), (0, 3, 10),
     ]  # fmt: skip
     assert batch.labels.item() == 3
 
 
-def test_large_batches_come_in_equal_parts_of_few_widths():
-    encoded = [Encoded(list(range(300)), 1)] * 64
-    parts = collate(encoded, pad_id=0, widths=GPU_WIDTHS)
-    assert [part.ids.shape for part in parts] == [torch.Size([32, 320])] * 2
-    assert all(part.labels.item() == 64 for part in parts)
-    (wide,) = collate([Encoded(list(range(600)), 1)], pad_id=0, widths=GPU_WIDTHS)
-    assert wide.ids.shape == (1, 1024)
+def test_a_token_sees_what_stands_before_it_in_its_example():
+    (batch,) = collate([Encoded([5, 6, 7, 8], 2), Encoded([9, 10, 11], 1)], pad_id=0)
+    sees = batch.visible[0, 0, :6, :6].int().tolist()
+    assert sees == [
+        [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]  # fmt: skip
+
+
+def test_rows_have_little_padding_and_large_batches_come_in_parts():
+    encoded = [Encoded(list(range(20 + i * 37 % 200)), 1) for i in range(64)]
+    tokens = sum(len(code.ids) - 1 for code in encoded)
+    (whole,) = collate(encoded, pad_id=0, row=512)
+    assert whole.ids.shape[1] == 512 and whole.mask.sum() == tokens > 0.9 * whole.ids.numel()
+    parts = collate(encoded, pad_id=0, row=512, most_tokens=4096)
+    assert all(part.ids.numel() <= 4096 and part.labels.item() == 64 for part in parts) and len(parts) > 1
+    assert sum(len(part.target) for part in parts) == 64
+    (long,) = collate([Encoded(list(range(600)), 1), *encoded], pad_id=0, row=512)
+    assert long.ids.shape[1] == 1024
 
 
 WRITTEN = WrittenExample("counting", "Question: say it .\nAnswer:", (" 1 2 3",), 0, ("3",))
@@ -72,11 +83,11 @@ def test_a_label_that_is_too_long_leaves_half_of_the_room_to_its_prompt():
 
 def test_where_shapes_must_recur_labels_are_padded_to_every_position():
     encoded = [Encoded([5, 6, 7, 8], 2), Encoded([9, 10], 1)]
-    (plain,), (padded,) = collate(encoded, 0), collate(encoded, 0, widths=(8,))
+    (plain,), (padded,) = collate(encoded, 0), collate(encoded, 0, recur=True)
     assert len(padded.target) == padded.ids.numel()
     real = padded.target != -100
     for name in ("row", "column", "target"):
         assert getattr(padded, name)[real].tolist() == getattr(plain, name).tolist()
     assert padded.labels == plain.labels == 3
-    (one,) = collate([Encoded([9, 10], 1)] * 2, 0, widths=(8,))
+    (one,) = collate([Encoded([9, 10], 1)] * 2, 0, recur=True)
     assert len(one.target) == 2  # a label of one token each is of one shape as it is

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers.models.llama.modeling_llama import LlamaAttention
 
 import bench.run
 import malora
@@ -24,7 +23,7 @@ from tests.conftest import SHAPES, make_model
 ENCODED = [Encoded([7, 3, 9, 11, 2, 5], 2), Encoded([4, 8, 1], 1), Encoded([6, 6, 2, 3], 1)]
 
 
-def step(shape="llama", most_tokens=10_000, method="malora", widths=None, balance=0.0):
+def step(shape="llama", most_tokens=10_000, method="malora", recur=False, balance=0.0, row=512):
     torch.manual_seed(0)
     targets = malora.TARGET_MODULES[shape]
     model = get_peft_model(make_model(shape), malora.METHODS[method](lora_dropout=0.0, target_modules=targets)).train()
@@ -33,7 +32,7 @@ def step(shape="llama", most_tokens=10_000, method="malora", widths=None, balanc
             if "malora_B" in name:
                 p.normal_(generator=torch.Generator().manual_seed(1), std=0.1)
     accelerator = Accelerator()
-    parts = collate(ENCODED, 0, most_tokens=most_tokens, widths=widths)
+    parts = collate(ENCODED, 0, row=row, most_tokens=most_tokens, recur=recur)
     losses = EagerStep(model, model, accelerator, balance_factor=balance)(parts)
     return model, losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -55,23 +54,9 @@ def test_the_head_on_label_positions_only_gives_the_whole_heads_loss(shape):
             torch.testing.assert_close(gradients[name], p.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
-def test_no_attention_mask_is_made_even_while_a_graph_is_captured(monkeypatch):
-    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: True)  # what transformers then finds
-    masks = []
-    forward = LlamaAttention.forward
-
-    def looking(self, *args, attention_mask=None, **options):
-        masks.append(attention_mask)
-        return forward(self, *args, attention_mask=attention_mask, **options)
-
-    monkeypatch.setattr(LlamaAttention, "forward", looking)
-    step()
-    assert masks and all(mask is None for mask in masks)
-
-
 def test_a_batch_in_parts_is_the_same_batch():
     _, whole, gradients = step(most_tokens=10_000)
-    _, parts, added = step(most_tokens=8)  # an example a part
+    _, parts, added = step(row=6, most_tokens=6)  # an example a part
     torch.testing.assert_close(whole[0], parts[0], rtol=1e-5, atol=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(added[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
@@ -79,7 +64,7 @@ def test_a_batch_in_parts_is_the_same_batch():
 
 def test_padding_of_labels_changes_nothing():
     _, plain, gradients = step(balance=0.1)
-    _, padded, of_padded = step(balance=0.1, widths=(8,))  # as wide, so that the balance loss sees the same
+    _, padded, of_padded = step(balance=0.1, recur=True)
     torch.testing.assert_close(torch.stack(padded), torch.stack(plain), rtol=1e-5, atol=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(of_padded[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
@@ -225,14 +210,14 @@ def test_a_captured_step_is_the_plain_step(method):
         kernels = LigerKernels(model.get_base_model()) if captured else None
         step = EagerStep(model, model, Accelerator(), balance_factor=0.01, kernels=kernels)
         if captured:
-            step = GraphedStep(step, batch_size=4)
+            step = GraphedStep(step)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         losses = []
-        for width, most_tokens, label in ((5, 10_000, 1), (20, 10_000, 1), (5, 10_000, 1), (20, 64, 1), (20, 64, 7)):
+        for width, most_tokens, label in ((5, 10_000, 1), (20, 10_000, 1), (5, 10_000, 1), (20, 32, 1), (20, 32, 7)):
             generator = torch.Generator().manual_seed(width)
             batch = [Encoded(torch.randint(1, 60, (width,), generator=generator).tolist(), label) for _ in range(4)]
             parts = [
-                part.to(torch.device("cuda")) for part in collate(batch, 0, widths=(8, 32), most_tokens=most_tokens)
+                part.to(torch.device("cuda")) for part in collate(batch, 0, row=32, most_tokens=most_tokens, recur=True)
             ]
             losses.append(torch.stack(step(parts)).tolist())
             optimizer.step()
@@ -254,8 +239,8 @@ def test_every_replay_draws_dropout_anew(method):
         for p in model.parameters():
             if p.requires_grad:
                 p.normal_(std=0.3)
-    step = GraphedStep(EagerStep(model, model, Accelerator(), balance_factor=0.0, kernels=None), batch_size=4)
+    step = GraphedStep(EagerStep(model, model, Accelerator(), balance_factor=0.0, kernels=None))
     batch = [Encoded(list(range(1, 9)), 1)] * 4
-    parts = [part.to(torch.device("cuda")) for part in collate(batch, 0, widths=(8,), most_tokens=10_000)]
+    parts = [part.to(torch.device("cuda")) for part in collate(batch, 0, recur=True)]
     losses = [torch.stack(step(parts))[0].item() for _ in range(5)]
     assert len(set(losses)) == 5
