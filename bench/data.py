@@ -17,7 +17,8 @@ from tasks import Example, WrittenExample
 # loss would press the routers to be even within each. Its examples are laid into rows one after the other, which leaves
 # about a tenth for padding, and none sees another. A row is at least as long as the longest.
 ROW = {"cuda": 512, "cpu": 128}
-PAD_TO_MULTIPLE = 64  # of a batch that does not fill a row
+PAD_TO_MULTIPLE = 64  # tokens of a batch that does not fill a row
+ROWS_MULTIPLE = 2  # where a step is captured once for each shape, few shapes
 # What a device holds the activations of; 64 examples of 1,024 tokens need 70 GiB at once. The paper's step has as many.
 # It bounds the logits too, since no example has more labels than tokens: of 16,384 labels and a vocabulary of 49,152
 # they are 1.5 GiB in bfloat16 and 3 GiB in float32, and their gradients as much again.
@@ -122,6 +123,7 @@ def collate(
     total, longest = sum(lengths), max(lengths)
     width = math.ceil(longest / row) * row if total > row else math.ceil(total / PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE
     rows = _rows(lengths, width)
+    rows += [[]] * (-len(rows) % ROWS_MULTIPLE if recur else 0)
     labels = torch.tensor(float(sum(code.label_length for code in encoded)))
     parts = math.ceil(len(rows) * width / most_tokens)
     each = math.ceil(len(rows) / parts)

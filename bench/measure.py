@@ -17,8 +17,8 @@ from torch.autograd import DeviceType
 from transformers import PreTrainedModel, StaticCache
 
 import malora
+from bench.attention import no_attention_mask
 from bench.graph import add_up, capture
-from bench.step import no_attention_mask
 from bench.train import Stopwatch
 from bench.variants import Subject
 

@@ -16,42 +16,15 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import malora
+from bench.attention import exact_with_masks
 from bench.data import Batch
 from bench.graph import add_up, capture
 from malora.backends import WAIT_FOR_THE_HOST
 from malora.routing import Routing
 
 Losses = tuple[Tensor, Tensor]  # task loss, balance loss
-
-
-# Without a mask function of that name transformers makes no mask. With its own "sdpa" it does while a CUDA graph is
-# captured, whether needed or not, and a mask rules out the fastest attention kernels.
-CAUSAL_SDPA = "malora_causal_sdpa"
-AttentionInterface.register(CAUSAL_SDPA, sdpa_attention_forward)
-
-
-@contextmanager
-def no_attention_mask(model: nn.Module) -> Iterator[None]:
-    """Inside it attention is causal and knows no padding, which must stand to the right of all that is read."""
-    config = model.config
-    before = config._attn_implementation
-    if before == "sdpa":
-        config._attn_implementation = CAUSAL_SDPA
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
-def masked_attention(device: torch.device) -> AbstractContextManager:
-    """Inside it attention takes kernels that are right with a mask: cuDNN's gradient can be NaN (PyTorch's issue
-    196678)."""
-    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager
@@ -112,7 +85,7 @@ class EagerStep:
     def part(self, batch: Batch) -> Losses:
         """Forward and backward of a part; its losses are shares of the whole batch's, by label tokens."""
         positions = label_positions_only(self.model, batch.row, batch.column)
-        with self.kernels, masked_attention(batch.ids.device), positions:
+        with self.kernels, exact_with_masks(batch.ids.device), positions:
             logits = self.wrapped(
                 input_ids=batch.ids, position_ids=batch.position, attention_mask=batch.visible, use_cache=False
             ).logits

@@ -157,13 +157,8 @@ def train(
             watch.start()
             chosen = batches[log.steps][accelerator.process_index :: accelerator.num_processes]
             chosen = chosen or batches[log.steps][:1]  # a short last batch may not reach every process
-            parts = collate(
-                [encoded[i] for i in chosen],
-                pad_id,
-                row=ROW[config.device_type],
-                most_tokens=most_tokens,
-                recur=capture,
-            )
+            batch = [encoded[i] for i in chosen]
+            parts = collate(batch, pad_id, row=row, most_tokens=most_tokens, recur=capture)
             parts = [part.to(accelerator.device) for part in parts]
             watch.done("data")
             loss, balance = step(parts)

@@ -57,6 +57,8 @@ def test_rows_have_little_padding_and_large_batches_come_in_parts():
     tokens = sum(len(code.ids) - 1 for code in encoded)
     (whole,) = collate(encoded, pad_id=0, row=512)
     assert whole.ids.shape[1] == 512 and whole.mask.sum() == tokens > 0.9 * whole.ids.numel()
+    (even,) = collate(encoded, pad_id=0, row=512, recur=True)
+    assert len(whole.ids) % 2 == 1 and len(even.ids) == len(whole.ids) + 1 and even.mask.sum() == tokens
     parts = collate(encoded, pad_id=0, row=512, most_tokens=4096)
     assert all(part.ids.numel() <= 4096 and part.labels.item() == 64 for part in parts) and len(parts) > 1
     assert sum(len(part.target) for part in parts) == 64
