@@ -31,5 +31,6 @@ def no_attention_mask(model: nn.Module) -> Iterator[None]:
 
 
 def exact_with_masks(device: torch.device) -> AbstractContextManager:
-    """Inside it a mask leads to no kernel of cuDNN, whose gradient with one can be NaN (PyTorch's issue 196678)."""
+    """Inside it attention is that of the kernels which take a mask and whose gradient with it is right: cuDNN's can be
+    NaN (PyTorch's issue 196678)."""
     return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if device.type == "cuda" else nullcontext()

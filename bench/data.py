@@ -18,7 +18,7 @@ from tasks import Example, WrittenExample
 # about a tenth for padding, and none sees another. A row is at least as long as the longest.
 ROW = {"cuda": 512, "cpu": 128}
 PAD_TO_MULTIPLE = 64  # tokens of a batch that does not fill a row
-ROWS_MULTIPLE = 2  # where a step is captured once for each shape, few shapes
+ROWS_MULTIPLE, FEW_ROWS = 2, 4  # where a step is captured once for each shape, few shapes; of few rows every one counts
 # What a device holds the activations of; 64 examples of 1,024 tokens need 70 GiB at once. The paper's step has as many.
 # It bounds the logits too, since no example has more labels than tokens: of 16,384 labels and a vocabulary of 49,152
 # they are 1.5 GiB in bfloat16 and 3 GiB in float32, and their gradients as much again.
@@ -49,11 +49,12 @@ class Batch:
         """[R, C], true for tokens and false for padding."""
         return self.example > 0
 
-    @property
-    def visible(self) -> Tensor:
-        """[R, 1, C, C]: whether a token, the third, attends to another, the fourth: one before it in its example."""
+    def attention_bias(self, dtype: torch.dtype) -> Tensor:
+        """[R, 1, C, C]: 0 where a token, the third, sees another, the fourth, of its example and not after it, else
+        -inf. Padding sees padding, since attention to nothing would be NaN."""
         before = torch.ones(2 * self.ids.shape[-1:], dtype=torch.bool, device=self.ids.device).tril()
-        return (before & (self.example[:, :, None] == self.example[:, None, :]))[:, None]
+        visible = before & (self.example[:, :, None] == self.example[:, None, :])
+        return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, float("-inf"))[:, None]
 
     def to(self, device: torch.device) -> Batch:
         tensors = vars(self).values()
@@ -112,10 +113,10 @@ def collate(
     most_tokens: int = MOST_TOKENS["cuda"],
     recur: bool = False,
 ) -> list[Batch]:
-    """A batch in parts of at most `most_tokens` ids and as many rows each.
+    """A batch in parts of at most `most_tokens` ids, or a row, and examples of all lengths in each.
 
-    Where shapes are to `recur`, labels are padded to as many as there are ids, unless each is one token and all are in
-    one part: every other number would be one more graph to capture for each number of rows.
+    Where shapes are to `recur`, labels are padded: to as many as there are examples where each is one token, else to as
+    many as there are ids. Every other number would be one more graph to capture for each number of rows.
 
     The last label token is a target only; nothing is predicted from it, so it is not read.
     """
@@ -123,14 +124,17 @@ def collate(
     total, longest = sum(lengths), max(lengths)
     width = math.ceil(longest / row) * row if total > row else math.ceil(total / PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE
     rows = _rows(lengths, width)
-    rows += [[]] * (-len(rows) % ROWS_MULTIPLE if recur else 0)
+    if recur and len(rows) > FEW_ROWS:
+        rows += [[]] * (-len(rows) % ROWS_MULTIPLE)
     labels = torch.tensor(float(sum(code.label_length for code in encoded)))
-    parts = math.ceil(len(rows) * width / most_tokens)
-    each = math.ceil(len(rows) / parts)
-    pad_labels = recur and (parts > 1 or any(code.label_length > 1 for code in encoded))
+    parts = math.ceil(len(rows) / max(1, most_tokens // width))
+    size = None
+    if recur:
+        single = all(code.label_length == 1 for code in encoded)
+        size = len(encoded) if single else math.ceil(len(rows) / parts) * width
     return [
-        _part([[encoded[i] for i in one] for one in rows[start : start + each]], pad_id, width, labels, pad_labels)
-        for start in range(0, len(rows), each)
+        _part([[encoded[i] for i in one] for one in rows[first::parts]], pad_id, width, labels, size)
+        for first in range(parts)
     ]
 
 
@@ -148,7 +152,8 @@ def _rows(lengths: list[int], width: int) -> list[list[int]]:
     return rows
 
 
-def _part(rows: list[list[Encoded]], pad_id: int, width: int, labels: Tensor, pad_labels: bool) -> Batch:
+def _part(rows: list[list[Encoded]], pad_id: int, width: int, labels: Tensor, size: int | None) -> Batch:
+    """With `size` labels, where it is given."""
     ids, position, example = (torch.full((len(rows), width), fill) for fill in (pad_id, 0, 0))
     places = []
     for row, codes in enumerate(rows):
@@ -160,7 +165,7 @@ def _part(rows: list[list[Encoded]], pad_id: int, width: int, labels: Tensor, pa
             example[row, start:end] = number
             places += [(row, end - back, tokens[-back]) for back in range(label_length, 0, -1)]
             start = end
-    if pad_labels:
-        places += [(0, 0, -100)] * (ids.numel() - len(places))
-    row, column, target = torch.tensor(places).T.contiguous()
+    filled = torch.tensor([(0, 0, -100)]).repeat(max(len(places), size or 0), 1)
+    filled[: len(places)] = torch.tensor(places)
+    row, column, target = filled.T.contiguous()
     return Batch(ids, position, example, row, column, target, labels)

@@ -76,6 +76,7 @@ class EagerStep:
         self.balance_factor = balance_factor
         self.kernels = kernels or nullcontext()
         self.routed = malora.has_router(model)
+        self.dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else model.dtype  # of attention
         self.mark: Callable[[str], None] = lambda part: None  # called as each part of the work is done
 
     def __call__(self, parts: list[Batch]) -> Losses:
@@ -85,9 +86,13 @@ class EagerStep:
     def part(self, batch: Batch) -> Losses:
         """Forward and backward of a part; its losses are shares of the whole batch's, by label tokens."""
         positions = label_positions_only(self.model, batch.row, batch.column)
+        bias = batch.attention_bias(self.dtype)
         with self.kernels, exact_with_masks(batch.ids.device), positions:
             logits = self.wrapped(
-                input_ids=batch.ids, position_ids=batch.position, attention_mask=batch.visible, use_cache=False
+                input_ids=batch.ids,
+                position_ids=batch.position,
+                attention_mask=batch.attention_bias(self.dtype),
+                use_cache=False,
             ).logits
         loss = F.cross_entropy(logits.float(), batch.target, reduction="sum") / batch.labels
         balance = torch.zeros_like(loss)

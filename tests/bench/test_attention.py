@@ -32,7 +32,9 @@ def test_examples_that_share_a_row_do_not_see_each_other(shape):
     texts = [[7, 3, 9, 11, 2, 5], [4, 8, 1], [6, 6, 2, 3]]
     (batch,) = [part.to(device) for part in collate([Encoded(text, 1) for text in texts], 0)]
     with exact_with_masks(device):
-        packed = model(input_ids=batch.ids, position_ids=batch.position, attention_mask=batch.visible).logits
+        packed = model(
+            input_ids=batch.ids, position_ids=batch.position, attention_mask=batch.attention_bias(model.dtype)
+        ).logits
     single = [model(input_ids=torch.tensor([text[:-1]], device=device)).logits[0] for text in texts]
     torch.testing.assert_close(packed[batch.mask], torch.cat([single[0], single[2], single[1]]), rtol=1e-4, atol=1e-5)
     parameter = model.get_input_embeddings().weight

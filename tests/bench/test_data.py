@@ -1,3 +1,5 @@
+import torch
+
 from bench import tiny
 from bench.data import Encoded, collate, encode, label_tokens, schedule
 from tasks import Example, WrittenExample
@@ -45,7 +47,7 @@ def test_a_row_holds_examples_one_after_the_other():
 
 def test_a_token_sees_what_stands_before_it_in_its_example():
     (batch,) = collate([Encoded([5, 6, 7, 8], 2), Encoded([9, 10, 11], 1)], pad_id=0)
-    sees = batch.visible[0, 0, :6, :6].int().tolist()
+    sees = (batch.attention_bias(torch.float32)[0, 0, :6, :6] == 0).int().tolist()
     assert sees == [
         [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0],
         [0, 0, 0, 0, 0, 1],
@@ -62,6 +64,10 @@ def test_rows_have_little_padding_and_large_batches_come_in_parts():
     parts = collate(encoded, pad_id=0, row=512, most_tokens=4096)
     assert all(part.ids.numel() <= 4096 and part.labels.item() == 64 for part in parts) and len(parts) > 1
     assert sum(len(part.target) for part in parts) == 64
+    longest = [max(part.position.max().item() for part in parts), min(part.position.max().item() for part in parts)]
+    assert longest[0] - longest[1] < 40  # parts are alike
+    recurring = collate(encoded, pad_id=0, row=512, most_tokens=4096, recur=True)
+    assert {len(part.target) for part in recurring} == {64} and len({part.ids.shape for part in recurring}) == 1
     (long,) = collate([Encoded(list(range(600)), 1), *encoded], pad_id=0, row=512)
     assert long.ids.shape[1] == 1024
 
