@@ -51,12 +51,32 @@ def _kept(p: float) -> int:
 
 
 @triton.jit
-def _kept_of(bits_ptr, rows, row_inside, block, W, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[BLOCK_T, BLOCK_N]: the mask of a block of columns, a word for every 32 of them."""
-    words = block * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32)
-    word = tl.load(bits_ptr + rows.to(tl.int64)[:, None] * W + words[None, :],
-                   mask=row_inside & (words < W)[None, :], other=0)  # fmt: skip
+def _kept_of(word, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[BLOCK_T, BLOCK_N]: which elements of a tile dropout leaves, of a word for every 32 columns."""
     return tl.reshape((word[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1, [BLOCK_T, BLOCK_N]) != 0
+
+
+@triton.jit
+def _left_of(x, word, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.constexpr):
+    """A tile x [BLOCK_T, BLOCK_N], of 16 or 32 bits an element where PTX, with zeros where dropout takes one."""
+    if PTX:
+        # A shift brings the bits of four elements to the fronts of the word's bytes; prmt spreads a front over its
+        # element, or two that are of one byte, as neighbours in a row or a column are, over the pair. A comparison an
+        # element was half of all instructions of a loop.
+        bit = tl.arange(0, 32)
+        fronts = tl.reshape(word[:, :, None] << (7 - bit % 8)[None, None, :], [BLOCK_T, BLOCK_N])
+        byte = tl.broadcast_to((bit // 8)[None, None, :] * 0x1111, [BLOCK_T, BLOCK_N // 32, 32])
+        byte = tl.reshape(byte, [BLOCK_T, BLOCK_N])
+        if x.dtype.primitive_bitwidth == 32:
+            return tl.inline_asm_elementwise(
+                "{ .reg .b32 kept; prmt.b32 kept, $2, $2, $3; and.b32 $0, $1, kept; }", "=r,r,r,r",
+                [x, fronts, 0x8888 + byte], dtype=x.dtype, is_pure=True, pack=1,
+            )  # fmt: skip
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 kept; prmt.b32 kept, $2, $3, $4; and.b32 $0, $1, kept; }", "=r,r,r,r,r,r",
+            [x, fronts, 0xCC88 + byte], dtype=x.dtype, is_pure=True, pack=2,
+        )  # fmt: skip
+    return tl.where(_kept_of(word, BLOCK_T, BLOCK_N), x, 0.0).to(x.dtype)
 
 
 @triton.jit
@@ -69,7 +89,10 @@ def _dropout_kernel(
     inside = row_inside & (columns < n)[None, :]
     place = rows.to(tl.int64)[:, None] * n + columns[None, :]
     x = tl.load(x_ptr + place, mask=inside)
-    kept = _kept_of(bits_ptr, rows, row_inside, tl.program_id(1), W, BLOCK_T, BLOCK_N)
+    words = tl.program_id(1) * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32)
+    word = tl.load(bits_ptr + rows.to(tl.int64)[:, None] * W + words[None, :],
+                   mask=row_inside & (words < W)[None, :], other=0)  # fmt: skip
+    kept = _kept_of(word, BLOCK_T, BLOCK_N)
     tl.store(out_ptr + place, tl.where(kept, x * SCALE, 0.0), mask=inside)
 
 
@@ -85,31 +108,38 @@ def _finished(sums, PTX: tl.constexpr):
 
 @triton.jit
 def _down_kernel(
-    x_ptr, bits_ptr, down_ptr, zl_ptr, T, n, W, zl_stride, N_EACH: tl.constexpr,
-    SCALE: tl.constexpr, Z: tl.constexpr, L: tl.constexpr, PAD_Z: tl.constexpr, PAD_L: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.constexpr,
+    x_ptr, bits_ptr, down_ptr, zl_ptr, T, n, W, zl_stride, N_EACH: tl.constexpr, EVEN_T: tl.constexpr,
+    EVEN_N: tl.constexpr, SCALE: tl.constexpr, Z: tl.constexpr, L: tl.constexpr, PAD_Z: tl.constexpr,
+    PAD_L: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     part = tl.program_id(1)
-    row_inside = (rows < T)[:, None]
+    columns = part * N_EACH + tl.arange(0, BLOCK_N)
+    words = part * (N_EACH // 32) + tl.arange(0, BLOCK_N // 32)
+    row_inside = (rows < T)[:, None] | EVEN_T
     z_rows = tl.arange(0, PAD_Z)
     l_rows = tl.arange(0, PAD_L)
+    x_ptr += rows[:, None] * n + columns[None, :]
+    bits_ptr += rows[:, None] * W + words[None, :]
+    z_ptr = down_ptr + z_rows[:, None] * n + columns[None, :]
+    l_ptr = down_ptr + (Z + l_rows)[:, None] * n + columns[None, :]
     z = tl.zeros([BLOCK_T, PAD_Z], dtype=WIDE)
     logits = tl.zeros([BLOCK_T, PAD_L], dtype=WIDE)
     for start in range(0, N_EACH, BLOCK_N):
-        columns = part * N_EACH + start + tl.arange(0, BLOCK_N)
-        column_inside = columns < n
-        x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * n + columns[None, :],
-                    mask=row_inside & column_inside[None, :], other=0.0)  # fmt: skip
-        d = tl.load(down_ptr + z_rows[:, None] * n + columns[None, :],
-                    mask=(z_rows < Z)[:, None] & column_inside[None, :], other=0.0)  # fmt: skip
-        kept = _kept_of(bits_ptr, rows, row_inside, (part * N_EACH + start) // BLOCK_N, W, BLOCK_T, BLOCK_N)
-        z = tl.dot(tl.where(kept, x, 0.0).to(x.dtype), tl.trans(d), z, input_precision="ieee", out_dtype=WIDE)
+        column_inside = (columns + start < n)[None, :] | EVEN_N
+        x = tl.load(x_ptr, mask=row_inside & column_inside, other=0.0)
+        word = tl.load(bits_ptr, mask=row_inside & ((words + start // 32 < W)[None, :] | EVEN_N), other=0)
+        d = tl.load(z_ptr, mask=(z_rows < Z)[:, None] & column_inside, other=0.0)
+        left = _left_of(x, word, BLOCK_T, BLOCK_N, PTX)
+        z = tl.dot(left, tl.trans(d), z, input_precision="ieee", out_dtype=WIDE)
         if L > 0:
-            g = tl.load(down_ptr + (Z + l_rows)[:, None] * n + columns[None, :],
-                        mask=(l_rows < L)[:, None] & column_inside[None, :], other=0.0)  # fmt: skip
+            g = tl.load(l_ptr, mask=(l_rows < L)[:, None] & column_inside, other=0.0)
             logits = _finished(tl.dot(x, tl.trans(g), logits, input_precision="ieee", out_dtype=WIDE), PTX)
         z = _finished(z, PTX)
+        x_ptr += BLOCK_N
+        bits_ptr += BLOCK_N // 32
+        z_ptr += BLOCK_N
+        l_ptr += BLOCK_N
     place = zl_ptr + (part.to(tl.int64) * T + rows)[:, None] * zl_stride
     tl.store(place + z_rows[None, :], z * SCALE, mask=row_inside & (z_rows < Z)[None, :])
     if L > 0:
@@ -118,59 +148,77 @@ def _down_kernel(
 
 @triton.jit
 def _input_gradient_kernel(
-    dzl_ptr, bits_ptr, down_ptr, dx_ptr, T, n, W, zl_stride, SCALE: tl.constexpr, Z: tl.constexpr, L: tl.constexpr,
-    PAD_Z: tl.constexpr, PAD_L: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    ADDS: tl.constexpr,
+    dzl_ptr, bits_ptr, down_ptr, dx_ptr, T, n, W, zl_stride, T_EACH: tl.constexpr, EVEN_T: tl.constexpr,
+    EVEN_N: tl.constexpr, SCALE: tl.constexpr, Z: tl.constexpr, L: tl.constexpr, PAD_Z: tl.constexpr,
+    PAD_L: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, ADDS: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_inside = (rows < T)[:, None]
-    column_inside = (columns < n)[None, :]
-    kept = _kept_of(bits_ptr, rows, row_inside, tl.program_id(1), W, BLOCK_T, BLOCK_N)
-    dzl_ptr += rows.to(tl.int64)[:, None] * zl_stride
+    rows = tl.program_id(1).to(tl.int64) * T_EACH + tl.arange(0, BLOCK_T)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    words = tl.program_id(0) * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32)
+    column_inside = (columns < n)[None, :] | EVEN_N
     z_rows = tl.arange(0, PAD_Z)
-    dz = tl.load(dzl_ptr + z_rows[None, :], mask=row_inside & (z_rows < Z)[None, :], other=0.0)
+    l_rows = tl.arange(0, PAD_L)
     d = tl.load(down_ptr + z_rows[:, None] * n + columns[None, :],
                 mask=(z_rows < Z)[:, None] & column_inside, other=0.0)  # fmt: skip
-    dx = tl.where(kept, tl.dot(dz, d, input_precision="ieee", out_dtype=WIDE) * SCALE, 0.0)
     if L > 0:
-        l_rows = tl.arange(0, PAD_L)
-        dl = tl.load(dzl_ptr + Z + l_rows[None, :], mask=row_inside & (l_rows < L)[None, :], other=0.0)
         g = tl.load(down_ptr + (Z + l_rows)[:, None] * n + columns[None, :],
                     mask=(l_rows < L)[:, None] & column_inside, other=0.0)  # fmt: skip
-        dx = tl.dot(dl, g, dx, input_precision="ieee", out_dtype=WIDE)
-    dx_ptr += rows.to(tl.int64)[:, None] * n + columns[None, :]
-    if ADDS:
-        dx += tl.load(dx_ptr, mask=row_inside & column_inside)
-    tl.store(dx_ptr, dx, mask=row_inside & column_inside)
+    z_ptr = dzl_ptr + rows[:, None] * zl_stride + z_rows[None, :]
+    l_ptr = dzl_ptr + rows[:, None] * zl_stride + (Z + l_rows)[None, :]
+    bits_ptr += rows[:, None] * W + words[None, :]
+    dx_ptr += rows[:, None] * n + columns[None, :]
+    for start in range(0, T_EACH, BLOCK_T):
+        row_inside = (rows + start < T)[:, None] | EVEN_T
+        dz = tl.load(z_ptr, mask=row_inside & (z_rows < Z)[None, :], other=0.0)
+        word = tl.load(bits_ptr, mask=row_inside & ((words < W)[None, :] | EVEN_N), other=0)
+        dx = tl.dot(dz, d, input_precision="ieee", out_dtype=WIDE) * SCALE
+        dx = _left_of(dx, word, BLOCK_T, BLOCK_N, PTX)
+        if L > 0:
+            dl = tl.load(l_ptr, mask=row_inside & (l_rows < L)[None, :], other=0.0)
+            dx = tl.dot(dl, g, dx, input_precision="ieee", out_dtype=WIDE)
+        if ADDS:
+            dx += tl.load(dx_ptr, mask=row_inside & column_inside)
+        tl.store(dx_ptr, dx, mask=row_inside & column_inside)
+        z_ptr += BLOCK_T * zl_stride
+        l_ptr += BLOCK_T * zl_stride
+        bits_ptr += BLOCK_T * W
+        dx_ptr += BLOCK_T * n
 
 
 @triton.jit
 def _weight_gradient_kernel(
-    dzl_ptr, x_ptr, bits_ptr, out_ptr, T, n, W, zl_stride, T_EACH: tl.constexpr,
-    SCALE: tl.constexpr, Z: tl.constexpr, L: tl.constexpr, PAD_Z: tl.constexpr, PAD_L: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.constexpr,
+    dzl_ptr, x_ptr, bits_ptr, out_ptr, T, n, W, zl_stride, T_EACH: tl.constexpr, EVEN_T: tl.constexpr,
+    EVEN_N: tl.constexpr, SCALE: tl.constexpr, Z: tl.constexpr, L: tl.constexpr, PAD_Z: tl.constexpr,
+    PAD_L: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(1)
-    column_inside = (columns < n)[None, :]
+    rows = part.to(tl.int64) * T_EACH + tl.arange(0, BLOCK_T)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    words = tl.program_id(0) * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32)
+    column_inside = (columns < n)[None, :] | EVEN_N
     z_rows = tl.arange(0, PAD_Z)
     l_rows = tl.arange(0, PAD_L)
+    x_ptr += rows[:, None] * n + columns[None, :]
+    bits_ptr += rows[:, None] * W + words[None, :]
+    z_ptr = dzl_ptr + rows[:, None] * zl_stride + z_rows[None, :]
+    l_ptr = dzl_ptr + rows[:, None] * zl_stride + (Z + l_rows)[None, :]
     z_sum = tl.zeros([PAD_Z, BLOCK_N], dtype=WIDE)
     l_sum = tl.zeros([PAD_L, BLOCK_N], dtype=WIDE)
     for start in range(0, T_EACH, BLOCK_T):
-        rows = part * T_EACH + start + tl.arange(0, BLOCK_T)
-        row_inside = (rows < T)[:, None]
-        x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * n + columns[None, :],
-                    mask=row_inside & column_inside, other=0.0)  # fmt: skip
-        kept = _kept_of(bits_ptr, rows, row_inside, tl.program_id(0), W, BLOCK_T, BLOCK_N)
-        place = dzl_ptr + rows.to(tl.int64)[:, None] * zl_stride
-        dz = tl.load(place + z_rows[None, :], mask=row_inside & (z_rows < Z)[None, :], other=0.0)
-        kept_x = tl.where(kept, x, 0.0).to(x.dtype)
-        z_sum = tl.dot(tl.trans(dz), kept_x, z_sum, input_precision="ieee", out_dtype=WIDE)
+        row_inside = (rows + start < T)[:, None] | EVEN_T
+        x = tl.load(x_ptr, mask=row_inside & column_inside, other=0.0)
+        word = tl.load(bits_ptr, mask=row_inside & ((words < W)[None, :] | EVEN_N), other=0)
+        dz = tl.load(z_ptr, mask=row_inside & (z_rows < Z)[None, :], other=0.0)
+        left = _left_of(x, word, BLOCK_T, BLOCK_N, PTX)
+        z_sum = tl.dot(tl.trans(dz), left, z_sum, input_precision="ieee", out_dtype=WIDE)
         if L > 0:
-            dl = tl.load(place + Z + l_rows[None, :], mask=row_inside & (l_rows < L)[None, :], other=0.0)
+            dl = tl.load(l_ptr, mask=row_inside & (l_rows < L)[None, :], other=0.0)
             l_sum = _finished(tl.dot(tl.trans(dl), x, l_sum, input_precision="ieee", out_dtype=WIDE), PTX)
+        x_ptr += BLOCK_T * n
+        bits_ptr += BLOCK_T * W
+        z_ptr += BLOCK_T * zl_stride
+        l_ptr += BLOCK_T * zl_stride
     out_ptr += part.to(tl.int64) * (Z + L) * n
     tl.store(out_ptr + z_rows[:, None] * n + columns[None, :], z_sum * SCALE,
              mask=(z_rows < Z)[:, None] & column_inside)  # fmt: skip
@@ -182,10 +230,11 @@ def _weight_gradient_kernel(
 # The fastest of those tried on an H100 at 4,096 tokens and inputs of 4,096 and 11,008; rows of output beyond 128 want
 # more warps.
 DOWN = {"BLOCK_T": 64, "BLOCK_N": 64, "num_stages": 3}
-INPUT_GRADIENT = {"BLOCK_T": 64, "BLOCK_N": 128, "num_stages": 1}
+INPUT_GRADIENT = {"BLOCK_T": 64, "BLOCK_N": 128, "num_stages": 3}
 WEIGHT_GRADIENT = {"BLOCK_T": 64, "BLOCK_N": 64, "num_stages": 3}
 PROGRAMS = 264  # two for each multiprocessor of an H100
 LEAST_BLOCKS = 16  # of columns in a part of a sum, since adding parts up takes two more kernels
+LEAST_ROWS = 64  # of a weight gradient: what Hopper multiplies at once, from shared memory; fewer go through registers
 MOST_ROWS = 256  # of down sides; the sums of a block of tokens stay in registers
 
 
@@ -201,6 +250,12 @@ def _parts(blocks: int, others: int) -> int:
     The parts are added up in a fixed order, and few different numbers mean few compilations.
     """
     return min(2 ** max(0, round(math.log2(PROGRAMS / blocks))), triton.next_power_of_2(max(1, others)))
+
+
+def _cut(T: int, n: int, tuned: dict[str, int]) -> tuple[int, int]:
+    """Blocks of columns, and tokens a program: a power of two of blocks, for few compilations."""
+    blocks, blocks_T = triton.cdiv(n, tuned["BLOCK_N"]), triton.cdiv(T, tuned["BLOCK_T"])
+    return blocks, triton.next_power_of_2(triton.cdiv(blocks_T, _parts(blocks, blocks_T))) * tuned["BLOCK_T"]
 
 
 def dropout(x: Tensor, bits: Tensor, p: float) -> Tensor:
@@ -224,8 +279,8 @@ def down(x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float) -> Tensor:
     parts = triton.cdiv(n, n_each)
     out = zl if parts == 1 else zl.new_empty(parts, T, zl.stride(0), dtype=torch.promote_types(x.dtype, torch.float32))
     _down_kernel[(blocks, parts)](
-        x, bits, weights, out, T, n, bits.shape[1], zl.stride(0), n_each, PTX=_has_ptx(x),
-        **_sizes(weights, Z, p), **DOWN,
+        x, bits, weights, out, T, n, bits.shape[1], zl.stride(0), n_each, EVEN_T=T % DOWN["BLOCK_T"] == 0,
+        EVEN_N=n % n_each == 0, PTX=_has_ptx(x), **_sizes(weights, Z, p), **DOWN,
     )  # fmt: skip
     return zl if parts == 1 else zl.copy_(out[..., :columns].sum(0))
 
@@ -237,10 +292,13 @@ def input_gradient(dzl: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float,
         return (dx if base is None else base.add_(dx)).addmm_(dzl[:, Z:], weights[Z:])
     T, n = len(dzl), weights.shape[1]
     dx = dzl.new_empty(T, n) if base is None else base
-    grid = (triton.cdiv(T, INPUT_GRADIENT["BLOCK_T"]), triton.cdiv(n, INPUT_GRADIENT["BLOCK_N"]))
-    _input_gradient_kernel[grid](
-        dzl, bits, weights, dx, T, n, bits.shape[1], dzl.stride(0), ADDS=base is not None,
-        **_sizes(weights, Z, p), **INPUT_GRADIENT,
+    blocks, T_each = _cut(T, n, INPUT_GRADIENT)
+    sizes = _sizes(weights, Z, p)
+    stages = min(INPUT_GRADIENT["num_stages"], _stages(sizes["PAD_Z"] + sizes["PAD_L"]))
+    _input_gradient_kernel[blocks, triton.cdiv(T, T_each)](
+        dzl, bits, weights, dx, T, n, bits.shape[1], dzl.stride(0), T_each, EVEN_T=T % T_each == 0,
+        EVEN_N=n % INPUT_GRADIENT["BLOCK_N"] == 0, ADDS=base is not None, PTX=_has_ptx(dzl),
+        **sizes, **INPUT_GRADIENT | {"num_stages": stages},
     )  # fmt: skip
     return dx
 
@@ -250,13 +308,13 @@ def weight_gradient(dzl: Tensor, x: Tensor, bits: Tensor, Z: int, p: float) -> T
     if _plainly(x, Z):
         return torch.cat([summed(dzl[:, :Z], dropout(x, bits, p)), summed(dzl[:, Z:], x)])
     (T, n), rows = x.shape, dzl.shape[1]
-    blocks, blocks_T = triton.cdiv(n, WEIGHT_GRADIENT["BLOCK_N"]), triton.cdiv(T, WEIGHT_GRADIENT["BLOCK_T"])
-    T_each = triton.next_power_of_2(triton.cdiv(blocks_T, _parts(blocks, blocks_T))) * WEIGHT_GRADIENT["BLOCK_T"]
+    blocks, T_each = _cut(T, n, WEIGHT_GRADIENT)
     parts = triton.cdiv(T, T_each)
     out = torch.empty(parts, rows, n, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     _weight_gradient_kernel[(blocks, parts)](
-        dzl, x, bits, out, T, n, bits.shape[1], dzl.stride(0), T_each, PTX=_has_ptx(x), **_sizes(dzl.T, Z, p),
-        **WEIGHT_GRADIENT,
+        dzl, x, bits, out, T, n, bits.shape[1], dzl.stride(0), T_each, EVEN_T=T % T_each == 0,
+        EVEN_N=n % WEIGHT_GRADIENT["BLOCK_N"] == 0, PTX=_has_ptx(x),
+        **_sizes(dzl.T, Z, p, least=LEAST_ROWS), **WEIGHT_GRADIENT,
     )  # fmt: skip
     return out[0] if parts == 1 else out.sum(0)
 
@@ -281,12 +339,17 @@ def _has_ptx(x: Tensor) -> bool:
     return x.is_cuda and not torch.version.hip
 
 
-def _sizes(weights: Tensor, Z: int, p: float) -> dict[str, Any]:
+def _stages(rows: int) -> int:
+    """Passes of the input's gradient that fit in shared memory beside `rows` of weights, by Hopper's 227 KiB."""
+    return 3 if rows <= 320 else 2 if rows <= 384 else 1
+
+
+def _sizes(weights: Tensor, Z: int, p: float, least: int = 16) -> dict[str, Any]:
     L = len(weights) - Z
     wide = tl.float64 if weights.dtype == torch.float64 else tl.float32
-    pads = {"PAD_Z": _pad(Z), "PAD_L": _pad(L), "num_warps": 4 if Z <= 128 else 8}
+    pads = {"PAD_Z": _pad(Z, least), "PAD_L": _pad(L, least), "num_warps": 4 if Z <= 128 else 8}
     return {"SCALE": LEVELS / _kept(p), "Z": Z, "L": L, "WIDE": wide, **pads}
 
 
-def _pad(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))  # tl.dot takes no less
+def _pad(size: int, least: int) -> int:
+    return max(least, triton.next_power_of_2(size))  # tl.dot takes no less than 16

@@ -81,19 +81,28 @@ def test_a_product_is_the_same_every_time(T, n, Z, L):
 COMPILE = """
 import torch, triton
 from malora.backends import masked
-def compiled(kernel, tuned, Z, L):
+def compiled(kernel, tuned, Z, L, least=16):
     weights = torch.empty(Z + L, 576, dtype=torch.bfloat16)
-    sizes = masked._sizes(weights, Z, 0.05) | tuned | {"N_EACH": 576, "T_EACH": 1024, "PTX": True}
+    sizes = masked._sizes(weights, Z, 0.05, least) | tuned
+    sizes |= {"N_EACH": 576, "T_EACH": 1024, "PTX": True, "EVEN_T": True, "EVEN_N": True, "ADDS": False}
     options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
     names, types = kernel.arg_names, {"bits_ptr": "*i32", "out_ptr": "*fp32"} | dict.fromkeys(sizes, "constexpr")
     signature = {name: types.get(name, "*bf16" if name.endswith("_ptr") else "i32") for name in names}
     aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or name in ("T", "n", "zl_stride")]
     constants = {(i,): sizes[name] for i, name in enumerate(names) if name in sizes}
     source = triton.compiler.ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    return triton.compile(source, triton.backends.compiler.GPUTarget("cuda", 90, 32), options).asm["ttgir"]
-for kernel, tuned in (masked._down_kernel, masked.DOWN), (masked._weight_gradient_kernel, masked.WEIGHT_GRADIENT):
-    for Z, L in (256, 0), (64, 8), (96, 192):
-        print(kernel.__name__, Z, L, compiled(kernel, tuned, Z, L), end="\\f")
+    made = triton.compile(source, triton.backends.compiler.GPUTarget("cuda", 90, 32), options)
+    assert made.metadata.shared <= 232448, (kernel.__name__, Z, L, made.metadata.shared)
+    return made.asm["ttgir"]
+for Z, L in (256, 0), (64, 8), (96, 192):
+    pads = sum(map(masked._pad, (Z, L), (16, 16)))
+    stages = {"num_stages": min(masked.INPUT_GRADIENT["num_stages"], masked._stages(pads))}
+    for kernel, *how in (
+        (masked._down_kernel, masked.DOWN, Z, L),
+        (masked._weight_gradient_kernel, masked.WEIGHT_GRADIENT, Z, L, masked.LEAST_ROWS),
+        (masked._input_gradient_kernel, masked.INPUT_GRADIENT | stages, Z, L),
+    ):
+        print(kernel.__name__, Z, L, compiled(kernel, *how), end="\\f")
 """
 
 
@@ -102,7 +111,7 @@ def test_no_product_runs_on_while_its_loop_writes_what_it_reads(tmp_path):
     compiles = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", COMPILE]
     codes = subprocess.run(command, capture_output=True, text=True, env=compiles, check=True).stdout.split("\f")[:-1]
-    assert len(codes) == 6
+    assert len(codes) == 9
     for code in codes:
         kernel, _, loop = code.partition("scf.yield")[0].partition("scf.for")
         begun, running = 0, 0
