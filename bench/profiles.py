@@ -67,11 +67,11 @@ PROFILES: dict[str, Profile] = {
                 "inter-open": "procedural-inter",
                 "inter/mathematics": "procedural-inter/counting_train",
             },
-            inter={"paper_rate": 5e-4, "rates": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)},
+            inter={"paper_rate": 5e-4, "rates": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)},
             rank_divisor=4,  # LoRA of rank 16 on a hidden size of 128
             epochs=1,
             batch_size=32,
-            rates=(4e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+            rates=(4e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
             seeds=3,
             threads=1,
         ),

@@ -134,6 +134,7 @@ def run(config: RunConfig, setting: Setting, jobs: int = 1) -> Record:
 
     Raises:
         UserError: the run cannot be made as it was asked for.
+        torch.OutOfMemoryError: one of several `jobs` found no room, which says nothing of the run. None is recorded.
     """
     state = processes()
     _limit_threads(setting.profile.threads)
@@ -149,6 +150,8 @@ def run(config: RunConfig, setting: Setting, jobs: int = 1) -> Record:
     except UserError:
         raise  # nothing of the run is to blame
     except torch.OutOfMemoryError as error:
+        if jobs > 1:
+            raise
         record.status, record.error = "oom", str(error)
     except Exception as error:
         record.status, record.error = "failed", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
@@ -161,10 +164,15 @@ def run(config: RunConfig, setting: Setting, jobs: int = 1) -> Record:
     state.wait_for_everyone()
     if not state.is_main_process:
         record = records.find(config, setting.results)
-    gc.collect()
-    if setting.device.type == "cuda":
-        torch.cuda.empty_cache()
+    _free(setting.device)
     return record
+
+
+def _free(device: torch.device) -> None:
+    """Give back what a run that has ended took of the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _train_and_score(record: Record, setting: Setting, checkpoint: Path) -> None:
@@ -271,7 +279,10 @@ def _recorded(config: RunConfig, setting: Setting) -> Record | None:
 
 
 def run_all(runs: list[tuple[RunConfig, Setting]], jobs: int) -> Iterator[Record]:
-    """Make the runs that the results folder does not have, `jobs` at a time; yields each as it is there."""
+    """Make the runs that the results folder does not have, `jobs` at a time; yields each as it is there.
+
+    What finds no memory beside others is made again when they are done, by itself.
+    """
     done = {config.id: found for config, setting in runs if (found := _recorded(config, setting))}
     yield from done.values()
     missing = [(config, setting) for config, setting in runs if config.id not in done]
@@ -283,13 +294,29 @@ def run_all(runs: list[tuple[RunConfig, Setting]], jobs: int) -> Iterator[Record
     context = multiprocessing.get_context("spawn")
     number = context.Value("i", 0)
     with ProcessPoolExecutor(min(jobs, len(missing)), context, _start_worker, (number,)) as pool:
-        futures = [pool.submit(run, config, setting, jobs) for config, setting in missing]
+        futures = {pool.submit(_run_beside, config, setting, jobs): (config, setting) for config, setting in missing}
+        crowded_out = []
         try:
             for future in as_completed(futures):
-                yield future.result()
+                if record := future.result():
+                    yield record
+                else:
+                    crowded_out.append(futures[future])
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    for config, setting in crowded_out:
+        yield run(config, setting)
+
+
+def _run_beside(config: RunConfig, setting: Setting, jobs: int) -> Record | None:
+    """A run among several at a time; None if it found no memory beside the others."""
+    try:
+        return run(config, setting, jobs)
+    except torch.OutOfMemoryError:
+        pass  # it holds the run's tensors until here
+    _free(setting.device)
+    return None
 
 
 def _start_worker(number) -> None:

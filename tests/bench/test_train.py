@@ -1,6 +1,7 @@
 """The loop against plain computations of the same, and what happens when a run is cut off or goes wrong."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import malora
 from bench import record
 from bench.data import Encoded, collate
 from bench.liger import LigerKernels
-from bench.run import BASE, configure, run
+from bench.run import BASE, configure, run, run_all
 from bench.step import EagerStep, GraphedStep
 from bench.train import narrow_inputs
 from tests.bench.conftest import make_setting
@@ -141,6 +142,24 @@ def test_out_of_memory_is_recorded_as_such(setting, monkeypatch):
 
     monkeypatch.setattr(bench.run, "train", greedy)
     assert run(configure(setting, "lora", seed=0), setting).status == "oom"
+
+
+def test_what_finds_no_memory_beside_other_runs_is_made_again_alone(setting, monkeypatch):
+    beside, trained = [], bench.run.train
+
+    def crowded(*args, **kwargs):
+        if len(beside) < 2:
+            beside.append(args)
+            raise torch.OutOfMemoryError("60 GiB wanted")
+        return trained(*args, **kwargs)
+
+    # Threads, because a patch does not reach other processes.
+    monkeypatch.setattr(bench.run, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(bench.run, "train", crowded)
+    runs = [(configure(setting, method, seed=0), setting) for method in ("lora", "asylora", "malora")]
+    made = list(run_all(runs, jobs=2))
+    assert [(one.config.method, one.status) for one in made] == [("malora", "ok"), ("lora", "ok"), ("asylora", "ok")]
+    assert [one.provenance["concurrent_runs"] for one in made] == [2, 1, 1]
 
 
 @pytest.mark.parametrize("method", ["lora", "malora"])
