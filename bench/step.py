@@ -86,7 +86,6 @@ class EagerStep:
     def part(self, batch: Batch) -> Losses:
         """Forward and backward of a part; its losses are shares of the whole batch's, by label tokens."""
         positions = label_positions_only(self.model, batch.row, batch.column)
-        bias = batch.attention_bias(self.dtype)
         with self.kernels, exact_with_masks(batch.ids.device), positions:
             logits = self.wrapped(
                 input_ids=batch.ids,
