@@ -3,7 +3,8 @@
 A claim about scores is a paired difference of two rows, tested against a bound: 0 for "better", -MARGIN for "no worse",
 because a claim that something does not happen needs a margin within which it would not count. It holds where the
 difference is above the bound, and does not hold where it is below, with Holm's correction over all claims that were
-tested; otherwise it cannot be told at this size. With one seed a test knows of the items only, and the verdict says so.
+tested; otherwise it cannot be told at this size. With one seed how much runs vary is taken from the table's other rows;
+where none has several a test knows of the items only, and the verdict says so.
 
 The tiny profile is a test of the harness and no evidence about the paper. Of the others the largest that has the runs
 counts.
@@ -27,7 +28,7 @@ from bench.inside_report import readings
 from bench.paper import paper
 from bench.profiles import PROFILES
 from bench.record import Record, SpeedRecord
-from bench.rows import Row, comparable, difference, entries_of, rows, tuned_rates
+from bench.rows import Row, comparable, difference, entries_of, rows, spread, tuned_rates
 from bench.speed_report import exact_rows, seconds
 from bench.stats import LEVEL, Difference, compare, holm
 from bench.variants import SHAPES, backbone
@@ -139,7 +140,7 @@ def _better(
         paper=f"{theirs[second]['AVG'] - theirs[first]['AVG']:+.2f}",
     )
     found = tables.find(name, [first, second])
-    d = found and difference(*found[1])
+    d = found and difference(*found[1], spread(tables.rows(name, found[0]).values()))
     if d is None:
         return claim
     profile, pair = found
@@ -157,7 +158,7 @@ def _tested(
     ours = f"{d.value:+.2f} [{d.low:+.2f}, {d.high:+.2f}] on {profile}, {mixture}{more}{margin}"
     ids = sorted({record.id for row in of for record in row.sources})
     claim = replace(claim, ours=ours, records=ids, profile=profile)
-    return _Tested(claim, d.value > bound, d.p_against(bound), ", on these items (one seed)" if d.seeds == 1 else "")
+    return _Tested(claim, d.value > bound, d.p_against(bound), ", on these items (one seed)" if d.items_only else "")
 
 
 def _beta(tables: _Tables) -> Claim | _Tested:

@@ -16,7 +16,7 @@ from bench.paper import paper
 from bench.parts import Board, Insides, Part, page_of
 from bench.profiles import PROFILES
 from bench.record import Record, RunConfig, SpeedRecord
-from bench.rows import Row, comparable, difference, entries_of, families_that_ran, rows, tuned_rates
+from bench.rows import Row, comparable, difference, entries_of, families_that_ran, rows, spread, tuned_rates
 from bench.run import BASE
 from bench.runs_report import options_table, router_table, sweep_table
 from bench.stats import LEVEL, POWER, holm
@@ -196,7 +196,11 @@ def leaderboard(
     overs = {row.mean.over for row in scored}
     notes = [f"± is half a {LEVEL:.0%} interval over {' or '.join(sorted(overs))}."] if overs else []
     if "items" in overs:
-        notes.append("With one seed neither it nor the test knows how much a run varies.")
+        notes.append(
+            "With one seed it does not know how much a run varies; the test takes that from the rows with several."
+            if spread(scored)
+            else "With one seed neither it nor the test knows how much a run varies."
+        )
     notes.append(
         f"{against[0].upper()}{against[1:]}: difference of the means in points with its 95% interval, paired over "
         "seeds and items, p corrected by Holm for the number of rows. *Italics* are the paper's own figures "
@@ -229,7 +233,8 @@ def _broken(row: Row) -> str:
 
 def _verdicts(scored: list[Row], best: Row | None, name: str, detailed: bool) -> dict[str, str]:
     others = [row for row in scored if row is not best]
-    differences = [difference(best, row) for row in others]
+    runs_vary = spread(scored)
+    differences = [difference(best, row, runs_vary) for row in others]
     adjusted = iter(holm([d.p for d in differences if d]))
     verdicts = {best.title: name} if best else {}
     for row, d in zip(others, differences, strict=True):
@@ -238,7 +243,7 @@ def _verdicts(scored: list[Row], best: Row | None, name: str, detailed: bool) ->
             continue
         p = next(adjusted)
         word = "not distinguishable" if p >= 1 - LEVEL else "worse" if d.value < 0 else "better"
-        if d.seeds == 1 and p < 1 - LEVEL:
+        if d.items_only and p < 1 - LEVEL:
             word += " on these items"
         verdicts[row.title] = f"{word}: {d.value:+.1f} [{d.low:+.1f}, {d.high:+.1f}], p={p:.2g}"
         if detailed:

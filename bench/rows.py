@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from bench.experiments import EXPERIMENTS, Entry, Experiment, choose_rates, families_of, parts
 from bench.record import Record, RunConfig
 from bench.run import BASE
-from bench.stats import Difference, Mean, compare, mean_over_seeds
+from bench.stats import Difference, Mean, Spread, compare, mean_over_seeds, spread_over_seeds
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,13 @@ def _joined(runs: list[Record]) -> list[Record]:
     return joined
 
 
-def difference(first: Row, second: Row) -> Difference | None:
-    """Second less first, paired over the seeds that both have; None without one."""
+def spread(table: Iterable[Row]) -> Spread | None:
+    """How runs of a table vary from seed to seed, by its rows of several."""
+    return spread_over_seeds([record.items for record in row.records] for row in table)
+
+
+def difference(first: Row, second: Row, runs_vary: Spread | None) -> Difference | None:
+    """Second less first, paired over the seeds that both have; None without one. `runs_vary` counts if it is one."""
     seeds = {r.config.seed for r in first.records} & {r.config.seed for r in second.records}
     paired = [{r.config.seed: r.items for r in row.records if r.config.seed in seeds} for row in (first, second)]
-    return compare(*([items[seed] for seed in sorted(seeds)] for items in paired)) if seeds else None
+    return compare(*([items[seed] for seed in sorted(seeds)] for items in paired), runs_vary) if seeds else None

@@ -5,14 +5,15 @@ over seeds, which share the items. A difference between two methods is paired, b
 for a seed and answer the same items; its variance is that of the seeds plus that of the items, and it is held against
 Student's t with as many degrees of freedom as that sum has (Welch and Satterthwaite): near S - 1 where the runs vary
 most, so that three seeds that agree in sign prove little, and many where the items do. (A bootstrap of three seeds is
-too sure: in a simulation it called up to a third of equal methods different.) With one seed the test knows of the items
-only, and is a statement about these two runs, not about their methods.
+too sure: in a simulation it called up to a third of equal methods different.) With one seed how much runs vary is taken
+from methods of the same table that have several, if there are any. Otherwise the test knows of the items only, and is a
+statement about these two runs, not about their methods.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +45,7 @@ class Mean:
 
 def mean_over_seeds(outcomes: Sequence[Outcomes]) -> Mean:
     """Mean over tasks and seeds of the accuracy: Student's t over seeds; with one seed, the items' standard error."""
-    means = [100 * float(np.mean([np.mean(rights) for rights in run.values()])) for run in outcomes]
+    means = [100 * _mean(run) for run in outcomes]
     value, seeds = float(np.mean(means)), len(means)
     if seeds > 1:
         return Mean(value, half_width(means), "seeds", seeds)
@@ -59,10 +60,28 @@ def half_width(values: Sequence[float]) -> float:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """How a run's mean over tasks, as a share, varies with its seed; `freedom` is what the variance is known with."""
+
+    variance: float
+    freedom: int
+
+
+def spread_over_seeds(methods: Iterable[Sequence[Outcomes]]) -> Spread | None:
+    """Pooled over the methods with several seeds, as if all varied alike; None without one."""
+    several = [[_mean(run) for run in runs] for runs in methods if len(runs) > 1]
+    if not several:
+        return None
+    freedom = sum(len(means) - 1 for means in several)
+    return Spread(float(sum(np.var(means) * len(means) for means in several)) / freedom, freedom)
+
+
+@dataclass(frozen=True)
 class Difference:
     """Of two methods' means over tasks, second less first, in points, with its 95% interval; p is two-sided.
 
     Attributes:
+        items_only: whether nothing is known of how runs vary.
         error: standard error of the value, in points, and the degrees of freedom that it is known with.
         effect: Cohen's h of the two means, 2 asin √b - 2 asin √a: 0.2 is small, 0.5 medium, 0.8 large.
     """
@@ -71,7 +90,7 @@ class Difference:
     low: float
     high: float
     p: float
-    seeds: int
+    items_only: bool
     error: float
     freedom: float
     effect: float
@@ -95,8 +114,10 @@ class Difference:
         return 2 * float(student.sf(abs(self.value - bound) / self.error, self.freedom))
 
 
-def compare(first: Sequence[Outcomes], second: Sequence[Outcomes]) -> Difference:
+def compare(first: Sequence[Outcomes], second: Sequence[Outcomes], spread: Spread | None = None) -> Difference:
     """The paired difference of two methods, given the outcomes of each for the same seeds in the same order.
+
+    `spread` counts for one seed only, as that of two runs that have nothing in common: more than of two with a seed.
 
     Raises:
         ValueError: the two did not answer the same items for the same number of seeds.
@@ -109,17 +130,27 @@ def compare(first: Sequence[Outcomes], second: Sequence[Outcomes]) -> Difference
     ]  # each [S, items]
     by_seed = np.mean([difference.mean(1) for difference in by_task], axis=0)  # [S]
     of_items = _item_variance([difference.mean(0) for difference in by_task])
-    of_seeds = float(np.var(by_seed, ddof=1)) / seeds if seeds > 1 else 0.0
+    of_seeds, seed_freedom = 0.0, 1
+    if seeds > 1:
+        of_seeds, seed_freedom = float(np.var(by_seed, ddof=1)) / seeds, seeds - 1
+    elif spread:
+        of_seeds, seed_freedom = 2 * spread.variance, spread.freedom
+    items_only = seeds == 1 and spread is None
     value, error = 100 * float(by_seed.mean()), 100 * math.sqrt(of_items + of_seeds)
-    means = [np.mean([np.mean(run[task]) for run in runs for task in run]) for runs in (first, second)]
+    means = [np.mean([_mean(run) for run in runs]) for runs in (first, second)]
     effect = 2 * float(np.arcsin(np.sqrt(means[1])) - np.arcsin(np.sqrt(means[0])))
     if not error:
-        return Difference(value, value, value, float(value == 0), seeds, 0.0, 1.0, effect)
+        return Difference(value, value, value, float(value == 0), items_only, 0.0, 1.0, effect)
     item_freedom = sum(difference.shape[1] - 1 for difference in by_task)
-    freedom = (of_items + of_seeds) ** 2 / (of_items**2 / item_freedom + of_seeds**2 / max(1, seeds - 1))
+    freedom = (of_items + of_seeds) ** 2 / (of_items**2 / item_freedom + of_seeds**2 / seed_freedom)
     p = 2 * float(student.sf(abs(value) / error, freedom))
     half = error * float(student.ppf((1 + LEVEL) / 2, freedom))
-    return Difference(value, value - half, value + half, p, seeds, error, freedom, effect)
+    return Difference(value, value - half, value + half, p, items_only, error, freedom, effect)
+
+
+def _mean(run: Outcomes) -> float:
+    """Over tasks, each the mean of its items."""
+    return float(np.mean([np.mean(rights) for rights in run.values()]))
 
 
 def _item_variance(tasks: Sequence[Sequence[float]]) -> float:

@@ -68,6 +68,14 @@ def test_one_seed_is_limited_to_its_items():
     assert claim.verdict == "holds, on these items (one seed)"
 
 
+def test_one_seed_beside_rows_of_several_knows_how_runs_vary():
+    rows = [run("table2", "MoLoRA", right=0.5), run("table2", "MALoRA", right=0.7)]
+    for right, expected in ((0.02, "holds"), (0.2, "cannot be told at this size")):
+        others = [run("table2", "DoRA", seed, 0.5 + right * (seed - 1)) for seed in range(3)]
+        claim = verdict(claims({"small": swept([*rows, *others])}, []), "MALoRA > MoLoRA (intra")
+        assert claim.verdict == expected
+
+
 def test_holm_counts_the_claims_that_were_tested():
     """A difference that one test would call real is not among two: p = 0.03 and 0.9 become 0.06 and 0.9."""
     pair = [

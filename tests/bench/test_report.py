@@ -95,7 +95,15 @@ def test_a_reproduction_without_a_sweep_does_not_look_like_one():
 def test_one_seed_is_a_statement_about_items():
     runs = [make(0, method="lora", right=0.9), make(0, method="molora", right=0.5)]
     text = report.experiment_page(TABLE2, runs, "tiny", {"lora": 2e-3, "molora": 2e-3})
-    assert "worse on these items" in line(text, "MoLoRA ")
+    assert "worse on these items" in line(text, "MoLoRA ") and "neither it nor the test knows" in text
+
+
+def test_one_seed_beside_rows_of_several_is_a_statement_about_methods():
+    runs = [make(0, method="lora", right=0.9), make(0, method="molora", right=0.5)]
+    for seed, right in enumerate((0.45, 0.5, 0.55)):
+        runs.append(make(seed, method="dora", right=right))
+    text = report.experiment_page(TABLE2, runs, "tiny", {"lora": 2e-3, "molora": 2e-3, "dora": 2e-3})
+    assert "worse: " in line(text, "MoLoRA ") and "takes that from the rows with several" in text
 
 
 def test_a_base_without_a_score_is_a_row():

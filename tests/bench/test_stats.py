@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bench.stats import compare, holm, mean_over_seeds
+from bench.stats import Spread, compare, holm, mean_over_seeds, spread_over_seeds
 
 
 def outcomes(rng, p, n=400, tasks=2):
@@ -56,6 +56,31 @@ def test_no_difference_is_called_one_in_at_most_one_of_twenty_cases(seeds, betwe
 def test_one_seed_does_not_know_how_runs_vary():
     """Why a table says "on these items" there."""
     assert false_alarms(1, 0.06) > 0.15
+
+
+def test_the_spread_is_pooled_over_methods_with_several_seeds():
+    """Means 50, 54 and 40, 44, 48: sums of squares 8 and 32, on 1 + 2 degrees of freedom."""
+    methods = [[{"t": [1] * k + [0] * (100 - k)} for k in means] for means in ((50, 54), (40, 44, 48), (10,))]
+    assert spread_over_seeds(methods) == Spread(pytest.approx(40 / 3 / 100**2), 3)
+    assert spread_over_seeds(methods[2:]) is None
+
+
+def test_one_seed_with_the_spread_of_others_is_seldom_wrong():
+    """Two methods of one seed that do not differ, beside two others of three; see `false_alarms`."""
+    rng = np.random.default_rng(4)
+
+    def method(seeds):
+        return [outcomes(rng, np.clip(0.5 + 0.06 * rng.standard_normal(), 0, 1), n=100) for _ in range(seeds)]
+
+    found = [compare(method(1), method(1), spread_over_seeds([method(3), method(3)])) for _ in range(300)]
+    assert np.mean([d.p < 0.05 for d in found]) <= 0.05 + 3 * (0.05 * 0.95 / 300) ** 0.5
+    assert not any(d.items_only for d in found) and compare(method(1), method(1)).items_only
+
+
+def test_several_seeds_need_no_spread_of_others():
+    rng = np.random.default_rng(5)
+    pair = [[outcomes(rng, p) for _ in range(3)] for p in (0.5, 0.6)]
+    assert compare(*pair, Spread(1.0, 9)) == compare(*pair)
 
 
 def shown(seeds, between_seeds, gain, draws=300):
