@@ -124,7 +124,7 @@ def collate(
     total, longest = sum(lengths), max(lengths)
     width = math.ceil(longest / row) * row if total > row else math.ceil(total / PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE
     rows = _rows(lengths, width)
-    if recur and len(rows) > FEW_ROWS:
+    if recur and len(rows) > FEW_ROWS and most_tokens >= 2 * width:  # no part is of padding alone
         rows += [[]] * (-len(rows) % ROWS_MULTIPLE)
     labels = torch.tensor(float(sum(code.label_length for code in encoded)))
     parts = math.ceil(len(rows) / max(1, most_tokens // width))

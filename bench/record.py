@@ -27,7 +27,8 @@ import torch
 
 from bench import UserError
 
-SCHEMA = 1
+SCHEMA = 2  # in runs of 1 batches were of like length
+SPEED_SCHEMA = 1
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 SOURCES = ("malora", "tasks", "bench")  # what a run's outcome depends on
@@ -154,7 +155,7 @@ def write_speed(record: SpeedRecord, folder: Path) -> Path:
     """Write a record of speed into `folder/runs`; returns its path."""
     path = folder / "runs" / f"{record.id}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, (json.dumps({"schema": SCHEMA, **dataclasses.asdict(record)}, indent=1) + "\n").encode())
+    _replace(path, (json.dumps({"schema": SPEED_SCHEMA, **dataclasses.asdict(record)}, indent=1) + "\n").encode())
     return path
 
 
@@ -168,8 +169,8 @@ def read_speed(folder: Path) -> list[SpeedRecord]:
     for path in (folder / "runs").glob("*.json"):
         try:
             content = json.loads(path.read_text())
-            if content.pop("schema") != SCHEMA:
-                raise ValueError(f"this version reads schema {SCHEMA}")
+            if content.pop("schema") != SPEED_SCHEMA:
+                raise ValueError(f"this version reads schema {SPEED_SCHEMA}")
             records.append(SpeedRecord(**content))
             records[-1].id  # noqa: B018  (a record without its time is broken too)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

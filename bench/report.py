@@ -76,7 +76,9 @@ def experiment_parts(
         parts += ["## What each rate gave", sweep_table(experiment, mine, tuned)]
     if experiment.both_rates and (routers := router_table(experiment, mine)):
         parts += ["## What the routers did", routers]
-    if experiment.both_rates and (variations := options_table(records, mine)):
+    if experiment.both_rates and (
+        variations := options_table(records, mine, spread(rows(mine, experiment.entries, tuned, experiment)))
+    ):
         parts += ["## What an option changes", variations]
     if published is not None and not experiment.figure:
         parts += ["## Against the published records", reproduction(experiment, mine, published, profile)]
@@ -197,7 +199,8 @@ def leaderboard(
     notes = [f"± is half a {LEVEL:.0%} interval over {' or '.join(sorted(overs))}."] if overs else []
     if "items" in overs:
         notes.append(
-            "With one seed it does not know how much a run varies; the test takes that from the rows with several."
+            "With one seed it does not know how much a run varies; the test takes that from the rows with several, as "
+            "if all varied alike, and is not paired over seeds where there are not two in common."
             if spread(scored)
             else "With one seed neither it nor the test knows how much a run varies."
         )

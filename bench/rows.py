@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from bench.experiments import EXPERIMENTS, Entry, Experiment, choose_rates, families_of, parts
 from bench.record import Record, RunConfig
 from bench.run import BASE
-from bench.stats import Difference, Mean, Spread, compare, mean_over_seeds, spread_over_seeds
+from bench.stats import Difference, Mean, Spread, compare, compare_apart, mean_over_seeds, spread_over_seeds
 
 
 @dataclass(frozen=True)
@@ -142,12 +142,17 @@ def _joined(runs: list[Record]) -> list[Record]:
 
 
 def spread(table: Iterable[Row]) -> Spread | None:
-    """How runs of a table vary from seed to seed, by its rows of several."""
-    return spread_over_seeds([record.items for record in row.records] for row in table)
+    """How runs of a table vary from seed to seed, by its rows of several; a single-task row's parts vary otherwise."""
+    return spread_over_seeds([r.items for r in row.records] for row in table if not row.entry.single_task)
 
 
 def difference(first: Row, second: Row, runs_vary: Spread | None) -> Difference | None:
-    """Second less first, paired over the seeds that both have; None without one. `runs_vary` counts if it is one."""
-    seeds = {r.config.seed for r in first.records} & {r.config.seed for r in second.records}
-    paired = [{r.config.seed: r.items for r in row.records if r.config.seed in seeds} for row in (first, second)]
-    return compare(*([items[seed] for seed in sorted(seeds)] for items in paired), runs_vary) if seeds else None
+    """Second less first, paired over the seeds that both have, if they have two; else of all, which vary as is given.
+
+    None where a row has no run, or they have no seed in common and nothing is known of how runs vary.
+    """
+    runs = [{r.config.seed: r.items for r in row.records} for row in (first, second)]
+    seeds = sorted(runs[0].keys() & runs[1].keys())
+    if len(seeds) < 2 and runs_vary and all(runs):
+        return compare_apart(*([*items.values()] for items in runs), runs_vary)
+    return compare(*([items[seed] for seed in seeds] for items in runs)) if seeds else None

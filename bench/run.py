@@ -134,7 +134,7 @@ def run(config: RunConfig, setting: Setting, jobs: int = 1) -> Record:
 
     Raises:
         UserError: the run cannot be made as it was asked for.
-        torch.OutOfMemoryError: one of several `jobs` found no room, which says nothing of the run. None is recorded.
+        torch.OutOfMemoryError: one of several `jobs` found no room, which says nothing of it. There is no record.
     """
     state = processes()
     _limit_threads(setting.profile.threads)
@@ -151,6 +151,7 @@ def run(config: RunConfig, setting: Setting, jobs: int = 1) -> Record:
         raise  # nothing of the run is to blame
     except torch.OutOfMemoryError as error:
         if jobs > 1:
+            checkpoint.unlink(missing_ok=True)  # what goes on from it would have another's seconds
             raise
         record.status, record.error = "oom", str(error)
     except Exception as error:

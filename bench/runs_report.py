@@ -9,7 +9,7 @@ from tabulate import tabulate
 from bench.experiments import SWEEP_SEED, TITLES, Entry, Experiment
 from bench.record import Record
 from bench.rows import entries_of
-from bench.stats import compare
+from bench.stats import Spread, compare, compare_apart
 
 
 def sweep_table(experiment: Experiment, records: list[Record], tuned: dict[str, float]) -> str:
@@ -78,7 +78,7 @@ def router_table(experiment: Experiment, records: list[Record]) -> str:
     )
 
 
-def options_table(records: list[Record], mine: list[Record]) -> str:
+def options_table(records: list[Record], mine: list[Record], runs_vary: Spread | None) -> str:
     """Runs with other options of a method than the page's, each beside its twin without them."""
     body = []
     for record in sorted((r for r in records if r not in mine and r.test), key=lambda r: r.config.id):
@@ -90,7 +90,8 @@ def options_table(records: list[Record], mine: list[Record]) -> str:
         set_to = {k: v for k, v in record.config.method_options.items() if v != usual.get(k)}
         if not set_to:
             continue
-        d = compare([twin.items], [record.items])
+        sides = [twin.items], [record.items]
+        d = compare_apart(*sides, runs_vary) if runs_vary else compare(*sides)
         body.append([
             TITLES.get(record.config.method, record.config.method), f"{record.config.learning_rate:g}",
             record.config.seed, ", ".join(f"`{k}={json.dumps(v)}`" for k, v in set_to.items()),
@@ -100,7 +101,8 @@ def options_table(records: list[Record], mine: list[Record]) -> str:
         return ""
     head = ["method", "rate", "seed", "set", "mean without", "mean with", "difference"]
     table = tabulate(body, head, tablefmt="pipe", disable_numparse=True)
-    return f"{table}\n\nPaired over items; one seed does not know how much a run varies."
+    known = "is taken from the methods with several seeds" if runs_vary else "one seed does not know"
+    return f"{table}\n\nPaired over items; how much a run varies {known}."
 
 
 def _n(value: float | None) -> str:

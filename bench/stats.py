@@ -5,9 +5,10 @@ over seeds, which share the items. A difference between two methods is paired, b
 for a seed and answer the same items; its variance is that of the seeds plus that of the items, and it is held against
 Student's t with as many degrees of freedom as that sum has (Welch and Satterthwaite): near S - 1 where the runs vary
 most, so that three seeds that agree in sign prove little, and many where the items do. (A bootstrap of three seeds is
-too sure: in a simulation it called up to a third of equal methods different.) With one seed how much runs vary is taken
-from methods of the same table that have several, if there are any. Otherwise the test knows of the items only, and is a
-statement about these two runs, not about their methods.
+too sure: in a simulation it called up to a third of equal methods different.) With fewer than two seeds in common how
+much runs vary is taken from methods of the same table that have several, if there are any: as if all varied alike, so
+that a method that varies more than they do passes for surer than it is. Otherwise the test knows of the items only, and
+is a statement about these two runs, not about their methods.
 """
 
 from __future__ import annotations
@@ -114,34 +115,43 @@ class Difference:
         return 2 * float(student.sf(abs(self.value - bound) / self.error, self.freedom))
 
 
-def compare(first: Sequence[Outcomes], second: Sequence[Outcomes], spread: Spread | None = None) -> Difference:
+def compare(first: Sequence[Outcomes], second: Sequence[Outcomes]) -> Difference:
     """The paired difference of two methods, given the outcomes of each for the same seeds in the same order.
-
-    `spread` counts for one seed only, as that of two runs that have nothing in common: more than of two with a seed.
 
     Raises:
         ValueError: the two did not answer the same items for the same number of seeds.
     """
     if len(first) != len(second) or any(_shape(a) != _shape(b) for a, b in zip(first, second, strict=True)):
         raise ValueError("a paired test needs the same seeds and the same items on both sides.")
-    seeds = len(first)
+    by_seed = [_mean(b) - _mean(a) for a, b in zip(first, second, strict=True)]
+    seeds = len(by_seed)
+    of_seeds = float(np.var(by_seed, ddof=1)) / seeds if seeds > 1 else 0.0
+    return _difference(first, second, of_seeds, max(1, seeds - 1), items_only=seeds == 1)
+
+
+def compare_apart(first: Sequence[Outcomes], second: Sequence[Outcomes], spread: Spread) -> Difference:
+    """The difference of two methods that have less than two seeds in common, whose runs vary by so much.
+
+    Paired over the items, which are the same; as for the runs, as if none had anything in common.
+    """
+    of_seeds = spread.variance * (1 / len(first) + 1 / len(second))
+    return _difference(first, second, of_seeds, spread.freedom, items_only=False)
+
+
+def _difference(
+    first: Sequence[Outcomes], second: Sequence[Outcomes], of_seeds: float, seed_freedom: int, items_only: bool
+) -> Difference:
+    """With the variance of the runs' share in it; that of the items is added."""
     by_task = [
-        np.array([b[task] for b in second], float) - np.array([a[task] for a in first], float) for task in first[0]
-    ]  # each [S, items]
-    by_seed = np.mean([difference.mean(1) for difference in by_task], axis=0)  # [S]
-    of_items = _item_variance([difference.mean(0) for difference in by_task])
-    of_seeds, seed_freedom = 0.0, 1
-    if seeds > 1:
-        of_seeds, seed_freedom = float(np.var(by_seed, ddof=1)) / seeds, seeds - 1
-    elif spread:
-        of_seeds, seed_freedom = 2 * spread.variance, spread.freedom
-    items_only = seeds == 1 and spread is None
-    value, error = 100 * float(by_seed.mean()), 100 * math.sqrt(of_items + of_seeds)
-    means = [np.mean([_mean(run) for run in runs]) for runs in (first, second)]
+        np.mean([run[task] for run in second], 0) - np.mean([run[task] for run in first], 0) for task in first[0]
+    ]  # each [items]
+    of_items = _item_variance(by_task)
+    means = [float(np.mean([_mean(run) for run in runs])) for runs in (first, second)]
+    value, error = 100 * (means[1] - means[0]), 100 * math.sqrt(of_items + of_seeds)
     effect = 2 * float(np.arcsin(np.sqrt(means[1])) - np.arcsin(np.sqrt(means[0])))
     if not error:
         return Difference(value, value, value, float(value == 0), items_only, 0.0, 1.0, effect)
-    item_freedom = sum(difference.shape[1] - 1 for difference in by_task)
+    item_freedom = sum(len(difference) - 1 for difference in by_task)
     freedom = (of_items + of_seeds) ** 2 / (of_items**2 / item_freedom + of_seeds**2 / seed_freedom)
     p = 2 * float(student.sf(abs(value) / error, freedom))
     half = error * float(student.ppf((1 + LEVEL) / 2, freedom))

@@ -10,6 +10,7 @@ float64 where the data is.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -72,6 +73,8 @@ def _left_of(x, word, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.cons
                 "{ .reg .b32 kept; prmt.b32 kept, $2, $2, $3; and.b32 $0, $1, kept; }", "=r,r,r,r",
                 [x, fronts, 0x8888 + byte], dtype=x.dtype, is_pure=True, pack=1,
             )  # fmt: skip
+        # The selector of a pair's first element is that of both: Triton puts neighbours side by side in a register. A
+        # GPU's test of products against masked tensors would see it if it did not.
         return tl.inline_asm_elementwise(
             "{ .reg .b32 kept; prmt.b32 kept, $2, $3, $4; and.b32 $0, $1, kept; }", "=r,r,r,r,r,r",
             [x, fronts, 0xCC88 + byte], dtype=x.dtype, is_pure=True, pack=2,
@@ -235,6 +238,7 @@ WEIGHT_GRADIENT = {"BLOCK_T": 64, "BLOCK_N": 64, "num_stages": 3}
 PROGRAMS = 264  # two for each multiprocessor of an H100
 LEAST_BLOCKS = 16  # of columns in a part of a sum, since adding parts up takes two more kernels
 LEAST_ROWS = 64  # of a weight gradient: what Hopper multiplies at once, from shared memory; fewer go through registers
+HOPPERS = 227 << 10  # bytes of shared memory that a block of threads can have on an H100
 MOST_ROWS = 256  # of down sides; the sums of a block of tokens stay in registers
 
 
@@ -294,7 +298,7 @@ def input_gradient(dzl: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float,
     dx = dzl.new_empty(T, n) if base is None else base
     blocks, T_each = _cut(T, n, INPUT_GRADIENT)
     sizes = _sizes(weights, Z, p)
-    stages = min(INPUT_GRADIENT["num_stages"], _stages(sizes["PAD_Z"] + sizes["PAD_L"]))
+    stages = min(INPUT_GRADIENT["num_stages"], _stages(sizes["PAD_Z"] + sizes["PAD_L"], _shared(dzl.device)))
     _input_gradient_kernel[blocks, triton.cdiv(T, T_each)](
         dzl, bits, weights, dx, T, n, bits.shape[1], dzl.stride(0), T_each, EVEN_T=T % T_each == 0,
         EVEN_N=n % INPUT_GRADIENT["BLOCK_N"] == 0, ADDS=base is not None, PTX=_has_ptx(dzl),
@@ -339,9 +343,16 @@ def _has_ptx(x: Tensor) -> bool:
     return x.is_cuda and not torch.version.hip
 
 
-def _stages(rows: int) -> int:
-    """Passes of the input's gradient that fit in shared memory beside `rows` of weights, by Hopper's 227 KiB."""
+def _stages(rows: int, shared: int) -> int:
+    """Passes of the input's gradient that fit beside `rows` of weights in so many bytes, as found for Hopper's."""
+    rows = rows * HOPPERS / shared
     return 3 if rows <= 320 else 2 if rows <= 384 else 1
+
+
+@cache
+def _shared(device: torch.device) -> int:
+    """Bytes of shared memory that a block of threads can have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else HOPPERS
 
 
 def _sizes(weights: Tensor, Z: int, p: float, least: int = 16) -> dict[str, Any]:

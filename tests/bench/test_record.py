@@ -91,7 +91,7 @@ def test_the_same_record_gives_the_same_bytes(tmp_path):
     [
         lambda path: path.write_text(path.read_text()[:200]),
         lambda path: path.write_text("{}"),
-        lambda path: path.write_text(path.read_text().replace('"schema": 1', '"schema": 99')),
+        lambda path: path.write_text(path.read_text().replace(f'"schema": {record.SCHEMA}', '"schema": 99')),
         lambda path: path.with_name(path.stem + ".items.csv.gz").unlink(),
         lambda path: path.with_name(path.stem + ".items.csv.gz").write_bytes(b"\x1f\x8b"),
     ],

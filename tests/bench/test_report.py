@@ -106,6 +106,17 @@ def test_one_seed_beside_rows_of_several_is_a_statement_about_methods():
     assert "worse: " in line(text, "MoLoRA ") and "takes that from the rows with several" in text
 
 
+def test_rows_without_two_common_seeds_are_compared_as_a_whole():
+    runs = [make(seed, method="lora", right=right) for seed, right in enumerate((0.6, 0.7, 0.8))]
+    runs += [
+        make(2, method="molora", right=0.5),
+        make(3, method="molora", right=0.6),
+        make(4, method="dora", right=0.1),
+    ]
+    text = report.experiment_page(TABLE2, runs, "tiny", {"lora": 2e-3, "molora": 2e-3, "dora": 2e-3})
+    assert "-15.0 [" in line(text, "MoLoRA ") and "-60.0 [" in line(text, "DoRA ")
+
+
 def test_a_base_without_a_score_is_a_row():
     assert "1 of 1 runs oom" in line(
         page([*records()[:-1], make(0, "oom", "base", None, data=None)]), "base, no adapter"

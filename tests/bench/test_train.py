@@ -57,7 +57,7 @@ def test_the_head_on_label_positions_only_gives_the_whole_heads_loss(shape):
 
 def test_a_batch_in_parts_is_the_same_batch():
     _, whole, gradients = step(most_tokens=10_000)
-    _, parts, added = step(row=6, most_tokens=6)  # an example a part
+    _, parts, added = step(row=6, most_tokens=6)  # a row a part
     torch.testing.assert_close(whole[0], parts[0], rtol=1e-5, atol=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(added[name], gradient, rtol=1e-3, atol=1e-6, msg=name)

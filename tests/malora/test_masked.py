@@ -44,6 +44,9 @@ def test_products_equal_those_of_masked_tensors(T, n, Z, L, p, least_blocks, mon
         "input_gradient": masked.input_gradient(dzl, bits, weights, Z, p),
         "weight_gradient": masked.weight_gradient(dzl, x, bits, Z, p),
     }
+    base = torch.randn(T, n, device=DEVICE).to(DTYPE)
+    expected["added"] = expected["input_gradient"] + base.to(wide)
+    got["added"] = masked.input_gradient(dzl, bits, weights, Z, p, base)
     for name, value in expected.items():
         assert (got[name].to(wide) - value).norm() <= CLOSE * value.norm(), name
 
@@ -70,6 +73,7 @@ def test_a_product_is_the_same_every_time(T, n, Z, L):
     products = {
         "down": lambda: masked.down(x, bits, weights, Z, 0.05),
         "weight_gradient": lambda: masked.weight_gradient(masked.rows_of(x, Z + L).copy_(dzl), x, bits, Z, 0.05),
+        "input_gradient": lambda: masked.input_gradient(masked.rows_of(x, Z + L).copy_(dzl), bits, weights, Z, 0.05),
     }
     for name, product in products.items():
         first = product()
@@ -96,7 +100,7 @@ def compiled(kernel, tuned, Z, L, least=16):
     return made.asm["ttgir"]
 for Z, L in (256, 0), (64, 8), (96, 192):
     pads = sum(map(masked._pad, (Z, L), (16, 16)))
-    stages = {"num_stages": min(masked.INPUT_GRADIENT["num_stages"], masked._stages(pads))}
+    stages = {"num_stages": min(masked.INPUT_GRADIENT["num_stages"], masked._stages(pads, 232448))}
     for kernel, *how in (
         (masked._down_kernel, masked.DOWN, Z, L),
         (masked._weight_gradient_kernel, masked.WEIGHT_GRADIENT, Z, L, masked.LEAST_ROWS),
