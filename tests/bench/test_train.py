@@ -24,7 +24,7 @@ from tests.conftest import SHAPES, make_model
 ENCODED = [Encoded([7, 3, 9, 11, 2, 5], 2), Encoded([4, 8, 1], 1), Encoded([6, 6, 2, 3], 1)]
 
 
-def step(shape="llama", most_tokens=10_000, method="malora", recur=False, balance=0.0, row=512):
+def step(shape="llama", most_tokens=10_000, method="malora", recur=False, balance=0.0, row=512, encoded=ENCODED):
     torch.manual_seed(0)
     targets = malora.TARGET_MODULES[shape]
     model = get_peft_model(make_model(shape), malora.METHODS[method](lora_dropout=0.0, target_modules=targets)).train()
@@ -33,7 +33,7 @@ def step(shape="llama", most_tokens=10_000, method="malora", recur=False, balanc
             if "malora_B" in name:
                 p.normal_(generator=torch.Generator().manual_seed(1), std=0.1)
     accelerator = Accelerator()
-    parts = collate(ENCODED, 0, row=row, most_tokens=most_tokens, recur=recur)
+    parts = collate(encoded, 0, row=row, most_tokens=most_tokens, recur=recur)
     losses = EagerStep(model, model, accelerator, balance_factor=balance)(parts)
     return model, losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -63,9 +63,11 @@ def test_a_batch_in_parts_is_the_same_batch():
         torch.testing.assert_close(added[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
 
 
-def test_padding_of_labels_changes_nothing():
-    _, plain, gradients = step(balance=0.1)
-    _, padded, of_padded = step(balance=0.1, recur=True)
+@pytest.mark.parametrize("encoded", [ENCODED, [Encoded([7, 3, 9, 11, 2, 5], 2)] * 5])
+def test_padding_of_labels_and_rows_changes_nothing(encoded):
+    """Of five rows a sixth is made, of padding alone."""
+    _, plain, gradients = step(balance=0.1, row=6, encoded=encoded)
+    _, padded, of_padded = step(balance=0.1, row=6, encoded=encoded, recur=True)
     torch.testing.assert_close(torch.stack(padded), torch.stack(plain), rtol=1e-5, atol=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(of_padded[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
