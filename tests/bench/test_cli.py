@@ -14,8 +14,11 @@ from bench import record
 from bench.__main__ import _parser, main
 from bench.experiments import EXPERIMENTS
 from bench.model import add_adapter, load, prepare
+from bench.profiles import PROFILES
 from tests import inter_folder
 from tests.bench.test_record import make
+
+RATES = len(PROFILES["tiny"].rates)
 
 
 def snapshot(folder: Path) -> dict:
@@ -144,7 +147,7 @@ def test_table2_runs_sweeps_and_resumes(base_folder, tmp_path, capsys):
     page = (tmp_path / "table2.md").read_text()
     assert "were cut short" in page and "| MALoRA " in page and "What each rate gave" in page
     before = snapshot(tmp_path)
-    assert len(before) == 2 * 11 + 1  # 2 methods × 5 rates and the base: a record and its items; the page
+    assert len(before) == 2 * (2 * RATES + 1) + 1  # of two methods and the base, a record and its items; the page
     assert main([str(a) for a in command]) == 0
     assert snapshot(tmp_path) == before
     capsys.readouterr()
@@ -258,7 +261,7 @@ def test_two_processes_make_a_table_together(base_folder, tmp_path):
         "--results",
         tmp_path,
     )
-    assert len(record.read_all(tmp_path)) == 5 + 1  # the sweep's rates, and the base
+    assert len(record.read_all(tmp_path)) == RATES + 1  # and the base
     assert "| LoRA " in (tmp_path / "table2.md").read_text()
 
 
