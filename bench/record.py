@@ -291,7 +291,10 @@ def _items_from_bytes(content: bytes) -> dict[str, list[float]]:
 
 
 def provenance(device: torch.device, jobs: int) -> dict[str, Any]:
-    """Where a run was made: code, packages, machine. `jobs` runs shared the machine, so its seconds are no speed."""
+    """Where a run was made: code, packages, machine. Its seconds are no speed, if `jobs` of a command shared the machine.
+
+    What else ran there is not known.
+    """
     commit, dirty = _git_state()
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
