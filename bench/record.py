@@ -291,7 +291,7 @@ def _items_from_bytes(content: bytes) -> dict[str, list[float]]:
 
 
 def provenance(device: torch.device, jobs: int) -> dict[str, Any]:
-    """Where a run was made: code, packages, machine. Its seconds are no speed, if `jobs` of a command shared the machine.
+    """Where a run was made: code, packages, machine. Its seconds are no speed where `jobs` of a command shared that.
 
     What else ran there is not known.
     """
