@@ -3,8 +3,8 @@
 A claim about scores is a paired difference of two rows, tested against a bound: 0 for "better", -MARGIN for "no worse",
 because a claim that something does not happen needs a margin within which it would not count. It holds where the
 difference is above the bound, and does not hold where it is below, with Holm's correction over all claims that were
-tested; otherwise it cannot be told at this size. With one seed how much runs vary is taken from the table's rows of
-several; where none has a test knows of the items only, and the verdict says so.
+tested; otherwise it cannot be told at this size. With one seed how much runs vary is taken from the table's rows that
+have several; where none has, a test knows of the items only, and the verdict says so.
 
 The tiny profile is a test of the harness and no evidence about the paper. Of the others the largest that has the runs
 counts.

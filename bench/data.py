@@ -50,8 +50,8 @@ class Batch:
         return self.example > 0
 
     def attention_bias(self, dtype: torch.dtype) -> Tensor:
-        """[R, 1, C, C]: 0 where a token, the third, sees another, the fourth, of its example and not after it, else
-        -inf. Padding sees padding, since attention to nothing would be NaN."""
+        """[R, 1, C, C], by the token that looks and the one it looks at: 0 if that is of its example and not after it,
+        else -inf. Padding sees padding, since attention to nothing would be NaN."""
         before = torch.ones(2 * self.ids.shape[-1:], dtype=torch.bool, device=self.ids.device).tril()
         visible = before & (self.example[:, :, None] == self.example[:, None, :])
         return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, float("-inf"))[:, None]
@@ -91,17 +91,17 @@ def label_tokens(examples: list[Example], encoded: list[Encoded]) -> dict[str, d
     return counts
 
 
-def schedule(examples: int, *, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
-    """The batches of a whole training, as indices; a function of its arguments alone.
+def schedule(count: int, *, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
+    """The batches of a whole training on `count` examples, as indices; a function of its arguments alone.
 
     An epoch sees every example once; its last batch may be short.
     """
     rng = random.Random(seed)
     batches = []
     for _ in range(epochs):
-        order = list(range(examples))
+        order = list(range(count))
         rng.shuffle(order)
-        batches += [order[i : i + batch_size] for i in range(0, examples, batch_size)]
+        batches += [order[i : i + batch_size] for i in range(0, count, batch_size)]
     return batches
 
 

@@ -147,9 +147,10 @@ def spread(table: Iterable[Row]) -> Spread | None:
 
 
 def difference(first: Row, second: Row, runs_vary: Spread | None) -> Difference | None:
-    """Second less first, paired over the seeds that both have, if they have two; else of all, which vary as is given.
+    """Second less first: paired over the seeds that both have, if there are two, else over all seeds of each.
 
-    None where a row has no run, or they have no seed in common and nothing is known of how runs vary.
+    For the latter `runs_vary` says how runs vary. Where it does not, one common seed is compared, and without one there
+    is None, as for a row without a run.
     """
     runs = [{r.config.seed: r.items for r in row.records} for row in (first, second)]
     seeds = sorted(runs[0].keys() & runs[1].keys())

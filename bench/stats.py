@@ -25,6 +25,7 @@ Outcomes = dict[str, list[float]]  # task -> 1 right, 0 wrong, or what is betwee
 
 LEVEL = 0.95
 POWER = 0.8
+UNLIKE = "a paired test needs the same seeds and the same items on both sides."
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,8 @@ def compare(first: Sequence[Outcomes], second: Sequence[Outcomes]) -> Difference
     Raises:
         ValueError: the two did not answer the same items for the same number of seeds.
     """
-    if len(first) != len(second) or any(_shape(a) != _shape(b) for a, b in zip(first, second, strict=True)):
-        raise ValueError("a paired test needs the same seeds and the same items on both sides.")
+    if len(first) != len(second):
+        raise ValueError(UNLIKE)
     by_seed = [_mean(b) - _mean(a) for a, b in zip(first, second, strict=True)]
     seeds = len(by_seed)
     of_seeds = float(np.var(by_seed, ddof=1)) / seeds if seeds > 1 else 0.0
@@ -132,7 +133,10 @@ def compare(first: Sequence[Outcomes], second: Sequence[Outcomes]) -> Difference
 def compare_apart(first: Sequence[Outcomes], second: Sequence[Outcomes], spread: Spread) -> Difference:
     """The difference of two methods that have less than two seeds in common, whose runs vary by so much.
 
-    Paired over the items, which are the same; as for the runs, as if none had anything in common.
+    Paired over the items; as for the runs, as if none had anything in common.
+
+    Raises:
+        ValueError: they did not answer the same items.
     """
     of_seeds = spread.variance * (1 / len(first) + 1 / len(second))
     return _difference(first, second, of_seeds, spread.freedom, items_only=False)
@@ -141,7 +145,9 @@ def compare_apart(first: Sequence[Outcomes], second: Sequence[Outcomes], spread:
 def _difference(
     first: Sequence[Outcomes], second: Sequence[Outcomes], of_seeds: float, seed_freedom: int, items_only: bool
 ) -> Difference:
-    """With the variance of the runs' share in it; that of the items is added."""
+    """`of_seeds` is the runs' share of the variance, of differences as shares; that of the items is added."""
+    if any(_shape(run) != _shape(first[0]) for run in (*first, *second)):
+        raise ValueError(UNLIKE)
     by_task = [
         np.mean([run[task] for run in second], 0) - np.mean([run[task] for run in first], 0) for task in first[0]
     ]  # each [items]

@@ -1,3 +1,5 @@
+"""Which tokens see which: packed rows against their examples one by one, and no mask where none is needed."""
+
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaAttention

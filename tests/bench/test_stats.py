@@ -126,6 +126,8 @@ def test_pairing_counts():
 def test_unlike_items_are_refused():
     with pytest.raises(ValueError, match="same seeds and the same items"):
         compare([{"t": [1, 0]}], [{"t": [1]}])
+    with pytest.raises(ValueError, match="the same items"):
+        compare_apart([{"t": [1, 0]}], [{"t": [1]}], Spread(0.1, 2))
 
 
 def test_holm():

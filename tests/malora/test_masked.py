@@ -96,11 +96,11 @@ def compiled(kernel, tuned, Z, L, least=16):
     constants = {(i,): sizes[name] for i, name in enumerate(names) if name in sizes}
     source = triton.compiler.ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     made = triton.compile(source, triton.backends.compiler.GPUTarget("cuda", 90, 32), options)
-    assert made.metadata.shared <= 232448, (kernel.__name__, Z, L, made.metadata.shared)
+    assert made.metadata.shared <= masked.HOPPERS, (kernel.__name__, Z, L, made.metadata.shared)
     return made.asm["ttgir"]
 for Z, L in (256, 0), (64, 8), (96, 192):
     pads = sum(map(masked._pad, (Z, L), (16, 16)))
-    stages = {"num_stages": min(masked.INPUT_GRADIENT["num_stages"], masked._stages(pads, 232448))}
+    stages = {"num_stages": min(masked.INPUT_GRADIENT["num_stages"], masked._stages(pads, masked.HOPPERS))}
     for kernel, *how in (
         (masked._down_kernel, masked.DOWN, Z, L),
         (masked._weight_gradient_kernel, masked.WEIGHT_GRADIENT, Z, L, masked.LEAST_ROWS),
