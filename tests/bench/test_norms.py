@@ -1,0 +1,107 @@
+"""Residual sums and norms as one kernel, through Triton's interpreter or on a GPU."""
+
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+import malora
+from bench import liger
+from tests.conftest import make_model
+
+norms = pytest.importorskip("bench.norms")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def reference(x, residual, weight, eps):
+    return (total := x + residual), F.rms_norm(total, weight.shape, weight, eps)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 64), (5, 40), (1, 1), (3, 576)])
+@pytest.mark.parametrize("used", ["both", "sum", "norm"])
+def test_sum_norm_and_gradients_are_float64s(shape, used):
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape, dtype=torch.float64, device=DEVICE, requires_grad=True) for _ in range(2)]
+    weight = torch.rand(shape[-1], dtype=torch.float64, device=DEVICE) + 0.5
+    wanted = [torch.randn(shape, dtype=torch.float64, device=DEVICE) for _ in range(2)]
+    keep = {"both": [0, 1], "sum": [0], "norm": [1]}[used]
+
+    def both(function, dtype):
+        narrow = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        results = function(*narrow, weight.to(dtype), 1e-5)
+        gradients = torch.autograd.grad([results[i] for i in keep], narrow, [wanted[i].to(dtype) for i in keep])
+        return [*results, *gradients]
+
+    expected, got = both(reference, torch.float64), both(norms.add_norm, torch.float32)
+    for a, b in zip(expected, got, strict=True):
+        torch.testing.assert_close(b, a.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_norm_is_that_of_the_rounded_sum():
+    torch.manual_seed(0)
+    x, residual = (torch.randn(7, 64, device=DEVICE).bfloat16() for _ in range(2))
+    weight = torch.rand(64, device=DEVICE).bfloat16() + 0.5
+    total, y = norms.add_norm(x, residual, weight, 1e-5)
+    if total.is_cuda:  # the interpreter cuts where a GPU rounds
+        assert total.equal(x + residual)
+    assert (total - (x + residual)).abs().max() <= 2**-7 * total.abs().max()
+    assert (y.float() - F.rms_norm(total.float(), (64,), weight.float(), 1e-5)).abs().max() <= 2**-7 * y.abs().max()
+
+
+def test_gradients_may_lie_in_wider_rows():
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 5, 48, device=DEVICE, requires_grad=True) for _ in range(2)]
+    weight = torch.rand(48, device=DEVICE)
+    wider = [torch.randn(2, 5, 70, device=DEVICE)[..., 16:64] for _ in range(2)]
+    got = torch.autograd.grad(norms.add_norm(*inputs, weight, 1e-5), inputs, wider)
+    expected = torch.autograd.grad(reference(*inputs, weight, 1e-5), inputs, wider)
+    for a, b in zip(expected, got, strict=True):
+        torch.testing.assert_close(b, a)
+
+
+@pytest.fixture
+def with_kernels(monkeypatch):
+    """The kernels put around a model as Liger, which only a GPU has, would have it: its norms are known by a mark."""
+
+    def apply(model, **_):
+        for norm in model.modules():
+            if isinstance(norm, LlamaRMSNorm):
+                norm.casting_mode = "llama"
+
+    fake = types.ModuleType("liger_kernel.transformers")
+    fake._apply_liger_kernel_to_instance = apply
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", fake)
+    return liger.LigerKernels
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_makes_its_sums_with_its_norms_and_computes_the_same(checkpointing, with_kernels, monkeypatch):
+    def passed(kernels):
+        model = get_peft_model(make_model(), malora.METHODS["malora"](lora_dropout=0.0)).to(DEVICE).train()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "malora_B" in name:
+                    p.normal_(generator=torch.Generator(DEVICE).manual_seed(1), std=0.1)
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        if kernels:
+            with_kernels(model.get_base_model())
+        logits = model(input_ids=torch.arange(1, 15, device=DEVICE).view(2, 7)).logits
+        logits.square().mean().backward()
+        return logits, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    expected, gradients = passed(kernels=False)
+    apart = []
+    monkeypatch.setattr(liger.F, "rms_norm", lambda *a, f=F.rms_norm: apart.append(a) or f(*a))
+    got, joined = passed(kernels=True)
+    # Of five norms the first has no sum before it. Checkpointed layers make their own two again in the backward pass.
+    assert len(apart) == (5 + 4 if checkpointing else 1)
+    torch.testing.assert_close(got, expected)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(joined[name], gradient, msg=name)
