@@ -143,9 +143,8 @@ def _add_setting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         type=one_of("format", FORMATS),
-        default="letters",
         metavar="F",
-        help=f"how questions are put: {', '.join(FORMATS)}",
+        help=f"how questions are put: {', '.join(FORMATS)} (default: the profile's)",
     )
     parser.add_argument("--results", type=Path, metavar="DIR", help="for records (default: results/local/PROFILE)")
     parser.add_argument("--max-steps", type=positive, metavar="N", help="stop training early, to try things out")
@@ -191,7 +190,6 @@ def _setting(options: argparse.Namespace, mixture: str) -> Setting:
         model=options.model or profile.model,
         source=Folder(options.data) if options.data else profile.source,
         mixture=mixture,
-        format=options.format,
         results=options.results or LOCAL / profile.name,
         method_options=dict(getattr(options, "set", [])),
         max_steps=options.max_steps,
@@ -199,7 +197,8 @@ def _setting(options: argparse.Namespace, mixture: str) -> Setting:
         save=getattr(options, "save", None),
         unsafe_code=options.unsafe_code,
     )
-    return replace(setting, profile=profile.on(setting.mixture_name))
+    profile = profile.on(setting.mixture_name)
+    return replace(setting, profile=replace(profile, format=options.format or profile.format))
 
 
 def _table(options: argparse.Namespace) -> int:
@@ -242,8 +241,10 @@ def _table(options: argparse.Namespace) -> int:
 
 
 def _tuned_alike(config: record.RunConfig, like: record.RunConfig) -> bool:
-    free = ("model_hash", "method", "method_options", "mixture", "learning_rate", "seed", "data_hash", "max_steps",
-            "max_items", "epochs", "batch_size")  # fmt: skip
+    free = ["model_hash", "method", "method_options", "mixture", "learning_rate", "seed", "data_hash", "max_steps",
+            "max_items", "epochs", "batch_size"]  # fmt: skip
+    if bool(MIXTURES[config.mixture].domains) != bool(MIXTURES[like.mixture].domains):
+        free.append("format")  # what tasks lend to domains was tuned as tasks are asked
     return config.but(*free) == like.but(*free)
 
 
@@ -291,7 +292,7 @@ def _score(options: argparse.Namespace) -> int:
     require_scoring(MIXTURES[setting.mixture_name].tasks, options.unsafe_code)
     model, tokenizer = load(prepare(setting.model), setting.device)
     model = load_adapter(model, options.adapter)
-    data = build(MIXTURES[setting.mixture_name], setting.source, format=setting.format, seed=0)
+    data = build(MIXTURES[setting.mixture_name], setting.source, format=setting.profile.format, seed=0)
     tests = {task: items[: setting.max_items] for task, items in data.test.items()}
     results, _ = score(model, tokenizer, tests, **score_options(setting))
     _print_scores(results)

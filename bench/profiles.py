@@ -19,6 +19,7 @@ class Profile:
         source: where data comes from unless `--data` names a folder.
         mixtures: stand-ins, for a profile whose source does not have an experiment's mixture.
         inter: what is otherwise for mixtures of domains, by field; see `on`.
+        format: how questions are put, a name in `tasks.FORMATS`.
         rank_divisor: the paper's ranks are divided by it, for models much smaller than the paper's.
         epochs, batch_size: examples, not tokens, a batch.
         generation_batch_size: answers that are written at a time; it bounds the cache of keys and values.
@@ -37,6 +38,7 @@ class Profile:
     seeds: int
     mixtures: dict[str, str] = field(default_factory=dict)
     inter: dict[str, Any] = field(default_factory=dict)
+    format: str = "letters"
     rank_divisor: int = 1
     paper_rate: float = 4e-4
     warmup_ratio: float = 0.1

@@ -58,7 +58,8 @@ def experiment_parts(
     at_paper = dict.fromkeys((entry.family for entry in entries), size.paper_rate)
     parts = [f"# {experiment.title}, profile {profile}", _intro(mine, some, others)]
     if not experiment.both_rates:
-        parts.append(_policy(families_that_ran(experiment, mine), tuned, at_paper, size.rank_divisor, lender))
+        chose = _chooser(lender, records, some.format)
+        parts.append(_policy(families_that_ran(experiment, mine), tuned, at_paper, size.rank_divisor, chose))
         if experiment.figure:
             found = rows(mine, entries, at_paper | tuned, experiment)
             parts.append(Insides(inside_report.section(experiment, found), found))
@@ -85,15 +86,18 @@ def experiment_parts(
     return parts
 
 
+def _chooser(lender: Experiment | None, records: list[Record], format: str) -> str:
+    """What chose the rates of rows whose questions are put in this format."""
+    if lender is None:
+        return "sweeps on this mixture"
+    others = {r.config.format for r in comparable(records, lender)[0]} - {format}
+    return f"the sweeps of {lender.title}" + "".join(f", format `{other}`" for other in sorted(others))
+
+
 def _policy(
-    families: list[str],
-    tuned: dict[str, float],
-    paper_rate: dict[str, float],
-    divisor: int,
-    lender: Experiment | None,
+    families: list[str], tuned: dict[str, float], paper_rate: dict[str, float], divisor: int, chose: str
 ) -> str:
-    """Which rates the rows have and why, and what else is not the paper's."""
-    chose = f"the sweeps of {lender.title}" if lender else "sweeps on this mixture"
+    """Which rates the rows have and what chose them, and what else is not the paper's."""
     rates = ", ".join(f"{TITLES.get(f, f)} {(paper_rate | tuned)[f]:g}" for f in families)
     lines = [
         f"A row takes the rate of the method that it is a variant of, chosen on validation by {chose}, all at the same "

@@ -51,7 +51,6 @@ class Setting:
     model: str
     source: Source
     mixture: str  # the experiment's name for it; the profile may have a stand-in
-    format: str
     results: Path
     method_options: dict[str, Any] = field(default_factory=dict)  # besides those that `method_options` gives
     max_steps: int | None = None
@@ -87,7 +86,7 @@ def configure(setting: Setting, method: str, seed: int, learning_rate: float | N
         method=method,
         method_options=options,
         mixture=setting.mixture_name,
-        format=setting.format,
+        format=profile.format,
         data_hash=data_hash,
         seed=seed,
         learning_rate=learning_rate,
@@ -221,7 +220,7 @@ def score_options(setting: Setting) -> dict[str, Any]:
     """How the setting has `score` work."""
     profile = setting.profile
     return {
-        "format": setting.format,
+        "format": profile.format,
         "batch_size": profile.eval_batch_size,
         "generation_batch_size": profile.generation_batch_size,
         "unsafe_code": setting.unsafe_code,
@@ -248,7 +247,7 @@ def _limited(examples: dict[str, list], config: RunConfig) -> dict[str, list]:
 
 
 def _data(setting: Setting, seed: int) -> MixtureData:
-    return _build(setting.mixture_name, setting.source, setting.format, _blend_seed(setting, seed))
+    return _build(setting.mixture_name, setting.source, setting.profile.format, _blend_seed(setting, seed))
 
 
 _ENCODED: dict[tuple, list[Encoded]] = {}  # of the last run, since the next one mostly trains on the same
@@ -256,7 +255,7 @@ _ENCODED: dict[tuple, list[Encoded]] = {}  # of the last run, since the next one
 
 def _encoded(setting: Setting, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
     seed = _blend_seed(setting, config.seed)
-    key = (config.model_hash, setting.mixture_name, setting.source, setting.format, seed, config.max_length)
+    key = (config.model_hash, setting.mixture_name, setting.source, setting.profile.format, seed, config.max_length)
     if key not in _ENCODED:
         _ENCODED.clear()
         _ENCODED[key] = encode(tokenizer, _data(setting, config.seed).train, config.max_length)

@@ -36,7 +36,7 @@ def make_setting(base_folder, results, **options):
     profile = replace(
         PROFILES["tiny"], source=SOURCE, rates=(1e-3, 1e-2), seeds=2, batch_size=8, checkpoint_every=5, warmup_ratio=0.0
     )
-    return Setting(profile, str(base_folder), SOURCE, "intra", "letters", results, **options)
+    return Setting(profile, str(base_folder), SOURCE, "intra", results, **options)
 
 
 # A record's provenance as far as publishing and tables need it.

@@ -5,16 +5,18 @@ import gzip
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench import record
-from bench.__main__ import _parser, main
+from bench.__main__ import _parser, _setting, _tuned_alike, main
 from bench.experiments import EXPERIMENTS
 from bench.model import add_adapter, load, prepare
 from bench.profiles import PROFILES
+from bench.run import configure
 from tests import inter_folder
 from tests.bench.test_record import make
 
@@ -270,3 +272,23 @@ def test_a_report_without_its_extra_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "bench.page", raising=False)
     assert main(["report"]) == 2
     assert "the report needs itables" in capsys.readouterr().err
+
+
+def test_a_profile_says_how_questions_are_put_unless_the_user_does(monkeypatch):
+    tiny = PROFILES["tiny"]
+    monkeypatch.setitem(PROFILES, "tiny", replace(tiny, inter=tiny.inter | {"format": "cloze"}))
+
+    def chosen(*arguments):
+        options = _parser().parse_args([*arguments, "--profile", "tiny"])
+        return _setting(options, options.experiment.mixture).profile.format
+
+    assert chosen("table1") == "cloze" and chosen("table2") == "letters"
+    assert chosen("table1", "--format", "letters") == "letters" and chosen("table2", "--format", "cloze") == "cloze"
+
+
+def test_tasks_lend_domains_their_rates_whatever_the_format(setting):
+    like = replace(configure(setting, "malora", 0), mixture="inter-open", format="cloze")
+    lent = replace(like, mixture="intra", format="letters", seed=3, learning_rate=1e-3)
+    assert _tuned_alike(lent, like)
+    assert not _tuned_alike(replace(lent, mixture="inter-open"), like)
+    assert not _tuned_alike(replace(lent, max_length=7), like)

@@ -82,6 +82,19 @@ def test_a_sweep_counts_where_all_that_ran_were_swept():
     assert tuned_rates(table3, known) == ({"malora": 1e-3, "molora": 1e-3}, table3)
 
 
+def test_what_lends_rates_is_named_with_its_format_if_that_is_another():
+    table3, lent = EXPERIMENTS["table3"], records()
+    usual = method_options("malora", PROFILES["tiny"], "procedural-inter", {})
+    run = make(0, method="malora", rate=4e-4)
+    for format, said in (
+        ("letters", "of Table 2: intra-domain, all"),
+        ("cloze", "intra-domain, format `letters`, all"),
+    ):
+        config = replace(run.config, mixture="procedural-inter", method_options=usual, format=format)
+        runs = [*lent, replace(run, config=config)]
+        assert said in report.experiment_page(table3, runs, "tiny", {"malora": 4e-4}, lender=TABLE2)
+
+
 def test_a_method_that_was_tried_at_fewer_rates_is_marked():
     assert "**Best of 2 of 3 rates**" in line(page([*records(), make(0, method="lora", rate=1e-3)]), "MoLoRA ")
     assert "Best of" not in page()
