@@ -215,7 +215,7 @@ def _table(options: argparse.Namespace) -> int:
         known = _run_and_print(sweep(setting, families), jobs, "sweep")
     else:
         # Rates are tuned for a model by name: its weights may differ by rounding where they were made.
-        known = [r for r in published or mine if _tuned_alike(r.config, like)]
+        known = _tuned_alike(published or mine, like)
     tuned, lender = tuned_rates(experiment, known)
     if (without := [m for m in families if m not in tuned]) and processes().is_main_process:
         print(f"no rate is tuned for {', '.join(without)}: the paper's only; --sweep tunes.", file=sys.stderr)
@@ -240,12 +240,18 @@ def _table(options: argparse.Namespace) -> int:
     return int(any(r.status == "failed" for r in runs))
 
 
-def _tuned_alike(config: record.RunConfig, like: record.RunConfig) -> bool:
-    free = ["model_hash", "method", "method_options", "mixture", "learning_rate", "seed", "data_hash", "max_steps",
-            "max_items", "epochs", "batch_size"]  # fmt: skip
-    if bool(MIXTURES[config.mixture].domains) != bool(MIXTURES[like.mixture].domains):
-        free.append("format")  # what tasks lend to domains was tuned as tasks are asked
-    return config.but(*free) == like.but(*free)
+def _tuned_alike(records: list[record.Record], like: record.RunConfig) -> list[record.Record]:
+    """Those whose rates may count for runs like this one.
+
+    Where tasks were never asked in the format of domains, they lend the rates that they were tuned to in another.
+    """
+    free = ("model_hash", "method", "method_options", "mixture", "learning_rate", "seed", "data_hash", "max_steps",
+            "max_items", "epochs", "batch_size", "format")  # fmt: skip
+    alike = [r for r in records if r.config.but(*free) == like.but(*free)]
+    known = [r for r in alike if r.config.format == like.format]
+    lenders = [r for r in alike if not MIXTURES[r.config.mixture].domains]
+    lends = MIXTURES[like.mixture].domains and not any(r in lenders for r in known)
+    return known + lenders if lends else known
 
 
 def _cores() -> int:

@@ -33,7 +33,8 @@ STYLES: dict[str, tuple[str, str]] = {
 GLYPHS = {"X": "✕", "o": "●", "h": "⬢", "s": "■", "^": "▲", "v": "▼", "D": "◆", "d": "♦", "P": "✚"}
 INK, RULE = "#010203", "#040506"  # stand for the page's own
 RC = {
-    "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"], "font.size": 9, "axes.grid": True,
+    "axes.spines.top": False, "axes.spines.right": False,
     "axes.axisbelow": True, "grid.color": RULE, "axes.edgecolor": RULE, "text.color": INK, "axes.labelcolor": INK,
     "xtick.color": INK, "ytick.color": INK, "xtick.major.size": 0, "ytick.major.size": 0, "lines.linewidth": 1.3,
     "figure.constrained_layout.use": True,
@@ -68,8 +69,14 @@ def _draw(title: str, *panels: Callable[[Axes], None], height: float = 2.7) -> s
     svg = file.getvalue()[file.getvalue().index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the same in every figure, and nothing refers to them
+    svg = re.sub(r' (?:d|x|y|transform|points)="[^"]*"', lambda place: _rounded(place[0]), svg)
     svg = svg.replace(INK, "currentColor").replace(RULE, "var(--rule)")
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
+
+
+def _rounded(places: str) -> str:
+    """To a hundredth of a point; matplotlib writes six digits, a third of a figure."""
+    return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", places)
 
 
 def means(

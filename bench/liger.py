@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +29,11 @@ class LigerKernels:
         self.names = vars(sys.modules[type(model).__module__])
         before = dict(self.names)
         _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=as_it_comes, cross_entropy=False)
-        if not as_it_comes:
-            for module in model.modules():
-                if _is_ligers(module):
-                    module.forward = MethodType(_rms_norm, module)
-            if isinstance(model, LlamaForCausalLM):
-                _join_sums_and_norms(model)
+        self.norms = [] if as_it_comes else [module for module in model.modules() if _is_ligers(module)]
+        for norm in self.norms:
+            norm.forward = MethodType(_rms_norm, norm)
+        if self.norms and isinstance(model, LlamaForCausalLM):
+            _join_sums_and_norms(model)
         # torch.compile adds names of its own in between; they are not Liger's to put back.
         self.before = {name: value for name, value in before.items() if self.names[name] is not value}
         self.ligers = {name: self.names[name] for name in self.before}
@@ -45,6 +44,8 @@ class LigerKernels:
 
     def __exit__(self, *_: object) -> None:
         self.names.update(self.before)
+        for norm in self.norms:  # of a pass that was broken off
+            norm.made = None
 
 
 def _is_ligers(norm: nn.Module) -> bool:
@@ -57,11 +58,23 @@ def _rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
 
     Liger's backward pass also makes the gradient of a weight that nobody trains, most of its time at small width.
     """
-    made_of, y = vars(norm).pop("made", (None, None))
-    if made_of is x:
-        return y
+    made, norm.made = norm.made, None
+    if made and made.of is x and made.version == _version(x):
+        return made.y
     with torch.autocast(x.device.type, enabled=False):  # it would widen x to float32
         return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+class _Made(NamedTuple):
+    """What a norm makes of a tensor as it was at a version."""
+
+    of: Tensor
+    version: int | None
+    y: Tensor
+
+
+def _version(x: Tensor) -> int | None:
+    return None if x.is_inference() else x._version
 
 
 def _join_sums_and_norms(model: LlamaForCausalLM) -> None:
@@ -80,19 +93,26 @@ def _decoder_layer(
     hidden_states: Tensor,
     **options: Any,
 ) -> Tensor:
-    """The layer's forward pass. The norm that follows finds what it would make of the result in its `made`."""
+    """The layer's forward pass. The norm that follows finds what it would make of the result in its `made`.
+
+    The layer's own second norm is not called where it is made with a sum, and its hooks do not run.
+    """
     if layer.gradient_checkpointing and layer.training:  # a checkpoint gives back a layer's result and no more
         return apart(hidden_states, **options)
     attention, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **options)
     hidden_states, normed = _add_norm(attention, hidden_states, layer.post_attention_layernorm)
+    if normed is None:
+        normed = layer.post_attention_layernorm(hidden_states)
     hidden_states, normed = _add_norm(layer.mlp(normed), hidden_states, following)
-    following.made = hidden_states, normed
+    if normed is not None:
+        following.made = _Made(hidden_states, _version(hidden_states), normed)
     return hidden_states
 
 
-def _add_norm(x: Tensor, residual: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+def _add_norm(x: Tensor, residual: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The sum, and the norm of it where the kernel makes both."""
     if x.dtype != residual.dtype or norm.weight.requires_grad:
-        return (total := residual + x), norm(total)
+        return residual + x, None
     from bench.norms import add_norm  # needs Triton
 
     return add_norm(x, residual, norm.weight, norm.variance_epsilon)

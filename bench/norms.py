@@ -1,7 +1,7 @@
 """A residual sum and the norm of it as one Triton kernel each way, for frozen RMSNorms.
 
-A decoder layer has two residual sums, each followed by a norm: the second by the next layer's. Apart, they pass over
-the hidden states eleven times forward and backward, most of it in kernels that do nothing else; together, eight times.
+A decoder layer has two residual sums, each followed by a norm: the second by the next layer's. Apart, each pair passes
+over the hidden states eleven times forward and backward, in kernels that do nothing else; together, eight times.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 @triton.jit
@@ -58,6 +59,7 @@ class _AddNorm(torch.autograd.Function):
         return total, y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dsum: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:  # nobody used the norm
             return dsum, dsum, None, None

@@ -107,7 +107,7 @@ def _embedded(record: Record | SpeedRecord) -> dict[str, Any]:
 
 
 def _packed(value: Any) -> str:
-    """JSON, gzipped, in base64: records repeat themselves, and there are hundreds."""
+    """JSON, gzipped, in base64: records and code repeat themselves, and both are large."""
     return base64.b64encode(gzip.compress(json.dumps(value).encode(), mtime=0)).decode()
 
 

@@ -58,7 +58,7 @@ def experiment_parts(
     at_paper = dict.fromkeys((entry.family for entry in entries), size.paper_rate)
     parts = [f"# {experiment.title}, profile {profile}", _intro(mine, some, others)]
     if not experiment.both_rates:
-        chose = _chooser(lender, records, some.format)
+        chose = _chooser(lender, published or records, some.format)
         parts.append(_policy(families_that_ran(experiment, mine), tuned, at_paper, size.rank_divisor, chose))
         if experiment.figure:
             found = rows(mine, entries, at_paper | tuned, experiment)

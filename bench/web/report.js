@@ -1,4 +1,9 @@
-const datatables = JSON.parse(document.getElementById("datatables").textContent);
+function unpacked(id) {
+  const packed = Uint8Array.from(atob(document.getElementById(id).textContent), (byte) => byte.charCodeAt(0));
+  return new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip")));
+}
+
+const datatables = await unpacked("datatables").json();
 const bundle = URL.createObjectURL(new Blob([datatables], { type: "text/javascript" }));
 const { default: DataTable } = await import(bundle);
 for (const table of document.querySelectorAll("main table"))
@@ -7,9 +12,7 @@ for (const table of document.querySelectorAll("main table"))
     language: { search: "Filter rows", searchPlaceholder: "Filter" } });
 
 // A link to records is their ids, #id,id: every figure has an address of its own.
-const packed = Uint8Array.from(atob(document.getElementById("records").textContent), (byte) => byte.charCodeAt(0));
-const unpacked = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
-const records = await new Response(unpacked).json();
+const records = await unpacked("records").json();
 const dialog = document.querySelector("dialog");
 
 function element(name, ...children) {

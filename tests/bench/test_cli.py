@@ -287,8 +287,16 @@ def test_a_profile_says_how_questions_are_put_unless_the_user_does(monkeypatch):
 
 
 def test_tasks_lend_domains_their_rates_whatever_the_format(setting):
-    like = replace(configure(setting, "malora", 0), mixture="inter-open", format="cloze")
-    lent = replace(like, mixture="intra", format="letters", seed=3, learning_rate=1e-3)
-    assert _tuned_alike(lent, like)
-    assert not _tuned_alike(replace(lent, mixture="inter-open"), like)
-    assert not _tuned_alike(replace(lent, max_length=7), like)
+    """Unless tasks were tuned in the domains' own."""
+
+    def run(**changes):
+        one = make(0)
+        one.config = replace(configure(setting, "malora", 0), **changes)
+        return one
+
+    like = run(mixture="inter-open", format="cloze").config
+    lent, own = run(mixture="intra", learning_rate=1e-3), run(mixture="intra", format="cloze")
+    of_domains, other = run(mixture="inter-open"), run(mixture="intra", max_length=7)
+    assert _tuned_alike([lent, of_domains, other], like) == [lent]
+    assert _tuned_alike([lent, of_domains, own, other], like) == [own]
+    assert _tuned_alike([lent, own], lent.config) == [lent]

@@ -43,13 +43,15 @@ def test_sum_norm_and_gradients_are_float64s(shape, used):
 
 def test_the_norm_is_that_of_the_rounded_sum():
     torch.manual_seed(0)
-    x, residual = (torch.randn(7, 64, device=DEVICE).bfloat16() for _ in range(2))
-    weight = torch.rand(64, device=DEVICE).bfloat16() + 0.5
+    x, residual = (torch.randn(50, 64, device=DEVICE).half() for _ in range(2))
+    weight = torch.rand(64, device=DEVICE).half() + 0.5
     total, y = norms.add_norm(x, residual, weight, 1e-5)
-    if total.is_cuda:  # the interpreter cuts where a GPU rounds
-        assert total.equal(x + residual)
-    assert (total - (x + residual)).abs().max() <= 2**-7 * total.abs().max()
-    assert (y.float() - F.rms_norm(total.float(), (64,), weight.float(), 1e-5)).abs().max() <= 2**-7 * y.abs().max()
+    assert total.equal(x + residual)
+
+    def differ(summed):
+        return (y != F.rms_norm(summed, (64,), weight.float(), 1e-5).half()).float().mean()
+
+    assert differ(total.float()) < 0.01 < differ(x.float() + residual.float())
 
 
 def test_gradients_may_lie_in_wider_rows():
