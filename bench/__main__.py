@@ -249,9 +249,9 @@ def _tuned_alike(records: list[record.Record], like: record.RunConfig) -> list[r
             "max_items", "epochs", "batch_size", "format")  # fmt: skip
     alike = [r for r in records if r.config.but(*free) == like.but(*free)]
     known = [r for r in alike if r.config.format == like.format]
-    lenders = [r for r in alike if not MIXTURES[r.config.mixture].domains]
-    lends = MIXTURES[like.mixture].domains and not any(r in lenders for r in known)
-    return known + lenders if lends else known
+    if MIXTURES[like.mixture].domains and all(MIXTURES[r.config.mixture].domains for r in known):
+        known += [r for r in alike if not MIXTURES[r.config.mixture].domains]
+    return known
 
 
 def _cores() -> int:

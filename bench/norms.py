@@ -87,7 +87,7 @@ def _launch(n: int) -> dict[str, int]:
 
 
 def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The sum of x and residual [..., n], and its RMSNorm with a frozen weight [n].
+    """s = x + residual, of [..., n] each, and its RMSNorm s / √(mean(s²) + eps) · weight, with a frozen weight [n].
 
     Both inputs have one dtype, the sum's and the norm's; what is between is in float32, and the norm is that of the
     rounded sum. The weight gets no gradient.

@@ -71,7 +71,7 @@ class Variant:
         backend: for methods of ours, one of `malora.BACKENDS`, or the rival of `bench.rivals`.
         run: eager, compiled or captured.
         plain: the adapter is in bfloat16 and trains without autocast.
-        liger: Liger's kernels for norm, rotary embedding and SwiGLU; in rows that are not ours for the loss too.
+        liger: the kernels of `bench.liger` around it; in rows that are not ours Liger as it comes, with its loss.
     """
 
     name: str

@@ -1,5 +1,7 @@
 """A base model of random weights with the tiny profile's words, and settings that train it for a few steps."""
 
+import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -37,6 +39,14 @@ def make_setting(base_folder, results, **options):
         PROFILES["tiny"], source=SOURCE, rates=(1e-3, 1e-2), seeds=2, batch_size=8, checkpoint_every=5, warmup_ratio=0.0
     )
     return Setting(profile, str(base_folder), SOURCE, "intra", results, **options)
+
+
+def stand_in_for_liger(monkeypatch, apply):
+    """Liger, which only a GPU has, does `apply` to a model."""
+    fake = types.ModuleType("liger_kernel.transformers")
+    fake._apply_liger_kernel_to_instance = apply
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", fake)
 
 
 # A record's provenance as far as publishing and tables need it.

@@ -1,8 +1,5 @@
 """Residual sums and norms as one kernel, through Triton's interpreter or on a GPU."""
 
-import sys
-import types
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,10 +8,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import malora
 from bench import liger
+from tests.bench.conftest import stand_in_for_liger
 from tests.conftest import make_model
 
 norms = pytest.importorskip("bench.norms")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+IDS = torch.arange(1, 15, device=DEVICE).view(2, 7)
 
 
 def reference(x, residual, weight, eps):
@@ -67,17 +66,14 @@ def test_gradients_may_lie_in_wider_rows():
 
 @pytest.fixture
 def with_kernels(monkeypatch):
-    """The kernels put around a model as Liger, which only a GPU has, would have it: its norms are known by a mark."""
+    """The kernels around a model as with Liger, whose norms are known by a mark."""
 
     def apply(model, **_):
         for norm in model.modules():
             if isinstance(norm, LlamaRMSNorm):
                 norm.casting_mode = "llama"
 
-    fake = types.ModuleType("liger_kernel.transformers")
-    fake._apply_liger_kernel_to_instance = apply
-    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
-    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", fake)
+    stand_in_for_liger(monkeypatch, apply)
     return liger.LigerKernels
 
 
@@ -94,7 +90,7 @@ def test_a_model_makes_its_sums_with_its_norms_and_computes_the_same(checkpointi
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
         if kernels:
             with_kernels(model.get_base_model())
-        logits = model(input_ids=torch.arange(1, 15, device=DEVICE).view(2, 7)).logits
+        logits = model(IDS).logits
         logits.square().mean().backward()
         return logits, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
@@ -107,3 +103,45 @@ def test_a_model_makes_its_sums_with_its_norms_and_computes_the_same(checkpointi
     torch.testing.assert_close(got, expected)
     for name, gradient in gradients.items():
         torch.testing.assert_close(joined[name], gradient, msg=name)
+
+
+def test_a_result_that_a_hook_changes_in_place_has_its_norm_made_anew(with_kernels):
+    def logits(kernels):
+        model = make_model().to(DEVICE)
+        if kernels:
+            with_kernels(model)
+        model.model.layers[0].register_forward_hook(lambda *call: call[-1].add_(0.1))
+        with torch.no_grad():
+            return model(IDS).logits
+
+    torch.testing.assert_close(logits(kernels=True), logits(kernels=False))
+
+
+def test_a_norm_that_is_trained_stays_a_norm(with_kernels):
+    def gradients(kernels):
+        model = make_model().to(DEVICE)
+        if kernels:
+            with_kernels(model)
+        model(IDS).logits.square().mean().backward()
+        return {name: p.grad for name, p in model.named_parameters() if "norm" in name}
+
+    expected, got = gradients(kernels=False), gradients(kernels=True)
+    assert len(expected) == 5
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, msg=name)
+
+
+def test_a_pass_that_is_broken_off_leaves_nothing(with_kernels):
+    model = make_model().to(DEVICE).requires_grad_(False)
+    kernels = with_kernels(model)
+    following = model.model.layers[1].input_layernorm
+    left = []
+
+    def interrupt(*_):
+        left.append(following.made)
+        raise KeyboardInterrupt
+
+    model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), kernels:
+        model(IDS)
+    assert left[0] is not None and following.made is None

@@ -4,7 +4,6 @@ import argparse
 import json
 import subprocess
 import sys
-import types
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -19,7 +18,7 @@ from bench.measure import DecodeStep, TrainStep, Work, backbone_flops
 from bench.record import SpeedRecord
 from bench.rivals import registered
 from bench.variants import DEFAULT_BACKENDS, SHAPES, Subject, Variant, backbone, choose, variants
-from tests.bench.conftest import CLEAN
+from tests.bench.conftest import CLEAN, stand_in_for_liger
 
 CPU = torch.device("cpu")
 TOY = SHAPES["toy"]
@@ -114,13 +113,6 @@ def test_rows_are_measured_in_turns():
 def test_no_round_is_begun_that_would_end_too_late():
     found, done = rounds.measure([Fake("a", log := [])], 5, CPU, seconds=0)
     assert done == 1 and log == ["a"] * 2 and found[0]["seconds"]["step"]
-
-
-def stand_in_for_liger(monkeypatch, apply):
-    fake = types.ModuleType("liger_kernel.transformers")
-    fake._apply_liger_kernel_to_instance = apply
-    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
-    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", fake)
 
 
 def test_ligers_functions_are_there_only_while_its_row_runs(monkeypatch):
