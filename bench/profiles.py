@@ -85,6 +85,7 @@ PROFILES: dict[str, Profile] = {
             batch_size=64,  # the paper's 2 would leave a GPU idle; the rates are tuned for this one
             rates=(2e-4, 4e-4, 1e-3, 1.5e-3, 2e-3, 3e-3),
             inter={
+                "format": "cloze",  # asked for a letter, the base answers A
                 "epochs": 3,
                 "paper_rate": 5e-4,
                 "rates": (2.5e-4, 5e-4, 1e-3, 1.5e-3, 2e-3),
