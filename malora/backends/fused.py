@@ -55,6 +55,8 @@ class Stack:
         R8, N8, self.H8, self.D8 = (-(-size // 8) * 8 for size in (R, routers, N * r, D))
         self.is_padded = (R, routers, N * r, D) != (R8, N8, self.H8, self.D8)
         shared = f.S is not None and f.S.dim() == 2
+        # What pads a z that experts share is written by the gate's kernels; other gaps come with those in the logits.
+        self.has_gaps = routers != N8
         self.shape = GateShape(
             N=N, top_k=config.top_k, r=r, D=D, z_step=0 if shared else D, z_group=R8, l_group=N8, logits_at=G * R8,
             has_p=f.P is not None, scaling=config.scaling,
@@ -132,8 +134,8 @@ class Stack:
         return Narrow(down, P, Bs), [view for g, B in enumerate(Bs) for view in self.parts(down, P, B, g)]
 
     def new(self, like: Tensor, *shape: int) -> Tensor:
-        """For a kernel that writes what is not padding."""
-        return like.new_zeros(shape) if self.is_padded else like.new_empty(shape)
+        """For the gate's kernels, which leave gaps as they are."""
+        return like.new_zeros(shape) if self.has_gaps else like.new_empty(shape)
 
     def by_sibling(self, zl: Tensor) -> Tensor:
         """z of each sibling, [G, T, R], as a view."""
@@ -196,15 +198,18 @@ class _Experts(torch.autograd.Function):
         config, s, down = stack.config, stack.shape, narrow.down
         frozen = fp8.frozen(stack.layers, ctx.needs_input_grad[0]) if config.backend == "fp8" else None
         weights = [] if frozen else [layer.base_layer.weight.to(x.dtype) for layer in stack.layers]
-        bits = None
+        bits = parts = None
         if seed is None:
             zl = torch.mm(x, down.T, out=masked.rows_of(x, len(down)))
         else:
             bits = masked.mask(*x.shape, seed, config.lora_dropout)
-            zl = masked.down(x, bits, down, s.logits_at, config.lora_dropout)
+            product = masked.down_in_parts if config.has_router else masked.down
+            zl = product(x, bits, down, s.logits_at, config.lora_dropout)
+            if zl.dim() == 3:
+                zl, parts = masked.rows_of(x, len(down)), zl
         if config.has_router:
             h = stack.new(x, len(stack.layers), len(x), stack.H8)
-            probabilities = kernels.gate(zl, narrow.P, h, s).unbind()
+            probabilities = kernels.gate(zl, narrow.P, h, s, parts).unbind()
             alpha = 1.0
         else:
             h = stack.by_sibling(zl)
@@ -236,7 +241,7 @@ class _Experts(torch.autograd.Function):
         needs = dict(zip(stack.kinds, ctx.needs_input_grad[4:], strict=False))  # siblings train alike
 
         dzl = masked.rows_of(x, len(down))
-        if stack.is_padded:
+        if stack.has_gaps:
             dzl.zero_()
         up_sides = [B.T for B in Bs]
         if config.has_router:
@@ -292,8 +297,10 @@ def _output(x: Tensor, W: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, alp
     return y.addmm_(x, W.T)
 
 
-def _stacked(gradients: tuple[Tensor | None, ...], x: Tensor, N: int) -> Tensor:
-    """The gradients of the probabilities, [G, T, N]."""
+def _stacked(gradients: tuple[Tensor | None, ...], x: Tensor, N: int) -> Tensor | None:
+    """The gradients of the probabilities, [G, T, N]; None where no sibling has one."""
+    if all(gradient is None for gradient in gradients):
+        return None
     if any(gradient is None for gradient in gradients):
         zero = x.new_zeros(len(x), N, dtype=torch.promote_types(x.dtype, torch.float32))
         return torch.stack([zero if gradient is None else gradient for gradient in gradients])

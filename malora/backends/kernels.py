@@ -18,10 +18,24 @@ BLOCK_T = 32
 
 
 @triton.jit
-def _probabilities(l_ptr, rows, row_inside, l_stride, experts, N: tl.constexpr, WIDE: tl.constexpr):
-    inside = row_inside[:, None] & (experts < N)[None, :]
-    logits = tl.load(l_ptr + rows[:, None] * l_stride + experts[None, :], mask=inside, other=float("-inf")).to(WIDE)
-    logits = tl.where((experts < N)[None, :], tl.where(row_inside[:, None], logits, 0.0), float("-inf"))
+def _loaded(whole_ptr, parts_ptr, place, inside, kept, part_stride, PARTS: tl.constexpr):
+    """What is at whole_ptr; or the sum of so many parts, rounded as what is there is, and left there where `kept`."""
+    if PARTS == 0:
+        whole = tl.load(whole_ptr + place, mask=inside, other=0.0)
+    else:
+        total = tl.load(parts_ptr + place, mask=inside, other=0.0)
+        for _ in tl.static_range(1, PARTS):
+            parts_ptr += part_stride
+            total += tl.load(parts_ptr + place, mask=inside, other=0.0)
+        whole = total.to(whole_ptr.dtype.element_ty)
+        tl.store(whole_ptr + place, whole, mask=kept)
+    return whole
+
+
+@triton.jit
+def _probabilities(logits, experts, N: tl.constexpr, WIDE: tl.constexpr):
+    """Rows of logits that are not there must be zero, not infinite."""
+    logits = tl.where((experts < N)[None, :], logits.to(WIDE), float("-inf"))
     weights = tl.exp(logits - tl.max(logits, 1)[:, None])
     return weights / tl.sum(weights, 1)[:, None]
 
@@ -42,67 +56,73 @@ def _largest(probability, experts, N: tl.constexpr, K: tl.constexpr, PAD_N: tl.c
 
 @triton.jit
 def _gate_kernel(
-    z_ptr, l_ptr, p_ptr, h_ptr, probability_ptr, T, z_stride, l_stride, h_stride, p_group, p_row,
-    SCALING: tl.constexpr, Z_GROUP: tl.constexpr, L_GROUP: tl.constexpr, Z_STEP: tl.constexpr, HAS_P: tl.constexpr,
-    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+    zl_ptr, parts_ptr, p_ptr, h_ptr, probability_ptr, T, zl_stride, part_stride, h_stride, p_group, p_row,
+    PARTS: tl.constexpr, SCALING: tl.constexpr, Z_GROUP: tl.constexpr, L_GROUP: tl.constexpr, LOGITS_AT: tl.constexpr,
+    Z_STEP: tl.constexpr, HAS_P: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
     PAD_N: tl.constexpr, PAD_R: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    row_inside = rows < T
+    row_inside = (rows < T)[:, None]
     experts = tl.arange(0, PAD_N)
-    probability = _probabilities(l_ptr + group * L_GROUP, rows, row_inside, l_stride, experts, N, WIDE)
-    tl.store(
-        probability_ptr + (group * T + rows[:, None]) * N + experts[None, :], probability,
-        mask=row_inside[:, None] & (experts < N)[None, :],
-    )  # fmt: skip
-    gate = probability * _largest(probability, experts, N, K, PAD_N) * SCALING
     ranks = tl.arange(0, PAD_R)
     columns = tl.arange(0, PAD_D)
-    z_ptr += group * Z_GROUP
-    if HAS_P and Z_STEP == 0:
-        z = tl.load(z_ptr + rows[:, None] * z_stride + columns[None, :],
-                    mask=row_inside[:, None] & (columns < D)[None, :], other=0.0)  # fmt: skip
+    l_inside = row_inside & (experts < N)[None, :]
+    z_inside = row_inside & (columns < D)[None, :]
+    h_inside = row_inside & (ranks < R)[None, :]
+    # Of a row of zl, a program reads, and writes where it comes in parts, its sibling's columns alone.
+    z_place = rows[:, None] * zl_stride + group * Z_GROUP
+    l_place = rows[:, None] * zl_stride + LOGITS_AT + group * L_GROUP + experts[None, :]
+    logits = _loaded(zl_ptr, parts_ptr, l_place, l_inside, l_inside, part_stride, PARTS)
+    probability = _probabilities(logits, experts, N, WIDE)
+    tl.store(probability_ptr + (group * T + rows[:, None]) * N + experts[None, :], probability, mask=l_inside)
+    gate = probability * _largest(probability, experts, N, K, PAD_N) * SCALING
+    if HAS_P and Z_STEP == 0:  # P's gradient is a product with z and what pads it, so zeros are left there
+        padded = row_inside & (columns < Z_GROUP)[None, :]
+        z = _loaded(zl_ptr, parts_ptr, z_place + columns[None, :], z_inside, padded, part_stride, PARTS)
     for t in range(N):
         gate_t = tl.sum(tl.where((experts == t)[None, :], gate, 0.0), 1)
         if HAS_P:
             if Z_STEP != 0:
-                z = tl.load(z_ptr + rows[:, None] * z_stride + t * Z_STEP + columns[None, :],
-                            mask=row_inside[:, None] & (columns < D)[None, :], other=0.0)  # fmt: skip
+                z_t = z_place + t * Z_STEP + columns[None, :]
+                z = _loaded(zl_ptr, parts_ptr, z_t, z_inside, z_inside, part_stride, PARTS)
             p_t = tl.load(p_ptr + group * p_group + (t * R + ranks[None, :]) * p_row + columns[:, None],
                           mask=(ranks < R)[None, :] & (columns < D)[:, None], other=0.0)  # fmt: skip
             u = tl.dot(z, p_t, input_precision="ieee", out_dtype=WIDE)
         else:
-            u = tl.load(z_ptr + rows[:, None] * z_stride + t * Z_STEP + ranks[None, :],
-                        mask=row_inside[:, None] & (ranks < R)[None, :], other=0.0).to(WIDE)  # fmt: skip
+            u_t = z_place + t * Z_STEP + ranks[None, :]
+            u = _loaded(zl_ptr, parts_ptr, u_t, h_inside, h_inside, part_stride, PARTS).to(WIDE)
         tl.store(h_ptr + (group * T + rows[:, None]) * h_stride + t * R + ranks[None, :], u * gate_t[:, None],
-                 mask=row_inside[:, None] & (ranks < R)[None, :])  # fmt: skip
+                 mask=h_inside)  # fmt: skip
 
 
 @triton.jit
 def _gate_backward_kernel(
-    z_ptr, l_ptr, p_ptr, dh_ptr, dprobability_ptr, dz_ptr, dl_ptr, e_ptr,
-    T, z_stride, l_stride, h_stride, p_group, p_row,
-    SCALING: tl.constexpr, Z_GROUP: tl.constexpr, L_GROUP: tl.constexpr, Z_STEP: tl.constexpr, HAS_P: tl.constexpr,
-    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
-    PAD_N: tl.constexpr, PAD_R: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr,
+    zl_ptr, p_ptr, dh_ptr, dprobability_ptr, dzl_ptr, e_ptr, T, zl_stride, dzl_stride, h_stride, p_group, p_row,
+    HAS_DPROBABILITY: tl.constexpr, SCALING: tl.constexpr, Z_GROUP: tl.constexpr, L_GROUP: tl.constexpr,
+    LOGITS_AT: tl.constexpr, Z_STEP: tl.constexpr, HAS_P: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    R: tl.constexpr, D: tl.constexpr, PAD_N: tl.constexpr, PAD_R: tl.constexpr, PAD_D: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    row_inside = rows < T
+    row_inside = (rows < T)[:, None]
     experts = tl.arange(0, PAD_N)
-    probability = _probabilities(l_ptr + group * L_GROUP, rows, row_inside, l_stride, experts, N, WIDE)
+    ranks = tl.arange(0, PAD_R)
+    columns = tl.arange(0, PAD_D)
+    l_inside = row_inside & (experts < N)[None, :]
+    z_inside = row_inside & (columns < D)[None, :]
+    h_inside = row_inside & (ranks < R)[None, :]
+    z_ptr = zl_ptr + rows[:, None] * zl_stride + group * Z_GROUP
+    dz_ptr = dzl_ptr + rows[:, None] * dzl_stride + group * Z_GROUP
+    l_column = LOGITS_AT + group * L_GROUP + experts[None, :]
+    logits = tl.load(zl_ptr + rows[:, None] * zl_stride + l_column, mask=l_inside, other=0.0)
+    probability = _probabilities(logits, experts, N, WIDE)
     chosen = _largest(probability, experts, N, K, PAD_N)
     gate = probability * chosen * SCALING
     dgate = tl.zeros_like(probability)
-    ranks = tl.arange(0, PAD_R)
-    columns = tl.arange(0, PAD_D)
-    h_inside = row_inside[:, None] & (ranks < R)[None, :]
-    z_inside = row_inside[:, None] & (columns < D)[None, :]
-    z_ptr += group * Z_GROUP
-    dz_ptr += group * Z_GROUP
     if HAS_P and Z_STEP == 0:
-        z = tl.load(z_ptr + rows[:, None] * z_stride + columns[None, :], mask=z_inside, other=0.0)
+        z = tl.load(z_ptr + columns[None, :], mask=z_inside, other=0.0)
         dz = tl.zeros([BLOCK_T, PAD_D], dtype=WIDE)
     for t in range(N):
         is_t = (experts == t)[None, :]
@@ -111,32 +131,31 @@ def _gate_backward_kernel(
         dh = tl.load(dh_ptr + h_place, mask=h_inside, other=0.0).to(WIDE)
         if HAS_P:
             if Z_STEP != 0:
-                z = tl.load(z_ptr + rows[:, None] * z_stride + t * Z_STEP + columns[None, :], mask=z_inside, other=0.0)
+                z = tl.load(z_ptr + t * Z_STEP + columns[None, :], mask=z_inside, other=0.0)
             p_t = tl.load(p_ptr + group * p_group + (t * R + ranks[None, :]) * p_row + columns[:, None],
                           mask=(ranks < R)[None, :] & (columns < D)[:, None], other=0.0)  # fmt: skip
             u = tl.dot(z, p_t, input_precision="ieee", out_dtype=WIDE)
         else:
-            u = tl.load(z_ptr + rows[:, None] * z_stride + t * Z_STEP + ranks[None, :], mask=h_inside, other=0.0)
-            u = u.to(WIDE)
+            u = tl.load(z_ptr + t * Z_STEP + ranks[None, :], mask=h_inside, other=0.0).to(WIDE)
         dgate += tl.where(is_t, (tl.sum(dh * u, 1) * SCALING)[:, None], 0.0)
         e = dh * gate_t[:, None]
         if HAS_P:
-            narrow = e.to(z_ptr.dtype.element_ty)
+            narrow = e.to(zl_ptr.dtype.element_ty)
             tl.store(e_ptr + h_place, narrow, mask=h_inside)
             dz_t = tl.dot(narrow, tl.trans(p_t), input_precision="ieee", out_dtype=WIDE)
             if Z_STEP == 0:
                 dz += dz_t
             else:
-                tl.store(dz_ptr + rows[:, None] * z_stride + t * Z_STEP + columns[None, :], dz_t, mask=z_inside)
+                tl.store(dz_ptr + t * Z_STEP + columns[None, :], dz_t, mask=z_inside)
         else:
-            tl.store(dz_ptr + rows[:, None] * z_stride + t * Z_STEP + ranks[None, :], e, mask=h_inside)
-    if HAS_P and Z_STEP == 0:
-        tl.store(dz_ptr + rows[:, None] * z_stride + columns[None, :], dz, mask=z_inside)
-    inside = row_inside[:, None] & (experts < N)[None, :]
-    place = (group * T + rows[:, None]) * N + experts[None, :]
-    dp = dgate * chosen + tl.load(dprobability_ptr + place, mask=inside, other=0.0)
+            tl.store(dz_ptr + t * Z_STEP + ranks[None, :], e, mask=h_inside)
+    if HAS_P and Z_STEP == 0:  # what pads it too, with zeros
+        tl.store(dz_ptr + columns[None, :], dz, mask=row_inside & (columns < Z_GROUP)[None, :])
+    dp = dgate * chosen
+    if HAS_DPROBABILITY:
+        dp += tl.load(dprobability_ptr + (group * T + rows[:, None]) * N + experts[None, :], mask=l_inside, other=0.0)
     dl = probability * (dp - tl.sum(probability * dp, 1)[:, None])
-    tl.store(dl_ptr + group * L_GROUP + rows[:, None] * l_stride + experts[None, :], dl, mask=inside)
+    tl.store(dzl_ptr + rows[:, None] * dzl_stride + l_column, dl, mask=l_inside)
 
 
 @dataclass(frozen=True)
@@ -164,8 +183,9 @@ class GateShape:
 
     def constants(self, dtype: torch.dtype) -> dict[str, Any]:
         return {
-            "SCALING": self.scaling, "Z_GROUP": self.z_group, "L_GROUP": self.l_group, "Z_STEP": self.z_step,
-            "HAS_P": self.has_p, "N": self.N, "K": self.top_k, "R": self.r, "D": self.D,
+            "SCALING": self.scaling, "Z_GROUP": self.z_group, "L_GROUP": self.l_group,
+            "LOGITS_AT": self.logits_at, "Z_STEP": self.z_step, "HAS_P": self.has_p,
+            "N": self.N, "K": self.top_k, "R": self.r, "D": self.D,
             "PAD_N": triton.next_power_of_2(self.N), "PAD_R": _pad(self.r), "PAD_D": _pad(self.D),
             "WIDE": tl.float64 if dtype == torch.float64 else tl.float32, "BLOCK_T": BLOCK_T,
         }  # fmt: skip
@@ -175,33 +195,41 @@ def _pad(size: int) -> int:
     return max(16, triton.next_power_of_2(size))  # tl.dot takes no less
 
 
-def gate(zl: Tensor, P: Tensor | None, h: Tensor, shape: GateShape) -> Tensor:
+def gate(zl: Tensor, P: Tensor | None, h: Tensor, shape: GateShape, parts: Tensor | None = None) -> Tensor:
     """Route and gate: writes h [G, T, ≥H]; returns the probabilities [G, T, N], float32 or wider.
 
     Args:
         zl: [T, ...] what the down sides gave, and behind it the routers' logits; `shape` says where.
         P: [G, N, r, ≥D] or None.
+        parts: [parts, T, ...] in float32 or wider, in rows as far apart as zl's. If given, zl is written: their sum,
+            with what pads a z that experts share; other padding stays as it is.
     """
     G, T = h.shape[:2]
     probability = zl.new_empty(G, T, shape.N, dtype=torch.promote_types(zl.dtype, torch.float32))
-    logits = zl[:, shape.logits_at :]
+    assert parts is None or parts.stride(1) == zl.stride(0)
+    count, part_stride = (0, 0) if parts is None else (len(parts), parts.stride(0))
     _gate_kernel[(triton.cdiv(T, BLOCK_T), G)](
-        zl, logits, P, h, probability, T, zl.stride(0), zl.stride(0), h.stride(1), *_strides(P),
+        zl, parts, P, h, probability, T, zl.stride(0), part_stride, h.stride(1), *_strides(P), PARTS=count,
         **shape.constants(zl.dtype),
     )  # fmt: skip
     return probability
 
 
 def gate_backward(
-    zl: Tensor, P: Tensor | None, dh: Tensor, dprobability: Tensor, dzl: Tensor, shape: GateShape
+    zl: Tensor, P: Tensor | None, dh: Tensor, dprobability: Tensor | None, dzl: Tensor, shape: GateShape
 ) -> Tensor | None:
-    """Writes the gradients of zl into dzl; returns e [G, T, ≥H], of which dP is eᵀ z, or None without P."""
+    """Writes the gradients of zl into dzl [T, ...]; returns e [G, T, ≥H], of which dP is eᵀ z, or None without P.
+
+    Args:
+        zl, P: as `gate` left and took them; rows of zl may be as far apart as they like.
+        dh: [G, T, ≥H], contiguous.
+        dprobability: [G, T, N], contiguous; None is zero.
+    """
     G, T = dh.shape[:2]
     e = torch.empty_like(dh) if P is not None else None
     _gate_backward_kernel[(triton.cdiv(T, BLOCK_T), G)](
-        zl, zl[:, shape.logits_at :], P, dh, dprobability, dzl, dzl[:, shape.logits_at :], e,
-        T, zl.stride(0), zl.stride(0), dh.stride(1), *_strides(P),
-        **shape.constants(zl.dtype),
+        zl, P, dh, dprobability, dzl, e, T, zl.stride(0), dzl.stride(0), dh.stride(1), *_strides(P),
+        HAS_DPROBABILITY=dprobability is not None, **shape.constants(zl.dtype),
     )  # fmt: skip
     return e
 

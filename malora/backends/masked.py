@@ -236,7 +236,7 @@ DOWN = {"BLOCK_T": 64, "BLOCK_N": 64, "num_stages": 3}
 INPUT_GRADIENT = {"BLOCK_T": 64, "BLOCK_N": 128, "num_stages": 3}
 WEIGHT_GRADIENT = {"BLOCK_T": 64, "BLOCK_N": 64, "num_stages": 3}
 PROGRAMS = 264  # two for each multiprocessor of an H100
-LEAST_BLOCKS = 16  # of columns in a part of a sum, since adding parts up takes two more kernels
+LEAST_BLOCKS = 16  # of columns in a part of a sum; found when adding parts up took every layer two more kernels
 LEAST_ROWS = 64  # of a weight gradient: what Hopper multiplies at once, from shared memory; fewer go through registers
 HOPPERS = 227 << 10  # bytes of shared memory that a block of threads can have on an H100
 MOST_ROWS = 256  # of down sides; the sums of a block of tokens stay in registers
@@ -272,6 +272,12 @@ def dropout(x: Tensor, bits: Tensor, p: float) -> Tensor:
 
 def down(x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float) -> Tensor:
     """[dropout(x) Dᵀ, x Gᵀ]: [T, Z + L] of x [T, n]; weights are the Z rows of D above the L of G."""
+    zl = down_in_parts(x, bits, weights, Z, p)
+    return zl if zl.dim() == 2 else rows_of(x, len(weights)).copy_(zl.sum(0))
+
+
+def down_in_parts(x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float) -> Tensor:
+    """The same, or what it is the sum of: [parts, T, Z + L] in float32 or wider. Rows are as far apart in both."""
     (T, n), columns = x.shape, len(weights)
     zl = rows_of(x, columns)
     if _plainly(x, Z):
@@ -281,12 +287,14 @@ def down(x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float) -> Tensor:
     blocks, blocks_n = triton.cdiv(T, DOWN["BLOCK_T"]), triton.cdiv(n, DOWN["BLOCK_N"])
     n_each = triton.cdiv(blocks_n, _parts(blocks, blocks_n // LEAST_BLOCKS)) * DOWN["BLOCK_N"]
     parts = triton.cdiv(n, n_each)
-    out = zl if parts == 1 else zl.new_empty(parts, T, zl.stride(0), dtype=torch.promote_types(x.dtype, torch.float32))
+    if parts > 1:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        zl = zl.new_empty(parts, T, zl.stride(0), dtype=wide)[..., :columns]
     _down_kernel[(blocks, parts)](
-        x, bits, weights, out, T, n, bits.shape[1], zl.stride(0), n_each, EVEN_T=T % DOWN["BLOCK_T"] == 0,
+        x, bits, weights, zl, T, n, bits.shape[1], zl.stride(-2), n_each, EVEN_T=T % DOWN["BLOCK_T"] == 0,
         EVEN_N=n % n_each == 0, PTX=_has_ptx(x), **_sizes(weights, Z, p), **DOWN,
     )  # fmt: skip
-    return zl if parts == 1 else zl.copy_(out[..., :columns].sum(0))
+    return zl
 
 
 def input_gradient(dzl: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float, base: Tensor | None = None) -> Tensor:

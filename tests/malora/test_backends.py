@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from malora import BACKENDS, METHODS, MaloraConfig, MaloraLayer
-from malora.backends import INEXACT, choose, masked
+from malora.backends import INEXACT, choose, kernels, masked
 from malora.routing import RoutingLog
 from malora.siblings import interprets_triton
 
@@ -70,6 +70,19 @@ others = pytest.mark.parametrize("backend", [name for name in EXACT if name != "
 @pytest.mark.parametrize("method", methods)
 def test_agrees_with_the_reference(method, backend):
     assert_agrees(layer(METHODS[method](lora_dropout=0.3)), backend, torch.randn(3, 11, 72, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("method", methods)
+def test_a_down_side_summed_in_parts_agrees_with_the_reference(method, monkeypatch):
+    """With a router the gate's kernel adds them up."""
+    monkeypatch.setattr(masked, "LEAST_BLOCKS", 1)
+    monkeypatch.setattr(masked, "DOWN", masked.DOWN | {"BLOCK_N": 32})
+    gated, gate = [], kernels.gate
+    monkeypatch.setattr(kernels, "gate", lambda *args: gated.append(args[-1]) or gate(*args))
+    made = layer(METHODS[method](lora_dropout=0.3))
+    assert_agrees(made, "fused", torch.randn(3, 11, 72, dtype=torch.float64))
+    config = made.settings["default"]
+    assert [len(parts) for parts in gated] == [3] * (config.has_router and config.up == "B_t")
 
 
 @others

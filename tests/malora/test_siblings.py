@@ -98,6 +98,40 @@ def test_the_gradients_of_a_balance_loss_are_read_where_they_lie(ids, monkeypatc
     assert all(torch.equal(got[name], gradient) for name, gradient in expected.items())
 
 
+def test_a_balance_loss_of_one_sibling(ids):
+    def computed(model, backend):
+        for layer in model.base_model.malora_layers:
+            layer.settings["default"].backend = backend
+        model.zero_grad()
+        loss = model(ids).logits.pow(2).mean()
+        key = model.base_model.model.model.layers[1].self_attn.k_proj
+        (loss + key.routings["default"].probability.pow(2).sum()).backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    model = adapted()
+    expected, got = computed(model, "dense"), computed(model, "fused")
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, **CLOSE, msg=name)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "malora-small"])
+def test_what_is_saved_for_the_backward_pass_may_be_packed(method, ids):
+    """As whoever carries it off the GPU does; it comes back in rows that are not padded."""
+    model = adapted(method)
+
+    def gradients(pack):
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(ids, use_cache=False).logits.pow(2).mean()
+        loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients(lambda tensor: tensor)
+    got = gradients(lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, **CLOSE, msg=name)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_optimizers_step_is_seen(fused, ids):
     """A fused one does not raise the version of what it changes."""
