@@ -243,16 +243,16 @@ class _Experts(torch.autograd.Function):
         dzl = masked.rows_of(x, len(down))
         if stack.has_gaps:
             dzl.zero_()
-        up_sides = [B.T for B in Bs]
         if config.has_router:
             dh = x.new_empty(h.shape)
-            into = zip(dh, dys, up_sides, strict=True)
-            side_by_side(x, [partial(torch.mm, dy, B, out=dh_g) for dh_g, dy, B in into])
-            e = kernels.gate_backward(zl, P, dh, _stacked(gradients[G:], x, s.N), dzl, s)
         else:
-            h = stack.by_sibling(zl)
-            into = zip(stack.by_sibling(dzl), dys, up_sides, strict=True)
-            side_by_side(x, [partial(torch.addmm, dz, dy, B, beta=0, alpha=alpha, out=dz) for dz, dy, B in into])
+            h, dh = stack.by_sibling(zl), stack.by_sibling(dzl)
+        of_each = zip(dh, h, dys, Bs, strict=True)
+        dBs = side_by_side(x, [partial(_up_gradients, *each, alpha, needs["B"]) for each in of_each])
+        if alpha != 1 and needs["B"]:
+            torch._foreach_mul_(dBs, alpha)
+        if config.has_router:
+            e = kernels.gate_backward(zl, P, dh, _stacked(gradients[G:], x, s.N), dzl, s)
 
         def of_input() -> Tensor | None:
             if not ctx.needs_input_grad[0]:
@@ -276,15 +276,7 @@ class _Experts(torch.autograd.Function):
                     ddown = masked.weight_gradient(dzl, x, bits, s.logits_at, config.lora_dropout)
             return ddown, stack.P_gradient(e, zl) if needs.get("P") else P
 
-        def of_up() -> list[Tensor]:
-            if not needs["B"]:
-                return Bs
-            dBs = [masked.summed(h_g, dy) for h_g, dy in zip(h, dys, strict=True)]
-            if alpha != 1:
-                torch._foreach_mul_(dBs, alpha)
-            return dBs
-
-        dx, (ddown, dP), dBs = side_by_side(x, [of_input, of_down, of_up])
+        dx, (ddown, dP) = side_by_side(x, [of_input, of_down])
         found = [part for g in range(G) for part in stack.parts(ddown, dP, dBs[g], g)]
         wanted = zip(found, ctx.needs_input_grad[4:], strict=True)
         return dx, None, None, None, *(gradient if needed else None for gradient, needed in wanted)
@@ -295,6 +287,15 @@ def _output(x: Tensor, W: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, alp
     start = x.new_empty(()) if bias is None else bias.to(x.dtype)
     y = torch.addmm(start, h, B, beta=0 if bias is None else 1, alpha=alpha)
     return y.addmm_(x, W.T)
+
+
+def _up_gradients(dh: Tensor, h: Tensor, dy: Tensor, B: Tensor, alpha: float, trains: bool) -> Tensor:
+    """Writes dh [T, H] = alpha · dy Bᵀ; returns hᵀ dy, [H, m] in float32 or wider, or B if it is not trained.
+
+    One after the other, as much of dy is then still in the cache.
+    """
+    torch.addmm(dh, dy, B.T, beta=0, alpha=alpha, out=dh)
+    return masked.summed(h, dy) if trains else B
 
 
 def _stacked(gradients: tuple[Tensor | None, ...], x: Tensor, N: int) -> Tensor | None:
