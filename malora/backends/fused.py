@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from malora.backends import fp8, kernels, masked
 from malora.backends.copies import copy_all
 from malora.backends.kernels import GateShape
-from malora.backends.lanes import side_by_side
+from malora.backends.lanes import fills_device, side_by_side
 from malora.routing import Routing
 
 if TYPE_CHECKING:
@@ -247,10 +247,23 @@ class _Experts(torch.autograd.Function):
             dh = x.new_empty(h.shape)
         else:
             h, dh = stack.by_sibling(zl), stack.by_sibling(dzl)
-        of_each = zip(dh, h, dys, Bs, strict=True)
-        dBs = side_by_side(x, [partial(_up_gradients, *each, alpha, needs["B"]) for each in of_each])
-        if alpha != 1 and needs["B"]:
-            torch._foreach_mul_(dBs, alpha)
+
+        # What is not trained gets its weights for gradients, which are then left out.
+        def of_h(g: int) -> None:
+            torch.addmm(dh[g], dys[g], Bs[g].T, beta=0, alpha=alpha, out=dh[g])
+
+        def of_up(g: int) -> Tensor:
+            return masked.summed(h[g], dys[g]) if needs["B"] else Bs[g]
+
+        def of_h_and_up(g: int) -> Tensor:
+            of_h(g)
+            return of_up(g)
+
+        made = []
+        if fills_device(x):  # in one row anyway, and much of dy is still in the cache
+            made = [of_h_and_up(g) for g in range(G)]
+        else:  # what follows waits for h's alone
+            side_by_side(x, [partial(of_h, g) for g in range(G)])
         if config.has_router:
             e = kernels.gate_backward(zl, P, dh, _stacked(gradients[G:], x, s.N), dzl, s)
 
@@ -266,7 +279,6 @@ class _Experts(torch.autograd.Function):
                 dx.addmm_(dy, W)
             return dx
 
-        # What is not trained gets its weights for gradients, which are then left out.
         def of_down() -> tuple[Tensor, Tensor | None]:
             ddown = down
             if needs.get("A", needs.get("S")) or needs.get("router"):
@@ -276,7 +288,9 @@ class _Experts(torch.autograd.Function):
                     ddown = masked.weight_gradient(dzl, x, bits, s.logits_at, config.lora_dropout)
             return ddown, stack.P_gradient(e, zl) if needs.get("P") else P
 
-        dx, (ddown, dP) = side_by_side(x, [of_input, of_down])
+        dx, (ddown, dP), dBs = side_by_side(x, [of_input, of_down, lambda: made or [of_up(g) for g in range(G)]])
+        if alpha != 1 and needs["B"]:
+            torch._foreach_mul_(dBs, alpha)
         found = [part for g in range(G) for part in stack.parts(ddown, dP, dBs[g], g)]
         wanted = zip(found, ctx.needs_input_grad[4:], strict=True)
         return dx, None, None, None, *(gradient if needed else None for gradient, needed in wanted)
@@ -287,15 +301,6 @@ def _output(x: Tensor, W: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, alp
     start = x.new_empty(()) if bias is None else bias.to(x.dtype)
     y = torch.addmm(start, h, B, beta=0 if bias is None else 1, alpha=alpha)
     return y.addmm_(x, W.T)
-
-
-def _up_gradients(dh: Tensor, h: Tensor, dy: Tensor, B: Tensor, alpha: float, trains: bool) -> Tensor:
-    """Writes dh [T, H] = alpha · dy Bᵀ; returns hᵀ dy, [H, m] in float32 or wider, or B if it is not trained.
-
-    One after the other, as much of dy is then still in the cache.
-    """
-    torch.addmm(dh, dy, B.T, beta=0, alpha=alpha, out=dh)
-    return masked.summed(h, dy) if trains else B
 
 
 def _stacked(gradients: tuple[Tensor | None, ...], x: Tensor, N: int) -> Tensor | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGE = 1 << 23  # elements of an input: its kernels fill the device by themselves
+LARGE = 1 << 23  # elements of an input
 
 
 @cache
@@ -23,13 +23,18 @@ def _streams(device: torch.device) -> list[torch.cuda.Stream]:
     return []
 
 
+def fills_device(like: Tensor) -> bool:
+    """Whether kernels over so large an input leave no room beside them; their works stay in one row."""
+    return like.numel() >= LARGE
+
+
 def side_by_side(like: Tensor, works: list[Callable[[], Any]]) -> list[Any]:
     """What works give that neither write to the same tensors nor read what another writes; on `like`'s device.
 
     Memory is the stream's that it was allocated on, and comes back to it: every stream waits for this one before it
     begins, and this one for all of them, so nobody can write to it while it is still read.
     """
-    if like.numel() >= LARGE or not (like.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if fills_device(like) or not (like.is_cuda and torch.cuda.is_current_stream_capturing()):
         return [work() for work in works]
     here, streams = torch.cuda.current_stream(), _streams(like.device)
     streams += [torch.cuda.Stream(like.device) for _ in range(len(works) - 1 - len(streams))]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from malora import BACKENDS, METHODS, MaloraConfig, MaloraLayer
-from malora.backends import INEXACT, choose, kernels, masked
+from malora.backends import INEXACT, choose, fused, kernels, lanes, masked
 from malora.routing import RoutingLog
 from malora.siblings import interprets_triton
 
@@ -83,6 +83,16 @@ def test_a_down_side_summed_in_parts_agrees_with_the_reference(method, monkeypat
     assert_agrees(made, "fused", torch.randn(3, 11, 72, dtype=torch.float64))
     config = made.settings["default"]
     assert [len(parts) for parts in gated] == [3] * (config.has_router and config.up == "B_t")
+
+
+@pytest.mark.parametrize("method", ["asylora", "malora"])
+def test_large_inputs_agree_with_the_reference(method, monkeypatch):
+    """Theirs is another order of the products."""
+    monkeypatch.setattr(lanes, "LARGE", 1)
+    alone = []
+    monkeypatch.setattr(fused, "fills_device", lambda x: alone.append(lanes.fills_device(x)) or alone[-1])
+    assert_agrees(layer(METHODS[method](lora_dropout=0.3)), "fused", torch.randn(3, 11, 72, dtype=torch.float64))
+    assert alone == [True]
 
 
 @others
