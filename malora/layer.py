@@ -112,6 +112,8 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
             obstacle = "a base that is trained too"
         elif config.up != "B_t":
             obstacle = f"up={config.up!r}"
+        elif config.down != "A_t" and not config.has_router:
+            obstacle = f"one expert with down={config.down!r}"
         elif not (has_triton() if device.type == "cuda" else interprets_triton()):
             obstacle = f"on {device.type}, with Triton {'' if has_triton() else 'not '}installed"
         if obstacle:

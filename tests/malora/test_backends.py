@@ -103,7 +103,15 @@ def test_agrees_on_odd_numbers_of_tokens(shape, backend):
 
 @others
 @pytest.mark.parametrize(
-    "options", [{"r": 1, "d": 3}, {"r": 5, "d": 7}, {"top_k": 1}, {"top_k": 8}, {"num_experts": 3}]
+    "options",
+    [
+        {"r": 1, "d": 3},
+        {"r": 5, "d": 7},
+        {"top_k": 1},
+        {"top_k": 8},
+        {"num_experts": 3},
+        {"num_experts": 1, "top_k": 1},
+    ],
 )
 def test_agrees_on_odd_ranks_and_numbers_of_experts(options, backend):
     assert_agrees(layer(METHODS["malora"](**options)), backend, torch.randn(2, 6, 72, dtype=torch.float64))
