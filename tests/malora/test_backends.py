@@ -72,6 +72,10 @@ def test_agrees_with_the_reference(method, backend):
     assert_agrees(layer(METHODS[method](lora_dropout=0.3)), backend, torch.randn(3, 11, 72, dtype=torch.float64))
 
 
+on_a_cpu = pytest.mark.skipif(not interprets_triton(), reason="Triton runs on a CPU as its interpreter only")
+
+
+@on_a_cpu
 @pytest.mark.parametrize("method", methods)
 def test_a_down_side_summed_in_parts_agrees_with_the_reference(method, monkeypatch):
     """With a router the gate's kernel adds them up."""
@@ -85,6 +89,7 @@ def test_a_down_side_summed_in_parts_agrees_with_the_reference(method, monkeypat
     assert [len(parts) for parts in gated] == [3] * (config.has_router and config.up == "B_t")
 
 
+@on_a_cpu
 @pytest.mark.parametrize("method", ["asylora", "malora"])
 def test_large_inputs_agree_with_the_reference(method, monkeypatch):
     """Theirs is another order of the products."""
