@@ -53,9 +53,14 @@ def style(method: str) -> tuple[str, str]:
     return STYLES.get(method) or (STYLES.get(method.partition("-")[0], STYLES[BASE])[0], "P")
 
 
-def link(records: Iterable[Record | SpeedRecord]) -> str:
+def handle(id: str) -> str:
+    """What the page knows a record by: the hash at the end of its id. Ids are long, and every cell leads to some."""
+    return id.rpartition("-")[2]
+
+
+def link(ids: Iterable[str]) -> str:
     """Where the page shows these records."""
-    return "#" + ",".join(record.id for record in records)
+    return "#" + ",".join(map(handle, ids))
 
 
 def _draw(title: str, *panels: Callable[[Axes], None], height: float = 2.7) -> str:
@@ -94,7 +99,7 @@ def means(
         for at, row in sorted(known, key=lambda one: one[0]):
             (colour, marker), mean = style(row.method), row.mean
             axes.errorbar(at, mean.value, mean.half_width, color=colour, elinewidth=1.2)
-            axes.scatter(at, mean.value, 40, colour, marker=marker, urls=[link(row.sources)], zorder=3)
+            axes.scatter(at, mean.value, 40, colour, marker=marker, urls=[link(r.id for r in row.sources)], zorder=3)
             line = joined.setdefault((series(row) if series else "", row.method, row.entry.single_task), [])
             line.append((at, mean.value))
         for (name, method, _), points in joined.items():
@@ -115,7 +120,7 @@ def lines(title: str, label: str, panels: dict[str, list[Line]], scale: str = "l
     def panel(name: str) -> Callable[[Axes], None]:
         def draw(axes: Axes) -> None:
             for method, xs, ys, record in panels[name]:
-                axes.plot(xs, ys, color=style(method)[0], alpha=0.85, url=link([record]))
+                axes.plot(xs, ys, color=style(method)[0], alpha=0.85, url=link([record.id]))
             axes.set(ylabel=name, xlabel=label if name == list(panels)[-1] else "", yscale=scale)
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))  # steps, layers, places in a list
             if scale == "log":
@@ -153,7 +158,7 @@ def alike(title: str, readings: dict[tuple[str, str, str], list[tuple[Record, fl
         for (method, setting, side), found in readings.items():
             at, (colour, marker) = compared.index((side, setting)), style(method)
             for record, value, chance in found:
-                axes.scatter(value, at, 30, colour, marker=marker, urls=[link([record])], zorder=3)
+                axes.scatter(value, at, 30, colour, marker=marker, urls=[link([record.id])], zorder=3)
                 axes.scatter(chance, at, 90, INK, marker="|")
         axes.set_yticks(range(len(compared)), [f"{side}, {setting}" for side, setting in compared])
         axes.invert_yaxis()
@@ -169,7 +174,7 @@ def steps(title: str, record: SpeedRecord) -> str | None:
     def panel(axes: Axes) -> None:
         for at, row in enumerate(rows):
             colour = style((row["method"] or BASE).removeprefix("peft-"))[0]
-            axes.barh(at, seconds(row), color=colour, height=0.65, url=link([record]))
+            axes.barh(at, seconds(row), color=colour, height=0.65, url=link([record.id]))
             axes.plot(np.quantile(row["seconds"]["step"], (0.25, 0.75)), (at, at), color=INK)
         axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
         axes.grid(axis="y", visible=False)

@@ -27,7 +27,7 @@ import malora
 from bench import figures
 from bench.claims import NOTES, Claim
 from bench.experiments import TITLES, Experiment
-from bench.figures import Line, link
+from bench.figures import Line, handle, link
 from bench.inside_report import readings
 from bench.parts import Board, Part
 from bench.profiles import PROFILES
@@ -66,7 +66,7 @@ def page(records: dict[str, list[Record]], speeds: list[SpeedRecord], claims: li
         runs={name: _runs(records[name]) for name in of_profiles},
         goals=_markdown(goal_table(speeds)),
         speeds=[(_markdown(section(r)), _made((figures.steps, "Seconds of a step", r))) for r in measured],
-        records={r.id: _embedded(r) for r in itertools.chain(*records.values(), measured)},
+        records={handle(r.id): _embedded(r) for r in itertools.chain(*records.values(), measured)},
         datatables=Path(itables.options.dt_bundle).read_text(),
     )
 
@@ -103,7 +103,8 @@ def _method(name: str, title: str = "") -> Markup:
 def _embedded(record: Record | SpeedRecord) -> dict[str, Any]:
     """A record as JSON, without the outcomes of its items."""
     fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name not in ("items", "path")}
-    return fields | ({"config": dataclasses.asdict(record.config)} if isinstance(record, Record) else {})
+    config = {"config": dataclasses.asdict(record.config)} if isinstance(record, Record) else {}
+    return {"id": record.id} | fields | config
 
 
 def _packed(value: Any) -> str:
@@ -136,7 +137,7 @@ def _leaderboard(board: Board) -> Table:
             ends = [row.mean.value + sign * row.mean.half_width for sign in (-1, 0, 1)]
             bar = _RANGE.format(figures.style(row.method)[0], *(100 * (end - low) / (high - low or 1) for end in ends))
         name = _method(row.method, row.title) if row else texts[0]
-        cells = _cells([name, *texts[1:at], bar, *texts[at:]], link(row.sources) if row else "",
+        cells = _cells([name, *texts[1:at], bar, *texts[at:]], link(r.id for r in row.sources) if row else "",
                        {0: texts[0], 2: texts[2].replace(",", ""), at - 1: mean, at: mean})  # fmt: skip
         lines.append(("" if row else "paper", cells))
     head = [*board.head[:at], f"{low:.0f} to {high:.0f}", *board.head[at:]]
@@ -148,7 +149,7 @@ def _claims(claims: list[Claim]) -> Table:
     for c in claims:
         claim = Markup("{} <small>{}</small>").format(c.claim, c.source)
         verdict = _VERDICT.format(c.verdict.partition(",")[0], c.verdict)
-        rows.append(("", _cells([claim, c.paper, c.ours, verdict], "#" + ",".join(c.records) if c.records else "")))
+        rows.append(("", _cells([claim, c.paper, c.ours, verdict], link(c.records) if c.records else "")))
     return Table(["claim", "the paper", "ours", "verdict"], rows, _markdown(NOTES))
 
 
@@ -159,7 +160,7 @@ def _runs(records: list[Record]) -> Table:
         means = ["" if mean is None else f"{mean:.1f}" for mean in (r.mean("validation"), r.mean())]
         rate = "" if r.config.learning_rate is None else f"{r.config.learning_rate:g}"
         texts = [rate, r.config.seed, r.config.mixture, options, r.status, *means, r.provenance["device"]]
-        rows.append(("", _cells([_method(r.config.method), *texts], link([r]))))
+        rows.append(("", _cells([_method(r.config.method), *texts], link([r.id]))))
     head = ["method", "rate", "seed", "mixture", "options", "status", "validation", "test", "device"]
     return Table(head, rows)
 

@@ -11,7 +11,7 @@ for (const table of document.querySelectorAll("main table"))
     layout: { topStart: table.tBodies[0].rows.length > 6 ? "search" : null, topEnd: null },
     language: { search: "Filter rows", searchPlaceholder: "Filter" } });
 
-// A link to records is their ids, #id,id: every figure has an address of its own.
+// A link to records is the ends of their ids, #hash,hash: every figure has an address of its own.
 const records = await unpacked("records").json();
 const dialog = document.querySelector("dialog");
 
@@ -40,8 +40,8 @@ function curve(points) {
   return figure;
 }
 
-function article(id) {
-  const record = records[id], { status, error, provenance: from } = record;
+function article(handle) {
+  const record = records[handle], { id, status, error, provenance: from } = record;
   const about = [status, error, from.device, from.time, from.commit && `commit ${from.commit.slice(0, 12)}`];
   const parts = [element("h3", id), element("p", about.filter(Boolean).join(" · "))];
   if (record.test) parts.push(scores(record));
@@ -53,10 +53,10 @@ function article(id) {
 }
 
 function show() {
-  const ids = decodeURIComponent(location.hash.slice(1)).split(",").filter((id) => Object.hasOwn(records, id));
-  if (!ids.length) return dialog.close();
-  dialog.querySelector("h2").textContent = ids.length > 1 ? `${ids.length} records` : "A record";
-  dialog.querySelector("div").replaceChildren(...ids.map(article));
+  const handles = decodeURIComponent(location.hash.slice(1)).split(",").filter((one) => Object.hasOwn(records, one));
+  if (!handles.length) return dialog.close();
+  dialog.querySelector("h2").textContent = handles.length > 1 ? `${handles.length} records` : "A record";
+  dialog.querySelector("div").replaceChildren(...handles.map(article));
   if (!dialog.open) dialog.showModal();
 }
 addEventListener("hashchange", show);

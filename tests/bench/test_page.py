@@ -86,10 +86,10 @@ def test_a_figure_leads_to_the_records_that_it_is_made_of():
     best = [r.id for r in runs() if (r.config.method, r.config.learning_rate) == ("lora", 2e-3)]
     base = next(r.id for r in runs() if r.config.method == "base")
     assert len(best) == 2 and links(drawn["Mean score against trainable parameters"]) == {
-        "#" + ",".join(best),
-        f"#{base}",
+        figures.link(best),
+        figures.link([base]),
     }
-    assert links(drawn["Training loss"]) == {f"#{run}" for run in (base, *best)}
+    assert links(drawn["Training loss"]) == {figures.link([run]) for run in (base, *best)}
     assert TITLE not in drawn and all(svg.get("role") == "img" for svg in drawn.values())
 
 
@@ -101,7 +101,7 @@ def test_step_times_are_of_the_same_adapter_computed_in_the_fastest_way():
     rows[0].records[0].parameters = {"trainable": 4321}
     assert step(rows[0]) is None
     drawn = svgs(page({"tiny": runs()}, [measured], []))
-    assert TITLE in drawn and links(drawn["Seconds of a step"]) == {f"#{measured.id}"}
+    assert TITLE in drawn and links(drawn["Seconds of a step"]) == {figures.link([measured.id])}
 
 
 def test_figures_of_insides_and_of_settings_are_drawn_where_records_have_them():
@@ -114,7 +114,7 @@ def test_figures_of_insides_and_of_settings_are_drawn_where_records_have_them():
                     "load": [[0.7, 0.3], [0.6, 0.4]], "task_information": [0.0, 0.1]},
     }  # fmt: skip
     routed = [make(0, method=method, rate=4e-4, inside=inside) for method in ("malora", "molora")]
-    drawn, each = svgs(page({"tiny": routed}, [], [])), {f"#{r.id}" for r in routed}
+    drawn, each = svgs(page({"tiny": routed}, [], [])), {figures.link([r.id]) for r in routed}
     assert links(drawn["How alike experts are (Figure 2)"]) == each
     assert links(drawn["Singular values of the stacked experts (Figure 3)"]) == each
     assert "lexicon" in drawn["MALoRA: the busiest expert's share, by layer and task"].itertext()
@@ -125,7 +125,9 @@ def test_figures_of_insides_and_of_settings_are_drawn_where_records_have_them():
         options = method_options("malora", tiny, "procedural", entry.changes(tiny))
         run.config = replace(run.config, method_options=options)
     drawn = svgs(page({"tiny": grid}, [], []))["Mean score against β, for each d (Figure 4b)"]
-    assert links(drawn) == {f"#{r.id}" for r in grid} and {"d=16", "d=32", "d=48", "d=64"} <= set(drawn.itertext())
+    assert links(drawn) == {figures.link([r.id]) for r in grid} and {"d=16", "d=32", "d=48", "d=64"} <= set(
+        drawn.itertext()
+    )
 
 
 def test_a_method_has_one_colour_and_its_variants_too():
@@ -140,7 +142,10 @@ def test_the_command_writes_the_page_of_what_is_published(tmp_path, monkeypatch,
     embedded = json.loads(gzip.decompress(base64.b64decode(re.search(r'id="records">(.*?)</script>', text)[1])))
     for run in record.read_all(record.RESULTS / "tiny"):
         there = json.loads(run.path.read_text())
-        assert embedded[run.id] == {k: there.get(k) for k in embedded[run.id]}  # older ones lack what is unknown
+        shown = embedded[figures.handle(run.id)]
+        assert shown == {k: there.get(k) for k in shown}  # older ones lack what is unknown
+    published = [path.stem for path in record.RESULTS.glob("*/runs/*.json")]
+    assert len({figures.handle(id) for id in published}) == len(published)
     assert len(text) < 3_000_000
 
 
@@ -209,7 +214,7 @@ def test_a_cell_opens_the_records_of_its_row_and_nothing_in_one_is_markup(opened
     assert config["learning_rate"] == 2e-3 and tab.locator("dialog polyline").count() == 2
     tab.keyboard.press("Escape")
     assert not tab.locator("dialog").is_visible()
-    tab.goto(tab.url.partition("#")[0] + f"#{broken.id}")  # a record has an address
+    tab.goto(tab.url.partition("#")[0] + figures.link([broken.id]))  # a record has an address
     assert hostile in tab.locator("dialog[open] p").inner_text()
 
 
