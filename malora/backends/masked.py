@@ -239,13 +239,16 @@ PROGRAMS = 264  # two for each multiprocessor of an H100
 LEAST_BLOCKS = 16  # of columns in a part of a sum; found when adding parts up took every layer two more kernels
 LEAST_ROWS = 64  # of a weight gradient: what Hopper multiplies at once, from shared memory; fewer go through registers
 HOPPERS = 227 << 10  # bytes of shared memory that a block of threads can have on an H100
-MOST_ROWS = 256  # of down sides; the sums of a block of tokens stay in registers
+MOST_ROWS = 256  # of down sides, and of routers beside them; the sums of a block of tokens stay in registers
 
 
-def _plainly(x: Tensor, Z: int) -> bool:
+def _plainly(x: Tensor, Z: int, L: int) -> bool:
     """Whether plain products of a dropped input are better: of many rows a block does not fit, nor of wide elements,
     and the arithmetic, which tensor cores do not do in full float32, then outweighs the passes over the input."""
-    return Z > MOST_ROWS or (x.is_cuda and x.element_size() > 2)
+    if Z > MOST_ROWS or L > MOST_ROWS or (x.is_cuda and x.element_size() > 2):
+        return True
+    rows = _rows(Z, L, LEAST_ROWS)
+    return not (_stages(DOWN, rows, x.device) and _stages(INPUT_GRADIENT, rows, x.device, keeps_weights=True))
 
 
 def _parts(blocks: int, others: int) -> int:
@@ -280,7 +283,7 @@ def down_in_parts(x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float) ->
     """The same, or what it is the sum of: [parts, T, Z + L] in float32 or wider. Rows are as far apart in both."""
     (T, n), columns = x.shape, len(weights)
     zl = rows_of(x, columns)
-    if _plainly(x, Z):
+    if _plainly(x, Z, columns - Z):
         torch.mm(dropout(x, bits, p), weights[:Z].T, out=zl[:, :Z])
         torch.mm(x, weights[Z:].T, out=zl[:, Z:])
         return zl
@@ -292,32 +295,32 @@ def down_in_parts(x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float) ->
         zl = zl.new_empty(parts, T, zl.stride(0), dtype=wide)[..., :columns]
     _down_kernel[(blocks, parts)](
         x, bits, weights, zl, T, n, bits.shape[1], zl.stride(-2), n_each, EVEN_T=T % DOWN["BLOCK_T"] == 0,
-        EVEN_N=n % n_each == 0, PTX=_has_ptx(x), **_sizes(weights, Z, p), **DOWN,
+        EVEN_N=n % n_each == 0, PTX=_has_ptx(x), **_sizes(weights, Z, p),
+        **_fitting(DOWN, Z, columns - Z, x.device),
     )  # fmt: skip
     return zl
 
 
 def input_gradient(dzl: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float, base: Tensor | None = None) -> Tensor:
     """dropout(dz D) + dl G: [T, n] of dzl [T, Z + L]; added to `base`, contiguous, where there is one."""
-    if _plainly(dzl, Z):
+    if _plainly(dzl, Z, len(weights) - Z):
         dx = dropout(dzl[:, :Z] @ weights[:Z], bits, p)
         return (dx if base is None else base.add_(dx)).addmm_(dzl[:, Z:], weights[Z:])
     T, n = len(dzl), weights.shape[1]
     dx = dzl.new_empty(T, n) if base is None else base
     blocks, T_each = _cut(T, n, INPUT_GRADIENT)
-    sizes = _sizes(weights, Z, p)
-    stages = min(INPUT_GRADIENT["num_stages"], _stages(sizes["PAD_Z"] + sizes["PAD_L"], _shared(dzl.device)))
+    tuned = _fitting(INPUT_GRADIENT, Z, len(weights) - Z, dzl.device, keeps_weights=True)
     _input_gradient_kernel[blocks, triton.cdiv(T, T_each)](
         dzl, bits, weights, dx, T, n, bits.shape[1], dzl.stride(0), T_each, EVEN_T=T % T_each == 0,
         EVEN_N=n % INPUT_GRADIENT["BLOCK_N"] == 0, ADDS=base is not None, PTX=_has_ptx(dzl),
-        **sizes, **INPUT_GRADIENT | {"num_stages": stages},
+        **_sizes(weights, Z, p), **tuned,
     )  # fmt: skip
     return dx
 
 
 def weight_gradient(dzl: Tensor, x: Tensor, bits: Tensor, Z: int, p: float) -> Tensor:
     """[dzᵀ dropout(x); dlᵀ x]: [Z + L, n] in float32 or wider, of dzl [T, Z + L]."""
-    if _plainly(x, Z):
+    if _plainly(x, Z, dzl.shape[1] - Z):
         return torch.cat([summed(dzl[:, :Z], dropout(x, bits, p)), summed(dzl[:, Z:], x)])
     (T, n), rows = x.shape, dzl.shape[1]
     blocks, T_each = _cut(T, n, WEIGHT_GRADIENT)
@@ -326,7 +329,7 @@ def weight_gradient(dzl: Tensor, x: Tensor, bits: Tensor, Z: int, p: float) -> T
     _weight_gradient_kernel[(blocks, parts)](
         dzl, x, bits, out, T, n, bits.shape[1], dzl.stride(0), T_each, EVEN_T=T % T_each == 0,
         EVEN_N=n % WEIGHT_GRADIENT["BLOCK_N"] == 0, PTX=_has_ptx(x),
-        **_sizes(dzl.T, Z, p, least=LEAST_ROWS), **WEIGHT_GRADIENT,
+        **_sizes(dzl.T, Z, p, LEAST_ROWS), **_fitting(WEIGHT_GRADIENT, Z, rows - Z, x.device, LEAST_ROWS),
     )  # fmt: skip
     return out[0] if parts == 1 else out.sum(0)
 
@@ -351,10 +354,27 @@ def _has_ptx(x: Tensor) -> bool:
     return x.is_cuda and not torch.version.hip
 
 
-def _stages(rows: int, shared: int) -> int:
-    """Passes of the input's gradient that fit beside `rows` of weights in so many bytes, as found for Hopper's."""
-    rows = rows * HOPPERS / shared
-    return 3 if rows <= 320 else 2 if rows <= 384 else 1
+def _rows(Z: int, L: int, least: int) -> int:
+    """Rows of weights that a block has, with what pads them."""
+    return _pad(Z, least) + (_pad(L, least) if L else 0)
+
+
+def _stages(tuned: dict[str, int], rows: int, device: torch.device, keeps_weights: bool = False) -> int:
+    """Stages of loads that shared memory has room for, at most those of `tuned`; 0 if for none.
+
+    The input's gradient keeps its weights and loads rows of dzl; the others load x and the weights, or dzl, by stages.
+    In bytes, for elements of two, as Triton 3.6 lays them out for Hopper.
+    """
+    T, n = tuned["BLOCK_T"], tuned["BLOCK_N"]
+    kept, stage = (2 * (T + rows) * n, 2 * rows * T) if keeps_weights else (1024, 2 * (T + rows) * n)
+    return max(0, min(tuned["num_stages"], (_shared(device) - kept) // stage))
+
+
+def _fitting(
+    tuned: dict[str, int], Z: int, L: int, device: torch.device, least: int = 16, keeps_weights: bool = False
+) -> dict[str, int]:
+    """`tuned`, with as many stages as fit."""
+    return tuned | {"num_stages": _stages(tuned, _rows(Z, L, least), device, keeps_weights)}
 
 
 @cache

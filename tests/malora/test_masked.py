@@ -13,9 +13,10 @@ from malora.backends import masked
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE, CLOSE = ("cuda", torch.bfloat16, 5e-3) if ON_GPU else ("cpu", torch.float64, 1e-12)
 # tokens, inputs, rows of down sides, rows of routers: odd ones; and those of MALoRA and MoLoRA on a 7B and a 135M model
-ODD = [(1, 8, 8, 0), (33, 72, 40, 8), (70, 100, 136, 16), (9, 40, 264, 0), (9, 40, 264, 8)]
+ODD = [(1, 8, 8, 0), (33, 72, 40, 8), (70, 100, 136, 16), (9, 40, 264, 0), (9, 40, 264, 8), (9, 40, 24, 264)]
 USED = [(4096, 4096, 96, 24), (4096, 11008, 32, 8), (4096, 4096, 192, 24), (1000, 576, 96, 24), (1000, 1536, 64, 8)]
-USED += [(8192, 576, 256, 0), (8192, 1536, 128, 0), (1024, 576, 96, 192)]  # and without routers, and of 64 experts
+USED += [(8192, 576, 256, 0), (8192, 1536, 128, 0)]  # and without routers
+USED += [(1024, 576, 96, 192), (1024, 576, 256, 256), (1024, 576, 96, 768)]  # and of 64 experts and more
 
 
 def kept(bits: torch.Tensor, n: int) -> torch.Tensor:
@@ -49,6 +50,21 @@ def test_products_equal_those_of_masked_tensors(T, n, Z, L, p, least_blocks, mon
     got["added"] = masked.input_gradient(dzl, bits, weights, Z, p, base)
     for name, value in expected.items():
         assert (got[name].to(wide) - value).norm() <= CLOSE * value.norm(), name
+
+
+def test_loads_have_the_stages_that_fit_and_products_for_which_none_do_are_plain(monkeypatch):
+    x = torch.empty(1, dtype=torch.bfloat16)
+    rows = {(96, 24): 160, (192, 24): 288, (96, 192): 384, (256, 256): 512}
+
+    def stages(*how):
+        return [masked._stages(*how[:1], masked._rows(Z, L, 16), x.device, *how[1:]) for Z, L in rows]
+
+    assert [masked._rows(Z, L, 16) for Z, L in rows] == [*rows.values()]
+    assert stages(masked.DOWN) == [3, 3, 3, 3] and stages(masked.INPUT_GRADIENT, True) == [3, 3, 2, 1]
+    assert not any(masked._plainly(x, Z, L) for Z, L in rows) and masked._plainly(x, 96, 264)
+    monkeypatch.setattr(masked, "_shared", lambda device: 99 << 10)  # of a GPU at home
+    assert stages(masked.DOWN) == [3, 2, 1, 1] and stages(masked.INPUT_GRADIENT, True) == [2, 0, 0, 0]
+    assert [masked._plainly(x, Z, L) for Z, L in rows] == [False, True, True, True]
 
 
 @pytest.mark.parametrize("p", [0.05, 0.3])
@@ -98,15 +114,16 @@ def compiled(kernel, tuned, Z, L, least=16):
     made = triton.compile(source, triton.backends.compiler.GPUTarget("cuda", 90, 32), options)
     assert made.metadata.shared <= masked.HOPPERS, (kernel.__name__, Z, L, made.metadata.shared)
     return made.asm["ttgir"]
-for Z, L in (256, 0), (64, 8), (96, 192):
-    pads = sum(map(masked._pad, (Z, L), (16, 16)))
-    stages = {"num_stages": min(masked.INPUT_GRADIENT["num_stages"], masked._stages(pads, masked.HOPPERS))}
-    for kernel, *how in (
-        (masked._down_kernel, masked.DOWN, Z, L),
-        (masked._weight_gradient_kernel, masked.WEIGHT_GRADIENT, Z, L, masked.LEAST_ROWS),
-        (masked._input_gradient_kernel, masked.INPUT_GRADIENT | stages, Z, L),
+CPU = torch.device("cpu")
+for Z, L in (256, 0), (64, 8), (96, 192), (256, 256):
+    assert not masked._plainly(torch.empty(1), Z, L)
+    for kernel, tuned, *how in (
+        (masked._down_kernel, masked.DOWN),
+        (masked._weight_gradient_kernel, masked.WEIGHT_GRADIENT, masked.LEAST_ROWS),
+        (masked._input_gradient_kernel, masked.INPUT_GRADIENT, 16, True),
     ):
-        print(kernel.__name__, Z, L, compiled(kernel, *how), end="\\f")
+        fitting = masked._fitting(tuned, Z, L, CPU, *how)
+        print(kernel.__name__, Z, L, compiled(kernel, fitting, Z, L, *how[:1]), end="\\f")
 """
 
 
@@ -115,7 +132,7 @@ def test_no_product_runs_on_while_its_loop_writes_what_it_reads(tmp_path):
     compiles = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", COMPILE]
     codes = subprocess.run(command, capture_output=True, text=True, env=compiles, check=True).stdout.split("\f")[:-1]
-    assert len(codes) == 9
+    assert len(codes) == 12
     for code in codes:
         kernel, _, loop = code.partition("scf.yield")[0].partition("scf.for")
         begun, running = 0, 0
