@@ -55,7 +55,8 @@ class Stack:
         R8, N8, self.H8, self.D8 = (-(-size // 8) * 8 for size in (R, routers, N * r, D))
         self.is_padded = (R, routers, N * r, D) != (R8, N8, self.H8, self.D8)
         shared = f.S is not None and f.S.dim() == 2
-        # What pads a z that experts share is written by the gate's kernels; other gaps come with those in the logits.
+        # The gate's kernels write what pads the gradient of a z that experts share; other gaps come with those in the
+        # logits. Without a router there is no gate, and a product writes all of z.
         self.has_gaps = routers != N8
         self.shape = GateShape(
             N=N, top_k=config.top_k, r=r, D=D, z_step=0 if shared else D, z_group=R8, l_group=N8, logits_at=G * R8,
@@ -203,10 +204,10 @@ class _Experts(torch.autograd.Function):
             zl = torch.mm(x, down.T, out=masked.rows_of(x, len(down)))
         else:
             bits = masked.mask(*x.shape, seed, config.lora_dropout)
-            product = masked.down_in_parts if config.has_router else masked.down
-            zl = product(x, bits, down, s.logits_at, config.lora_dropout)
-            if zl.dim() == 3:
-                zl, parts = masked.rows_of(x, len(down)), zl
+            if config.has_router:
+                zl, parts = masked.down_in_parts(x, bits, down, s.logits_at, config.lora_dropout)
+            else:
+                zl = masked.down(x, bits, down, s.logits_at, config.lora_dropout)
         if config.has_router:
             h = stack.new(x, len(stack.layers), len(x), stack.H8)
             probabilities = kernels.gate(zl, narrow.P, h, s, parts).unbind()
@@ -238,7 +239,8 @@ class _Experts(torch.autograd.Function):
             x.new_zeros(len(x), B.shape[1]) if dy is None else dy.contiguous()
             for dy, B in zip(gradients[:G], Bs, strict=True)
         ]
-        needs = dict(zip(stack.kinds, ctx.needs_input_grad[4:], strict=False))  # siblings train alike
+        wanted = ctx.needs_input_grad[4:]
+        needs = {kind: any(wanted[i :: len(stack.kinds)]) for i, kind in enumerate(stack.kinds)}  # of any sibling
 
         dzl = masked.rows_of(x, len(down))
         if stack.has_gaps:
@@ -250,18 +252,17 @@ class _Experts(torch.autograd.Function):
 
         # What is not trained gets its weights for gradients, which are then left out.
         def of_h(g: int) -> None:
-            torch.addmm(dh[g], dys[g], Bs[g].T, beta=0, alpha=alpha, out=dh[g])
+            dh_g = dh[g]
+            torch.addmm(dh_g, dys[g], Bs[g].T, beta=0, alpha=alpha, out=dh_g)
 
         def of_up(g: int) -> Tensor:
             return masked.summed(h[g], dys[g]) if needs["B"] else Bs[g]
 
-        def of_h_and_up(g: int) -> Tensor:
-            of_h(g)
-            return of_up(g)
-
         made = []
         if fills_device(x):  # in one row anyway, and much of dy is still in the cache
-            made = [of_h_and_up(g) for g in range(G)]
+            for g in range(G):
+                of_h(g)
+                made.append(of_up(g))
         else:  # what follows waits for h's alone
             side_by_side(x, [partial(of_h, g) for g in range(G)])
         if config.has_router:
@@ -292,8 +293,7 @@ class _Experts(torch.autograd.Function):
         if alpha != 1 and needs["B"]:
             torch._foreach_mul_(dBs, alpha)
         found = [part for g in range(G) for part in stack.parts(ddown, dP, dBs[g], g)]
-        wanted = zip(found, ctx.needs_input_grad[4:], strict=True)
-        return dx, None, None, None, *(gradient if needed else None for gradient, needed in wanted)
+        return dx, None, None, None, *(part if needed else None for part, needed in zip(found, wanted, strict=True))
 
 
 def _output(x: Tensor, W: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, alpha: float) -> Tensor:

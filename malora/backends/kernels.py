@@ -18,8 +18,8 @@ BLOCK_T = 32
 
 
 @triton.jit
-def _loaded(whole_ptr, parts_ptr, place, inside, kept, part_stride, PARTS: tl.constexpr):
-    """What is at whole_ptr; or the sum of so many parts, rounded as what is there is, and left there where `kept`."""
+def _loaded(whole_ptr, parts_ptr, place, inside, part_stride, PARTS: tl.constexpr):
+    """What is at whole_ptr; or the sum of so many parts, rounded as what is there is, and left there."""
     if PARTS == 0:
         whole = tl.load(whole_ptr + place, mask=inside, other=0.0)
     else:
@@ -28,7 +28,7 @@ def _loaded(whole_ptr, parts_ptr, place, inside, kept, part_stride, PARTS: tl.co
             parts_ptr += part_stride
             total += tl.load(parts_ptr + place, mask=inside, other=0.0)
         whole = total.to(whole_ptr.dtype.element_ty)
-        tl.store(whole_ptr + place, whole, mask=kept)
+        tl.store(whole_ptr + place, whole, mask=inside)
     return whole
 
 
@@ -73,25 +73,24 @@ def _gate_kernel(
     # Of a row of zl, a program reads, and writes where it comes in parts, its sibling's columns alone.
     z_place = rows[:, None] * zl_stride + group * Z_GROUP
     l_place = rows[:, None] * zl_stride + LOGITS_AT + group * L_GROUP + experts[None, :]
-    logits = _loaded(zl_ptr, parts_ptr, l_place, l_inside, l_inside, part_stride, PARTS)
+    logits = _loaded(zl_ptr, parts_ptr, l_place, l_inside, part_stride, PARTS)
     probability = _probabilities(logits, experts, N, WIDE)
     tl.store(probability_ptr + (group * T + rows[:, None]) * N + experts[None, :], probability, mask=l_inside)
     gate = probability * _largest(probability, experts, N, K, PAD_N) * SCALING
-    if HAS_P and Z_STEP == 0:  # P's gradient is a product with z and what pads it, so zeros are left there
-        padded = row_inside & (columns < Z_GROUP)[None, :]
-        z = _loaded(zl_ptr, parts_ptr, z_place + columns[None, :], z_inside, padded, part_stride, PARTS)
+    if HAS_P and Z_STEP == 0:
+        z = _loaded(zl_ptr, parts_ptr, z_place + columns[None, :], z_inside, part_stride, PARTS)
     for t in range(N):
         gate_t = tl.sum(tl.where((experts == t)[None, :], gate, 0.0), 1)
         if HAS_P:
             if Z_STEP != 0:
                 z_t = z_place + t * Z_STEP + columns[None, :]
-                z = _loaded(zl_ptr, parts_ptr, z_t, z_inside, z_inside, part_stride, PARTS)
+                z = _loaded(zl_ptr, parts_ptr, z_t, z_inside, part_stride, PARTS)
             p_t = tl.load(p_ptr + group * p_group + (t * R + ranks[None, :]) * p_row + columns[:, None],
                           mask=(ranks < R)[None, :] & (columns < D)[:, None], other=0.0)  # fmt: skip
             u = tl.dot(z, p_t, input_precision="ieee", out_dtype=WIDE)
         else:
             u_t = z_place + t * Z_STEP + ranks[None, :]
-            u = _loaded(zl_ptr, parts_ptr, u_t, h_inside, h_inside, part_stride, PARTS).to(WIDE)
+            u = _loaded(zl_ptr, parts_ptr, u_t, h_inside, part_stride, PARTS).to(WIDE)
         tl.store(h_ptr + (group * T + rows[:, None]) * h_stride + t * R + ranks[None, :], u * gate_t[:, None],
                  mask=h_inside)  # fmt: skip
 
@@ -195,14 +194,19 @@ def _pad(size: int) -> int:
     return max(16, triton.next_power_of_2(size))  # tl.dot takes no less
 
 
+def stages(shape: GateShape, parts: int) -> int:
+    """Stages of the forward kernel's loads. Ahead of a loop over experts' own z they would all be parts of z, many."""
+    return 1 if parts and shape.z_step else 3
+
+
 def gate(zl: Tensor, P: Tensor | None, h: Tensor, shape: GateShape, parts: Tensor | None = None) -> Tensor:
     """Route and gate: writes h [G, T, ≥H]; returns the probabilities [G, T, N], float32 or wider.
 
     Args:
         zl: [T, ...] what the down sides gave, and behind it the routers' logits; `shape` says where.
         P: [G, N, r, ≥D] or None.
-        parts: [parts, T, ...] in float32 or wider, in rows as far apart as zl's. If given, zl is written: their sum,
-            with what pads a z that experts share; other padding stays as it is.
+        parts: [parts, T, ...] in float32 or wider, in rows as far apart as zl's. If given, their sum is written into
+            zl; padding stays as it is.
     """
     G, T = h.shape[:2]
     probability = zl.new_empty(G, T, shape.N, dtype=torch.promote_types(zl.dtype, torch.float32))
@@ -210,7 +214,7 @@ def gate(zl: Tensor, P: Tensor | None, h: Tensor, shape: GateShape, parts: Tenso
     count, part_stride = (0, 0) if parts is None else (len(parts), parts.stride(0))
     _gate_kernel[(triton.cdiv(T, BLOCK_T), G)](
         zl, parts, P, h, probability, T, zl.stride(0), part_stride, h.stride(1), *_strides(P), PARTS=count,
-        **shape.constants(zl.dtype),
+        num_stages=stages(shape, count), **shape.constants(zl.dtype),
     )  # fmt: skip
     return probability
 

@@ -236,7 +236,7 @@ DOWN = {"BLOCK_T": 64, "BLOCK_N": 64, "num_stages": 3}
 INPUT_GRADIENT = {"BLOCK_T": 64, "BLOCK_N": 128, "num_stages": 3}
 WEIGHT_GRADIENT = {"BLOCK_T": 64, "BLOCK_N": 64, "num_stages": 3}
 PROGRAMS = 264  # two for each multiprocessor of an H100
-LEAST_BLOCKS = 16  # of columns in a part of a sum; found when adding parts up took every layer two more kernels
+LEAST_BLOCKS = 16  # of columns in a part of a sum; not tuned again since the gate's kernel adds up the parts
 LEAST_ROWS = 64  # of a weight gradient: what Hopper multiplies at once, from shared memory; fewer go through registers
 HOPPERS = 227 << 10  # bytes of shared memory that a block of threads can have on an H100
 MOST_ROWS = 256  # of down sides, and of routers beside them; the sums of a block of tokens stay in registers
@@ -245,7 +245,7 @@ MOST_ROWS = 256  # of down sides, and of routers beside them; the sums of a bloc
 def _plainly(x: Tensor, Z: int, L: int) -> bool:
     """Whether plain products of a dropped input are better: of many rows a block does not fit, nor of wide elements,
     and the arithmetic, which tensor cores do not do in full float32, then outweighs the passes over the input."""
-    if Z > MOST_ROWS or L > MOST_ROWS or (x.is_cuda and x.element_size() > 2):
+    if Z > MOST_ROWS or L > MOST_ROWS or not x.numel() or (x.is_cuda and x.element_size() > 2):
         return True
     rows = _rows(Z, L, LEAST_ROWS)
     return not (_stages(DOWN, rows, x.device) and _stages(INPUT_GRADIENT, rows, x.device, keeps_weights=True))
@@ -275,30 +275,32 @@ def dropout(x: Tensor, bits: Tensor, p: float) -> Tensor:
 
 def down(x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float) -> Tensor:
     """[dropout(x) Dᵀ, x Gᵀ]: [T, Z + L] of x [T, n]; weights are the Z rows of D above the L of G."""
-    zl = down_in_parts(x, bits, weights, Z, p)
-    return zl if zl.dim() == 2 else rows_of(x, len(weights)).copy_(zl.sum(0))
+    zl, parts = down_in_parts(x, bits, weights, Z, p)
+    return zl if parts is None else zl.copy_(parts.sum(0))
 
 
-def down_in_parts(x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float) -> Tensor:
-    """The same, or what it is the sum of: [parts, T, Z + L] in float32 or wider. Rows are as far apart in both."""
+def down_in_parts(x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float) -> tuple[Tensor, Tensor | None]:
+    """The same and None; or room for it, and what it is the sum of: [parts, T, Z + L] in float32 or wider.
+
+    Rows are as far apart in both.
+    """
     (T, n), columns = x.shape, len(weights)
     zl = rows_of(x, columns)
     if _plainly(x, Z, columns - Z):
         torch.mm(dropout(x, bits, p), weights[:Z].T, out=zl[:, :Z])
         torch.mm(x, weights[Z:].T, out=zl[:, Z:])
-        return zl
+        return zl, None
     blocks, blocks_n = triton.cdiv(T, DOWN["BLOCK_T"]), triton.cdiv(n, DOWN["BLOCK_N"])
     n_each = triton.cdiv(blocks_n, _parts(blocks, blocks_n // LEAST_BLOCKS)) * DOWN["BLOCK_N"]
-    parts = triton.cdiv(n, n_each)
-    if parts > 1:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        zl = zl.new_empty(parts, T, zl.stride(0), dtype=wide)[..., :columns]
-    _down_kernel[(blocks, parts)](
-        x, bits, weights, zl, T, n, bits.shape[1], zl.stride(-2), n_each, EVEN_T=T % DOWN["BLOCK_T"] == 0,
-        EVEN_N=n % n_each == 0, PTX=_has_ptx(x), **_sizes(weights, Z, p),
+    count, parts = triton.cdiv(n, n_each), None
+    if count > 1:
+        parts = x.new_empty(count, T, zl.stride(0), dtype=torch.promote_types(x.dtype, torch.float32))[..., :columns]
+    _down_kernel[(blocks, count)](
+        x, bits, weights, zl if parts is None else parts, T, n, bits.shape[1], zl.stride(0), n_each,
+        EVEN_T=T % DOWN["BLOCK_T"] == 0, EVEN_N=n % n_each == 0, PTX=_has_ptx(x), **_sizes(weights, Z, p),
         **_fitting(DOWN, Z, columns - Z, x.device),
     )  # fmt: skip
-    return zl
+    return zl, parts
 
 
 def input_gradient(dzl: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float, base: Tensor | None = None) -> Tensor:

@@ -75,29 +75,45 @@ def test_agrees_with_the_reference(method, backend):
 on_a_cpu = pytest.mark.skipif(not interprets_triton(), reason="Triton runs on a CPU as its interpreter only")
 
 
+odd = [("malora", {"num_experts": 3}), ("molora", {"num_experts": 3}), ("malora", {"freeze": ["router"]})]
+
+
 @on_a_cpu
-@pytest.mark.parametrize("method", methods)
-def test_a_down_side_summed_in_parts_agrees_with_the_reference(method, monkeypatch):
+@pytest.mark.parametrize("method, options", [(method, {}) for method in methods] + odd)
+def test_a_down_side_summed_in_parts_agrees_with_the_reference(method, options, monkeypatch):
     """With a router the gate's kernel adds them up."""
     monkeypatch.setattr(masked, "LEAST_BLOCKS", 1)
     monkeypatch.setattr(masked, "DOWN", masked.DOWN | {"BLOCK_N": 32})
     gated, gate = [], kernels.gate
     monkeypatch.setattr(kernels, "gate", lambda *args: gated.append(args[-1]) or gate(*args))
-    made = layer(METHODS[method](lora_dropout=0.3))
+    made = layer(METHODS[method](lora_dropout=0.3, **options))
     assert_agrees(made, "fused", torch.randn(3, 11, 72, dtype=torch.float64))
     config = made.settings["default"]
     assert [len(parts) for parts in gated] == [3] * (config.has_router and config.up == "B_t")
 
 
 @on_a_cpu
-@pytest.mark.parametrize("method", ["asylora", "malora"])
-def test_large_inputs_agree_with_the_reference(method, monkeypatch):
+@pytest.mark.parametrize("frozen", [None, "malora_B"])
+@pytest.mark.parametrize("method", ["asylora", "molora", "malora"])
+def test_large_inputs_agree_with_the_reference(method, frozen, monkeypatch):
     """Theirs is another order of the products."""
     monkeypatch.setattr(lanes, "LARGE", 1)
     alone = []
     monkeypatch.setattr(fused, "fills_device", lambda x: alone.append(lanes.fills_device(x)) or alone[-1])
-    assert_agrees(layer(METHODS[method](lora_dropout=0.3)), "fused", torch.randn(3, 11, 72, dtype=torch.float64))
+    made = layer(METHODS[method](lora_dropout=0.3))
+    if frozen:
+        getattr(made, frozen)["default"].requires_grad_(False)
+    assert_agrees(made, "fused", torch.randn(3, 11, 72, dtype=torch.float64))
     assert alone == [True]
+
+
+@others
+def test_no_tokens_are_no_error(backend):
+    made = layer(METHODS["malora"](lora_dropout=0.3))
+    made.settings["default"].backend = backend
+    x = torch.randn(0, 72, dtype=torch.float64, requires_grad=True)
+    made(x).sum().backward()
+    assert x.grad.shape == (0, 72) and not made.malora_B["default"].grad.any()
 
 
 @others

@@ -57,6 +57,19 @@ def test_a_model_computes_the_same(method, shape, ids):
     assert_same(adapted(method, shape), ids)
 
 
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("frozen", ["malora_B", "malora_"])
+def test_siblings_need_not_train_alike(frozen, large, ids, monkeypatch):
+    monkeypatch.setattr("malora.backends.lanes.LARGE", 1 if large else 1 << 23)
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        if "q_proj" in name and frozen in name:
+            parameter.requires_grad_(False)
+    assert_same(model, ids)
+    assert not any(p.grad is not None for n, p in model.named_parameters() if "q_proj" in n and frozen in n)
+    assert all(p.grad is not None for n, p in model.named_parameters() if "k_proj" in n and "malora_B" in n)
+
+
 def test_siblings_are_computed_once(ids, monkeypatch):
     from malora.backends.fused import Stack
 

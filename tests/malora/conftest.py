@@ -1,0 +1,15 @@
+"""Fresh memory is NaN, as it may be on a GPU: what nobody has written must not reach a value."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan():
+    if torch.cuda.is_available():  # there it is what it is, and algorithms are those of every day
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1000).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
