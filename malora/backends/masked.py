@@ -244,7 +244,8 @@ MOST_ROWS = 256  # of down sides, and of routers beside them; the sums of a bloc
 
 def _plainly(x: Tensor, Z: int, L: int) -> bool:
     """Whether plain products of a dropped input are better: of many rows a block does not fit, nor of wide elements,
-    and the arithmetic, which tensor cores do not do in full float32, then outweighs the passes over the input."""
+    and the arithmetic, which tensor cores do not do in full float32, then outweighs the passes over the input. Of no
+    tokens there are no blocks."""
     if Z > MOST_ROWS or L > MOST_ROWS or not x.numel() or (x.is_cuda and x.element_size() > 2):
         return True
     rows = _rows(Z, L, LEAST_ROWS)
@@ -280,9 +281,9 @@ def down(x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float) -> Tensor:
 
 
 def down_in_parts(x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float) -> tuple[Tensor, Tensor | None]:
-    """The same and None; or room for it, and what it is the sum of: [parts, T, Z + L] in float32 or wider.
+    """What `down` gives and None; or room for that, unwritten, and what it is the sum of.
 
-    Rows are as far apart in both.
+    The latter is [parts, T, Z + L] in float32 or wider. Rows are as far apart in both.
     """
     (T, n), columns = x.shape, len(weights)
     zl = rows_of(x, columns)

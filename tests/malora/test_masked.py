@@ -1,14 +1,12 @@
 """The products with dropout inside equal plain products of masked tensors; on a GPU in bfloat16, at sizes in use."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from malora.backends import masked
+from tests.malora.hopper import printed
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE, CLOSE = ("cuda", torch.bfloat16, 5e-3) if ON_GPU else ("cpu", torch.float64, 1e-12)
@@ -97,41 +95,30 @@ def test_a_product_is_the_same_every_time(T, n, Z, L):
         assert not others.any(), f"{name}: {others.sum().item()} of 3000 differ"
 
 
-# Compiles for Hopper, which needs no GPU, in a process where Triton does not interpret.
 COMPILE = """
-import torch, triton
+import torch
 from malora.backends import masked
-def compiled(kernel, tuned, Z, L, least=16):
-    weights = torch.empty(Z + L, 576, dtype=torch.bfloat16)
-    sizes = masked._sizes(weights, Z, 0.05, least) | tuned
-    sizes |= {"N_EACH": 576, "T_EACH": 1024, "PTX": True, "EVEN_T": True, "EVEN_N": True, "ADDS": False}
-    options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
-    names, types = kernel.arg_names, {"bits_ptr": "*i32", "out_ptr": "*fp32"} | dict.fromkeys(sizes, "constexpr")
-    signature = {name: types.get(name, "*bf16" if name.endswith("_ptr") else "i32") for name in names}
-    aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or name in ("T", "n", "zl_stride")]
-    constants = {(i,): sizes[name] for i, name in enumerate(names) if name in sizes}
-    source = triton.compiler.ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    made = triton.compile(source, triton.backends.compiler.GPUTarget("cuda", 90, 32), options)
-    assert made.metadata.shared <= masked.HOPPERS, (kernel.__name__, Z, L, made.metadata.shared)
-    return made.asm["ttgir"]
-CPU = torch.device("cpu")
+from tests.malora.hopper import compiled
+common = {"N_EACH": 576, "T_EACH": 1024, "PTX": True, "EVEN_T": True, "EVEN_N": True, "ADDS": False}
+types = {"bits_ptr": "*i32", "out_ptr": "*fp32"}
 for Z, L in (256, 0), (64, 8), (96, 192), (256, 256):
     assert not masked._plainly(torch.empty(1), Z, L)
-    for kernel, tuned, *how in (
-        (masked._down_kernel, masked.DOWN),
+    weights = torch.empty(Z + L, 576, dtype=torch.bfloat16)
+    for kernel, tuned, least, *how in (
+        (masked._down_kernel, masked.DOWN, 16),
         (masked._weight_gradient_kernel, masked.WEIGHT_GRADIENT, masked.LEAST_ROWS),
         (masked._input_gradient_kernel, masked.INPUT_GRADIENT, 16, True),
     ):
-        fitting = masked._fitting(tuned, Z, L, CPU, *how)
-        print(kernel.__name__, Z, L, compiled(kernel, fitting, Z, L, *how[:1]), end="\\f")
+        sizes = masked._sizes(weights, Z, 0.05, least) | masked._fitting(tuned, Z, L, weights.device, least, *how)
+        options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
+        code = compiled(kernel, common | sizes, types, ("T", "n"), **options)
+        print(kernel.__name__, Z, L, code, end="\\f")
 """
 
 
 def test_no_product_runs_on_while_its_loop_writes_what_it_reads(tmp_path):
     """Each is waited for within the pass that begins it: registers and buffers are written again by the next."""
-    compiles = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", COMPILE]
-    codes = subprocess.run(command, capture_output=True, text=True, env=compiles, check=True).stdout.split("\f")[:-1]
+    codes = printed(COMPILE, tmp_path)
     assert len(codes) == 12
     for code in codes:
         kernel, _, loop = code.partition("scf.yield")[0].partition("scf.for")

@@ -32,20 +32,21 @@ def adapted(method="malora", shape="llama", **options):
     return model
 
 
-def computed(model, ids, backend):
+def computed(model, ids, backend, more=malora.balance_loss):
+    """Logits, and gradients of a loss, to which `more` of a routed model is added."""
     for layer in model.base_model.malora_layers:
         layer.settings["default"].backend = backend
     model.zero_grad()
     logits = model(ids, use_cache=False).logits
     loss = logits.pow(2).mean()
     if malora.has_router(model):
-        loss = loss + malora.balance_loss(model)
+        loss = loss + more(model)
     loss.backward()
     return {"logits": logits.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(model, ids):
-    expected, got = computed(model, ids, "dense"), computed(model, ids, "fused")
+def assert_same(model, ids, **loss):
+    expected, got = computed(model, ids, "dense", **loss), computed(model, ids, "fused", **loss)
     assert expected.keys() == got.keys()
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, **CLOSE, msg=name)
@@ -112,19 +113,10 @@ def test_the_gradients_of_a_balance_loss_are_read_where_they_lie(ids, monkeypatc
 
 
 def test_a_balance_loss_of_one_sibling(ids):
-    def computed(model, backend):
-        for layer in model.base_model.malora_layers:
-            layer.settings["default"].backend = backend
-        model.zero_grad()
-        loss = model(ids).logits.pow(2).mean()
-        key = model.base_model.model.model.layers[1].self_attn.k_proj
-        (loss + key.routings["default"].probability.pow(2).sum()).backward()
-        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    def of_key(model):
+        return model.base_model.model.model.layers[1].self_attn.k_proj.routings["default"].probability.pow(2).sum()
 
-    model = adapted()
-    expected, got = computed(model, "dense"), computed(model, "fused")
-    for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, **CLOSE, msg=name)
+    assert_same(adapted(), ids, more=of_key)
 
 
 @pytest.mark.parametrize("method", [*METHODS, "malora-small"])

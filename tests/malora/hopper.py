@@ -1,0 +1,40 @@
+"""Kernels compiled for Hopper, which needs no GPU, in a process of its own where Triton does not interpret."""
+
+import os
+import subprocess
+import sys
+
+from malora.backends import masked
+
+
+def compiled(kernel, constants, types=(), aligned=(), **options):
+    """Triton's intermediate code of a kernel, which fits into an H100's shared memory.
+
+    Args:
+        constants: values by name; an argument that is None is not there.
+        types: by name, of pointers that are not to bfloat16. What is no pointer is an int32.
+        aligned: names of numbers that are multiples of 16, as pointers and strides are.
+    """
+    import triton
+
+    names, constants = kernel.arg_names, {name: value for name, value in constants.items() if name in kernel.arg_names}
+    types = dict(types) | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "*bf16" if name.endswith("_ptr") else "i32") for name in names}
+    hinted = [n for n in names if signature[n][0] == "*" or n.endswith("_stride") or n in aligned]
+    source = triton.compiler.ASTSource(
+        kernel,
+        signature,
+        {(names.index(name),): value for name, value in constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in hinted},
+    )
+    made = triton.compile(source, triton.backends.compiler.GPUTarget("cuda", 90, 32), options)
+    assert made.metadata.shared <= masked.HOPPERS, (kernel.__name__, constants, made.metadata.shared)
+    return made.asm["ttgir"]
+
+
+def printed(code, cache):
+    """What Python code prints, each up to a form feed; `cache` is a folder for what it compiles."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split("\f")[:-1]
