@@ -68,6 +68,7 @@ class Siblings:
         self._stacks: dict[str, Stack] = {}
         self.tables: dict[tuple, Tensor] = {}  # of `malora.backends.copies`
         self.frozen: dict[tuple[int, ...], Frozen] = {}  # of the fp8 backend, by the layers' ids
+        self.rooms: dict[int, Tensor | None] = {}  # of `malora.backends.beside`, by the layer's id
         self._forget()
 
     def _forget(self) -> None:
@@ -99,6 +100,10 @@ class Siblings:
         """
         if frozen:
             self.frozen.clear()
+            for layer in self.layers:
+                weight, room = layer.base_layer.weight, self.rooms.pop(id(layer), None)
+                if room is not None and weight.data_ptr() == room.data_ptr():
+                    weight.data = weight.data.contiguous()
         self._stacks.clear()
         self._forget()
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from malora.backends import fp8, kernels, masked
+from malora.backends import beside, fp8, kernels, masked
 from malora.backends.copies import copy_all
 from malora.backends.kernels import GateShape
 from malora.backends.lanes import fills_device, side_by_side
@@ -110,6 +110,12 @@ class Stack:
             self._kept, self._ahead = (key, self._ahead), None
         return self._kept[1]
 
+    def wholes(self, x: Tensor) -> list[Tensor] | None:
+        """Weights with room for B, for base and up side as one product; None where that does not pay or cannot be."""
+        if self.config.backend == "fp8" or not beside.pays(self.layers):
+            return None
+        return beside.weights(self.layers, self.H8, x.dtype)
+
     def drop_ahead(self) -> None:
         """A layer that did not run leaves its copies; weights may have changed when it does."""
         self._ahead = None
@@ -133,10 +139,6 @@ class Stack:
         down, *rest = (part[: math.prod(shape)].view(shape) for part, shape in parts)
         P, Bs = (rest[0], rest[1:]) if self.shape.has_p else (None, rest)
         return Narrow(down, P, Bs), [view for g, B in enumerate(Bs) for view in self.parts(down, P, B, g)]
-
-    def new(self, like: Tensor, *shape: int) -> Tensor:
-        """For the gate's kernels, which leave gaps as they are."""
-        return like.new_zeros(shape) if self.has_gaps else like.new_empty(shape)
 
     def by_sibling(self, zl: Tensor) -> Tensor:
         """z of each sibling, [G, T, R], as a view."""
@@ -196,33 +198,27 @@ class _Experts(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, seed: Tensor | None, stack: Stack, narrow: Narrow, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
-        config, s, down = stack.config, stack.shape, narrow.down
+        config, n = stack.config, x.shape[1]
+        alpha = 1.0 if config.has_router else config.scaling
         frozen = fp8.frozen(stack.layers, ctx.needs_input_grad[0]) if config.backend == "fp8" else None
         weights = [] if frozen else [layer.base_layer.weight.to(x.dtype) for layer in stack.layers]
-        bits = parts = None
-        if seed is None:
-            zl = torch.mm(x, down.T, out=masked.rows_of(x, len(down)))
+        biases = [layer.base_layer.bias for layer in stack.layers]
+        bits = None if seed is None else masked.mask(*x.shape, seed, config.lora_dropout)
+        if wholes := stack.wholes(x) if bits is not None else None:
+            xh = masked.rows_of(x, n + len(wholes) * stack.H8)
+            routed = partial(_routed, stack, x, bits, narrow, xh)
+            fill = partial(beside.fill, wholes, narrow.B, alpha)
+            (zl, h, probabilities), _ = side_by_side(narrow.B[0], [routed, fill])  # as small works as those are
+            ys = beside.outputs(xh, wholes, biases)
+            x = xh[:, :n]
         else:
-            bits = masked.mask(*x.shape, seed, config.lora_dropout)
-            if config.has_router:
-                zl, parts = masked.down_in_parts(x, bits, down, s.logits_at, config.lora_dropout)
+            zl, h, probabilities = _routed(stack, x, bits, narrow)
+            if frozen:  # its products cannot add to what is there
+                bases = frozen.outputs(x, stack.layers)
+                ys = [y.addmm_(h_g, B, alpha=alpha) for y, h_g, B in zip(bases, h, narrow.B, strict=True)]
             else:
-                zl = masked.down(x, bits, down, s.logits_at, config.lora_dropout)
-        if config.has_router:
-            h = stack.new(x, len(stack.layers), len(x), stack.H8)
-            probabilities = kernels.gate(zl, narrow.P, h, s, parts).unbind()
-            alpha = 1.0
-        else:
-            h = stack.by_sibling(zl)
-            probabilities, alpha = (), config.scaling
-        if frozen:  # its products cannot add to what is there
-            bases = frozen.outputs(x, stack.layers)
-            ys = [y.addmm_(h_g, B, alpha=alpha) for y, h_g, B in zip(bases, h, narrow.B, strict=True)]
-        else:
-            of_each = zip(stack.layers, weights, h, narrow.B, strict=True)
-            ys = side_by_side(
-                x, [partial(_output, x, W, layer.base_layer.bias, h_g, B, alpha) for layer, W, h_g, B in of_each]
-            )
+                of_each = zip(weights, biases, h, narrow.B, strict=True)
+                ys = side_by_side(x, [partial(_output, x, W, bias, h_g, B, alpha) for W, bias, h_g, B in of_each])
         ctx.stack, ctx.alpha, ctx.frozen = stack, alpha, frozen
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, bits, zl, h if config.has_router else None, *narrow[:2], *narrow.B, *weights)
@@ -294,6 +290,30 @@ class _Experts(torch.autograd.Function):
             torch._foreach_mul_(dBs, alpha)
         found = [part for g in range(G) for part in stack.parts(ddown, dP, dBs[g], g)]
         return dx, None, None, None, *(part if needed else None for part, needed in zip(found, wanted, strict=True))
+
+
+def _routed(
+    stack: Stack, x: Tensor, bits: Tensor | None, narrow: Narrow, xh: Tensor | None = None
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """zl [T, G·(R + N)], h [G, T, H] and the probabilities [T, N] of each sibling.
+
+    Writes x and h into `xh` [T, n + G·H], if there is one. Without a router h is z, a view of zl.
+    """
+    config, s, down, G = stack.config, stack.shape, narrow.down, len(stack.layers)
+    x_there, h_there = (None, None) if xh is None else xh.tensor_split([x.shape[1]], 1)
+    parts = None
+    if bits is None:
+        zl = torch.mm(x, down.T, out=masked.rows_of(x, len(down)))
+    elif config.has_router:
+        zl, parts = masked.down_in_parts(x, bits, down, s.logits_at, config.lora_dropout, x_there)
+    else:
+        zl = masked.down(x, bits, down, s.logits_at, config.lora_dropout, x_there, h_there)
+    if not config.has_router:
+        return zl, stack.by_sibling(zl), ()
+    h = x.new_empty(G, len(x), stack.H8) if xh is None else h_there.unflatten(1, (G, stack.H8)).transpose(0, 1)
+    if stack.has_gaps:
+        h.zero_()
+    return zl, h, kernels.gate(zl, narrow.P, h, s, parts).unbind()
 
 
 def _output(x: Tensor, W: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, alpha: float) -> Tensor:

@@ -56,7 +56,7 @@ def _largest(probability, experts, N: tl.constexpr, K: tl.constexpr, PAD_N: tl.c
 
 @triton.jit
 def _gate_kernel(
-    zl_ptr, parts_ptr, p_ptr, h_ptr, probability_ptr, T, zl_stride, part_stride, h_stride, p_group, p_row,
+    zl_ptr, parts_ptr, p_ptr, h_ptr, probability_ptr, T, zl_stride, part_stride, h_stride, h_group, p_group, p_row,
     PARTS: tl.constexpr, SCALING: tl.constexpr, Z_GROUP: tl.constexpr, L_GROUP: tl.constexpr, LOGITS_AT: tl.constexpr,
     Z_STEP: tl.constexpr, HAS_P: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
     PAD_N: tl.constexpr, PAD_R: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -91,8 +91,8 @@ def _gate_kernel(
         else:
             u_t = z_place + t * Z_STEP + ranks[None, :]
             u = _loaded(zl_ptr, parts_ptr, u_t, h_inside, part_stride, PARTS).to(WIDE)
-        tl.store(h_ptr + (group * T + rows[:, None]) * h_stride + t * R + ranks[None, :], u * gate_t[:, None],
-                 mask=h_inside)  # fmt: skip
+        h_place = group * h_group + rows[:, None] * h_stride + t * R + ranks[None, :]
+        tl.store(h_ptr + h_place, u * gate_t[:, None], mask=h_inside)
 
 
 @triton.jit
@@ -200,7 +200,7 @@ def stages(shape: GateShape, parts: int) -> int:
 
 
 def gate(zl: Tensor, P: Tensor | None, h: Tensor, shape: GateShape, parts: Tensor | None = None) -> Tensor:
-    """Route and gate: writes h [G, T, ≥H]; returns the probabilities [G, T, N], float32 or wider.
+    """Route and gate: writes h [G, T, ≥H], in rows anywhere; returns the probabilities [G, T, N], float32 or wider.
 
     Args:
         zl: [T, ...] what the down sides gave, and behind it the routers' logits; `shape` says where.
@@ -213,7 +213,7 @@ def gate(zl: Tensor, P: Tensor | None, h: Tensor, shape: GateShape, parts: Tenso
     assert parts is None or parts.stride(1) == zl.stride(0)
     count, part_stride = (0, 0) if parts is None else (len(parts), parts.stride(0))
     _gate_kernel[(triton.cdiv(T, BLOCK_T), G)](
-        zl, parts, P, h, probability, T, zl.stride(0), part_stride, h.stride(1), *_strides(P), PARTS=count,
+        zl, parts, P, h, probability, T, zl.stride(0), part_stride, h.stride(1), h.stride(0), *_strides(P), PARTS=count,
         num_stages=stages(shape, count), **shape.constants(zl.dtype),
     )  # fmt: skip
     return probability

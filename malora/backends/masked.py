@@ -84,18 +84,18 @@ def _left_of(x, word, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.cons
 
 @triton.jit
 def _dropout_kernel(
-    x_ptr, bits_ptr, out_ptr, T, n, W, SCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr
+    x_ptr, bits_ptr, out_ptr, T, n, W, x_stride, SCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_inside = (rows < T)[:, None]
     inside = row_inside & (columns < n)[None, :]
-    place = rows.to(tl.int64)[:, None] * n + columns[None, :]
-    x = tl.load(x_ptr + place, mask=inside)
+    x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * x_stride + columns[None, :], mask=inside)
     words = tl.program_id(1) * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32)
     word = tl.load(bits_ptr + rows.to(tl.int64)[:, None] * W + words[None, :],
                    mask=row_inside & (words < W)[None, :], other=0)  # fmt: skip
     kept = _kept_of(word, BLOCK_T, BLOCK_N)
+    place = rows.to(tl.int64)[:, None] * n + columns[None, :]
     tl.store(out_ptr + place, tl.where(kept, x * SCALE, 0.0), mask=inside)
 
 
@@ -111,9 +111,10 @@ def _finished(sums, PTX: tl.constexpr):
 
 @triton.jit
 def _down_kernel(
-    x_ptr, bits_ptr, down_ptr, zl_ptr, T, n, W, zl_stride, N_EACH: tl.constexpr, EVEN_T: tl.constexpr,
-    EVEN_N: tl.constexpr, SCALE: tl.constexpr, Z: tl.constexpr, L: tl.constexpr, PAD_Z: tl.constexpr,
-    PAD_L: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.constexpr,
+    x_ptr, bits_ptr, down_ptr, zl_ptr, copy_ptr, T, n, W, zl_stride, copy_stride, N_EACH: tl.constexpr,
+    EVEN_T: tl.constexpr, EVEN_N: tl.constexpr, COPIES: tl.constexpr, SCALE: tl.constexpr, Z: tl.constexpr,
+    L: tl.constexpr, PAD_Z: tl.constexpr, PAD_L: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     part = tl.program_id(1)
@@ -123,6 +124,7 @@ def _down_kernel(
     z_rows = tl.arange(0, PAD_Z)
     l_rows = tl.arange(0, PAD_L)
     x_ptr += rows[:, None] * n + columns[None, :]
+    copy_ptr += rows[:, None] * copy_stride + columns[None, :]
     bits_ptr += rows[:, None] * W + words[None, :]
     z_ptr = down_ptr + z_rows[:, None] * n + columns[None, :]
     l_ptr = down_ptr + (Z + l_rows)[:, None] * n + columns[None, :]
@@ -133,6 +135,9 @@ def _down_kernel(
         x = tl.load(x_ptr, mask=row_inside & column_inside, other=0.0)
         word = tl.load(bits_ptr, mask=row_inside & ((words + start // 32 < W)[None, :] | EVEN_N), other=0)
         d = tl.load(z_ptr, mask=(z_rows < Z)[:, None] & column_inside, other=0.0)
+        if COPIES:
+            tl.store(copy_ptr, x, mask=row_inside & column_inside)
+            copy_ptr += BLOCK_N
         left = _left_of(x, word, BLOCK_T, BLOCK_N, PTX)
         z = tl.dot(left, tl.trans(d), z, input_precision="ieee", out_dtype=WIDE)
         if L > 0:
@@ -191,7 +196,7 @@ def _input_gradient_kernel(
 
 @triton.jit
 def _weight_gradient_kernel(
-    dzl_ptr, x_ptr, bits_ptr, out_ptr, T, n, W, zl_stride, T_EACH: tl.constexpr, EVEN_T: tl.constexpr,
+    dzl_ptr, x_ptr, bits_ptr, out_ptr, T, n, W, zl_stride, x_stride, T_EACH: tl.constexpr, EVEN_T: tl.constexpr,
     EVEN_N: tl.constexpr, SCALE: tl.constexpr, Z: tl.constexpr, L: tl.constexpr, PAD_Z: tl.constexpr,
     PAD_L: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -202,7 +207,7 @@ def _weight_gradient_kernel(
     column_inside = (columns < n)[None, :] | EVEN_N
     z_rows = tl.arange(0, PAD_Z)
     l_rows = tl.arange(0, PAD_L)
-    x_ptr += rows[:, None] * n + columns[None, :]
+    x_ptr += rows[:, None] * x_stride + columns[None, :]
     bits_ptr += rows[:, None] * W + words[None, :]
     z_ptr = dzl_ptr + rows[:, None] * zl_stride + z_rows[None, :]
     l_ptr = dzl_ptr + rows[:, None] * zl_stride + (Z + l_rows)[None, :]
@@ -218,7 +223,7 @@ def _weight_gradient_kernel(
         if L > 0:
             dl = tl.load(l_ptr, mask=row_inside & (l_rows < L)[None, :], other=0.0)
             l_sum = _finished(tl.dot(tl.trans(dl), x, l_sum, input_precision="ieee", out_dtype=WIDE), PTX)
-        x_ptr += BLOCK_T * n
+        x_ptr += BLOCK_T * x_stride
         bits_ptr += BLOCK_T * W
         z_ptr += BLOCK_T * zl_stride
         l_ptr += BLOCK_T * zl_stride
@@ -268,19 +273,29 @@ def _cut(T: int, n: int, tuned: dict[str, int]) -> tuple[int, int]:
 
 def dropout(x: Tensor, bits: Tensor, p: float) -> Tensor:
     """x [T, n] with elements dropped and the rest scaled up."""
-    out = torch.empty_like(x)
+    out = x.new_empty(x.shape)
     grid = (triton.cdiv(len(x), 32), triton.cdiv(x.shape[1], 128))
-    _dropout_kernel[grid](x, bits, out, *x.shape, bits.shape[1], SCALE=LEVELS / _kept(p), BLOCK_T=32, BLOCK_N=128)
+    sizes = (*x.shape, bits.shape[1], x.stride(0))
+    _dropout_kernel[grid](x, bits, out, *sizes, SCALE=LEVELS / _kept(p), BLOCK_T=32, BLOCK_N=128)
     return out
 
 
-def down(x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float) -> Tensor:
-    """[dropout(x) Dᵀ, x Gᵀ]: [T, Z + L] of x [T, n]; weights are the Z rows of D above the L of G."""
-    zl, parts = down_in_parts(x, bits, weights, Z, p)
-    return zl if parts is None else zl.copy_(parts.sum(0))
+def down(
+    x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float, copy: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """[dropout(x) Dᵀ, x Gᵀ]: [T, Z + L] of x [T, n]; weights are the Z rows of D above the L of G.
+
+    Where there is a `copy` [T, n], x is written into it: it is read anyway. Its rows and those of `out` lie anywhere.
+    """
+    zl, parts = down_in_parts(x, bits, weights, Z, p, copy)
+    if out is None:
+        return zl if parts is None else zl.copy_(parts.sum(0))
+    return out.copy_(zl if parts is None else parts.sum(0))
 
 
-def down_in_parts(x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float) -> tuple[Tensor, Tensor | None]:
+def down_in_parts(
+    x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float, copy: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """What `down` gives and None; or room for that, unwritten, and what it is the sum of.
 
     The latter is [parts, T, Z + L] in float32 or wider. Rows are as far apart in both.
@@ -290,6 +305,8 @@ def down_in_parts(x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float) ->
     if _plainly(x, Z, columns - Z):
         torch.mm(dropout(x, bits, p), weights[:Z].T, out=zl[:, :Z])
         torch.mm(x, weights[Z:].T, out=zl[:, Z:])
+        if copy is not None:
+            copy.copy_(x)
         return zl, None
     blocks, blocks_n = triton.cdiv(T, DOWN["BLOCK_T"]), triton.cdiv(n, DOWN["BLOCK_N"])
     n_each = triton.cdiv(blocks_n, _parts(blocks, blocks_n // LEAST_BLOCKS)) * DOWN["BLOCK_N"]
@@ -297,8 +314,9 @@ def down_in_parts(x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float) ->
     if count > 1:
         parts = x.new_empty(count, T, zl.stride(0), dtype=torch.promote_types(x.dtype, torch.float32))[..., :columns]
     _down_kernel[(blocks, count)](
-        x, bits, weights, zl if parts is None else parts, T, n, bits.shape[1], zl.stride(0), n_each,
-        EVEN_T=T % DOWN["BLOCK_T"] == 0, EVEN_N=n % n_each == 0, PTX=_has_ptx(x), **_sizes(weights, Z, p),
+        x, bits, weights, zl if parts is None else parts, x if copy is None else copy, T, n, bits.shape[1],
+        zl.stride(0), 0 if copy is None else copy.stride(0), n_each, EVEN_T=T % DOWN["BLOCK_T"] == 0,
+        EVEN_N=n % n_each == 0, COPIES=copy is not None, PTX=_has_ptx(x), **_sizes(weights, Z, p),
         **_fitting(DOWN, Z, columns - Z, x.device),
     )  # fmt: skip
     return zl, parts
@@ -322,7 +340,7 @@ def input_gradient(dzl: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float,
 
 
 def weight_gradient(dzl: Tensor, x: Tensor, bits: Tensor, Z: int, p: float) -> Tensor:
-    """[dzᵀ dropout(x); dlᵀ x]: [Z + L, n] in float32 or wider, of dzl [T, Z + L]."""
+    """[dzᵀ dropout(x); dlᵀ x]: [Z + L, n] in float32 or wider, of dzl [T, Z + L]; rows of x may lie anywhere."""
     if _plainly(x, Z, dzl.shape[1] - Z):
         return torch.cat([summed(dzl[:, :Z], dropout(x, bits, p)), summed(dzl[:, Z:], x)])
     (T, n), rows = x.shape, dzl.shape[1]
@@ -330,7 +348,7 @@ def weight_gradient(dzl: Tensor, x: Tensor, bits: Tensor, Z: int, p: float) -> T
     parts = triton.cdiv(T, T_each)
     out = torch.empty(parts, rows, n, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     _weight_gradient_kernel[(blocks, parts)](
-        dzl, x, bits, out, T, n, bits.shape[1], dzl.stride(0), T_each, EVEN_T=T % T_each == 0,
+        dzl, x, bits, out, T, n, bits.shape[1], dzl.stride(0), x.stride(0), T_each, EVEN_T=T % T_each == 0,
         EVEN_N=n % WEIGHT_GRADIENT["BLOCK_N"] == 0, PTX=_has_ptx(x),
         **_sizes(dzl.T, Z, p, LEAST_ROWS), **_fitting(WEIGHT_GRADIENT, Z, rows - Z, x.device, LEAST_ROWS),
     )  # fmt: skip

@@ -43,6 +43,13 @@ def test_products_equal_those_of_masked_tensors(T, n, Z, L, p, least_blocks, mon
         "input_gradient": masked.input_gradient(dzl, bits, weights, Z, p),
         "weight_gradient": masked.weight_gradient(dzl, x, bits, Z, p),
     }
+    rows = torch.full(
+        (T, n + 32), torch.nan, dtype=DTYPE, device=DEVICE
+    )  # x in wider ones, as the first product left it
+    expected["down, copied"], expected["weight_gradient of rows"] = expected["down"], expected["weight_gradient"]
+    got["down, copied"] = masked.down(x, bits, weights, Z, p, rows[:, :n])
+    assert torch.equal(rows[:, :n], x) and rows[:, n:].isnan().all()
+    got["weight_gradient of rows"] = masked.weight_gradient(dzl, rows[:, :n], bits, Z, p)
     base = torch.randn(T, n, device=DEVICE).to(DTYPE)
     expected["added"] = expected["input_gradient"] + base.to(wide)
     got["added"] = masked.input_gradient(dzl, bits, weights, Z, p, base)
@@ -99,7 +106,8 @@ COMPILE = """
 import torch
 from malora.backends import masked
 from tests.malora.hopper import compiled
-common = {"N_EACH": 576, "T_EACH": 1024, "PTX": True, "EVEN_T": True, "EVEN_N": True, "ADDS": False}
+common = {"N_EACH": 576, "T_EACH": 1024, "PTX": True, "EVEN_T": True, "EVEN_N": True, "ADDS": False,
+          "COPIES": True}
 types = {"bits_ptr": "*i32", "out_ptr": "*fp32"}
 for Z, L in (256, 0), (64, 8), (96, 192), (256, 256):
     assert not masked._plainly(torch.empty(1), Z, L)
