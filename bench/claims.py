@@ -234,7 +234,7 @@ def _faster(speeds: list[SpeedRecord], by: str | None) -> Claim | _Tested:
         pair = []
         for method in ("molora", "malora"):
             mine = [r for r in exact_rows(record) if r["method"] == method]
-            ran = [r for r in mine if seconds(r) and by in (None, r["backend"])]
+            ran = [r for r in mine if seconds(r) and len(r["seconds"]["step"]) > 1 and by in (None, r["backend"])]
             pair.append(min(ran, key=seconds, default=None))
         if None in pair:
             continue

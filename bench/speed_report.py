@@ -74,7 +74,7 @@ def pages(records: list[SpeedRecord]) -> dict[str, str]:
     made = {"table10.md": "\n\n".join(parts) + "\n"}
     trained = [r for r in latest(records) if r.mode == "train" and _fastest(r, lambda row: True)]
     if trained:
-        biggest = max(trained, key=lambda r: (r.options["flops"], r.provenance["time"]))
+        biggest = max(trained, key=lambda r: (r.options["flops"], _compared(r)))
         made["figure4c.svg"] = figure4c(biggest)
     return made
 
@@ -229,6 +229,10 @@ def _n(value: float | None, digits: int = 4) -> str:
     return "" if value is None else f"{value:.{digits}g}"
 
 
+# Rows of a large model's training that the goals compare MALoRA with.
+COMPARED = ("lora-plain-compiled", "molora-loop", "molora-sorted-compiled", "malora-fp8-liger-captured")
+
+
 @dataclass(frozen=True)
 class Goal:
     """A figure that the project set itself. `measured` is None where no record has it."""
@@ -246,7 +250,7 @@ class Goal:
 
 
 def goals(records: list[SpeedRecord]) -> list[Goal]:
-    """The goals, from the last record of each kind that measured MALoRA beside what a goal compares it with.
+    """The goals, from one record of each kind: the last of those that have most of what MALoRA is compared with.
 
     MALoRA is its fastest exact row, and all figures of one record are of that row.
     """
@@ -294,13 +298,19 @@ def _mine(record: SpeedRecord) -> Row | None:
 
 
 def _last(records: list[SpeedRecord], shape: str, mode: str, **options: int) -> SpeedRecord | None:
-    """The last whole record of a kind that has MALoRA, and the rows that nothing can be said without."""
+    """Of the whole records of a kind that have MALoRA and most of what it is compared with, the last."""
     found = [
         r for r in records
         if (r.shape, r.mode) == (shape, mode) and r.complete and all(r.options[k] == v for k, v in options.items())
         and _mine(r) and seconds(_named(r, "peft-lora")) and seconds(_named(r, "floor-compiled"))
     ]  # fmt: skip
-    return max(found, key=lambda r: (r.provenance["time"], r.id), default=None)
+    return max(found, key=_compared, default=None)
+
+
+def _compared(record: SpeedRecord) -> tuple[int, str, str]:
+    """Sorts records by how much of what goals compare they have, and by their age."""
+    rivals = sum(seconds(_named(record, name)) is not None for name in COMPARED)
+    return rivals, record.provenance["time"], record.id
 
 
 def goal_table(records: list[SpeedRecord]) -> str:
@@ -310,12 +320,16 @@ def goal_table(records: list[SpeedRecord]) -> str:
         return "The goals are set for a GPU and are not measured yet."
     words = {None: "", True: "yes", False: "**no**"}
     body = [
-        [g.figure, f"{g.relation} {g.goal:g}", "not measured yet" if g.measured is None else _n(g.measured, 3),
+        [g.figure, f"{g.relation} {g.goal:g}", "not measured yet" if g.measured is None else _n(g.measured),
          words[g.reached]] for g in found
     ]  # fmt: skip
     table = tabulate(body, ["figure", "goal", "measured", "reached"], tablefmt="pipe", disable_numparse=True)
     sources = [r for r in (_last(records, "llama2-7b", "train"), _last(records, "smollm2-135m", "train")) if r]
-    rows = "; ".join(f"{r.shape}: `{_mine(r)['name']}` on {r.provenance['device']}, record `{r.id}`" for r in sources)
+    rows = "; ".join(
+        f"{r.shape}: `{mine['name']}` on {r.provenance['device']}, record `{r.id}`, "
+        f"steps timed: {len(mine['seconds']['step'])}"
+        for r, mine in ((r, _mine(r)) for r in sources)
+    )
     return f"{table}\n\nMALoRA is its fastest exact row. {rows}.".rstrip()
 
 

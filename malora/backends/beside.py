@@ -54,6 +54,8 @@ def _with_room(layer: MaloraLayer, columns: int, dtype: torch.dtype) -> Tensor |
             return None
         whole = W.new_zeros(m, n + columns)
         whole[:, :n] = W
+        if W.is_cuda:  # this stream may still read what is freed, and what it was allocated on not know of that
+            W.data.record_stream(torch.cuda.current_stream(W.device))
         W.data = whole[:, :n]
         rooms[id(layer)] = whole
     whole = rooms[id(layer)]

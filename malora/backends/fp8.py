@@ -127,7 +127,7 @@ def frozen(layers: list[MaloraLayer], backward: bool) -> Frozen | None:
     kept, place = layers[0].siblings.frozen, tuple(map(id, layers))
     found = kept.get(place)
     if found is None or found.source != source:
-        found = Frozen(source, [rounded([W]) for W in weights], None)
+        found = Frozen(source, [rounded([W.contiguous()]) for W in weights], None)
     if backward and found.by_input is None:
         found = found._replace(by_input=rounded([W.T.contiguous() for W in weights]))
     # What a CUDA graph makes while it is captured has no values until the graph is replayed.

@@ -355,6 +355,15 @@ def test_the_goals_are_arithmetic_on_records():
     assert {goal.measured for goal in cut} == {None} == {goal.reached for goal in cut}
 
 
+def test_a_later_record_of_fewer_rivals_gives_no_goals():
+    earlier, few, again = make_speed(), make_speed(variant="malora"), make_speed(variant="malora,molora-loop")
+    few.provenance = again.provenance = earlier.provenance | {"time": "2099-01-01T00:00:00+00:00"}
+    few.rows = [row for row in few.rows if row["name"] != "molora-loop"]
+    assert speed_report.goals([earlier, few]) == speed_report.goals([earlier])
+    again.rows[5] = row("malora-dense-compiled", 1.03125, 8.0, "malora")
+    assert speed_report.goals([earlier, few, again])[0].measured == 1.03125
+
+
 def test_a_row_that_did_not_run_is_no_figure():
     made = make_speed()
     made.rows[-3] |= {"status": "oom", "reason": "too much", "seconds": {}}
