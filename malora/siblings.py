@@ -110,6 +110,8 @@ class Siblings:
     @torch.compiler.disable  # a compiled layer calls the kernels, it does not look into them
     def output(self, layer: MaloraLayer, adapter: str, x: Tensor) -> Tensor:
         """The layer's output for x [..., n], base included."""
+        if x.is_inference():  # it cannot be told whether such a tensor has changed
+            return self._compute([layer], adapter, x)[0]
         state = (adapter, x._version, torch.is_grad_enabled(), layer.training)
         if x is not self._input or state != self._state or id(layer) not in self._outputs:
             self._forget()

@@ -50,8 +50,8 @@ def _with_room(layer: MaloraLayer, columns: int, dtype: torch.dtype) -> Tensor |
         is_its_own = W.is_contiguous() and W.untyped_storage().nbytes() == W.nbytes
         if type(W) is not nn.Parameter or not is_its_own or hasattr(base, "_hf_hook") or W.dtype != dtype:
             return None
-        if W.is_cuda and torch.cuda.is_current_stream_capturing():
-            return None
+        if torch.is_inference_mode_enabled() or (W.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return None  # a weight made there could not be used elsewhere
         whole = W.new_zeros(m, n + columns)
         whole[:, :n] = W
         if W.is_cuda:  # this stream may still read what is freed, and what it was allocated on not know of that

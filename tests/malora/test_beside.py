@@ -102,8 +102,11 @@ def test_room_is_for_training_with_dropout_where_there_is_enough_to_gain(ids, mo
     model = adapted(lora_dropout=0.3).eval()
     trained(model, ids)
     assert not rooms(model)
+    with torch.inference_mode():  # a weight of its own could not be trained with
+        model.train()(ids)
+    assert not rooms(model)
     monkeypatch.setattr(beside, "LEAST", 64 * 192)
-    trained(model.train(), ids)
+    trained(model, ids)
     assert set(rooms(model)) == set(GATE_UP)
 
 
@@ -187,6 +190,10 @@ def test_weights_can_be_had_back(ids, tmp_path):
     again = copy.deepcopy(model)
     assert not rooms(again)
     assert_close(trained(again, ids), trained(model, ids))
+    torch.save(model, tmp_path / "whole.pt")
+    read = torch.load(tmp_path / "whole.pt", weights_only=False)
+    assert_close(trained(read, ids), trained(model, ids))
+    assert not kept(read)  # it has the room that was saved, and does not use it
     model.delete_adapter("default")
     assert not rooms(model) and not kept(model)
     trained(again, ids)

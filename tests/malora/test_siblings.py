@@ -222,6 +222,20 @@ def test_a_copy_and_generation(ids):
         assert torch.equal(fused, model.generate(ids[:1, :4], max_new_tokens=5, do_sample=False))
 
 
+def test_inference_mode_computes_the_same_and_leaves_nothing_that_training_cannot_use(ids):
+    """Its tensors do not say whether they have changed."""
+    model = adapted(lora_dropout=0.3)
+    with torch.inference_mode():
+        model(ids)
+        model.eval()
+        got = model(ids).logits
+        assert torch.equal(got, model(ids).logits)
+    with torch.no_grad():
+        torch.testing.assert_close(got, model(ids).logits, **CLOSE)
+    model.train()(ids).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 def test_gradient_checkpointing_recomputes_the_same(ids):
     model = adapted(lora_dropout=0.3)
     torch.manual_seed(3)
