@@ -96,7 +96,8 @@ class Siblings:
     def release(self, frozen: bool = False) -> None:
         """Drop what is kept of the adapters' weights and settings, and of frozen weights; a next pass makes it again.
 
-        Frozen weights are many, and do not change: they are dropped only if asked for.
+        Frozen weights are many, and do not change: only if asked for, their 8-bit copies are dropped, and weights with
+        room for B are plain again.
         """
         if frozen:
             self.frozen.clear()

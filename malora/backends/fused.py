@@ -1,10 +1,10 @@
 """Base product and experts of sibling layers in as few passes over the data as there can be.
 
 Layers that read the same input (Q, K and V; Gate and Up) are computed together: the down sides and routers of all are
-one product, what comes out is routed and gated in one kernel, each up side is added to its base product in place, and
-in the backward pass the gradients of the input are added up by the products that make them. Weights are read from
-narrow copies, stacked as the products want them; sums and weight gradients are float32. A sibling's dropout is its
-siblings': one mask for the input they share, kept as bits.
+one product, what comes out is routed and gated in one kernel, each up side is added to its base product in place or is
+part of it (`beside.py`), and in the backward pass the gradients of the input are added up by the products that make
+them. Weights are read from narrow copies, stacked as the products want them; sums and weight gradients are float32. A
+sibling's dropout is its siblings': one mask for the input they share, kept as bits.
 
 Shapes: T tokens, n in, m out, G siblings, N experts, r rank, H = N·r, R rows of a sibling's down side.
 """
