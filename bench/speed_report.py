@@ -254,8 +254,7 @@ def goals(records: list[SpeedRecord]) -> list[Goal]:
 
     MALoRA is its fastest exact row, and all figures of one record are of that row.
     """
-    large = _last(records, "llama2-7b", "train")
-    small = _last(records, "smollm2-135m", "train", batch=16, length=128)
+    large, small = _sources(records)
     mine = large and _mine(large)
 
     def times(other: Row | None) -> float | None:
@@ -297,6 +296,11 @@ def _mine(record: SpeedRecord) -> Row | None:
     return _fastest(record, lambda row: row["method"] == "malora")
 
 
+def _sources(records: list[SpeedRecord]) -> tuple[SpeedRecord | None, SpeedRecord | None]:
+    """The records that goals of training are read from: of a large model, and of a small one."""
+    return _last(records, "llama2-7b", "train"), _last(records, "smollm2-135m", "train", batch=16, length=128)
+
+
 def _last(records: list[SpeedRecord], shape: str, mode: str, **options: int) -> SpeedRecord | None:
     """Of the whole records of a kind that have MALoRA and most of what it is compared with, the last."""
     found = [
@@ -324,7 +328,7 @@ def goal_table(records: list[SpeedRecord]) -> str:
          words[g.reached]] for g in found
     ]  # fmt: skip
     table = tabulate(body, ["figure", "goal", "measured", "reached"], tablefmt="pipe", disable_numparse=True)
-    sources = [r for r in (_last(records, "llama2-7b", "train"), _last(records, "smollm2-135m", "train")) if r]
+    sources = [r for r in _sources(records) if r]
     rows = "; ".join(
         f"{r.shape}: `{mine['name']}` on {r.provenance['device']}, record `{r.id}`, "
         f"steps timed: {len(mine['seconds']['step'])}"

@@ -68,7 +68,7 @@ class Siblings:
         self._stacks: dict[str, Stack] = {}
         self.tables: dict[tuple, Tensor] = {}  # of `malora.backends.copies`
         self.frozen: dict[tuple[int, ...], Frozen] = {}  # of the fp8 backend, by the layers' ids
-        self.rooms: dict[int, Tensor | None] = {}  # of `malora.backends.beside`, by the layer's id
+        self.rooms: dict[int, int] = {}  # columns that `malora.backends.beside` made beside weights, by the layer's id
         self._forget()
 
     def _forget(self) -> None:
@@ -101,10 +101,11 @@ class Siblings:
         """
         if frozen:
             self.frozen.clear()
-            for layer in self.layers:
-                weight, room = layer.base_layer.weight, self.rooms.pop(id(layer), None)
-                if room is not None and weight.data_ptr() == room.data_ptr():
-                    weight.data = weight.data.contiguous()
+            if self.rooms:
+                from malora.backends.beside import take_back  # it needs Triton, which is not everywhere
+
+                for layer in self.layers:
+                    take_back(layer)
         self._stacks.clear()
         self._forget()
 

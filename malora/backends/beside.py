@@ -2,7 +2,8 @@
 
 y = x Wᵀ + h B is [x h] [W Bᵀ]ᵀ, a product whose sums are a little longer, where two products pass over y three times.
 For that, frozen weights move into rows that have room for B; their values and modules stay. A row of x has room for the
-h of all siblings, so a later sibling's weight has zeros where the h of those before it lie.
+h of all siblings, so a later sibling's weight has zeros where the h of those before it lie; an h that is infinite makes
+its siblings' outputs NaN. B is rounded after it is scaled.
 
 Shapes: T tokens, n in, m out, G siblings, H total rank of a sibling's experts, a multiple of 8.
 """
@@ -37,31 +38,52 @@ def pays(layers: list[MaloraLayer]) -> bool:
 
 
 def weights(layers: list[MaloraLayer], H: int, dtype: torch.dtype) -> list[Tensor] | None:
-    """Of sibling g, [m, n + (g + 1)·H]: W, zeros, and room for Bᵀ at the end. None if not all can have that."""
-    found = [_with_room(layer, (g + 1) * H, dtype) for g, layer in enumerate(layers)]
-    return None if any(whole is None for whole in found) else found
+    """Of sibling g, [m, n + (g + 1)·H]: W, zeros, and room for Bᵀ at the end. None if not all can have that.
+
+    Room is made once, for one H. Where somebody moves or exchanges a weight afterwards, the family does without.
+    """
+    rooms = layers[0].siblings.rooms
+    if not rooms and all(_can_move(layer, dtype) for layer in layers):
+        for g, layer in enumerate(layers):
+            _move(layer.base_layer.weight, (g + 1) * H)
+            rooms[id(layer)] = (g + 1) * H
+    found = [whole(layer) for layer in layers]
+    fits = [W is not None and W.shape[1] == layers[0].in_features + (g + 1) * H for g, W in enumerate(found)]
+    return found if all(fits) and found[0].dtype == dtype else None
 
 
-def _with_room(layer: MaloraLayer, columns: int, dtype: torch.dtype) -> Tensor | None:
-    """Room is made once: who then moves or exchanges a weight may do so again."""
-    rooms, base, W = layer.siblings.rooms, layer.base_layer, layer.base_layer.weight
+def _can_move(layer: MaloraLayer, dtype: torch.dtype) -> bool:
+    """Whether a weight is the layer's alone, and stays where it is put."""
+    base, W = layer.base_layer, layer.base_layer.weight
+    is_its_own = type(W) is nn.Parameter and W.is_contiguous() and W.untyped_storage().nbytes() == W.nbytes
+    # A tensor that is made in inference mode could not be trained with, and a graph would move it again in each replay.
+    is_time = not (torch.is_inference_mode_enabled() or (W.is_cuda and torch.cuda.is_current_stream_capturing()))
+    return is_its_own and is_time and W.dtype == dtype and not hasattr(base, "_hf_hook")
+
+
+def _move(W: nn.Parameter, columns: int) -> None:
+    """Into rows with so many columns beside it; 0 takes it back."""
     m, n = W.shape
-    if id(layer) not in rooms:
-        is_its_own = W.is_contiguous() and W.untyped_storage().nbytes() == W.nbytes
-        if type(W) is not nn.Parameter or not is_its_own or hasattr(base, "_hf_hook") or W.dtype != dtype:
-            return None
-        if torch.is_inference_mode_enabled() or (W.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return None  # a weight made there could not be used elsewhere
-        whole = W.new_zeros(m, n + columns)
-        whole[:, :n] = W
-        if W.is_cuda:  # this stream may still read what is freed, and what it was allocated on not know of that
-            W.data.record_stream(torch.cuda.current_stream(W.device))
-        W.data = whole[:, :n]
-        rooms[id(layer)] = whole
-    whole = rooms[id(layer)]
-    if whole is not None and (whole.data_ptr(), whole.stride()) != (W.data_ptr(), W.stride()):
-        rooms[id(layer)] = whole = None
-    return whole if whole is not None and (whole.shape, whole.dtype) == ((m, n + columns), dtype) else None
+    moved = W.new_zeros(m, n + columns)
+    moved[:, :n] = W.detach()
+    if W.is_cuda:  # this stream may still read what is freed, and what it was allocated on not know of that
+        W.data.record_stream(torch.cuda.current_stream(W.device))
+    W.data = moved[:, :n]
+
+
+def whole(layer: MaloraLayer) -> Tensor | None:
+    """A weight and the columns beside it, while it lies where it was moved."""
+    W, columns = layer.base_layer.weight, layer.siblings.rooms.get(id(layer), 0)
+    m, n = W.shape
+    stays = W.stride() == (n + columns, 1) and W.untyped_storage().nbytes() == m * (n + columns) * W.element_size()
+    return W.data.as_strided((m, n + columns), W.stride()) if columns and stays else None
+
+
+def take_back(layer: MaloraLayer) -> None:
+    """Its weight is plain again, and may get room anew."""
+    if whole(layer) is not None:
+        _move(layer.base_layer.weight, 0)
+    layer.siblings.rooms.pop(id(layer), None)
 
 
 def fill(wholes: list[Tensor], Bs: list[Tensor], alpha: float) -> None:
