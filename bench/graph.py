@@ -39,7 +39,11 @@ def add_up(sums: list[Tensor] | None, replayed: list[Tensor], alone: bool) -> li
     They are copied first, unless the part is `alone`: the next replay writes where they stand.
     """
     if sums is None:
-        return replayed if alone else [gradient.clone() for gradient in replayed]
-    if sums:
-        torch._foreach_add_(sums, replayed)
+        if alone:
+            return replayed
+        sums, add = [torch.empty_like(gradient) for gradient in replayed], torch._foreach_copy_
+    else:
+        add = torch._foreach_add_
+    if sums:  # many at a launch
+        add(sums, replayed)
     return sums

@@ -124,7 +124,7 @@ def _round(row: Measured, result: dict[str, Any], rounds: int, device: torch.dev
 
 
 def _guarded(result: dict[str, Any], device: torch.device, run: Callable[..., None], *arguments: Any) -> None:
-    """Runs a pass of a row; what it raises becomes the row's status and reason."""
+    """Runs a pass of a row; what it raises becomes the row's status and reason. What it took is free for the next."""
     try:
         run(*arguments)
     except torch.OutOfMemoryError as error:
@@ -133,8 +133,7 @@ def _guarded(result: dict[str, Any], device: torch.device, run: Callable[..., No
         result |= {"status": "unavailable", "reason": str(error)}
     except Exception as error:  # a library's compiler or capture raises whatever it likes, and the others go on
         result |= {"status": "failed", "reason": f"{type(error).__name__}: {_first_line(error)}"}
-    if result["status"] != "ok":
-        free(device)
+    free(device)  # its graphs are only gone now, and the memory that they hold with them
 
 
 def _first_line(error: Exception) -> str:

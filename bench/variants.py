@@ -1,8 +1,8 @@
 """What the profiler compares: backbones of random weights, and the variants of adapter that are put on them.
 
 A variant is a row: an adapter, how it is computed, and how it is run. "eager" is the model as it comes, "compiled" has
-its decoder layers compiled by torch.compile, "captured" is compiled and replayed as a CUDA graph besides. With Liger's
-kernels nothing is compiled: they stand where the compiler's would.
+its decoder layers and its loss compiled by torch.compile, "captured" is compiled and replayed as a CUDA graph besides.
+With Liger's kernels no layer is compiled: they stand where the compiler's would.
 
 Precision. The backbone is bfloat16 on a GPU. PEFT keeps its adapters in float32 on such a base unless told otherwise,
 and so do ours: they train under bfloat16 autocast, as with the Trainer's `bf16=True`. A `plain` variant has its adapter
@@ -13,7 +13,6 @@ without autocast; every other row is cast to bfloat16, which a user can do in on
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -206,6 +205,8 @@ class Subject:
         self.model.train(training)
         if variant.run != "eager" and mode != "decode" and not variant.liger:
             _compile_layers(self.model)
+        if variant.run != "eager" and training:
+            _compile_loss(self.model)
 
     def _adapt(self, variant: Variant, dropout: float, dtype: torch.dtype) -> nn.Module:
         options = {"lora_dropout": dropout} | ({"backend": variant.backend} if variant.backend else {})
@@ -245,13 +246,20 @@ class Subject:
         for module in self.model.modules():
             if isinstance(module, malora.MaloraLayer):
                 module.siblings.release(frozen=True)
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+
+
+def _compile_loss(model: nn.Module) -> None:
+    """Cross entropy in float32 as it comes writes the logits in float32, their softmax, and the gradients of both."""
+    base = _base(model)
+    base.loss_function = torch.compile(base.loss_function)
 
 
 def _compile_layers(model: nn.Module) -> None:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base(model)
     for module in base.modules():
         if type(module).__name__ in base._no_split_modules:
             module.compile()
+
+
+def _base(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

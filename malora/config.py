@@ -44,8 +44,9 @@ class MaloraConfig(PeftConfig):
             rounding. "auto" is "dense" on a CPU, and on a GPU "fused", or "sorted" where experts are so many and
             wide that it should be faster (`malora.backends.choose`). The fused one computes in the dtype of the input,
             or autocast's, with sums and weight gradients in float32; the others in the adapter's dtype. "fp8" is the
-            fused one whose frozen products round their factors to 8 bits (float8_e4m3fn, a scale for each row), which
-            changes the result by a few percent of it.
+            fused one whose products with frozen weights, and the up sides with them, round their factors to 8 bits
+            (float8_e4m3fn, a scale for each row), as do frozen maps beside adapted ones, like attention's outputs.
+            That changes the result by a few percent of it.
 
     Raises:
         ValueError: a value out of range, or an option that the other options leave without effect.

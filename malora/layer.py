@@ -159,15 +159,6 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         self.settings.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """The base layer, as it came or with the adapters merged; what PEFT's `unload` and `merge_and_unload` call."""
-        if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        self.siblings.release(frozen=True)
-        return self.get_base_layer()
-
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The change of W, [m, n] in the adapter's dtype.
 

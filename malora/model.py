@@ -10,6 +10,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from malora import neighbours
 from malora.config import MaloraConfig
 from malora.layer import PREFIX, MaloraLayer
 from malora.routing import RoutingLog
@@ -62,6 +63,31 @@ class MaloraModel(BaseTuner):
         with self.routing_log.listen(mask if is_padding_mask else None), weights_ahead(self._all_siblings):
             return super().forward(*args, **kwargs)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        layers = [layer for layer in self.malora_layers if adapter_name in layer.settings]
+        neighbours.find(model, layers, self.peft_config[adapter_name])
+
+    def unload(self) -> nn.Module:
+        """The base model, as it came."""
+        return self._left(super().unload())
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The base model with its adapters merged; what it takes is PEFT's.
+
+        Raises:
+            ValueError: an adapter has a router, or a merged weight would not be finite (`safe_merge`).
+        """
+        return self._left(super().merge_and_unload(*args, **kwargs))
+
+    def _left(self, model: nn.Module) -> nn.Module:
+        """Without what the adapters' layers, which `malora_layers` still has, keep of its weights."""
+        for siblings in self._all_siblings:
+            siblings.release(frozen=True)
+        for module in model.modules():
+            neighbours.leave(module)
+        return model
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """PEFT 0.21.2 makes new parameters here, all of them trainable; what trains must stay as it was."""
         trains = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
@@ -109,6 +135,7 @@ class MaloraModel(BaseTuner):
     ) -> None:
         for cached in ("malora_layers", "_all_siblings"):
             self.__dict__.pop(cached, None)
+        neighbours.leave(target)
         if isinstance(target, MaloraLayer):
             target.update_layer(adapter_name, peft_config)
         elif isinstance(target, nn.Linear):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from malora.backends.fp8 import Frozen
+    from malora.backends.fp8 import Kept
     from malora.backends.fused import Stack
     from malora.layer import MaloraLayer
 
@@ -67,7 +67,7 @@ class Siblings:
         self.layers: list[MaloraLayer] = []
         self._stacks: dict[str, Stack] = {}
         self.tables: dict[tuple, Tensor] = {}  # of `malora.backends.copies`
-        self.frozen: dict[tuple[int, ...], Frozen] = {}  # of the fp8 backend, by the layers' ids
+        self.frozen: Kept = {}  # of the fp8 backend
         self.rooms: dict[int, int] = {}  # columns that `malora.backends.beside` made beside weights, by the layer's id
         self._forget()
 

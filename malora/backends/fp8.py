@@ -1,29 +1,37 @@
-"""The frozen products of sibling layers in 8 bits: forward x Wᵀ, backward dy W to the input.
+"""Products in 8 bits: of the frozen weights, and of the up sides beside them.
 
 Both factors of a product are rounded to float8_e4m3fn (Micikevicius et al. 2022, arXiv 2209.05433), each row divided
 by a scale of its own that brings its largest magnitude to 448. Weights do not change, so they are rounded once: by
-output for the forward pass, and transposed, by input, for the backward pass. What is trained stays as in `fused`.
+output for the forward pass, and transposed, by input, for the backward pass.
 
-Shapes: T tokens, n in, m out, Σm over siblings.
+An up side lies beside its frozen weight, as in `beside.py`: y = [x h u] [W (B / u)ᵀ]ᵀ, where u, a number for each rank,
+brings B / u into the range of the weight's rows. Adding h B to an 8-bit product would be two passes more over [T, m].
+Backward [dx dh] = dy [W Bᵀ] is one product where dy is wider than x. All else is as in `fused`: down sides, routers,
+and the gradients of all that trains, of x and dy as they come.
+
+Shapes: T tokens, n in, m out, Σm over siblings, H total rank of a sibling's experts, C columns of room for them.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from malora.backends.lanes import side_by_side
 from malora.siblings import say_once
-
-if TYPE_CHECKING:
-    from malora.layer import MaloraLayer
 
 LARGEST = 448.0  # of float8_e4m3fn
 SMALLEST = torch.finfo(torch.float32).tiny  # as a scale: a row of zeros has one too, and its inverse is finite
-MULTIPLE = 16  # of both sides of a weight, by torch._scaled_mm
+MULTIPLE = 16  # of both sides of a weight and of the room beside it, by torch._scaled_mm
+LINE = 128  # bytes of a cache's line: products of rows that begin with one take 1 to 4% less, in a probe on an H100
+# What a row of a weight counts for at least, as a share of the largest, and in all: beside zeros, B would be infinite.
+LEAST_SHARE, LEAST = 2.0**-8, 2.0**-64
 
 
 class Rows(NamedTuple):
@@ -36,10 +44,18 @@ class Rows(NamedTuple):
         return self.values.to(dtype) * self.scale.to(dtype)
 
 
+class Up(NamedTuple):
+    """What lies beside x: h of each sibling, and what it is multiplied by."""
+
+    h: Tensor  # [G, T, H]
+    unit: Tensor  # [G, C] float32
+
+
 @triton.jit
 def _rounded_kernel(
-    parts, values_ptr, scale_ptr, WIDTHS: tl.constexpr, TOTAL: tl.constexpr, BLOCK: tl.constexpr,
-    LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+    parts, h_ptr, unit_ptr, values_ptr, scale_ptr, h_stride, h_group, values_stride, WIDTHS: tl.constexpr,
+    ALPHA: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr, C: tl.constexpr, ROOM: tl.constexpr,
+    BLOCK_ROOM: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -49,35 +65,113 @@ def _rounded_kernel(
         x = tl.load(parts[part] + row * WIDTHS[part] + columns, mask=columns < WIDTHS[part], other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.max(tl.abs(x)))
         read = read + (x,)  # noqa: RUF005 (Triton knows no starred expression)
+    if ROOM > 0:
+        places = tl.arange(0, BLOCK_ROOM)
+        inside = (places < ROOM) & (places % C < H)
+        h_ptr += (places // C).to(tl.int64) * h_group + row * h_stride + places % C
+        h = tl.load(h_ptr, mask=inside, other=0.0).to(tl.float32) * tl.load(unit_ptr + places, mask=inside, other=0.0)
+        largest = tl.maximum(largest, tl.max(tl.abs(h)))
     scale = tl.maximum(tl.div_rn(largest, LARGEST), SMALLEST)
-    tl.store(scale_ptr + row, scale)
+    tl.store(scale_ptr + row, scale * ALPHA)
     inverse = tl.div_rn(1.0, scale)
-    values_ptr += row * TOTAL
+    values_ptr += row * values_stride
     for part in tl.static_range(len(parts)):
         tl.store(values_ptr + columns, (read[part] * inverse).to(tl.float8e4nv), mask=columns < WIDTHS[part])
         values_ptr += WIDTHS[part]
+    if ROOM > 0:
+        tl.store(values_ptr + places, (h * inverse).to(tl.float8e4nv), mask=places < ROOM)
 
 
-def rounded_by_kernel(parts: list[Tensor]) -> Rows:
+def rounded_by_kernel(parts: list[Tensor], up: Up | None = None, out: Rows | None = None, alpha: float = 1.0) -> Rows:
     """`rounded`, in one launch that reads everything once: a row stays in registers."""
     widths = tuple(part.shape[1] for part in parts)
-    values = parts[0].new_empty(len(parts[0]), sum(widths), dtype=torch.float8_e4m3fn)
-    scale = parts[0].new_empty(len(parts[0]), 1, dtype=torch.float32)
     block = triton.next_power_of_2(max(widths))
-    _rounded_kernel[(len(values),)](
-        tuple(parts), values, scale, widths, sum(widths), block, LARGEST, SMALLEST,
-        num_warps=min(max(block // 512, 4), 16),
+    h, unit = up or (None, None)
+    H, C, room = (0, 1, 0) if up is None else (h.shape[2], unit.shape[1], unit.numel())
+    strides = (0, 0) if up is None else (h.stride(1), h.stride(0))
+    T, columns = len(parts[0]), sum(widths) + room
+    if out is None:
+        values = parts[0].new_empty(T, _lines(columns), dtype=torch.float8_e4m3fn)[:, :columns]
+        out = Rows(values, parts[0].new_empty(T, 1, dtype=torch.float32))
+    _rounded_kernel[(T,)](
+        tuple(parts), h, unit, *out, *strides, out.values.stride(0), widths, alpha, block,
+        H, C, room, triton.next_power_of_2(max(room, 1)), LARGEST, SMALLEST,
+        num_warps=max(8, block // 2048),
     )  # fmt: skip
-    return Rows(values, scale)
+    return out
 
 
-def rounded(parts: list[Tensor]) -> Rows:
-    """Matrices [rows, columns] side by side, with one scale a row."""
+def _lines(columns: int) -> int:
+    return -(-columns // LINE) * LINE
+
+
+def rounded(parts: list[Tensor], up: Up | None = None, out: Rows | None = None, alpha: float = 1.0) -> Rows:
+    """alpha times matrices [rows, columns] side by side, and h beside them, with one scale a row."""
     if parts[0].is_cuda:
-        return rounded_by_kernel(parts)
-    whole = torch.cat(parts, 1).float()
-    scale = (whole.abs().amax(1, keepdim=True) / LARGEST).clamp(min=SMALLEST)
-    return Rows((whole * (1 / scale)).to(torch.float8_e4m3fn), scale)
+        return rounded_by_kernel(parts, up, out, alpha)
+    if up is not None:
+        h = up.h.float() * up.unit[:, None, : up.h.shape[2]]
+        parts = [*parts, *nn.functional.pad(h, (0, up.unit.shape[1] - h.shape[2]))]
+    found = rounded_plainly(torch.cat([part.float() for part in parts], 1))
+    out = out or Rows(found.values, torch.empty_like(found.scale))
+    out.values.copy_(found.values)
+    torch.mul(found.scale, alpha, out=out.scale)
+    return out
+
+
+def rounded_plainly(whole: Tensor, least: Tensor | None = None) -> Rows:
+    """A row's scale is of its largest magnitude, or of `least` if that is more."""
+    largest = whole.abs().amax(1, keepdim=True).float()
+    scale = ((largest if least is None else largest.clamp(min=least)) / LARGEST).clamp(min=SMALLEST)
+    return Rows((whole.float() * (1 / scale)).to(torch.float8_e4m3fn), scale)
+
+
+@triton.jit
+def _beside_kernel(
+    B_ptr, scale_ptr, room_ptr, unit_ptr, H, C, room_stride, m: tl.constexpr, ALPHA: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr, READ: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    ranks = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    largest = tl.zeros([BLOCK_H, READ], tl.float32)
+    for start in range(0, m, READ):  # all of a rank, in each of its programs: to wait for others would be a launch more
+        B = _in_scales(B_ptr, scale_ptr, m, H, start + tl.arange(0, READ), ranks)
+        largest = tl.maximum(largest, tl.abs(B))
+    unit = tl.maximum(tl.div_rn(tl.max(largest, 1), LARGEST), SMALLEST)
+    if tl.program_id(1) == 0:
+        tl.store(unit_ptr + ranks, unit * ALPHA, mask=ranks < C)
+    outputs = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    B = _in_scales(B_ptr, scale_ptr, m, H, outputs, ranks) * tl.div_rn(1.0, unit)[:, None]
+    place = room_ptr + outputs.to(tl.int64)[:, None] * room_stride + ranks[None, :]
+    tl.store(place, tl.trans(B.to(tl.float8e4nv)), mask=(outputs < m)[:, None] & (ranks < C)[None, :])
+
+
+@triton.jit
+def _in_scales(B_ptr, scale_ptr, m, H, outputs, ranks):
+    """B over the scales of the weight's rows, [ranks, outputs]."""
+    inverse = tl.div_rn(1.0, tl.load(scale_ptr + outputs, mask=outputs < m, other=1.0))
+    inside = (ranks < H)[:, None] & (outputs < m)[None, :]
+    B = tl.load(B_ptr + ranks[:, None] * m + outputs[None, :], mask=inside, other=0.0)
+    return B.to(tl.float32) * inverse[None, :]
+
+
+def put_beside_by_kernel(W: Rows, B: Tensor, alpha: float, unit: Tensor) -> None:
+    """`put_beside`, in one launch."""
+    (H, m), C = B.shape, len(unit)
+    _beside_kernel[(triton.cdiv(C, 8), triton.cdiv(m, 1024))](
+        B, W.scale, W.values[:, -C:], unit, H, C, W.values.stride(0), m, alpha, 8, 1024, 2048, LARGEST, SMALLEST,
+        num_warps=16,
+    )  # fmt: skip
+
+
+def put_beside(W: Rows, B: Tensor, alpha: float, unit: Tensor) -> None:
+    """Writes B [H, m] over `unit` into the last C columns of W, and alpha · `unit`, what h is multiplied by: [C]."""
+    if B.is_cuda:
+        return put_beside_by_kernel(W, B, alpha, unit)
+    C = len(unit)
+    in_scales = nn.functional.pad(B.T.float() * (1 / W.scale), (0, C - len(B)))
+    largest = (in_scales.abs().amax(0) / LARGEST).clamp(min=SMALLEST)
+    W.values[:, -C:] = (in_scales * (1 / largest)).to(W.values.dtype)
+    unit.copy_(largest * alpha)
 
 
 def product(left: Rows, right: Rows, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
@@ -93,54 +187,127 @@ def product(left: Rows, right: Rows, dtype: torch.dtype, bias: Tensor | None = N
 
 
 class Frozen(NamedTuple):
-    """The weights of some siblings, rounded."""
+    """The weights of linear maps that read the same input, rounded."""
 
     source: tuple  # where they were read, and in which version
-    by_output: list[Rows]  # W of each, [m, n]
-    by_input: Rows | None  # Wᵀ of all side by side, [n, Σm]; None until a gradient of the input is asked for
+    room: int  # C
+    by_output: list[Rows]  # of map g, [W, zeros, room for its B]: [m, n + (g + 1)·C]
+    # Wᵀ of all side by side, and below it room for each B in its map's columns: [n + G·C, Σm], or [n, Σm] if dh is not
+    # to come from the same product. None until a gradient of the input is asked for.
+    by_input: Rows | None
 
-    def outputs(self, x: Tensor, layers: list[MaloraLayer]) -> list[Tensor]:
-        """x Wᵀ and the bias of each layer, for x [T, n]: [T, m].
+    def put_beside(self, Bs: list[Tensor], alpha: float) -> Tensor:
+        """Rounds alpha · B [H, m] of each map beside its weight. The units, [G, C]."""
+        units = Bs[0].new_empty(len(Bs), self.room, dtype=torch.float32)
+        for W, B, unit in zip(self.by_output, Bs, units, strict=True):
+            put_beside(W, B, alpha, unit)
+        return units
+
+    def outputs(self, x: Tensor, biases: list[Tensor | None], up: Up | None = None) -> list[Tensor]:
+        """x Wᵀ, the bias and h B of each map, for x [T, n]: [T, m].
 
         Not as columns of one product: Liger's kernels copy what is not contiguous.
         """
-        x_rows = rounded([x])
+        values, scale = rounded([x], up)
         return [
-            product(x_rows, W, x.dtype, layer.base_layer.bias) for W, layer in zip(self.by_output, layers, strict=True)
+            product(Rows(values[:, : W.values.shape[1]], scale), W, x.dtype, bias)
+            for W, bias in zip(self.by_output, biases, strict=True)
         ]
 
-    def input_gradient(self, dys: list[Tensor]) -> Tensor:
-        """Σ dy W over the layers, of contiguous dy [T, m]: [T, n], one product of Σm terms."""
-        return product(rounded(dys), self.by_input, dys[0].dtype)
+    def gradients(self, dys: list[Tensor], Bs: list[Tensor], alpha: float) -> tuple[Tensor, Tensor | None]:
+        """Σ dy W over the maps, [T, n], and alpha · dy Bᵀ of each, [G, T, H], of contiguous dy [T, m] and B [H, m].
+
+        Views of one product of Σm terms; the second is None where there is no room for B.
+        """
+        n = self.by_output[0].values.shape[1] - self.room
+        if len(self.by_input.values) == n:
+            return product(rounded(dys), self.by_input, dys[0].dtype), None
+        dy, _ = side_by_side(dys[0], [partial(rounded, dys), partial(self._put_below, Bs, alpha)])
+        dx, dh = product(dy, self.by_input, dys[0].dtype).tensor_split([n], 1)
+        return dx, dh.unflatten(1, (len(Bs), self.room)).transpose(0, 1)[..., : len(Bs[0])]
+
+    def _put_below(self, Bs: list[Tensor], alpha: float) -> None:
+        """Not when y is made: another adapter's B of this size may have been here since."""
+        values, scale = self.by_input
+        row, column = len(values) - len(Bs) * self.room, 0
+        for B in Bs:
+            H, m = B.shape
+            rounded([B], None, Rows(values[row : row + H, column : column + m], scale[row : row + H]), alpha)
+            row, column = row + self.room, column + m
 
 
-def frozen(layers: list[MaloraLayer], backward: bool) -> Frozen | None:
-    """The layers' rounded weights, made when a weight is new or has changed; None, and a log line, if they cannot be.
+Kept = dict[tuple[int, ...], Frozen]  # by the ids of the maps, and the columns of room beside them
 
-    Siblings keep them, so they live as long as the layers do, whatever the mode.
+
+def frozen(linears: list[nn.Linear], kept: Kept, backward: bool, H: int = 0) -> Frozen | None:
+    """Rounded weights of maps that read the same input, with room for their B [H, m]; None, and a log line, if there
+    cannot be.
+
+    They are made when a weight is new or has changed. `kept` is where they are looked up and put.
     """
-    if reason := _obstacle(layers):
+    if reason := _obstacle(linears):
         say_once("fp8", reason, "fused")
         return None
-    weights = [layer.base_layer.weight.detach() for layer in layers]
+    weights = [linear.weight.detach() for linear in linears]
     source = tuple((W.device, W.data_ptr(), W._version) for W in weights)
-    kept, place = layers[0].siblings.frozen, tuple(map(id, layers))
+    room = -(-H // MULTIPLE) * MULTIPLE
+    place = (*map(id, linears), room)
     found = kept.get(place)
-    if found is None or found.source != source:
-        found = Frozen(source, [rounded([W.contiguous()]) for W in weights], None)
-    if backward and found.by_input is None:
-        found = found._replace(by_input=rounded([W.T.contiguous() for W in weights]))
+    with torch.inference_mode(False):  # they outlive it, and room is written to
+        if found is None or found.source != source:
+            found = Frozen(source, room, [_beside_room(W, (g + 1) * room) for g, W in enumerate(weights)], None)
+        if backward and found.by_input is None:
+            by_input = rounded([W.T.contiguous() for W in weights])
+            rows = len(weights) * room if _joins(weights) else 0
+            found = found._replace(by_input=_with_room(by_input, rows=rows))
     # What a CUDA graph makes while it is captured has no values until the graph is replayed.
     if not (weights[0].is_cuda and torch.cuda.is_current_stream_capturing()):
         kept[place] = found
     return found
 
 
-def _obstacle(layers: list[MaloraLayer]) -> str | None:
-    device = layers[0].base_layer.weight.device
-    for size in (layers[0].in_features, *(layer.out_features for layer in layers)):
+def _joins(weights: list[Tensor]) -> bool:
+    """Whether dh costs less as columns beside dx than as a product of its own, which reads all of dy once more.
+
+    On an H100 at 4,096 tokens it does for Gate and Up of a 7B (dy of 22,016, dx and dh of 4,224). For Q, K and V, and
+    for Down, the columns of dh would begin a last round of tiles that leaves most multiprocessors idle.
+    """
+    return all(m > n for m, n in (W.shape for W in weights))
+
+
+def _beside_room(W: Tensor, columns: int) -> Rows:
+    least = (LEAST_SHARE * W.abs().max().float()).clamp(min=LEAST) if columns else None
+    return _with_room(rounded_plainly(W, least), columns=columns)
+
+
+def _with_room(matrix: Rows, rows: int = 0, columns: int = 0) -> Rows:
+    """More rows and columns, of zeros."""
+    values, scale = matrix
+    m, n = values.shape
+    room = values.new_zeros(m + rows, _lines(n + columns), dtype=torch.uint8)  # torch fills no 8-bit floats
+    room[:m, :n] = values.view(torch.uint8)
+    return Rows(room.view(values.dtype)[:, : n + columns], nn.functional.pad(scale, (0, 0, 0, rows)))
+
+
+def _obstacle(linears: list[nn.Linear]) -> str | None:
+    device = linears[0].weight.device
+    for size in (linears[0].in_features, *(linear.out_features for linear in linears)):
         if size % MULTIPLE:
             return f"a layer with a side of {size}, no multiple of {MULTIPLE}"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         return f"on {torch.cuda.get_device_name(device)}, which has no 8-bit products"
     return None
+
+
+class Alone(torch.autograd.Function):
+    """(x [T, n], bias or None, rounded weight of one frozen map) -> x Wᵀ + bias [T, m]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Frozen) -> Tensor:
+        ctx.weight = weight
+        return weight.outputs(x, [bias])[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.weight.gradients([dy.contiguous()], [], 1.0)[0], None, None

@@ -200,11 +200,18 @@ class _Experts(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         config, n = stack.config, x.shape[1]
         alpha = 1.0 if config.has_router else config.scaling
-        frozen = fp8.frozen(stack.layers, ctx.needs_input_grad[0]) if config.backend == "fp8" else None
-        weights = [] if frozen else [layer.base_layer.weight.to(x.dtype) for layer in stack.layers]
-        biases = [layer.base_layer.bias for layer in stack.layers]
+        bases = [layer.base_layer for layer in stack.layers]
+        frozen = None
+        if config.backend == "fp8":
+            frozen = fp8.frozen(bases, stack.layers[0].siblings.frozen, ctx.needs_input_grad[0], stack.H8)
+        weights = [] if frozen else [base.weight.to(x.dtype) for base in bases]
+        biases = [base.bias for base in bases]
         bits = None if seed is None else masked.mask(*x.shape, seed, config.lora_dropout)
-        if wholes := stack.wholes(x) if bits is not None else None:
+        if frozen:
+            routed, put = partial(_routed, stack, x, bits, narrow), partial(frozen.put_beside, narrow.B, alpha)
+            (zl, h, probabilities), units = side_by_side(narrow.B[0], [routed, put])  # as small works as those are
+            ys = frozen.outputs(x, biases, fp8.Up(h, units))
+        elif wholes := stack.wholes(x) if bits is not None else None:
             xh = masked.rows_of(x, n + len(wholes) * stack.H8)
             routed = partial(_routed, stack, x, bits, narrow, xh)
             fill = partial(beside.fill, wholes, narrow.B, alpha)
@@ -213,12 +220,8 @@ class _Experts(torch.autograd.Function):
             x = xh[:, :n]
         else:
             zl, h, probabilities = _routed(stack, x, bits, narrow)
-            if frozen:  # its products cannot add to what is there
-                bases = frozen.outputs(x, stack.layers)
-                ys = [y.addmm_(h_g, B, alpha=alpha) for y, h_g, B in zip(bases, h, narrow.B, strict=True)]
-            else:
-                of_each = zip(weights, biases, h, narrow.B, strict=True)
-                ys = side_by_side(x, [partial(_output, x, W, bias, h_g, B, alpha) for W, bias, h_g, B in of_each])
+            of_each = zip(weights, biases, h, narrow.B, strict=True)
+            ys = side_by_side(x, [partial(_output, x, W, bias, h_g, B, alpha) for W, bias, h_g, B in of_each])
         ctx.stack, ctx.alpha, ctx.frozen = stack, alpha, frozen
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, bits, zl, h if config.has_router else None, *narrow[:2], *narrow.B, *weights)
@@ -238,6 +241,7 @@ class _Experts(torch.autograd.Function):
         wanted = ctx.needs_input_grad[4:]
         needs = {kind: any(wanted[i :: len(stack.kinds)]) for i, kind in enumerate(stack.kinds)}  # of any sibling
 
+        frozen = ctx.frozen if ctx.needs_input_grad[0] else None
         dzl = masked.rows_of(x, len(down))
         if stack.has_gaps:
             dzl.zero_()
@@ -255,7 +259,10 @@ class _Experts(torch.autograd.Function):
             return masked.summed(h[g], dys[g]) if needs["B"] else Bs[g]
 
         made = []
-        if fills_device(x):  # in one row anyway, and much of dy is still in the cache
+        base, dh_8 = frozen.gradients(dys, Bs, alpha) if frozen else (None, None)
+        if dh_8 is not None:
+            dh = dh_8 if config.has_router else dh.copy_(dh_8)
+        elif fills_device(x):  # in one row anyway, and much of dy is still in the cache
             for g in range(G):
                 of_h(g)
                 made.append(of_up(g))
@@ -267,11 +274,10 @@ class _Experts(torch.autograd.Function):
         def of_input() -> Tensor | None:
             if not ctx.needs_input_grad[0]:
                 return None
-            base = ctx.frozen.input_gradient(dys) if ctx.frozen else None
             if bits is not None:
                 dx = masked.input_gradient(dzl, bits, down, s.logits_at, config.lora_dropout, base)
             else:
-                dx = dzl @ down if base is None else base.addmm_(dzl, down)
+                dx = dzl @ down if base is None else torch.addmm(base, dzl, down)
             for dy, W in zip(dys, weights, strict=False):  # none with 8 bits
                 dx.addmm_(dy, W)
             return dx

@@ -97,8 +97,8 @@ def _gate_kernel(
 
 @triton.jit
 def _gate_backward_kernel(
-    zl_ptr, p_ptr, dh_ptr, dprobability_ptr, dzl_ptr, e_ptr, T, zl_stride, dzl_stride, h_stride, p_group, p_row,
-    HAS_DPROBABILITY: tl.constexpr, SCALING: tl.constexpr, Z_GROUP: tl.constexpr, L_GROUP: tl.constexpr,
+    zl_ptr, p_ptr, dh_ptr, dprobability_ptr, dzl_ptr, e_ptr, T, zl_stride, dzl_stride, e_stride, h_stride, h_group,
+    p_group, p_row, HAS_DPROBABILITY: tl.constexpr, SCALING: tl.constexpr, Z_GROUP: tl.constexpr, L_GROUP: tl.constexpr,
     LOGITS_AT: tl.constexpr, Z_STEP: tl.constexpr, HAS_P: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     R: tl.constexpr, D: tl.constexpr, PAD_N: tl.constexpr, PAD_R: tl.constexpr, PAD_D: tl.constexpr,
     WIDE: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -126,7 +126,7 @@ def _gate_backward_kernel(
     for t in range(N):
         is_t = (experts == t)[None, :]
         gate_t = tl.sum(tl.where(is_t, gate, 0.0), 1)
-        h_place = (group * T + rows[:, None]) * h_stride + t * R + ranks[None, :]
+        h_place = group * h_group + rows[:, None] * h_stride + t * R + ranks[None, :]
         dh = tl.load(dh_ptr + h_place, mask=h_inside, other=0.0).to(WIDE)
         if HAS_P:
             if Z_STEP != 0:
@@ -140,7 +140,8 @@ def _gate_backward_kernel(
         e = dh * gate_t[:, None]
         if HAS_P:
             narrow = e.to(zl_ptr.dtype.element_ty)
-            tl.store(e_ptr + h_place, narrow, mask=h_inside)
+            e_place = (group * T + rows[:, None]) * e_stride + t * R + ranks[None, :]
+            tl.store(e_ptr + e_place, narrow, mask=h_inside)
             dz_t = tl.dot(narrow, tl.trans(p_t), input_precision="ieee", out_dtype=WIDE)
             if Z_STEP == 0:
                 dz += dz_t
@@ -226,14 +227,14 @@ def gate_backward(
 
     Args:
         zl, P: as `gate` left and took them; rows of zl may be as far apart as they like.
-        dh: [G, T, ≥H], contiguous.
+        dh: [G, T, ≥H], in rows anywhere.
         dprobability: [G, T, N], contiguous; None is zero.
     """
     G, T = dh.shape[:2]
-    e = torch.empty_like(dh) if P is not None else None
+    e = dh.new_empty(dh.shape) if P is not None else None
     _gate_backward_kernel[(triton.cdiv(T, BLOCK_T), G)](
-        zl, P, dh, dprobability, dzl, e, T, zl.stride(0), dzl.stride(0), dh.stride(1), *_strides(P),
-        HAS_DPROBABILITY=dprobability is not None, **shape.constants(zl.dtype),
+        zl, P, dh, dprobability, dzl, e, T, zl.stride(0), dzl.stride(0), dh.shape[2], dh.stride(1), dh.stride(0),
+        *_strides(P), HAS_DPROBABILITY=dprobability is not None, **shape.constants(zl.dtype),
     )  # fmt: skip
     return e
 

@@ -156,10 +156,10 @@ def _down_kernel(
 
 @triton.jit
 def _input_gradient_kernel(
-    dzl_ptr, bits_ptr, down_ptr, dx_ptr, T, n, W, zl_stride, T_EACH: tl.constexpr, EVEN_T: tl.constexpr,
-    EVEN_N: tl.constexpr, SCALE: tl.constexpr, Z: tl.constexpr, L: tl.constexpr, PAD_Z: tl.constexpr,
-    PAD_L: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, ADDS: tl.constexpr,
-    PTX: tl.constexpr,
+    dzl_ptr, bits_ptr, down_ptr, base_ptr, dx_ptr, T, n, W, zl_stride, base_stride, T_EACH: tl.constexpr,
+    EVEN_T: tl.constexpr, EVEN_N: tl.constexpr, SCALE: tl.constexpr, Z: tl.constexpr, L: tl.constexpr,
+    PAD_Z: tl.constexpr, PAD_L: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    ADDS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(1).to(tl.int64) * T_EACH + tl.arange(0, BLOCK_T)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -175,9 +175,13 @@ def _input_gradient_kernel(
     z_ptr = dzl_ptr + rows[:, None] * zl_stride + z_rows[None, :]
     l_ptr = dzl_ptr + rows[:, None] * zl_stride + (Z + l_rows)[None, :]
     bits_ptr += rows[:, None] * W + words[None, :]
+    base_ptr += rows[:, None] * base_stride + columns[None, :]
     dx_ptr += rows[:, None] * n + columns[None, :]
     for start in range(0, T_EACH, BLOCK_T):
         row_inside = (rows + start < T)[:, None] | EVEN_T
+        if ADDS:  # before the products, so that they do not wait for it
+            base = tl.load(base_ptr, mask=row_inside & column_inside)
+            base_ptr += BLOCK_T * base_stride
         dz = tl.load(z_ptr, mask=row_inside & (z_rows < Z)[None, :], other=0.0)
         word = tl.load(bits_ptr, mask=row_inside & ((words < W)[None, :] | EVEN_N), other=0)
         dx = tl.dot(dz, d, input_precision="ieee", out_dtype=WIDE) * SCALE
@@ -186,7 +190,7 @@ def _input_gradient_kernel(
             dl = tl.load(l_ptr, mask=row_inside & (l_rows < L)[None, :], other=0.0)
             dx = tl.dot(dl, g, dx, input_precision="ieee", out_dtype=WIDE)
         if ADDS:
-            dx += tl.load(dx_ptr, mask=row_inside & column_inside)
+            dx += base
         tl.store(dx_ptr, dx, mask=row_inside & column_inside)
         z_ptr += BLOCK_T * zl_stride
         l_ptr += BLOCK_T * zl_stride
@@ -323,16 +327,17 @@ def down_in_parts(
 
 
 def input_gradient(dzl: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float, base: Tensor | None = None) -> Tensor:
-    """dropout(dz D) + dl G: [T, n] of dzl [T, Z + L]; added to `base`, contiguous, where there is one."""
+    """dropout(dz D) + dl G + base: [T, n] of dzl [T, Z + L] and `base` [T, n], if there is one, in rows anywhere."""
     if _plainly(dzl, Z, len(weights) - Z):
         dx = dropout(dzl[:, :Z] @ weights[:Z], bits, p)
-        return (dx if base is None else base.add_(dx)).addmm_(dzl[:, Z:], weights[Z:])
+        return (dx if base is None else dx.add_(base)).addmm_(dzl[:, Z:], weights[Z:])
     T, n = len(dzl), weights.shape[1]
-    dx = dzl.new_empty(T, n) if base is None else base
+    dx = dzl.new_empty(T, n)
     blocks, T_each = _cut(T, n, INPUT_GRADIENT)
     tuned = _fitting(INPUT_GRADIENT, Z, len(weights) - Z, dzl.device, keeps_weights=True)
     _input_gradient_kernel[blocks, triton.cdiv(T, T_each)](
-        dzl, bits, weights, dx, T, n, bits.shape[1], dzl.stride(0), T_each, EVEN_T=T % T_each == 0,
+        dzl, bits, weights, dx if base is None else base, dx, T, n, bits.shape[1], dzl.stride(0),
+        0 if base is None else base.stride(0), T_each, EVEN_T=T % T_each == 0,
         EVEN_N=n % INPUT_GRADIENT["BLOCK_N"] == 0, ADDS=base is not None, PTX=_has_ptx(dzl),
         **_sizes(weights, Z, p), **tuned,
     )  # fmt: skip

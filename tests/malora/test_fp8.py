@@ -1,4 +1,6 @@
-"""The frozen products in 8 bits: what is rounded, and how often; all else is the fused backend's."""
+"""Products in 8 bits: what is rounded, and how often; all else is the fused backend's."""
+
+import copy
 
 import pytest
 import torch
@@ -59,56 +61,133 @@ def data(layers, T=37):
     return x, dys
 
 
-def deq(t):
-    """To 8 bits and back, a scale a row."""
+def in_8_bits(t, least=0.0):
+    """Values in 8 bits and their scales, one a row."""
     t = t.flatten(0, -2).float()
-    scale = t.abs().amax(1, keepdim=True) / 448
-    values = torch.where(scale > 0, t / scale, 0).to(torch.float8_e4m3fn)
-    return values.double() * scale.double()
+    scale = t.abs().amax(1, keepdim=True).clamp(min=least) / 448
+    return torch.where(scale > 0, t / scale, 0).to(torch.float8_e4m3fn).double(), scale.double()
 
 
-def change(layers, x, dys):
-    """What rounding changes in the outputs and in the input's gradient."""
-    weights = [layer.base_layer.weight.double() for layer in layers]
-    outputs = [deq(x) @ deq(W).T - x[0].double() @ W.T for W in weights]
-    dy, W = torch.cat(dys, 2), torch.cat(weights)
-    return outputs, deq(dy) @ deq(W.T).T - dy[0].double() @ W
+def with_identities(layers):
+    """Copies in which W is zero and B the identity: what goes through them is α·h, and dh comes back."""
+    layers = copy.deepcopy(layers)
+    with torch.no_grad():
+        for layer in layers:
+            B = layer.factors("default").B
+            B.copy_(torch.eye(B.shape[:2].numel(), B.shape[2]).view_as(B))
+            for p in layer.base_layer.parameters():
+                p.zero_()
+    return layers
 
 
+def expected_outputs(layers, x, dys):
+    """[x h·u] [W (B/u)ᵀ]ᵀ + bias of factors in 8 bits, where B is in scales of W's rows and u brings it to 448."""
+    hs, weights = run(with_identities(layers), x, dys, "fused")[0], []
+    for layer in layers:
+        W, B = layer.base_layer.weight.detach(), layer.factors("default").B.detach().flatten(0, 1)
+        W, scale = in_8_bits(W, least=W.abs().max().float() / 256)
+        weights.append((W, scale.T, *in_8_bits(B / scale.T)))
+    hs = [h[0].double()[:, : len(unit)] * unit.T for h, (*_, unit) in zip(hs, weights, strict=True)]
+    row, of_row = in_8_bits(torch.cat([x[0].double(), *hs], 1))
+    x, *hs = (row * of_row).split([x.shape[2], *(h.shape[1] for h in hs)], 1)
+    each = zip(layers, hs, weights, strict=True)
+    return [(x @ W.T + h @ B) * scale + layer.base_layer.bias.detach() for layer, h, (W, scale, B, _) in each]
+
+
+def expected_gradients(layers, x, dys):
+    """dx, and those of all that trains: [dx dh] = dy [W Bᵀ] of factors in 8 bits, and the rest as it is made of dh.
+
+    Where dy is not wider than x, dh is a product of its own, of factors as they come.
+    """
+    dy, of_dy = in_8_bits(torch.cat(dys, 2))
+    W, of_W = in_8_bits(torch.cat([layer.base_layer.weight.detach() for layer in layers]).T)
+    dhs = []
+    joins = all(layer.out_features > layer.in_features for layer in layers)
+    for layer, exact, part in zip(layers, dys, dy.split([dy.shape[-1] for dy in dys], 1), strict=True):
+        B = layer.factors("default").B.detach().flatten(0, 1)
+        dh = torch.zeros_like(exact)  # as wide as y, to go back through an identity
+        B_8, of_B = in_8_bits(B)
+        dh[0, :, : len(B)] = of_dy * (part @ B_8.T) * of_B.T if joins else exact[0] @ B.T
+        dhs.append(dh)
+    _, dx, gradients = run(with_identities(layers), x, dhs, "fused")
+    return of_dy * (dy @ W.T) * of_W.T + dx[0].double(), gradients
+
+
+@pytest.mark.parametrize("n", [64, 192])
 @pytest.mark.parametrize("case", CASES)
-def test_only_the_frozen_products_are_rounded(case):
-    layers = siblings(**CASES[case])
+def test_products_with_frozen_weights_and_with_B_are_rounded_and_no_others(case, n):
+    layers = siblings(sizes=(160, 128, 128), n=n, **CASES[case])
     x, dys = data(layers)
-    fused, fused_dx, fused_gradients = run(layers, x, dys, "fused")
+    exact = run(layers, x, dys, "fused")[2]
     ys, dx, gradients = run(layers, x, dys, "fp8")
-    outputs, input_gradient = change(layers, x, dys)
-    pairs = [*zip(ys, fused, outputs, strict=True), (dx, fused_dx, input_gradient)]
-    bound = 1e-2 if ON_GPU else 1e-10  # a GPU rounds to bfloat16 before and after it adds the adapter's part
-    for got, exact, by in pairs:
-        expected = exact[0].double() + by
-        assert (got[0].double() - expected).norm() < bound * expected.norm()
-    for got, expected in zip(gradients, fused_gradients, strict=True):
-        torch.testing.assert_close(got, expected)  # they are of x and dy as they came
+    expected_dx, expected = expected_gradients(layers, x, dys)
+    pairs = [*zip(ys, expected_outputs(layers, x, dys), strict=True), (dx, expected_dx)]
+    names = [name for layer in layers for name, p in layer.named_parameters() if p.requires_grad]
+    for name, *of_each in zip(names, gradients, exact, expected, strict=True):
+        is_B = name.startswith("malora_B")  # whose gradient is of h and dy as they came
+        pairs.append((of_each[0][None], of_each[1 if is_B else 2].double()))
+        assert is_B or n > 64 or not torch.equal(of_each[0], of_each[1])
+    bound = 1e-2 if ON_GPU else 1e-6  # a GPU rounds to bfloat16 in between
+    for got, wanted in pairs:
+        assert (got[0].double() - wanted).norm() < bound * wanted.norm()
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3])
-def test_the_kernel_rounds_rows(parts):
-    """The interpreter halves what is rounded up to a power of two, so there numbers are those of the format."""
-    generator = torch.Generator().manual_seed(parts)
+def numbers_of_the_format(*shape, seed):
+    """In rows that each have a 448. The interpreter halves what is rounded up to a power of two, so no others."""
+    generator = torch.Generator().manual_seed(seed)
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    every = every[every.isfinite()]
-    x = every[torch.randint(len(every), (9, 96), generator=generator)]
-    x[:, 0] = 448
-    x = x * 2.0 ** torch.randint(-9, 9, (9, 1), generator=generator)
-    if ON_GPU:
-        x = (x + 0.1 * torch.randn(x.shape, generator=generator)).bfloat16().float()
+    every = every[every.abs() >= 1]  # so that a sixtieth of it has as many bits
+    numbers = every[torch.randint(len(every), shape, generator=generator)]
+    numbers[:, 0] = 448
+    return numbers
+
+
+def powers_of_two(*shape, seed, of=9):
+    return 2.0 ** torch.randint(-of, of, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def noisy_on_a_gpu(x, seed):
+    noise = 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    return (x * (1 + noise)).bfloat16().float() if ON_GPU else x
+
+
+@pytest.mark.parametrize("H", [0, 8, 24])
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_the_kernel_rounds_rows(parts, H):
+    x = noisy_on_a_gpu(numbers_of_the_format(9, 96, seed=parts) * powers_of_two(9, 1, seed=parts), parts)
     x[4] = 0
+    up = gpu_up = None
+    if H:  # two siblings, with room up to the next multiple of 16; some rows have their largest magnitude in h
+        unit = powers_of_two(2, -(-H // 16) * 16, seed=3)
+        h = numbers_of_the_format(2 * 9, H, seed=4).view(2, 9, H) * powers_of_two(2, 9, 1, seed=5, of=3)
+        h = noisy_on_a_gpu(h * (x.abs().amax(1) / 448)[:, None], 6) / unit[:, None, :H]
+        up, gpu_up = fp8.Up(h, unit), fp8.Up(h.to(DEVICE), unit.to(DEVICE))
     widths = {1: [96], 2: [80, 16], 3: [16, 48, 32]}[parts]
-    expected = fp8.rounded([x])
-    got = fp8.rounded_by_kernel([part.contiguous() for part in x.to(DEVICE).split(widths, 1)])
+    expected = fp8.rounded([x], up)
+    got = fp8.rounded_by_kernel([part.contiguous() for part in x.to(DEVICE).split(widths, 1)], gpu_up)
     assert torch.equal(got.scale.cpu(), expected.scale)
     assert torch.equal(got.values.cpu().float(), expected.values.float())
     assert (got.wide(torch.float32)[4] == 0).all()
+
+
+@pytest.mark.parametrize("H, m", [(8, 48), (16, 528), (24, 640)])
+def test_the_kernel_puts_B_beside_a_weight(H, m):
+    n, room = 32, -(-H // 16) * 16
+    scale = powers_of_two(m, 1, seed=1)
+    B = noisy_on_a_gpu(numbers_of_the_format(H, m, seed=2), 2) * scale.T * powers_of_two(H, 1, seed=3)
+    B[5] = 0
+    found = {}
+    for device, put in (("cpu", fp8.put_beside), (DEVICE, fp8.put_beside_by_kernel)):
+        values = torch.full((m, n + room), 3.0).to(torch.float8_e4m3fn)
+        W, unit = fp8.Rows(values.to(device), scale.to(device)), torch.empty(room, device=device)
+        put(W, B.to(device), 0.5, unit)
+        found[put] = W.values.cpu().float(), unit.cpu()
+    (expected, of_expected), (got, of_got) = found.values()
+    assert torch.equal(got, expected) and torch.equal(of_got, of_expected)
+    assert (got[:, :n] == 3).all() and (got[:, n + H :] == 0).all() and (got[:, n + 5] == 0).all()
+    assert got[:, n].abs().max() == 448
+    near = got[:, n : n + H] * scale * of_got[:H] / 0.5
+    assert (near.T - B).norm() < 0.05 * B.norm()
 
 
 def test_weights_are_rounded_once_and_again_when_they_changed():

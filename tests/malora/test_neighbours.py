@@ -1,0 +1,101 @@
+"""Frozen maps beside adapted ones, with `backend="fp8"`: attention's outputs of a model."""
+
+import copy
+import io
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from malora import METHODS, MaloraLayer
+from malora.neighbours import Neighbour
+from tests.conftest import make_model
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def adapted(backend="fp8", **options):
+    torch.manual_seed(0)
+    return get_peft_model(make_model(), METHODS["malora"](backend=backend, **options)).to(DEVICE).eval()
+
+
+def outputs(model) -> list[nn.Module]:
+    return [module for name, module in model.named_modules() if name.endswith("o_proj")]
+
+
+def in_8_bits(x):
+    """To 8 bits and back, a scale a row."""
+    scale = x.abs().amax(-1, keepdim=True) / 448
+    return (x / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def test_attentions_outputs_are_in_8_bits_and_are_plain_maps_in_all_else():
+    model, plain = adapted(), adapted("fused")
+    assert {type(module) for module in outputs(model)} == {Neighbour}
+    assert {type(module) for module in outputs(plain)} == {nn.Linear}
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert type(model.get_output_embeddings()) is nn.Linear
+    o_proj = outputs(model)[0]
+    x = torch.randn(3, 5, o_proj.in_features, device=DEVICE, requires_grad=True)
+    (dx,) = torch.autograd.grad(y := o_proj(x), x, dy := torch.randn_like(x))
+    close = {"rtol": 1e-2, "atol": 1e-2} if DEVICE == "cuda" else {}
+    W = o_proj.weight.detach()
+    torch.testing.assert_close(y, in_8_bits(x) @ in_8_bits(W).T, **close)
+    torch.testing.assert_close(dx, in_8_bits(dy) @ in_8_bits(W.T).T, **close)
+    assert not torch.equal(y, nn.functional.linear(x, W))
+
+
+def test_without_the_adapter_the_model_is_as_it_came(ids):
+    model, ids = adapted(), ids.to(DEVICE)
+    with torch.no_grad():
+        expected = make_model().to(DEVICE).eval()(ids).logits
+        adapted_ = model(ids).logits
+        with model.disable_adapter():
+            assert torch.equal(model(ids).logits, expected)
+        assert torch.equal(model(ids).logits, adapted_) and not torch.equal(adapted_, expected)
+        with torch.inference_mode():
+            torch.testing.assert_close(model(ids).logits, adapted_)
+        model.delete_adapter("default")
+        assert torch.equal(model.base_model.model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("leave", ["unload", "merge_and_unload"])
+def test_a_model_that_is_left_has_plain_maps(leave, ids):
+    options = {"method": "asylora"} if leave == "merge_and_unload" else {"method": "malora"}
+    torch.manual_seed(0)
+    model = get_peft_model(make_model(), METHODS[options["method"]](backend="fp8"))
+    left = getattr(model, leave)()
+    assert {type(module) for module in outputs(left)} == {nn.Linear}
+    assert not any("_adapted" in vars(module) for module in left.modules())
+
+
+def test_copies_and_saved_models_are_neighbours_of_their_own_layers(ids):
+    model, file = adapted(), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    with torch.no_grad():
+        expected = model(ids.to(DEVICE)).logits
+        for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+            layers = {id(module) for module in other.modules() if isinstance(module, MaloraLayer)}
+            assert all(id(module._adapted[0]) in layers for module in outputs(other))
+            assert torch.equal(other(ids.to(DEVICE)).logits, expected)
+
+
+def test_what_trains_is_computed_in_full():
+    model = adapted()
+    o_proj = outputs(model)[0]
+    x = torch.randn(2, o_proj.in_features, device=DEVICE)
+    o_proj.weight.requires_grad_()
+    assert torch.equal(o_proj(x), nn.functional.linear(x, o_proj.weight))
+    saved = adapted(modules_to_save=["o_proj"])
+    assert not any(type(module) is Neighbour for module in saved.modules())
+
+
+def test_a_second_adapter_may_target_them():
+    model = adapted()
+    model.add_adapter("second", METHODS["malora"](backend="fp8", target_modules=["o_proj"]))
+    assert {type(module) for module in outputs(model)} == {MaloraLayer}
+    assert {type(module.base_layer) for module in outputs(model)} == {nn.Linear}
+    x = torch.randn(2, outputs(model)[0].in_features, device=DEVICE)
+    assert torch.equal(outputs(model)[0](x), outputs(model)[0].base_layer(x))  # the first adapter is active
