@@ -6,8 +6,8 @@ output for the forward pass, and transposed, by input, for the backward pass.
 
 An up side lies beside its frozen weight, as in `beside.py`: y = [x h u] [W (B / u)ᵀ]ᵀ, where u, a number for each rank,
 brings B / u into the range of the weight's rows. Adding h B to an 8-bit product would be two passes more over [T, m].
-Backward [dx dh] = dy [W Bᵀ] is one product where dy is wider than x. All else is as in `fused`: down sides, routers,
-and the gradients of all that trains, of x and dy as they come.
+Backward [dx dh] = dy [W Bᵀ] is one product, too: one of dh alone would read all of dy once more. All else is as in
+`fused`: down sides, routers, and the gradients of all that trains, of x and dy as they come.
 
 Shapes: T tokens, n in, m out, Σm over siblings, H total rank of a sibling's experts, C columns of room for them.
 """
@@ -192,8 +192,8 @@ class Frozen(NamedTuple):
     source: tuple  # where they were read, and in which version
     room: int  # C
     by_output: list[Rows]  # of map g, [W, zeros, room for its B]: [m, n + (g + 1)·C]
-    # Wᵀ of all side by side, and below it room for each B in its map's columns: [n + G·C, Σm], or [n, Σm] if dh is not
-    # to come from the same product. None until a gradient of the input is asked for.
+    # Wᵀ of all side by side, and below it room for each B in its map's columns: [n + G·C, Σm]. None until a gradient of
+    # the input is asked for.
     by_input: Rows | None
 
     def put_beside(self, Bs: list[Tensor], alpha: float) -> Tensor:
@@ -214,17 +214,18 @@ class Frozen(NamedTuple):
             for W, bias in zip(self.by_output, biases, strict=True)
         ]
 
-    def gradients(self, dys: list[Tensor], Bs: list[Tensor], alpha: float) -> tuple[Tensor, Tensor | None]:
+    def gradients(self, dys: list[Tensor], Bs: list[Tensor], alpha: float) -> tuple[Tensor, Tensor]:
         """Σ dy W over the maps, [T, n], and alpha · dy Bᵀ of each, [G, T, H], of contiguous dy [T, m] and B [H, m].
 
-        Views of one product of Σm terms; the second is None where there is no room for B.
+        Views of one product of Σm terms.
         """
-        n = self.by_output[0].values.shape[1] - self.room
-        if len(self.by_input.values) == n:
-            return product(rounded(dys), self.by_input, dys[0].dtype), None
-        dy, _ = side_by_side(dys[0], [partial(rounded, dys), partial(self._put_below, Bs, alpha)])
-        dx, dh = product(dy, self.by_input, dys[0].dtype).tensor_split([n], 1)
+        dy, _ = side_by_side(Bs[0], [partial(rounded, dys), partial(self._put_below, Bs, alpha)])
+        dx, dh = product(dy, self.by_input, dys[0].dtype).tensor_split([-len(Bs) * self.room], 1)
         return dx, dh.unflatten(1, (len(Bs), self.room)).transpose(0, 1)[..., : len(Bs[0])]
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        """dy W of one map that has no B, [T, n], of contiguous dy [T, m]."""
+        return product(rounded([dy]), self.by_input, dy.dtype)
 
     def _put_below(self, Bs: list[Tensor], alpha: float) -> None:
         """Not when y is made: another adapter's B of this size may have been here since."""
@@ -258,21 +259,11 @@ def frozen(linears: list[nn.Linear], kept: Kept, backward: bool, H: int = 0) -> 
             found = Frozen(source, room, [_beside_room(W, (g + 1) * room) for g, W in enumerate(weights)], None)
         if backward and found.by_input is None:
             by_input = rounded([W.T.contiguous() for W in weights])
-            rows = len(weights) * room if _joins(weights) else 0
-            found = found._replace(by_input=_with_room(by_input, rows=rows))
+            found = found._replace(by_input=_with_room(by_input, rows=len(weights) * room))
     # What a CUDA graph makes while it is captured has no values until the graph is replayed.
     if not (weights[0].is_cuda and torch.cuda.is_current_stream_capturing()):
         kept[place] = found
     return found
-
-
-def _joins(weights: list[Tensor]) -> bool:
-    """Whether dh costs less as columns beside dx than as a product of its own, which reads all of dy once more.
-
-    On an H100 at 4,096 tokens it does for Gate and Up of a 7B (dy of 22,016, dx and dh of 4,224). For Q, K and V, and
-    for Down, the columns of dh would begin a last round of tiles that leaves most multiprocessors idle.
-    """
-    return all(m > n for m, n in (W.shape for W in weights))
 
 
 def _beside_room(W: Tensor, columns: int) -> Rows:
@@ -310,4 +301,4 @@ class Alone(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.weight.gradients([dy.contiguous()], [], 1.0)[0], None, None
+        return ctx.weight.input_gradient(dy.contiguous()), None, None

@@ -246,7 +246,7 @@ class _Experts(torch.autograd.Function):
         if stack.has_gaps:
             dzl.zero_()
         if config.has_router:
-            dh = x.new_empty(h.shape)
+            dh = None if frozen else x.new_empty(h.shape)
         else:
             h, dh = stack.by_sibling(zl), stack.by_sibling(dzl)
 
@@ -258,10 +258,10 @@ class _Experts(torch.autograd.Function):
         def of_up(g: int) -> Tensor:
             return masked.summed(h[g], dys[g]) if needs["B"] else Bs[g]
 
-        made = []
-        base, dh_8 = frozen.gradients(dys, Bs, alpha) if frozen else (None, None)
-        if dh_8 is not None:
-            dh = dh_8 if config.has_router else dh.copy_(dh_8)
+        made, base = [], None
+        if frozen:
+            base, of_each = frozen.gradients(dys, Bs, alpha)
+            dh = of_each if config.has_router else dh.copy_(of_each)
         elif fills_device(x):  # in one row anyway, and much of dy is still in the cache
             for g in range(G):
                 of_h(g)

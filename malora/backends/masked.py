@@ -179,9 +179,6 @@ def _input_gradient_kernel(
     dx_ptr += rows[:, None] * n + columns[None, :]
     for start in range(0, T_EACH, BLOCK_T):
         row_inside = (rows + start < T)[:, None] | EVEN_T
-        if ADDS:  # before the products, so that they do not wait for it
-            base = tl.load(base_ptr, mask=row_inside & column_inside)
-            base_ptr += BLOCK_T * base_stride
         dz = tl.load(z_ptr, mask=row_inside & (z_rows < Z)[None, :], other=0.0)
         word = tl.load(bits_ptr, mask=row_inside & ((words < W)[None, :] | EVEN_N), other=0)
         dx = tl.dot(dz, d, input_precision="ieee", out_dtype=WIDE) * SCALE
@@ -190,7 +187,8 @@ def _input_gradient_kernel(
             dl = tl.load(l_ptr, mask=row_inside & (l_rows < L)[None, :], other=0.0)
             dx = tl.dot(dl, g, dx, input_precision="ieee", out_dtype=WIDE)
         if ADDS:
-            dx += base
+            dx += tl.load(base_ptr, mask=row_inside & column_inside)
+            base_ptr += BLOCK_T * base_stride
         tl.store(dx_ptr, dx, mask=row_inside & column_inside)
         z_ptr += BLOCK_T * zl_stride
         l_ptr += BLOCK_T * zl_stride

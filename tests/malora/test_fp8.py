@@ -95,28 +95,22 @@ def expected_outputs(layers, x, dys):
 
 
 def expected_gradients(layers, x, dys):
-    """dx, and those of all that trains: [dx dh] = dy [W Bᵀ] of factors in 8 bits, and the rest as it is made of dh.
-
-    Where dy is not wider than x, dh is a product of its own, of factors as they come.
-    """
+    """dx, and those of all that trains: [dx dh] = dy [W Bᵀ] of factors in 8 bits, and the rest as it is made of dh."""
     dy, of_dy = in_8_bits(torch.cat(dys, 2))
     W, of_W = in_8_bits(torch.cat([layer.base_layer.weight.detach() for layer in layers]).T)
     dhs = []
-    joins = all(layer.out_features > layer.in_features for layer in layers)
-    for layer, exact, part in zip(layers, dys, dy.split([dy.shape[-1] for dy in dys], 1), strict=True):
-        B = layer.factors("default").B.detach().flatten(0, 1)
-        dh = torch.zeros_like(exact)  # as wide as y, to go back through an identity
-        B_8, of_B = in_8_bits(B)
-        dh[0, :, : len(B)] = of_dy * (part @ B_8.T) * of_B.T if joins else exact[0] @ B.T
-        dhs.append(dh)
+    for layer, part in zip(layers, dy.split([dy.shape[-1] for dy in dys], 1), strict=True):
+        B, of_B = in_8_bits(layer.factors("default").B.detach().flatten(0, 1))
+        dh = torch.zeros_like(part)  # as wide as y, to go back through an identity
+        dh[:, : len(B)] = of_dy * (part @ B.T) * of_B.T
+        dhs.append(dh.to(x.dtype)[None])
     _, dx, gradients = run(with_identities(layers), x, dhs, "fused")
     return of_dy * (dy @ W.T) * of_W.T + dx[0].double(), gradients
 
 
-@pytest.mark.parametrize("n", [64, 192])
 @pytest.mark.parametrize("case", CASES)
-def test_products_with_frozen_weights_and_with_B_are_rounded_and_no_others(case, n):
-    layers = siblings(sizes=(160, 128, 128), n=n, **CASES[case])
+def test_products_with_frozen_weights_and_with_B_are_rounded_and_no_others(case):
+    layers = siblings(sizes=(160, 128, 128), **CASES[case])
     x, dys = data(layers)
     exact = run(layers, x, dys, "fused")[2]
     ys, dx, gradients = run(layers, x, dys, "fp8")
@@ -126,7 +120,7 @@ def test_products_with_frozen_weights_and_with_B_are_rounded_and_no_others(case,
     for name, *of_each in zip(names, gradients, exact, expected, strict=True):
         is_B = name.startswith("malora_B")  # whose gradient is of h and dy as they came
         pairs.append((of_each[0][None], of_each[1 if is_B else 2].double()))
-        assert is_B or n > 64 or not torch.equal(of_each[0], of_each[1])
+        assert is_B or not torch.equal(of_each[0], of_each[1])
     bound = 1e-2 if ON_GPU else 1e-6  # a GPU rounds to bfloat16 in between
     for got, wanted in pairs:
         assert (got[0].double() - wanted).norm() < bound * wanted.norm()
