@@ -287,7 +287,7 @@ def goals(records: list[SpeedRecord]) -> list[Goal]:
              small and _ratio(seconds(_named(small, "peft-lora")), seconds(_mine(small)))),
         Goal("decode, tokens a second / PEFT LoRA as it comes, the least of all batches", "≥", 1.5,
              None if None in decoded else min(decoded, default=None)),
-        Goal("MALoRA, frozen products and up sides in fp8 / compiled floor, in bfloat16", "≤", 0.75,
+        Goal("MALoRA in fp8 / compiled floor, in bfloat16", "≤", 0.75,
              over("floor-compiled", large and _named(large, "malora-fp8-liger-captured"))),
     ]  # fmt: skip
 
