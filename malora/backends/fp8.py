@@ -14,6 +14,7 @@ Shapes: T tokens, n in, m out, Σm over siblings, H total rank of a sibling's ex
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ MULTIPLE = 16  # of both sides of a weight and of the room beside it, by torch._
 LINE = 128  # bytes of a cache's line: products of rows that begin with one take 1 to 4% less, in a probe on an H100
 # What a row of a weight counts for at least, as a share of the largest, and in all: beside zeros, B would be infinite.
 LEAST_SHARE, LEAST = 2.0**-8, 2.0**-64
+Work = Callable[[], Any]
 
 
 class Rows(NamedTuple):
@@ -196,12 +198,11 @@ class Frozen(NamedTuple):
     # the input is asked for.
     by_input: Rows | None
 
-    def put_beside(self, Bs: list[Tensor], alpha: float) -> Tensor:
-        """Rounds alpha · B [H, m] of each map beside its weight. The units, [G, C]."""
+    def beside(self, Bs: list[Tensor], alpha: float) -> tuple[Tensor, list[Work]]:
+        """The units, [G, C], and works that set one and round alpha · B [H, m] beside the weight, for each map."""
         units = Bs[0].new_empty(len(Bs), self.room, dtype=torch.float32)
-        for W, B, unit in zip(self.by_output, Bs, units, strict=True):
-            put_beside(W, B, alpha, unit)
-        return units
+        of_each = zip(self.by_output, Bs, units, strict=True)
+        return units, [partial(put_beside, W, B, alpha, unit) for W, B, unit in of_each]
 
     def outputs(self, x: Tensor, biases: list[Tensor | None], up: Up | None = None) -> list[Tensor]:
         """x Wᵀ, the bias and h B of each map, for x [T, n]: [T, m].
@@ -219,7 +220,7 @@ class Frozen(NamedTuple):
 
         Views of one product of Σm terms.
         """
-        dy, _ = side_by_side(Bs[0], [partial(rounded, dys), partial(self._put_below, Bs, alpha)])
+        dy, *_ = side_by_side(Bs[0], [partial(rounded, dys), *self._below(Bs, alpha)])  # as small works as B's are
         dx, dh = product(dy, self.by_input, dys[0].dtype).tensor_split([-len(Bs) * self.room], 1)
         return dx, dh.unflatten(1, (len(Bs), self.room)).transpose(0, 1)[..., : len(Bs[0])]
 
@@ -227,14 +228,16 @@ class Frozen(NamedTuple):
         """dy W of one map that has no B, [T, n], of contiguous dy [T, m]."""
         return product(rounded([dy]), self.by_input, dy.dtype)
 
-    def _put_below(self, Bs: list[Tensor], alpha: float) -> None:
-        """Not when y is made: another adapter's B of this size may have been here since."""
+    def _below(self, Bs: list[Tensor], alpha: float) -> list[Work]:
+        """Not done when y is made: another adapter's B of this size may have been here since."""
         values, scale = self.by_input
-        row, column = len(values) - len(Bs) * self.room, 0
+        row, column, works = len(values) - len(Bs) * self.room, 0, []
         for B in Bs:
             H, m = B.shape
-            rounded([B], None, Rows(values[row : row + H, column : column + m], scale[row : row + H]), alpha)
+            out = Rows(values[row : row + H, column : column + m], scale[row : row + H])
+            works.append(partial(rounded, [B], None, out, alpha))
             row, column = row + self.room, column + m
+        return works
 
 
 Kept = dict[tuple[int, ...], Frozen]  # by the ids of the maps, and the columns of room beside them

@@ -208,8 +208,9 @@ class _Experts(torch.autograd.Function):
         biases = [base.bias for base in bases]
         bits = None if seed is None else masked.mask(*x.shape, seed, config.lora_dropout)
         if frozen:
-            routed, put = partial(_routed, stack, x, bits, narrow), partial(frozen.put_beside, narrow.B, alpha)
-            (zl, h, probabilities), units = side_by_side(narrow.B[0], [routed, put])  # as small works as those are
+            units, puts = frozen.beside(narrow.B, alpha)
+            routed = partial(_routed, stack, x, bits, narrow)
+            (zl, h, probabilities), *_ = side_by_side(narrow.B[0], [routed, *puts])  # as small works as those are
             ys = frozen.outputs(x, biases, fp8.Up(h, units))
         elif wholes := stack.wholes(x) if bits is not None else None:
             xh = masked.rows_of(x, n + len(wholes) * stack.H8)
