@@ -118,7 +118,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
             obstacle = f"on {device.type}, with Triton {'' if has_triton() else 'not '}installed"
         if obstacle:
             for asked in {self.settings[adapter].backend for adapter in active} & {"fused", "fp8"}:
-                say_once(asked, obstacle, "dense")
+                say_once(asked, obstacle, "the dense backend")
         return None if obstacle else active[0]
 
     def delta(self, adapter: str, x: Tensor) -> Tensor:
@@ -157,7 +157,15 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         self.siblings.release(frozen=self.settings.keys() <= {adapter_name})
         self.settings.pop(adapter_name, None)
+        self.siblings.drop_rooms()
         super().delete_adapter(adapter_name)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> MaloraLayer:
+        device = self.base_layer.weight.device
+        super()._apply(*args, **kwargs)
+        if self.base_layer.weight.device != device:
+            self.siblings.frozen.clear()  # they were where the weights were
+        return self
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The change of W, [m, n] in the adapter's dtype.

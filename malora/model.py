@@ -64,9 +64,12 @@ class MaloraModel(BaseTuner):
             return super().forward(*args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        saved = tuple(self.peft_config[adapter_name].modules_to_save or ())
+        for name, module in model.named_modules():
+            if name.endswith(saved):  # PEFT copies them, with all that they know
+                neighbours.leave(module)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        layers = [layer for layer in self.malora_layers if adapter_name in layer.settings]
-        neighbours.find(model, layers, self.peft_config[adapter_name])
+        neighbours.find(model, self.malora_layers, adapter_name)
 
     def unload(self) -> nn.Module:
         """The base model, as it came."""

@@ -1,6 +1,7 @@
 """Frozen linear maps without an adapter, beside ones that have one: with `backend="fp8"` they are in 8 bits as well.
 
-Of the paper's targets those are attention's outputs. Heads and embeddings are elsewhere, and stay as they are.
+They are every other `nn.Linear` of the same parent; with the paper's targets, attention's outputs. A head that is the
+model's own child stays as it is.
 """
 
 from __future__ import annotations
@@ -10,50 +11,63 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from malora.siblings import say_once
+
 if TYPE_CHECKING:
-    from malora.config import MaloraConfig
     from malora.layer import MaloraLayer
 
 
 class Neighbour(nn.Linear):
     """An `nn.Linear` that had its class exchanged: name, parameters and hooks are as before."""
 
-    _adapted: tuple[MaloraLayer]  # in a tuple, or it would count as a part of this
+    # Layers with adapters. In a tuple, or they would count as parts of this; there only while it is a neighbour, since
+    # who keeps its `forward` may call that later.
+    _adapted: tuple[MaloraLayer, ...]
 
-    def forward(self, x: Tensor) -> Tensor:
-        layer = self._adapted[0]
-        adapter = layer.fused_adapter()
-        y = self._in_8_bits(x) if adapter is not None and layer.settings[adapter].backend == "fp8" else None
-        return super().forward(x) if y is None else y
+    def forward(self, input: Tensor) -> Tensor:
+        for layer in vars(self).get("_adapted", ()):
+            adapter = layer.fused_adapter()
+            if adapter is not None and layer.settings[adapter].backend == "fp8":
+                y = self._in_8_bits(input, layer)
+                if y is not None:
+                    return y
+                break
+        return nn.Linear.forward(self, input)
 
     @torch.compiler.disable
-    def _in_8_bits(self, x: Tensor) -> Tensor | None:
+    def _in_8_bits(self, x: Tensor, layer: MaloraLayer) -> Tensor | None:
         from malora.backends import fp8  # it needs Triton, which is not everywhere
 
         if any(parameter.requires_grad for parameter in self.parameters()):
             return None
         backward = torch.is_grad_enabled() and x.requires_grad
-        if (weight := fp8.frozen([self], self._adapted[0].siblings.frozen, backward)) is None:
+        if (weight := fp8.frozen([self], layer.siblings.frozen, backward, instead="nn.Linear")) is None:
             return None
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        x_Tn = x.to(dtype).flatten(0, -2).contiguous()
-        return fp8.Alone.apply(x_Tn, self.bias, weight).unflatten(0, x.shape[:-1])
+        x_Tn = x.to(dtype).reshape(-1, self.in_features).contiguous()
+        return fp8.Alone.apply(x_Tn, self.bias, weight).view(*x.shape[:-1], self.out_features)
 
 
-def find(model: nn.Module, layers: list[MaloraLayer], config: MaloraConfig) -> None:
+def find(model: nn.Module, layers: list[MaloraLayer], adapter: str) -> None:
     """Makes neighbours of the plain linear maps that share a parent with layers of an adapter in 8 bits."""
-    if config.backend != "fp8":
-        return
-    trained = config.modules_to_save or []
-    for parent, layer in {layer.name.rpartition(".")[0]: layer for layer in layers}.items():
-        for name, module in model.get_submodule(parent).named_children():
-            if type(module) is nn.Linear and name not in trained:
-                module.__class__, module._adapted = Neighbour, (layer,)
+    by_parent: dict[str, list[MaloraLayer]] = {}
+    for layer in layers:
+        by_parent.setdefault(layer.name.rpartition(".")[0], []).append(layer)
+    for parent, adapted in by_parent.items():
+        in_8_bits = any(adapter in x.settings and x.settings[adapter].backend == "fp8" for x in adapted)
+        for module in model.get_submodule(parent).children() if parent and in_8_bits else ():
+            if type(module) not in (nn.Linear, Neighbour):
+                continue
+            if "forward" in vars(module):  # accelerate's hooks hide the class's
+                say_once("fp8", "a frozen map whose forward was exchanged", "that")
+                continue
+            module.__class__, module._adapted = Neighbour, tuple(adapted)
 
 
 def leave(module: nn.Module) -> None:
     """A plain `nn.Linear` again, if it is a neighbour."""
+    for layer in vars(module).pop("_adapted", ()):
+        layer.siblings.frozen.pop((id(module), 0), None)
     if type(module) is Neighbour:
         module.__class__ = nn.Linear
-        del module._adapted

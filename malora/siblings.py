@@ -39,7 +39,7 @@ def interprets_triton() -> bool:
 
 @cache
 def say_once(backend: str, reason: str, instead: str) -> None:
-    logger.warning("backend %r cannot compute %s; the %s backend does.", backend, reason, instead)
+    logger.warning("backend %r cannot compute %s; %s does.", backend, reason, instead)
 
 
 @contextmanager
@@ -108,6 +108,15 @@ class Siblings:
                     take_back(layer)
         self._stacks.clear()
         self._forget()
+
+    def drop_rooms(self) -> None:
+        """Drop 8-bit copies that have room for adapters of a size that no layer has any more."""
+        if self.frozen:
+            from malora.backends.fp8 import room_for  # it needs Triton, which is not everywhere
+
+            configs = [config for layer in self.layers for config in layer.settings.values()]
+            left = {0} | {room_for(config.num_experts * config.r) for config in configs}
+            self.frozen = {place: found for place, found in self.frozen.items() if place[-1] in left}
 
     @torch.compiler.disable  # a compiled layer calls the kernels, it does not look into them
     def output(self, layer: MaloraLayer, adapter: str, x: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ from malora.backends.reference import reference  # noqa: E402
 from malora.backends.sorted import sorted_dispatch  # noqa: E402
 
 # "fused" computes whole layers, base and routers included (malora/siblings.py), and "fp8" does so with base and
-# up sides in 8 bits; the function here is what they do where that cannot run. "auto" is another of them: see `choose`.
+# up sides in 8 bits; the function here is what they do where that cannot run. "auto" takes one of them: see `choose`.
 BACKENDS: dict[str, Backend] = {
     "auto": dense,
     "dense": dense,

@@ -6,8 +6,8 @@ output for the forward pass, and transposed, by input, for the backward pass.
 
 An up side lies beside its frozen weight, as in `beside.py`: y = [x h u] [W (B / u)ᵀ]ᵀ, where u, a number for each rank,
 brings B / u into the range of the weight's rows. Adding h B to an 8-bit product would be two passes more over [T, m].
-Backward [dx dh] = dy [W Bᵀ] is one product, too: one of dh alone would read all of dy once more. All else is as in
-`fused`: down sides, routers, and the gradients of all that trains, of x and dy as they come.
+Backward [dx dh] = dy [W Bᵀ] is one product, too: one of dh alone, which there is where x wants no gradient, reads all
+of dy once more. All else is as in `fused`: down sides, routers, and the gradients of weights, of x and dy as they come.
 
 Shapes: T tokens, n in, m out, Σm over siblings, H total rank of a sibling's experts, C columns of room for them.
 """
@@ -31,7 +31,8 @@ LARGEST = 448.0  # of float8_e4m3fn
 SMALLEST = torch.finfo(torch.float32).tiny  # as a scale: a row of zeros has one too, and its inverse is finite
 MULTIPLE = 16  # of both sides of a weight and of the room beside it, by torch._scaled_mm
 LINE = 128  # bytes of a cache's line: products of rows that begin with one take 1 to 4% less, in a probe on an H100
-# What a row of a weight counts for at least, as a share of the largest, and in all: beside zeros, B would be infinite.
+# What a row of a weight counts for at least, as a share of the siblings' largest, and in all. The smaller it is, the
+# larger is what lies beside x, whose scale is that of all its row.
 LEAST_SHARE, LEAST = 2.0**-8, 2.0**-64
 Work = Callable[[], Any]
 
@@ -55,7 +56,7 @@ class Up(NamedTuple):
 
 @triton.jit
 def _rounded_kernel(
-    parts, h_ptr, unit_ptr, values_ptr, scale_ptr, h_stride, h_group, values_stride, WIDTHS: tl.constexpr,
+    parts, h_ptr, unit_ptr, least_ptr, values_ptr, scale_ptr, h_stride, h_group, values_stride, WIDTHS: tl.constexpr,
     ALPHA: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr, C: tl.constexpr, ROOM: tl.constexpr,
     BLOCK_ROOM: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
@@ -73,6 +74,8 @@ def _rounded_kernel(
         h_ptr += (places // C).to(tl.int64) * h_group + row * h_stride + places % C
         h = tl.load(h_ptr, mask=inside, other=0.0).to(tl.float32) * tl.load(unit_ptr + places, mask=inside, other=0.0)
         largest = tl.maximum(largest, tl.max(tl.abs(h)))
+    if least_ptr is not None:
+        largest = tl.maximum(largest, tl.load(least_ptr))
     scale = tl.maximum(tl.div_rn(largest, LARGEST), SMALLEST)
     tl.store(scale_ptr + row, scale * ALPHA)
     inverse = tl.div_rn(1.0, scale)
@@ -84,7 +87,13 @@ def _rounded_kernel(
         tl.store(values_ptr + places, (h * inverse).to(tl.float8e4nv), mask=places < ROOM)
 
 
-def rounded_by_kernel(parts: list[Tensor], up: Up | None = None, out: Rows | None = None, alpha: float = 1.0) -> Rows:
+def rounded_by_kernel(
+    parts: list[Tensor],
+    up: Up | None = None,
+    out: Rows | None = None,
+    alpha: float = 1.0,
+    least: Tensor | None = None,
+) -> Rows:
     """`rounded`, in one launch that reads everything once: a row stays in registers."""
     widths = tuple(part.shape[1] for part in parts)
     block = triton.next_power_of_2(max(widths))
@@ -96,9 +105,9 @@ def rounded_by_kernel(parts: list[Tensor], up: Up | None = None, out: Rows | Non
         values = parts[0].new_empty(T, _lines(columns), dtype=torch.float8_e4m3fn)[:, :columns]
         out = Rows(values, parts[0].new_empty(T, 1, dtype=torch.float32))
     _rounded_kernel[(T,)](
-        tuple(parts), h, unit, *out, *strides, out.values.stride(0), widths, alpha, block,
+        tuple(parts), h, unit, least, *out, *strides, out.values.stride(0), widths, alpha, block,
         H, C, room, triton.next_power_of_2(max(room, 1)), LARGEST, SMALLEST,
-        num_warps=max(8, block // 2048),
+        num_warps=min(max(8, block // 2048), 32),
     )  # fmt: skip
     return out
 
@@ -107,25 +116,31 @@ def _lines(columns: int) -> int:
     return -(-columns // LINE) * LINE
 
 
-def rounded(parts: list[Tensor], up: Up | None = None, out: Rows | None = None, alpha: float = 1.0) -> Rows:
-    """alpha times matrices [rows, columns] side by side, and h beside them, with one scale a row."""
+def rounded(
+    parts: list[Tensor],
+    up: Up | None = None,
+    out: Rows | None = None,
+    alpha: float = 1.0,
+    least: Tensor | None = None,
+) -> Rows:
+    """alpha times matrices [rows, columns] side by side, and h beside them, with one scale a row.
+
+    It is of the row's largest magnitude, or of `least`, float32, if that is more. Written to `out`, if that is given.
+    """
     if parts[0].is_cuda:
-        return rounded_by_kernel(parts, up, out, alpha)
+        return rounded_by_kernel(parts, up, out, alpha, least)
     if up is not None:
         h = up.h.float() * up.unit[:, None, : up.h.shape[2]]
         parts = [*parts, *nn.functional.pad(h, (0, up.unit.shape[1] - h.shape[2]))]
-    found = rounded_plainly(torch.cat([part.float() for part in parts], 1))
-    out = out or Rows(found.values, torch.empty_like(found.scale))
-    out.values.copy_(found.values)
-    torch.mul(found.scale, alpha, out=out.scale)
-    return out
-
-
-def rounded_plainly(whole: Tensor, least: Tensor | None = None) -> Rows:
-    """A row's scale is of its largest magnitude, or of `least` if that is more."""
-    largest = whole.abs().amax(1, keepdim=True).float()
+    whole = torch.cat([part.float() for part in parts], 1)
+    largest = whole.abs().amax(1, keepdim=True)
     scale = ((largest if least is None else largest.clamp(min=least)) / LARGEST).clamp(min=SMALLEST)
-    return Rows((whole.float() * (1 / scale)).to(torch.float8_e4m3fn), scale)
+    values = (whole * (1 / scale)).to(torch.float8_e4m3fn)
+    if out is None:
+        return Rows(values, scale * alpha)
+    out.values.copy_(values)
+    torch.mul(scale, alpha, out=out.scale)
+    return out
 
 
 @triton.jit
@@ -243,44 +258,52 @@ class Frozen(NamedTuple):
 Kept = dict[tuple[int, ...], Frozen]  # by the ids of the maps, and the columns of room beside them
 
 
-def frozen(linears: list[nn.Linear], kept: Kept, backward: bool, H: int = 0) -> Frozen | None:
+def frozen(
+    linears: list[nn.Linear], kept: Kept, backward: bool, H: int = 0, instead: str = "the fused backend"
+) -> Frozen | None:
     """Rounded weights of maps that read the same input, with room for their B [H, m]; None, and a log line, if there
     cannot be.
 
     They are made when a weight is new or has changed. `kept` is where they are looked up and put.
     """
     if reason := _obstacle(linears):
-        say_once("fp8", reason, "fused")
+        say_once("fp8", reason, instead)
         return None
     weights = [linear.weight.detach() for linear in linears]
     source = tuple((W.device, W.data_ptr(), W._version) for W in weights)
-    room = -(-H // MULTIPLE) * MULTIPLE
+    room, n = room_for(H), weights[0].shape[1]
     place = (*map(id, linears), room)
     found = kept.get(place)
     with torch.inference_mode(False):  # they outlive it, and room is written to
         if found is None or found.source != source:
-            found = Frozen(source, room, [_beside_room(W, (g + 1) * room) for g, W in enumerate(weights)], None)
+            found = Frozen(source, room, [_zeros(W, len(W), n + (g + 1) * room) for g, W in enumerate(weights)], None)
+            least = _least(weights) if room else None
+            for (values, scale), W in zip(found.by_output, weights, strict=True):
+                rounded([W], out=Rows(values[:, :n], scale), least=least)
         if backward and found.by_input is None:
-            by_input = rounded([W.T.contiguous() for W in weights])
-            found = found._replace(by_input=_with_room(by_input, rows=len(weights) * room))
+            by_input = _zeros(weights[0], n + len(weights) * room, sum(map(len, weights)))
+            rounded([W.T.contiguous() for W in weights], out=Rows(by_input.values[:n], by_input.scale[:n]))
+            found = found._replace(by_input=by_input)
     # What a CUDA graph makes while it is captured has no values until the graph is replayed.
     if not (weights[0].is_cuda and torch.cuda.is_current_stream_capturing()):
         kept[place] = found
     return found
 
 
-def _beside_room(W: Tensor, columns: int) -> Rows:
-    least = (LEAST_SHARE * W.abs().max().float()).clamp(min=LEAST) if columns else None
-    return _with_room(rounded_plainly(W, least), columns=columns)
+def room_for(H: int) -> int:
+    """C, the columns that B [H, m] takes beside a weight."""
+    return -(-H // MULTIPLE) * MULTIPLE
 
 
-def _with_room(matrix: Rows, rows: int = 0, columns: int = 0) -> Rows:
-    """More rows and columns, of zeros."""
-    values, scale = matrix
-    m, n = values.shape
-    room = values.new_zeros(m + rows, _lines(n + columns), dtype=torch.uint8)  # torch fills no 8-bit floats
-    room[:m, :n] = values.view(torch.uint8)
-    return Rows(room.view(values.dtype)[:, : n + columns], nn.functional.pad(scale, (0, 0, 0, rows)))
+def _least(weights: list[Tensor]) -> Tensor:
+    """What a row's largest magnitude counts for at least: [] float32. A row that is not finite loses itself alone."""
+    largest = torch.cat([W.abs().amax(1) for W in weights]).float()
+    return (LEAST_SHARE * largest.nan_to_num(0.0, 0.0).max()).clamp(min=LEAST)
+
+
+def _zeros(like: Tensor, rows: int, columns: int) -> Rows:
+    values = like.new_zeros(rows, _lines(columns), dtype=torch.uint8)  # torch fills no 8-bit floats
+    return Rows(values.view(torch.float8_e4m3fn)[:, :columns], like.new_zeros(rows, 1, dtype=torch.float32))
 
 
 def _obstacle(linears: list[nn.Linear]) -> str | None:

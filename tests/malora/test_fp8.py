@@ -83,9 +83,10 @@ def with_identities(layers):
 def expected_outputs(layers, x, dys):
     """[x h·u] [W (B/u)ᵀ]ᵀ + bias of factors in 8 bits, where B is in scales of W's rows and u brings it to 448."""
     hs, weights = run(with_identities(layers), x, dys, "fused")[0], []
+    least = max(layer.base_layer.weight.detach().abs().max().float() for layer in layers) / 256
     for layer in layers:
         W, B = layer.base_layer.weight.detach(), layer.factors("default").B.detach().flatten(0, 1)
-        W, scale = in_8_bits(W, least=W.abs().max().float() / 256)
+        W, scale = in_8_bits(W, least)
         weights.append((W, scale.T, *in_8_bits(B / scale.T)))
     hs = [h[0].double()[:, : len(unit)] * unit.T for h, (*_, unit) in zip(hs, weights, strict=True)]
     row, of_row = in_8_bits(torch.cat([x[0].double(), *hs], 1))
@@ -211,6 +212,67 @@ def test_weights_are_rounded_once_and_again_when_they_changed():
     assert kept() is not second
     family.release(frozen=True)
     assert not family.frozen
+
+
+@pytest.mark.parametrize("share", [1e-3, 1e-8, 0.0])
+def test_small_weights_leave_their_siblings_and_their_other_rows_as_they_are(share):
+    """What B is in scales of W would else be so much that x beside it is rounded to zero."""
+    layers = siblings(sizes=(160, 128, 128))
+    with torch.no_grad():
+        layers[1].base_layer.weight.mul_(share)
+        layers[2].base_layer.weight[7].mul_(share)
+    x, dys = data(layers)
+    for got, expected in zip(run(layers, x, dys, "fp8")[0], run(layers, x, dys, "fused")[0], strict=True):
+        assert (got - expected).norm() < 0.05 * expected.norm()
+
+
+def test_a_row_of_a_weight_that_is_not_finite_is_lost_alone():
+    layers = siblings(sizes=(160,))
+    with torch.no_grad():
+        layers[0].base_layer.weight[7, 3] = torch.inf
+    ((y,), *_) = run(layers, *data(layers), "fp8")
+    assert (~y.isfinite()).any(1).sum() == 1 and not y[0, 0, 7].isfinite()
+
+
+def test_copies_go_with_the_last_adapter_of_their_size_and_with_the_device():
+    layers = siblings(r=4)
+    family, (x, _) = layers[0].siblings, data(layers)
+    for layer in layers:
+        layer.update_layer("larger", METHODS["malora"](backend="fp8", r=16))
+        layer.to(DEVICE, DTYPE)
+
+    def rooms(adapter):
+        for layer in layers:
+            layer.set_adapter(adapter)
+        layers[0](x)
+        return sorted(place[-1] for place in family.frozen)
+
+    assert rooms("default") == [32] and rooms("larger") == [32, 128] and rooms("default") == [32, 128]
+    for layer in layers:
+        layer.delete_adapter("larger")
+    assert rooms("default") == [32]
+    layers[0].to("meta")
+    assert not family.frozen
+
+
+def test_an_adapter_may_be_switched_between_the_passes():
+    layers = siblings(r=4, sizes=(160, 128))
+    for layer in layers:
+        layer.update_layer("other", METHODS["malora"](backend="fp8", r=4))
+        layer.to(DEVICE, DTYPE)
+        layer.factors("other").B.data.normal_()
+    x, dys = data(layers)
+    found = []
+    for others in ([], ["other"]):
+        x = x.detach().clone().requires_grad_()
+        ys = [layer(x) for layer in layers]
+        for adapter in others:
+            for layer in layers:
+                layer.set_adapter(adapter)
+            sum(layer(x.detach().requires_grad_()).sum() for layer in layers).backward()
+        torch.autograd.backward(ys, dys)
+        found.append(x.grad)
+    assert torch.equal(*found)
 
 
 def test_a_layer_that_does_not_fit_is_said_and_computed_in_full(caplog):

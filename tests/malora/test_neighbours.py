@@ -10,6 +10,7 @@ from torch import nn
 
 from malora import METHODS, MaloraLayer
 from malora.neighbours import Neighbour
+from malora.siblings import say_once
 from tests.conftest import make_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,9 +66,14 @@ def test_a_model_that_is_left_has_plain_maps(leave, ids):
     options = {"method": "asylora"} if leave == "merge_and_unload" else {"method": "malora"}
     torch.manual_seed(0)
     model = get_peft_model(make_model(), METHODS[options["method"]](backend="fp8"))
+    families = {layer.siblings for layer in model.base_model.malora_layers}
+    with torch.no_grad():
+        model(ids)
+    assert any((id(outputs(model)[0]), 0) in family.frozen for family in families)
     left = getattr(model, leave)()
     assert {type(module) for module in outputs(left)} == {nn.Linear}
     assert not any("_adapted" in vars(module) for module in left.modules())
+    assert not any(family.frozen for family in families)
 
 
 def test_copies_and_saved_models_are_neighbours_of_their_own_layers(ids):
@@ -90,12 +96,61 @@ def test_what_trains_is_computed_in_full():
     assert torch.equal(o_proj(x), nn.functional.linear(x, o_proj.weight))
     saved = adapted(modules_to_save=["o_proj"])
     assert not any(type(module) is Neighbour for module in saved.modules())
+    model.add_adapter("second", METHODS["malora"](backend="fp8", modules_to_save=["o_proj"]))
+    assert not any(type(module) is Neighbour for module in model.modules())
+
+
+def test_they_take_what_linear_maps_take():
+    o_proj = outputs(adapted())[0]
+    x = torch.randn(2, 3, o_proj.in_features, device=DEVICE)
+    expected = o_proj(x)
+    assert torch.equal(o_proj(input=x), expected) and o_proj(x[:0]).shape == (0, 3, o_proj.out_features)
+    assert o_proj(x[0, 0]).shape == (o_proj.out_features,)
+    torch.testing.assert_close(o_proj(x[0, 0]), expected[0, 0])
+
+
+def test_a_forward_that_somebody_keeps_or_has_exchanged_is_let_be(caplog):
+    model = adapted()
+    kept = outputs(model)[0].forward  # as accelerate's hooks do
+    left = model.unload()
+    x = torch.randn(2, 64, device=DEVICE)
+    assert torch.equal(kept(x), nn.functional.linear(x, outputs(left)[0].weight))
+    for module in outputs(left):
+        module.forward = module.forward
+    say_once.cache_clear()
+    again = get_peft_model(left, METHODS["malora"](backend="fp8"))
+    assert {type(module) for module in outputs(again)} == {nn.Linear}
+    assert caplog.text.count("'fp8' cannot compute a frozen map whose forward was exchanged; that does.") == 1
+
+
+def test_any_adapter_of_the_parent_makes_them_neighbours():
+    model = adapted(target_modules=["q_proj"])
+    model.add_adapter("second", METHODS["malora"](backend="fp8", target_modules=["v_proj"]))
+    model.add_adapter("exact", METHODS["malora"](backend="fused", target_modules=["v_proj"]))
+    o_proj = outputs(model)[0]
+    x = torch.randn(2, o_proj.in_features, device=DEVICE)
+    exact = nn.functional.linear(x, o_proj.weight)
+    rounded = {}
+    for adapter in ("default", "second", "exact"):
+        model.set_adapter(adapter)
+        rounded[adapter] = not torch.equal(o_proj(x), exact)
+    assert rounded == {"default": True, "second": True, "exact": False}
+
+
+def test_a_head_is_none():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32))
+    config = METHODS["malora"](backend="fp8", target_modules=["0"], task_type=None)
+    assert type(get_peft_model(model, config).base_model.model[1]) is nn.Linear
 
 
 def test_a_second_adapter_may_target_them():
     model = adapted()
+    o_proj, family = outputs(model)[0], model.base_model.malora_layers[0].siblings
+    x = torch.randn(2, o_proj.in_features, device=DEVICE)
+    o_proj(x)
+    assert (id(o_proj), 0) in family.frozen
     model.add_adapter("second", METHODS["malora"](backend="fp8", target_modules=["o_proj"]))
     assert {type(module) for module in outputs(model)} == {MaloraLayer}
     assert {type(module.base_layer) for module in outputs(model)} == {nn.Linear}
-    x = torch.randn(2, outputs(model)[0].in_features, device=DEVICE)
-    assert torch.equal(outputs(model)[0](x), outputs(model)[0].base_layer(x))  # the first adapter is active
+    assert (id(o_proj), 0) not in family.frozen
+    assert torch.equal(outputs(model)[0](x), o_proj(x))  # the first adapter is active
