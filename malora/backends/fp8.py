@@ -87,35 +87,6 @@ def _rounded_kernel(
         tl.store(values_ptr + places, (h * inverse).to(tl.float8e4nv), mask=places < ROOM)
 
 
-def rounded_by_kernel(
-    parts: list[Tensor],
-    up: Up | None = None,
-    out: Rows | None = None,
-    alpha: float = 1.0,
-    least: Tensor | None = None,
-) -> Rows:
-    """`rounded`, in one launch that reads everything once: a row stays in registers."""
-    widths = tuple(part.shape[1] for part in parts)
-    block = triton.next_power_of_2(max(widths))
-    h, unit = up or (None, None)
-    H, C, room = (0, 1, 0) if up is None else (h.shape[2], unit.shape[1], unit.numel())
-    strides = (0, 0) if up is None else (h.stride(1), h.stride(0))
-    T, columns = len(parts[0]), sum(widths) + room
-    if out is None:
-        values = parts[0].new_empty(T, _lines(columns), dtype=torch.float8_e4m3fn)[:, :columns]
-        out = Rows(values, parts[0].new_empty(T, 1, dtype=torch.float32))
-    _rounded_kernel[(T,)](
-        tuple(parts), h, unit, least, *out, *strides, out.values.stride(0), widths, alpha, block,
-        H, C, room, triton.next_power_of_2(max(room, 1)), LARGEST, SMALLEST,
-        num_warps=min(max(8, block // 2048), 32),
-    )  # fmt: skip
-    return out
-
-
-def _lines(columns: int) -> int:
-    return -(-columns // LINE) * LINE
-
-
 def rounded(
     parts: list[Tensor],
     up: Up | None = None,
@@ -127,20 +98,48 @@ def rounded(
 
     It is of the row's largest magnitude, or of `least`, float32, if that is more. Written to `out`, if that is given.
     """
-    if parts[0].is_cuda:
-        return rounded_by_kernel(parts, up, out, alpha, least)
+    if out is None:
+        room = 0 if up is None else up.unit.numel()
+        out = _empty(parts[0], len(parts[0]), sum(part.shape[1] for part in parts) + room)
+    (round_by_kernel if parts[0].is_cuda else round_plainly)(parts, up, out, alpha, least)
+    return out
+
+
+def round_by_kernel(parts: list[Tensor], up: Up | None, out: Rows, alpha: float, least: Tensor | None) -> None:
+    """One launch that reads everything once: a row stays in registers."""
+    widths = tuple(part.shape[1] for part in parts)
+    block = triton.next_power_of_2(max(widths))
+    h, unit = up or (None, None)
+    H, C, room = (0, 1, 0) if up is None else (h.shape[2], unit.shape[1], unit.numel())
+    strides = (0, 0) if up is None else (h.stride(1), h.stride(0))
+    _rounded_kernel[(len(parts[0]),)](
+        tuple(parts), h, unit, least, *out, *strides, out.values.stride(0), widths, alpha, block,
+        H, C, room, triton.next_power_of_2(max(room, 1)), LARGEST, SMALLEST,
+        num_warps=min(max(8, block // 2048), 32),
+    )  # fmt: skip
+
+
+def round_plainly(parts: list[Tensor], up: Up | None, out: Rows, alpha: float, least: Tensor | None) -> None:
     if up is not None:
         h = up.h.float() * up.unit[:, None, : up.h.shape[2]]
         parts = [*parts, *nn.functional.pad(h, (0, up.unit.shape[1] - h.shape[2]))]
     whole = torch.cat([part.float() for part in parts], 1)
     largest = whole.abs().amax(1, keepdim=True)
     scale = ((largest if least is None else largest.clamp(min=least)) / LARGEST).clamp(min=SMALLEST)
-    values = (whole * (1 / scale)).to(torch.float8_e4m3fn)
-    if out is None:
-        return Rows(values, scale * alpha)
-    out.values.copy_(values)
+    out.values.copy_((whole * (1 / scale)).to(out.values.dtype))
     torch.mul(scale, alpha, out=out.scale)
-    return out
+
+
+def _empty(like: Tensor, rows: int, columns: int) -> Rows:
+    values = like.new_empty(rows, -(-columns // LINE) * LINE, dtype=torch.float8_e4m3fn)
+    return Rows(values[:, :columns], like.new_empty(rows, 1, dtype=torch.float32))
+
+
+def _zeros(like: Tensor, rows: int, columns: int) -> Rows:
+    made = _empty(like, rows, columns)
+    made.values.view(torch.uint8).zero_()  # torch fills no 8-bit floats
+    made.scale.zero_()
+    return made
 
 
 @triton.jit
@@ -299,11 +298,6 @@ def _least(weights: list[Tensor]) -> Tensor:
     """What a row's largest magnitude counts for at least: [] float32. A row that is not finite loses itself alone."""
     largest = torch.cat([W.abs().amax(1) for W in weights]).float()
     return (LEAST_SHARE * largest.nan_to_num(0.0, 0.0).max()).clamp(min=LEAST)
-
-
-def _zeros(like: Tensor, rows: int, columns: int) -> Rows:
-    values = like.new_zeros(rows, _lines(columns), dtype=torch.uint8)  # torch fills no 8-bit floats
-    return Rows(values.view(torch.float8_e4m3fn)[:, :columns], like.new_zeros(rows, 1, dtype=torch.float32))
 
 
 def _obstacle(linears: list[nn.Linear]) -> str | None:

@@ -148,8 +148,11 @@ def noisy_on_a_gpu(x, seed):
 
 @pytest.mark.parametrize("H", [0, 8, 24])
 @pytest.mark.parametrize("parts", [1, 2, 3])
-def test_the_kernel_rounds_rows(parts, H):
-    x = noisy_on_a_gpu(numbers_of_the_format(9, 96, seed=parts) * powers_of_two(9, 1, seed=parts), parts)
+@pytest.mark.parametrize("alpha, least", [(1.0, None), (0.5, 448.0)])
+def test_the_kernel_rounds_rows(parts, H, alpha, least):
+    least = None if least is None else torch.tensor(least)
+    scales = powers_of_two(9, 1, seed=parts, of=9 if least is None else 3)
+    x = noisy_on_a_gpu(numbers_of_the_format(9, 96, seed=parts) * scales, parts)
     x[4] = 0
     up = gpu_up = None
     if H:  # two siblings, with room up to the next multiple of 16; some rows have their largest magnitude in h
@@ -158,8 +161,10 @@ def test_the_kernel_rounds_rows(parts, H):
         h = noisy_on_a_gpu(h * (x.abs().amax(1) / 448)[:, None], 6) / unit[:, None, :H]
         up, gpu_up = fp8.Up(h, unit), fp8.Up(h.to(DEVICE), unit.to(DEVICE))
     widths = {1: [96], 2: [80, 16], 3: [16, 48, 32]}[parts]
-    expected = fp8.rounded([x], up)
-    got = fp8.rounded_by_kernel([part.contiguous() for part in x.to(DEVICE).split(widths, 1)], gpu_up)
+    expected = fp8.rounded([x], up, None, alpha, least)
+    parts = [part.contiguous() for part in x.to(DEVICE).split(widths, 1)]
+    got = fp8.Rows(*(torch.empty_like(t, device=DEVICE) for t in expected))
+    fp8.round_by_kernel(parts, gpu_up, got, alpha, None if least is None else least.to(DEVICE))
     assert torch.equal(got.scale.cpu(), expected.scale)
     assert torch.equal(got.values.cpu().float(), expected.values.float())
     assert (got.wide(torch.float32)[4] == 0).all()
