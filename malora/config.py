@@ -45,8 +45,8 @@ class MaloraConfig(PeftConfig):
             wide that it should be faster (`malora.backends.choose`). The fused one computes in the dtype of the input,
             or autocast's, with sums and weight gradients in float32; the others in the adapter's dtype. "fp8" is the
             fused one whose products with frozen weights, and the up sides with them, round their factors to 8 bits
-            (float8_e4m3fn, a scale for each row), as do frozen maps beside adapted ones, like attention's outputs.
-            That changes the result by a few percent of it.
+            (float8_e4m3fn, a scale for each row), as does every other frozen `nn.Linear` of the same parent, such as
+            attention's outputs. That changes the result by a few percent of it.
 
     Raises:
         ValueError: a value out of range, or an option that the other options leave without effect.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from malora.backends import flat
 from malora.siblings import say_once
 
 if TYPE_CHECKING:
@@ -43,10 +44,7 @@ class Neighbour(nn.Linear):
         backward = torch.is_grad_enabled() and x.requires_grad
         if (weight := fp8.frozen([self], layer.siblings.frozen, backward, instead="nn.Linear")) is None:
             return None
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        x_Tn = x.to(dtype).reshape(-1, self.in_features).contiguous()
-        return fp8.Alone.apply(x_Tn, self.bias, weight).view(*x.shape[:-1], self.out_features)
+        return fp8.Alone.apply(flat(x), self.bias, weight).view(*x.shape[:-1], self.out_features)
 
 
 def find(model: nn.Module, layers: list[MaloraLayer], adapter: str) -> None:

@@ -51,6 +51,13 @@ class Factors(NamedTuple):
         return scaling * (self.up().flatten(0, 1).T @ self.down().flatten(0, 1))
 
 
+def flat(x: Tensor) -> Tensor:
+    """x [..., n] as products read it: [T, n], contiguous, in autocast's dtype where that is on."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return x.to(dtype).reshape(-1, x.shape[-1]).contiguous()
+
+
 Backend = Callable[[Tensor, Routing | None, Factors, float], Tensor]
 
 from malora.backends.dense import dense  # noqa: E402  (they need Factors)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from malora.backends import beside, fp8, kernels, masked
+from malora.backends import beside, flat, fp8, kernels, masked
 from malora.backends.copies import copy_all
 from malora.backends.kernels import GateShape
 from malora.backends.lanes import fills_device, side_by_side
@@ -70,9 +70,7 @@ class Stack:
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         """Every layer's output for x [..., n]; leaves what was routed in the layers."""
-        config, device = self.config, x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        x_Tn = x.to(dtype).flatten(0, -2).contiguous()
+        config, x_Tn = self.config, flat(x)
         parameters = [p for layer in self.layers for p in self._parameters(layer)]
         seed = None
         if config.lora_dropout and self.layers[0].training:
