@@ -107,6 +107,7 @@ def rounded(
 
 def round_by_kernel(parts: list[Tensor], up: Up | None, out: Rows, alpha: float, least: Tensor | None) -> None:
     """One launch that reads everything once: a row stays in registers."""
+    parts = [part.contiguous() for part in parts]  # a weight's rows may have room beside them
     widths = tuple(part.shape[1] for part in parts)
     block = triton.next_power_of_2(max(widths))
     h, unit = up or (None, None)
@@ -230,7 +231,7 @@ class Frozen(NamedTuple):
         ]
 
     def gradients(self, dys: list[Tensor], Bs: list[Tensor], alpha: float) -> tuple[Tensor, Tensor]:
-        """Σ dy W over the maps, [T, n], and alpha · dy Bᵀ of each, [G, T, H], of contiguous dy [T, m] and B [H, m].
+        """Σ dy W over the maps, [T, n], and alpha · dy Bᵀ of each, [G, T, H], of dy [T, m] and B [H, m].
 
         Views of one product of Σm terms.
         """
@@ -239,7 +240,7 @@ class Frozen(NamedTuple):
         return dx, dh.unflatten(1, (len(Bs), self.room)).transpose(0, 1)[..., : len(Bs[0])]
 
     def input_gradient(self, dy: Tensor) -> Tensor:
-        """dy W of one map that has no B, [T, n], of contiguous dy [T, m]."""
+        """dy W of one map that has no B, [T, n], of dy [T, m]."""
         return product(rounded([dy]), self.by_input, dy.dtype)
 
     def _below(self, Bs: list[Tensor], alpha: float) -> list[Work]:
@@ -281,7 +282,7 @@ def frozen(
                 rounded([W], out=Rows(values[:, :n], scale), least=least)
         if backward and found.by_input is None:
             by_input = _zeros(weights[0], n + len(weights) * room, sum(map(len, weights)))
-            rounded([W.T.contiguous() for W in weights], out=Rows(by_input.values[:n], by_input.scale[:n]))
+            rounded([W.T for W in weights], out=Rows(by_input.values[:n], by_input.scale[:n]))
             found = found._replace(by_input=by_input)
     # What a CUDA graph makes while it is captured has no values until the graph is replayed.
     if not (weights[0].is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -321,4 +322,4 @@ class Alone(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.weight.input_gradient(dy.contiguous()), None, None
+        return ctx.weight.input_gradient(dy), None, None
