@@ -19,8 +19,10 @@ from bench.measure import STEPS, Done, Work, count, time_steps, wall_seconds
 from bench.variants import Subject, Variant
 
 SLOW_SECONDS = 10.0  # a step; such a row is warm from its first pass, and gets two samples
-ROUND_SECONDS = 1.0  # a row's share of a round: short steps are sampled several times
-MOST_SAMPLES = 10  # a round
+# A row's share of a round: steps that are not timed, then steps that are. One alone, after the pause in which its row
+# was built, has a higher clock than those of a training: in rounds of single steps one floor took 777 to 786 ms.
+WARM_SECONDS, ROUND_SECONDS = 2.0, 3.0
+MOST_STEPS = 10  # of either kind, a round
 
 Step = Callable[[Done], Any]
 
@@ -112,8 +114,9 @@ def _round(row: Measured, result: dict[str, Any], rounds: int, device: torch.dev
         torch.cuda.reset_peak_memory_stats()
     with row.session() as step:
         if result["warm_seconds"] <= SLOW_SECONDS:
-            step(_ignore)  # the allocator starts empty
-        samples = max(1 if rounds > 1 else 2, min(MOST_SAMPLES, int(ROUND_SECONDS / result["warm_seconds"])))
+            for _ in range(_steps_in(WARM_SECONDS, result)):  # the allocator starts empty, too
+                step(_ignore)
+        samples = max(1 if rounds > 1 else 2, _steps_in(ROUND_SECONDS, result))
         for sample in time_steps(step, samples, device):
             for part, seconds in sample.items():
                 result["seconds"].setdefault(part, []).append(seconds)
@@ -121,6 +124,10 @@ def _round(row: Measured, result: dict[str, Any], rounds: int, device: torch.dev
         peak = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
         before = result["peak_bytes"] or peak
         result["peak_bytes"] = {kind: max(value, before[kind]) for kind, value in peak.items()}
+
+
+def _steps_in(seconds: float, result: dict[str, Any]) -> int:
+    return max(1, min(MOST_STEPS, int(seconds / result["warm_seconds"])))
 
 
 def _guarded(result: dict[str, Any], device: torch.device, run: Callable[..., None], *arguments: Any) -> None:

@@ -137,23 +137,23 @@ def test_sides_are_alike_or_not_beside_their_chance_level(A, expected):
     assert verdict(claims({"small": rows[:1]}, []), claim.claim).verdict == "cannot be told at this size, one run"
 
 
-def speed(molora, malora, backend="dispatch", steps=10):
+def speed(molora, malora, backend="dispatch", rounds=10, steps=1):
     def row(method, step):
-        samples = [step * (1 + 0.001 * i) for i in range(steps)]
+        samples = [step * (1 + 0.001 * i) for i in range(rounds) for _ in range(steps)]
         return {"name": f"{method}-{backend}", "method": method, "backend": backend, "status": "ok",
                 "seconds": {"step": samples}}  # fmt: skip
 
-    return SpeedRecord(
-        "llama2-7b", "train", {"layers": None}, {"time": "2026-01-01T00:00:00Z", "device": "a GPU"}, {},
-        [row("molora", molora), row("malora", malora)],
-    )  # fmt: skip
+    options, provenance = {"layers": None, "rounds": rounds}, {"time": "2026-01-01T00:00:00Z", "device": "a GPU"}
+    return SpeedRecord("llama2-7b", "train", options, provenance, {}, [row("molora", molora), row("malora", malora)])
 
 
 def test_faster_is_from_records_of_speed():
     found = claims({}, [speed(12.0, 10.0)])
     same = verdict(found, "MALoRA's training step is 1.2 times as fast as MoLoRA's, both by dispatch")
     assert same.ours.startswith("1.20 [1.2") and same.verdict == "holds, on a GPU" and same.profile == "speed"
-    for other in (speed(10.0, 10.0, "fused"), speed(12.0, 10.0, steps=1)):  # of one step there is no interval
+    # Steps of one round are one observation, and of one there is no interval.
+    assert verdict(claims({}, [speed(12.0, 10.0, steps=3)]), same.claim).ours == same.ours
+    for other in (speed(10.0, 10.0, "fused"), speed(12.0, 10.0, rounds=1, steps=9)):
         assert verdict(claims({}, [other]), same.claim).verdict == "not run"
     fastest = verdict(claims({}, [speed(10.0, 10.0, "fused")]), same.claim.replace("both by dispatch", "each by its"))
     assert fastest.verdict == "does not hold, on a GPU"

@@ -31,6 +31,7 @@ def run(tmp_path, *arguments) -> SpeedRecord:
 
 @pytest.fixture(autouse=True)
 def short_rounds(monkeypatch):
+    monkeypatch.setattr(rounds, "WARM_SECONDS", 0.1)
     monkeypatch.setattr(rounds, "ROUND_SECONDS", 0.1)
 
 
@@ -113,6 +114,14 @@ def test_rows_are_measured_in_turns():
 def test_no_round_is_begun_that_would_end_too_late():
     found, done = rounds.measure([Fake("a", log := [])], 5, CPU, seconds=0)
     assert done == 1 and log == ["a"] * 2 and found[0]["seconds"]["step"]
+
+
+def test_every_round_times_as_many_steps_after_as_many_that_it_does_not(monkeypatch):
+    monkeypatch.setattr(rounds, "_ignore", lambda part: warm_ups.append(part))
+    warm_ups: list[str] = []
+    (found,), _ = rounds.measure([Fake("short", [])], 2, CPU)
+    assert len(warm_ups) == 2 + 2 * rounds.MOST_STEPS  # two in the first pass
+    assert len(found["seconds"]["step"]) == 2 * rounds.MOST_STEPS
 
 
 def test_ligers_functions_are_there_only_while_its_row_runs(monkeypatch):
