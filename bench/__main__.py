@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import malora
-from bench import UserError, record, report, speed_report
+from bench import UserError, goals, record, report, speed_report
 from bench.arguments import Help, one_of, positive
 from bench.claims import claims
 from bench.experiments import EXPERIMENTS, Runs, families_of, final, opened, sweep
@@ -318,7 +318,7 @@ def _leaderboard(options: argparse.Namespace) -> int:
     speeds = record.read_speed(record.RESULTS / SPEED)
     pages |= {record.RESULTS / SPEED / name: text for name, text in speed_report.pages(speeds).items()}
     readme = record.ROOT / "README.md"
-    pages[readme] = speed_report.fill_readme(report.fill_readme(readme.read_text(), records, speeds), speeds)
+    pages[readme] = goals.fill_readme(report.fill_readme(readme.read_text(), records, speeds), speeds)
     stale = [path for path, text in pages.items() if not path.is_file() or path.read_text() != text]
     for path in stale:
         if not options.check:

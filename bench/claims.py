@@ -29,7 +29,7 @@ from bench.paper import paper
 from bench.profiles import PROFILES
 from bench.record import Record, SpeedRecord
 from bench.rows import Row, comparable, difference, entries_of, rows, spread, tuned_rates
-from bench.speed_report import exact_rows, seconds
+from bench.speed_rows import by_round, exact_rows, seconds
 from bench.stats import LEVEL, Difference, compare, holm
 from bench.variants import SHAPES, backbone
 
@@ -234,11 +234,11 @@ def _faster(speeds: list[SpeedRecord], by: str | None) -> Claim | _Tested:
         pair = []
         for method in ("molora", "malora"):
             mine = [r for r in exact_rows(record) if r["method"] == method and by in (None, r["backend"])]
-            ran = [r for r in mine if seconds(r) and len(_by_round(r, record)) > 1]
+            ran = [r for r in mine if seconds(r) and len(by_round(record, r)) > 1]
             pair.append(min(ran, key=seconds, default=None))
         if None in pair:
             continue
-        slow, fast = (np.log(_by_round(row, record)) for row in pair)
+        slow, fast = (np.log(by_round(record, row)) for row in pair)
         # What rounds to the paper's figure or more counts as it.
         bound = math.log(round(ratio, 1) - 0.05)
         test = ttest_ind(slow - bound, fast, equal_var=False)
@@ -254,12 +254,6 @@ def _faster(speeds: list[SpeedRecord], by: str | None) -> Claim | _Tested:
             on,
         )
     return claim
-
-
-def _by_round(row: dict, record: SpeedRecord) -> np.ndarray:
-    """Mean seconds of a step in each round: steps that follow each other are alike in what the device was like."""
-    samples = np.array(row["seconds"]["step"])
-    return samples.reshape(-1, max(1, len(samples) // record.options["rounds"])).mean(1)
 
 
 NOTES = (

@@ -21,7 +21,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 from bench.record import Record, SpeedRecord
 from bench.rows import Row
 from bench.run import BASE
-from bench.speed_report import seconds
+from bench.speed_rows import seconds
 
 # After Okabe and Ito's colours (https://jfly.uni-koeln.de/color/), which the colour-blind can tell apart; those too
 # light for a white page or too dark for a black one are moved a little. The markers say it again.

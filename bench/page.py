@@ -28,6 +28,7 @@ from bench import figures
 from bench.claims import NOTES, Claim
 from bench.experiments import TITLES, Experiment
 from bench.figures import Line, handle, link
+from bench.goals import goal_table
 from bench.inside_report import readings
 from bench.parts import Board, Part
 from bench.profiles import PROFILES
@@ -35,7 +36,8 @@ from bench.record import Record, SpeedRecord
 from bench.report import published_parts
 from bench.rows import Row
 from bench.run import BASE
-from bench.speed_report import exact_rows, goal_table, latest, seconds, section
+from bench.speed_report import section
+from bench.speed_rows import exact_rows, latest, seconds
 from tasks import TASKS
 
 _RANGE = Markup('<span class="range" style="color: {}; --from: {:.1f}%; --at: {:.1f}%; --to: {:.1f}%"></span>')

@@ -1,4 +1,6 @@
-"""Rows that are measured in turns: every round times each of them once, so that drift of the device hits all alike."""
+"""Rows that are measured in turns: every round times each of them, so that drift of the device hits all alike. Every
+second round goes from the last row to the first, since a row finds the device as hot as those before it left it.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,7 @@ from transformers import PreTrainedModel
 
 from bench import UserError
 from bench.measure import STEPS, Done, Work, count, time_steps, wall_seconds
+from bench.sensors import Sensors
 from bench.variants import Subject, Variant
 
 SLOW_SECONDS = 10.0  # a step; such a row is warm from its first pass, and gets two samples
@@ -65,7 +68,8 @@ def measure(
 
     Returns:
         How many rounds there were, behind a dict a row: what it is, status (ok, oom, failed, unavailable), samples of
-        seconds by part, peak memory in bytes over the timed rounds, and what `count` counted.
+        seconds by part, medians of the sensors by round, peak memory in bytes over the timed rounds, and what `count`
+        counted.
     """
     start = time.perf_counter()
     found = [_first_pass(row, device) for row in rows]
@@ -76,7 +80,8 @@ def measure(
             break
         done, began = number + 1, now
         print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
-        for row, result in zip(rows, found, strict=True):
+        turn = [*zip(rows, found, strict=True)]
+        for row, result in reversed(turn) if number % 2 else turn:
             slow = result["status"] == "ok" and result["warm_seconds"] > SLOW_SECONDS
             if result["status"] == "ok" and not (slow and number >= 2):
                 _guarded(result, device, _round, row, result, rounds, device)
@@ -85,7 +90,7 @@ def measure(
 
 def _first_pass(row: Measured, device: torch.device) -> dict[str, Any]:
     """Builds, compiles and counts. Training that does not fit is tried with half the micro-batch, until one fits."""
-    result: dict[str, Any] = {"status": "ok", "reason": None, "seconds": {}, "peak_bytes": None}
+    result: dict[str, Any] = {"status": "ok", "reason": None, "seconds": {}, "sensors": {}, "peak_bytes": None}
     while True:
         _guarded(result, device, _warm_up, row, result, device)
         if result["status"] != "oom" or row.batch == 1 or row.work.mode != "train":
@@ -117,9 +122,13 @@ def _round(row: Measured, result: dict[str, Any], rounds: int, device: torch.dev
             for _ in range(_steps_in(WARM_SECONDS, result)):  # the allocator starts empty, too
                 step(_ignore)
         samples = max(1 if rounds > 1 else 2, _steps_in(ROUND_SECONDS, result))
-        for sample in time_steps(step, samples, device):
+        with Sensors(device) as sensors:  # warm-ups that the device is not done with are read, too
+            timed = time_steps(step, samples, device)
+        for sample in timed:
             for part, seconds in sample.items():
                 result["seconds"].setdefault(part, []).append(seconds)
+        for reading, value in (sensors.medians() or {}).items():
+            result["sensors"].setdefault(reading, []).append(value)
     if device.type == "cuda":
         peak = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
         before = result["peak_bytes"] or peak

@@ -2,15 +2,17 @@
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 
-from bench import record, rounds, speed, speed_report
+from bench import goals, record, rounds, sensors, speed, speed_report
 from bench import variants as bench_variants
 from bench.__main__ import main
 from bench.liger import LigerKernels
@@ -108,7 +110,29 @@ class Fake:
 def test_rows_are_measured_in_turns():
     log = []
     rounds.measure([Fake(name, log) for name in "abc"], 3, CPU)
-    assert log == list("abc") * 4  # the first pass, and three rounds
+    assert log == list("abcabccbaabc")  # the first pass, and three rounds
+
+
+def test_the_devices_sensors_are_read_while_a_row_runs(monkeypatch):
+    monkeypatch.setattr(sensors, "PERIOD", 0.001)
+    monkeypatch.setattr(sensors, "READINGS", {"clock_mhz": lambda device: 1980, "watts": lambda device: next(watts)})
+    watts, gpu = iter(range(10**9)), torch.device("cuda")
+    with sensors.Sensors(gpu) as read:
+        while len(read.samples["watts"]) < 3:
+            time.sleep(0.001)
+    medians, taken = read.medians(), list(read.samples["watts"])
+    assert medians["clock_mhz"] == 1980 and medians["watts"] == statistics.median(taken)
+    time.sleep(0.01)
+    assert read.samples["watts"] == taken  # it has stopped
+
+    def unreadable(device):
+        raise ModuleNotFoundError("pynvml")
+
+    monkeypatch.setattr(sensors, "READINGS", {"clock_mhz": unreadable})
+    for device in (gpu, CPU):
+        with sensors.Sensors(device) as read:
+            time.sleep(0.01)
+        assert read.medians() is None
 
 
 def test_no_round_is_begun_that_would_end_too_late():
@@ -356,27 +380,33 @@ def records() -> list[SpeedRecord]:
 
 
 def test_the_goals_are_arithmetic_on_records():
-    found = speed_report.goals(records())
+    found = goals.goals(records())
     measured = [1.0625, 0.85, 2 / 1.0625, 16, 1.2, 1.125, 0.8, 0, 15, 2, 0.5]
     assert [goal.measured for goal in found] == pytest.approx(measured)
-    assert [goal.reached for goal in found] == [True, True, True, True, True, False, True, True, True, True, True]
-    cut = speed_report.goals([make_speed(layers=2)])
-    assert {goal.measured for goal in cut} == {None} == {goal.reached for goal in cut}
+    assert [goal.verdict for goal in found] == ["yes"] * 5 + ["**no**"] + ["yes"] * 5
+    cut = goals.goals([make_speed(layers=2)])
+    assert {(goal.measured, goal.verdict) for goal in cut} == {(None, "")}
 
 
-def test_a_later_record_of_fewer_rivals_gives_no_goals():
+def test_a_later_record_of_fewer_rivals_stands_beside_the_one_of_most():
     earlier, few, again = make_speed(), make_speed(variant="malora"), make_speed(variant="malora,molora-loop")
     few.provenance = again.provenance = earlier.provenance | {"time": "2099-01-01T00:00:00+00:00"}
     few.rows = [row for row in few.rows if row["name"] != "molora-loop"]
-    assert speed_report.goals([earlier, few]) == speed_report.goals([earlier])
+    assert [g.measured for g in goals.goals([earlier, few])] == [g.measured for g in goals.goals([earlier])]
+    few.rows[5] = row("malora-dense-compiled", 1.125, 8.0, "malora")
+    first, *_ = goals.goals([few, earlier])
+    assert (first.measured, first.later, first.verdict) == (1.0625, (1.125,), "**not always**")
+    lines = goals.goal_table([few, earlier]).splitlines()
+    assert [cell.strip() for cell in lines[2].split("|")[3:6]] == ["1.062", "**1.125**", "**not always**"]
+    assert lines[-1].endswith(f"Later records, and steps timed: {few.id[-8:]}: 3.")
     again.rows[5] = row("malora-dense-compiled", 1.03125, 8.0, "malora")
-    assert speed_report.goals([earlier, few, again])[0].measured == 1.03125
+    assert goals.goals([earlier, few, again])[0].measured == 1.03125
 
 
 def test_a_row_that_did_not_run_is_no_figure():
     made = make_speed()
     made.rows[-3] |= {"status": "oom", "reason": "too much", "seconds": {}}
-    assert speed_report.goals([made])[3].measured is None and "oom: too much" in speed_report.section(made)
+    assert goals.goals([made])[3].measured is None and "oom: too much" in speed_report.section(made)
 
 
 def test_the_table_says_ratios_and_shares():
@@ -396,10 +426,10 @@ def test_the_page_says_where_the_time_goes():
 
 def test_the_readme_is_filled_between_its_marks_only():
     readme = "before\n<!-- speed -->\nold\n<!-- end -->\nafter\n"
-    filled = speed_report.fill_readme(readme, records())
+    filled = goals.fill_readme(readme, records())
     assert filled.startswith("before\n<!-- speed -->\n\n| figure ") and filled.endswith("\n\n<!-- end -->\nafter\n")
-    assert "old" not in filled and speed_report.fill_readme(filled, records()) == filled
-    assert "not measured yet" in speed_report.fill_readme(readme, [])
+    assert "old" not in filled and goals.fill_readme(filled, records()) == filled
+    assert "not measured yet" in goals.fill_readme(readme, [])
 
 
 def test_pages_are_the_same_in_any_order_and_from_what_was_read_back(tmp_path, history):
