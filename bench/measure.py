@@ -246,6 +246,17 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     }
 
 
+def heat(device: torch.device, seconds: float) -> None:
+    """Has a GPU make products for so long; nothing elsewhere."""
+    if device.type == "cuda":
+        a, b = (torch.randn(4096, 4096, device=device, dtype=torch.bfloat16) for _ in range(2))
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            for _ in range(100):  # some 20 ms
+                torch.mm(a, b)
+            torch.cuda.synchronize()
+
+
 def _best(run: Callable[[], Any], device: torch.device) -> float:
     """Seconds of a call, the fastest of twenty: a ceiling is what was reached once."""
     for _ in range(3):

@@ -1,5 +1,5 @@
 """Rows that are measured in turns: every round times each of them, so that drift of the device hits all alike. Every
-second round goes from the last row to the first, since a row finds the device as hot as those before it left it.
+second round goes from the last row to the first, and a GPU is brought to the same heat before each turn.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 from transformers import PreTrainedModel
 
 from bench import UserError
-from bench.measure import STEPS, Done, Work, count, time_steps, wall_seconds
+from bench.measure import STEPS, Done, Work, count, heat, time_steps, wall_seconds
 from bench.sensors import Sensors
 from bench.variants import Subject, Variant
 
 SLOW_SECONDS = 10.0  # a step; such a row is warm from its first pass, and gets two samples
-# A row's share of a round: steps that are not timed, then steps that are. One alone, after the pause in which its row
-# was built, has a higher clock than those of a training: in rounds of single steps one floor took 777 to 786 ms.
-WARM_SECONDS, ROUND_SECONDS = 2.0, 3.0
+# A row's share of a round: products that heat a GPU, steps that are not timed, and steps that are. A board at the limit
+# of its power lowers its clock, and more so the hotter it is; after a pause a row took 0.86 s for a step, later 0.89.
+HEAT_SECONDS, WARM_SECONDS, ROUND_SECONDS = 2.0, 1.0, 3.0
 MOST_STEPS = 10  # of either kind, a round
 
 Step = Callable[[Done], Any]
@@ -118,6 +118,7 @@ def _round(row: Measured, result: dict[str, Any], rounds: int, device: torch.dev
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with row.session() as step:
+        heat(device, HEAT_SECONDS)
         if result["warm_seconds"] <= SLOW_SECONDS:
             for _ in range(_steps_in(WARM_SECONDS, result)):  # the allocator starts empty, too
                 step(_ignore)
