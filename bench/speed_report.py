@@ -20,7 +20,7 @@ from bench.speed_rows import (
     seconds,
     summary,
     tokens_per_second,
-)  # fmt: skip
+)
 
 
 def pages(records: list[SpeedRecord]) -> dict[str, str]:
