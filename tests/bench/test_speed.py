@@ -135,6 +135,17 @@ def test_the_devices_sensors_are_read_while_a_row_runs(monkeypatch):
         assert read.medians() is None
 
 
+def test_a_turn_begins_with_heat_and_what_the_sensors_say_is_kept(monkeypatch):
+    class Read(sensors.Sensors):
+        def medians(self):
+            return {"watts": 700.0}
+
+    monkeypatch.setattr(rounds, "Sensors", Read)
+    monkeypatch.setattr(rounds, "heat", lambda device, seconds: log.append(seconds))
+    (found,), _ = rounds.measure([Fake("a", log := [])], 2, CPU)
+    assert log == ["a", *["a", rounds.HEAT_SECONDS] * 2] and found["sensors"] == {"watts": [700.0, 700.0]}
+
+
 def test_no_round_is_begun_that_would_end_too_late():
     found, done = rounds.measure([Fake("a", log := [])], 5, CPU, seconds=0)
     assert done == 1 and log == ["a"] * 2 and found[0]["seconds"]["step"]
@@ -347,6 +358,7 @@ def row(name, step, peak=10.0, method=None, waits=0, backend=None) -> dict:
         "name": name, "status": "ok", "reason": None, "method": method, "backend": backend, "batch": 4,
         "trainable": 5,
         "seconds": {"step": [step, step, 2 * step]}, "peak_bytes": {"allocated": peak, "reserved": peak},
+        "sensors": {"clock_mhz": [1500.0, 1700.0], "watts": [690.0, 710.0]},
         "kernels": 7, "launches": 7, "synchronisations": waits,
         "where": [[f"slow_kernel_of_{name}", 3, 0.75 * step], ["fast_kernel", 4, 0.125 * step]],
     }  # fmt: skip
@@ -414,6 +426,7 @@ def test_the_table_says_ratios_and_shares():
     cells = [cell.strip() for cell in line.split("|")]
     # × compiled floor, × floor, × PEFT LoRA; 8 operations in 2 s, where the device does 16 a second.
     assert cells[8:12] == ["2", "1.67", "1", "25.0%"] and cells[5] == "2" and cells[7] == "8,192"
+    assert cells[14:16] == ["1600", "700"]  # MHz, W
 
 
 def test_the_page_says_where_the_time_goes():
