@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench import record, tiny
+from bench import record, rounds, tiny
 from bench.profiles import PROFILES
 from bench.run import Setting
 from tasks import Generator
@@ -47,6 +47,12 @@ def stand_in_for_liger(monkeypatch, apply):
     fake._apply_liger_kernel_to_instance = apply
     monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", fake)
+
+
+@pytest.fixture
+def short_rounds(monkeypatch):
+    monkeypatch.setattr(rounds, "WARM_SECONDS", 0.1)
+    monkeypatch.setattr(rounds, "ROUND_SECONDS", 0.1)
 
 
 # A record's provenance as far as publishing and tables need it.
