@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from malora.backends import beside, flat, fp8, kernels, masked
+from malora.backends import beside, dropout, flat, fp8, kernels, masked
 from malora.backends.copies import copy_all
 from malora.backends.kernels import GateShape
 from malora.backends.lanes import fills_device, side_by_side
@@ -204,7 +204,7 @@ class _Experts(torch.autograd.Function):
             frozen = fp8.frozen(bases, stack.layers[0].siblings.frozen, ctx.needs_input_grad[0], stack.H8)
         weights = [] if frozen else [base.weight.to(x.dtype) for base in bases]
         biases = [base.bias for base in bases]
-        bits = None if seed is None else masked.mask(*x.shape, seed, config.lora_dropout)
+        bits = None if seed is None else dropout.mask(*x.shape, seed, config.lora_dropout)
         if frozen:
             units, puts = frozen.beside(narrow.B, alpha)
             routed = partial(_routed, stack, x, bits, narrow)

@@ -1,7 +1,6 @@
 """Products of the down sides with dropout inside: the input is read once, and what dropout leaves is never written.
 
-A mask is a bit an element, drawn once and kept for the backward pass. Routers see all inputs, so their rows of a
-product are computed from the same tile before it is masked.
+Routers see all inputs, so their rows of a product are computed from the same tile before it is masked.
 
 Shapes: T tokens, n in, Z rows of down sides, L rows of routers, W = ⌈n/32⌉ words of mask. Sums are in float32, or
 float64 where the data is.
@@ -18,85 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LEVELS = 65536  # a mask's probability is a multiple of 1/65536
-
-
-@triton.jit
-def _mask_kernel(bits_ptr, seed_ptr, size, KEPT: tl.constexpr, BLOCK: tl.constexpr):
-    # A bit that is 1 with probability q becomes one of (q + 1)/2 by OR with a fair bit and of q/2 by AND: sixteen fair
-    # words, taken by the digits of KEPT from the last on, make KEPT/65536. Seven rounds of Philox pass the usual tests
-    # of randomness (Salmon et al. 2011).
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    seed = tl.load(seed_ptr)
-    bits = tl.zeros([BLOCK], dtype=tl.int32)
-    for draw in tl.static_range(4):
-        words = tl.randint4x(seed, place * 4 + draw, n_rounds=7)
-        for word in tl.static_range(4):
-            fair = words[word].to(tl.int32, bitcast=True)
-            if (KEPT >> (4 * draw + word)) & 1:
-                bits = bits | fair
-            else:
-                bits = bits & fair
-    tl.store(bits_ptr + place, bits, mask=place < size)
-
-
-def mask(T: int, n: int, seed: Tensor, p: float) -> Tensor:
-    """[T, W] int32: bit j of word w is 0 where dropout takes column 32·w + j, by a seed [1] of int64."""
-    bits = torch.empty(T, triton.cdiv(n, 32), dtype=torch.int32, device=seed.device)
-    _mask_kernel[(triton.cdiv(bits.numel(), 256),)](bits, seed, bits.numel(), KEPT=_kept(p), BLOCK=256)
-    return bits
-
-
-def _kept(p: float) -> int:
-    return min(max(LEVELS - round(p * LEVELS), 1), LEVELS - 1)
-
-
-@triton.jit
-def _kept_of(word, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[BLOCK_T, BLOCK_N]: which elements of a tile dropout leaves, of a word for every 32 columns."""
-    return tl.reshape((word[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1, [BLOCK_T, BLOCK_N]) != 0
-
-
-@triton.jit
-def _left_of(x, word, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.constexpr):
-    """A tile x [BLOCK_T, BLOCK_N], of 16 or 32 bits an element where PTX, with zeros where dropout takes one."""
-    if PTX:
-        # A shift brings the bits of four elements to the fronts of the word's bytes; prmt spreads a front over its
-        # element, or two that are of one byte, as neighbours in a row or a column are, over the pair. A comparison an
-        # element was half of all instructions of a loop.
-        bit = tl.arange(0, 32)
-        fronts = tl.reshape(word[:, :, None] << (7 - bit % 8)[None, None, :], [BLOCK_T, BLOCK_N])
-        byte = tl.broadcast_to((bit // 8)[None, None, :] * 0x1111, [BLOCK_T, BLOCK_N // 32, 32])
-        byte = tl.reshape(byte, [BLOCK_T, BLOCK_N])
-        if x.dtype.primitive_bitwidth == 32:
-            return tl.inline_asm_elementwise(
-                "{ .reg .b32 kept; prmt.b32 kept, $2, $2, $3; and.b32 $0, $1, kept; }", "=r,r,r,r",
-                [x, fronts, 0x8888 + byte], dtype=x.dtype, is_pure=True, pack=1,
-            )  # fmt: skip
-        # The selector of a pair's first element is that of both: Triton puts neighbours side by side in a register. A
-        # GPU's test of products against masked tensors would see it if it did not.
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 kept; prmt.b32 kept, $2, $3, $4; and.b32 $0, $1, kept; }", "=r,r,r,r,r,r",
-            [x, fronts, 0xCC88 + byte], dtype=x.dtype, is_pure=True, pack=2,
-        )  # fmt: skip
-    return tl.where(_kept_of(word, BLOCK_T, BLOCK_N), x, 0.0).to(x.dtype)
-
-
-@triton.jit
-def _dropout_kernel(
-    x_ptr, bits_ptr, out_ptr, T, n, W, x_stride, SCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
-    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_inside = (rows < T)[:, None]
-    inside = row_inside & (columns < n)[None, :]
-    x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * x_stride + columns[None, :], mask=inside)
-    words = tl.program_id(1) * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32)
-    word = tl.load(bits_ptr + rows.to(tl.int64)[:, None] * W + words[None, :],
-                   mask=row_inside & (words < W)[None, :], other=0)  # fmt: skip
-    kept = _kept_of(word, BLOCK_T, BLOCK_N)
-    place = rows.to(tl.int64)[:, None] * n + columns[None, :]
-    tl.store(out_ptr + place, tl.where(kept, x * SCALE, 0.0), mask=inside)
+from malora.backends.dropout import dropped, left_of, scale
 
 
 @triton.jit
@@ -138,7 +59,7 @@ def _down_kernel(
         if COPIES:
             tl.store(copy_ptr, x, mask=row_inside & column_inside)
             copy_ptr += BLOCK_N
-        left = _left_of(x, word, BLOCK_T, BLOCK_N, PTX)
+        left = left_of(x, word, BLOCK_T, BLOCK_N, PTX)
         z = tl.dot(left, tl.trans(d), z, input_precision="ieee", out_dtype=WIDE)
         if L > 0:
             g = tl.load(l_ptr, mask=(l_rows < L)[:, None] & column_inside, other=0.0)
@@ -182,7 +103,7 @@ def _input_gradient_kernel(
         dz = tl.load(z_ptr, mask=row_inside & (z_rows < Z)[None, :], other=0.0)
         word = tl.load(bits_ptr, mask=row_inside & ((words < W)[None, :] | EVEN_N), other=0)
         dx = tl.dot(dz, d, input_precision="ieee", out_dtype=WIDE) * SCALE
-        dx = _left_of(dx, word, BLOCK_T, BLOCK_N, PTX)
+        dx = left_of(dx, word, BLOCK_T, BLOCK_N, PTX)
         if L > 0:
             dl = tl.load(l_ptr, mask=row_inside & (l_rows < L)[None, :], other=0.0)
             dx = tl.dot(dl, g, dx, input_precision="ieee", out_dtype=WIDE)
@@ -220,7 +141,7 @@ def _weight_gradient_kernel(
         x = tl.load(x_ptr, mask=row_inside & column_inside, other=0.0)
         word = tl.load(bits_ptr, mask=row_inside & ((words < W)[None, :] | EVEN_N), other=0)
         dz = tl.load(z_ptr, mask=row_inside & (z_rows < Z)[None, :], other=0.0)
-        left = _left_of(x, word, BLOCK_T, BLOCK_N, PTX)
+        left = left_of(x, word, BLOCK_T, BLOCK_N, PTX)
         z_sum = tl.dot(tl.trans(dz), left, z_sum, input_precision="ieee", out_dtype=WIDE)
         if L > 0:
             dl = tl.load(l_ptr, mask=row_inside & (l_rows < L)[None, :], other=0.0)
@@ -273,15 +194,6 @@ def _cut(T: int, n: int, tuned: dict[str, int]) -> tuple[int, int]:
     return blocks, triton.next_power_of_2(triton.cdiv(blocks_T, _parts(blocks, blocks_T))) * tuned["BLOCK_T"]
 
 
-def dropout(x: Tensor, bits: Tensor, p: float) -> Tensor:
-    """x [T, n] with elements dropped and the rest scaled up."""
-    out = x.new_empty(x.shape)
-    grid = (triton.cdiv(len(x), 32), triton.cdiv(x.shape[1], 128))
-    sizes = (*x.shape, bits.shape[1], x.stride(0))
-    _dropout_kernel[grid](x, bits, out, *sizes, SCALE=LEVELS / _kept(p), BLOCK_T=32, BLOCK_N=128)
-    return out
-
-
 def down(
     x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float, copy: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
@@ -305,7 +217,7 @@ def down_in_parts(
     (T, n), columns = x.shape, len(weights)
     zl = rows_of(x, columns)
     if _plainly(x, Z, columns - Z):
-        torch.mm(dropout(x, bits, p), weights[:Z].T, out=zl[:, :Z])
+        torch.mm(dropped(x, bits, p), weights[:Z].T, out=zl[:, :Z])
         torch.mm(x, weights[Z:].T, out=zl[:, Z:])
         if copy is not None:
             copy.copy_(x)
@@ -327,7 +239,7 @@ def down_in_parts(
 def input_gradient(dzl: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float, base: Tensor | None = None) -> Tensor:
     """dropout(dz D) + dl G + base: [T, n] of dzl [T, Z + L] and `base` [T, n], if there is one, in rows anywhere."""
     if _plainly(dzl, Z, len(weights) - Z):
-        dx = dropout(dzl[:, :Z] @ weights[:Z], bits, p)
+        dx = dropped(dzl[:, :Z] @ weights[:Z], bits, p)
         return (dx if base is None else dx.add_(base)).addmm_(dzl[:, Z:], weights[Z:])
     T, n = len(dzl), weights.shape[1]
     dx = dzl.new_empty(T, n)
@@ -345,7 +257,7 @@ def input_gradient(dzl: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float,
 def weight_gradient(dzl: Tensor, x: Tensor, bits: Tensor, Z: int, p: float) -> Tensor:
     """[dzᵀ dropout(x); dlᵀ x]: [Z + L, n] in float32 or wider, of dzl [T, Z + L]; rows of x may lie anywhere."""
     if _plainly(x, Z, dzl.shape[1] - Z):
-        return torch.cat([summed(dzl[:, :Z], dropout(x, bits, p)), summed(dzl[:, Z:], x)])
+        return torch.cat([summed(dzl[:, :Z], dropped(x, bits, p)), summed(dzl[:, Z:], x)])
     (T, n), rows = x.shape, dzl.shape[1]
     blocks, T_each = _cut(T, n, WEIGHT_GRADIENT)
     parts = triton.cdiv(T, T_each)
@@ -411,7 +323,7 @@ def _sizes(weights: Tensor, Z: int, p: float, least: int = 16) -> dict[str, Any]
     L = len(weights) - Z
     wide = tl.float64 if weights.dtype == torch.float64 else tl.float32
     pads = {"PAD_Z": _pad(Z, least), "PAD_L": _pad(L, least), "num_warps": 4 if Z <= 128 else 8}
-    return {"SCALE": LEVELS / _kept(p), "Z": Z, "L": L, "WIDE": wide, **pads}
+    return {"SCALE": scale(p), "Z": Z, "L": L, "WIDE": wide, **pads}
 
 
 def _pad(size: int, least: int) -> int:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from malora import BACKENDS, METHODS, MaloraConfig, MaloraLayer
-from malora.backends import INEXACT, choose, fused, kernels, lanes, masked
+from malora.backends import INEXACT, choose, dropout, fused, kernels, lanes, masked
 from malora.routing import RoutingLog
 from malora.siblings import interprets_triton
 
@@ -35,7 +35,7 @@ class FusedMask(torch.nn.Module):
     def forward(self, x):
         if not self.p:
             return x
-        bits = masked.mask(x[..., 0].numel(), x.shape[-1], torch.randint(2**31 - 1, (1,)), self.p)
+        bits = dropout.mask(x[..., 0].numel(), x.shape[-1], torch.randint(2**31 - 1, (1,)), self.p)
         kept = (bits[:, :, None] >> torch.arange(32) & 1).flatten(1)[:, : x.shape[-1]]
         return x * kept.view_as(x) / (1 - round(65536 * self.p) / 65536)
 

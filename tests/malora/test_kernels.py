@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from malora.backends import kernels, masked
+from malora.backends import dropout, kernels, masked
 from malora.backends.kernels import GateShape
 from tests.malora.hopper import printed
 
@@ -126,11 +126,11 @@ def test_parts_of_a_down_side_are_its_sum(monkeypatch):
     n, Z, L, p = 200, 24, 8, 0.3
     torch.manual_seed(0)
     x, weights = (torch.randn(rows, n).to(DEVICE, DTYPES[0]) for rows in (T, Z + L))
-    bits = masked.mask(T, n, torch.tensor([5], device=DEVICE), p)
+    bits = dropout.mask(T, n, torch.tensor([5], device=DEVICE), p)
     zl, parts = masked.down_in_parts(x, bits, weights, Z, p)
     assert parts.shape == (4, T, Z + L) and parts.dtype == torch.promote_types(DTYPES[0], torch.float32)
     assert zl.shape == (T, Z + L) and zl.stride() == parts.stride()[1:]
-    left, wide = masked.dropout(x, bits, p).to(parts), weights.to(parts)
+    left, wide = dropout.dropped(x, bits, p).to(parts), weights.to(parts)
     whole = torch.cat([left @ wide[:Z].T, x.to(parts) @ wide[Z:].T], 1)
     close = {"rtol": 1e-2, "atol": 0.1} if ON_GPU else {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(parts.sum(0), whole, **close)

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from malora.backends import masked
+from malora.backends import dropout, masked
 from tests.malora.hopper import printed
 
 ON_GPU = torch.cuda.is_available()
@@ -29,7 +29,7 @@ def test_products_equal_those_of_masked_tensors(T, n, Z, L, p, least_blocks, mon
     torch.manual_seed(0)
     x, weights = (torch.randn(rows, n, device=DEVICE).to(DTYPE) for rows in (T, Z + L))
     dzl = masked.rows_of(x, Z + L).copy_(torch.randn(T, Z + L))
-    bits = masked.mask(T, n, torch.tensor([5], device=DEVICE), p)
+    bits = dropout.mask(T, n, torch.tensor([5], device=DEVICE), p)
     wide = torch.float32 if ON_GPU else torch.float64
     left = kept(bits, n).to(wide) / (1 - round(65536 * p) / 65536)
     x_, w_, dzl_ = (t.to(wide) for t in (x, weights, dzl))
@@ -75,12 +75,12 @@ def test_loads_have_the_stages_that_fit_and_products_for_which_none_do_are_plain
 @pytest.mark.parametrize("p", [0.05, 0.3])
 def test_a_mask_drops_the_share_it_should_and_no_pattern(p):
     T, n = 512, 256
-    mask = kept(masked.mask(T, n, torch.tensor([3], device=DEVICE), p), n).double()
+    mask = kept(dropout.mask(T, n, torch.tensor([3], device=DEVICE), p), n).double()
     six_sigma = 6 * (p * (1 - p) / mask.numel()) ** 0.5
     assert abs(1 - p - mask.mean()) < six_sigma + 1 / 65536
     for shifted in (mask.roll(1, 0), mask.roll(1, 1), mask.roll(32, 1), mask.roll(8, 0)):
         assert abs(((mask - mask.mean()) * (shifted - mask.mean())).mean()) < six_sigma  # of a product of two such
-    other = kept(masked.mask(T, n, torch.tensor([4], device=DEVICE), p), n).double()
+    other = kept(dropout.mask(T, n, torch.tensor([4], device=DEVICE), p), n).double()
     assert abs(((mask - mask.mean()) * (other - mask.mean())).mean()) < six_sigma
 
 
@@ -90,7 +90,7 @@ def test_a_product_is_the_same_every_time(T, n, Z, L):
     torch.manual_seed(0)
     x, weights = (torch.randn(rows, n, device=DEVICE).to(DTYPE) for rows in (T, Z + L))
     dzl = torch.randn(T, Z + L, device=DEVICE).to(DTYPE)
-    bits = masked.mask(T, n, torch.tensor([5], device=DEVICE), 0.05)
+    bits = dropout.mask(T, n, torch.tensor([5], device=DEVICE), 0.05)
     products = {
         "down": lambda: masked.down(x, bits, weights, Z, 0.05),
         "weight_gradient": lambda: masked.weight_gradient(masked.rows_of(x, Z + L).copy_(dzl), x, bits, Z, 0.05),
