@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from malora.backends.lanes import products
+from malora.backends.lanes import side_by_side
 
 if TYPE_CHECKING:
     from malora.layer import MaloraLayer
@@ -100,7 +100,7 @@ def outputs(xh: Tensor, wholes: list[Tensor], biases: list[Tensor | None]) -> li
     def output(whole: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(xh[:, : whole.shape[1]], whole, None if bias is None else bias.to(xh.dtype))
 
-    return products(xh, [partial(output, *of_each) for of_each in zip(wholes, biases, strict=True)])
+    return side_by_side(xh, [partial(output, *of_each) for of_each in zip(wholes, biases, strict=True)])
 
 
 @triton.jit

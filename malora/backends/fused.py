@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from malora.backends import beside, dropout, flat, fp8, kernels, masked
 from malora.backends.copies import copy_all
 from malora.backends.kernels import GateShape
-from malora.backends.lanes import fills_device, products, side_by_side
+from malora.backends.lanes import fills_device, side_by_side
 from malora.routing import Routing
 
 if TYPE_CHECKING:
@@ -208,19 +208,19 @@ class _Experts(torch.autograd.Function):
         if frozen:
             units, puts = frozen.beside(narrow.B, alpha)
             routed = partial(_routed, stack, x, bits, narrow)
-            (zl, h, probabilities), *_ = side_by_side(x, [routed, *puts])
+            (zl, h, probabilities), *_ = side_by_side(narrow.B[0], [routed, *puts])  # as small works as those are
             ys = frozen.outputs(x, biases, fp8.Up(h, units))
         elif wholes := stack.wholes(x) if bits is not None else None:
             xh = masked.rows_of(x, n + len(wholes) * stack.H8)
             routed = partial(_routed, stack, x, bits, narrow, xh)
             fill = partial(beside.fill, wholes, narrow.B, alpha)
-            (zl, h, probabilities), _ = side_by_side(x, [routed, fill])
+            (zl, h, probabilities), _ = side_by_side(narrow.B[0], [routed, fill])  # as small works as those are
             ys = beside.outputs(xh, wholes, biases)
             x = xh[:, :n]
         else:
             zl, h, probabilities = _routed(stack, x, bits, narrow)
             of_each = zip(weights, biases, h, narrow.B, strict=True)
-            ys = products(x, [partial(_output, x, W, bias, h_g, B, alpha) for W, bias, h_g, B in of_each])
+            ys = side_by_side(x, [partial(_output, x, W, bias, h_g, B, alpha) for W, bias, h_g, B in of_each])
         ctx.stack, ctx.alpha, ctx.frozen = stack, alpha, frozen
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, bits, zl, h if config.has_router else None, *narrow[:2], *narrow.B, *weights)
@@ -257,28 +257,18 @@ class _Experts(torch.autograd.Function):
         def of_up(g: int) -> Tensor:
             return masked.summed(h[g], dys[g]) if needs["B"] else Bs[g]
 
-        def of_ups() -> list[Tensor]:
-            return [of_up(g) for g in range(G)]
-
-        def of_gates() -> Tensor | None:
-            if config.has_router:
-                return kernels.gate_backward(zl, P, dh, _stacked(gradients[G:], x, s.N), dzl, s)
-
-        def of_hs_and_gates() -> Tensor | None:
-            for g in range(G):
-                of_h(g)
-            return of_gates()
-
-        is_large, base, early = fills_device(x), None, []  # if large, products with frozen weights are alone
+        made, base = [], None
         if frozen:
             base, of_each = frozen.gradients(dys, Bs, alpha)
             dh = of_each if config.has_router else dh.copy_(of_each)
-            e = of_gates()
-        elif is_large:
-            e, early = side_by_side(x, [of_hs_and_gates, of_ups])
+        elif fills_device(x):  # in one row anyway, and much of dy is still in the cache
+            for g in range(G):
+                of_h(g)
+                made.append(of_up(g))
         else:  # what follows waits for h's alone
             side_by_side(x, [partial(of_h, g) for g in range(G)])
-            e = of_gates()
+        if config.has_router:
+            e = kernels.gate_backward(zl, P, dh, _stacked(gradients[G:], x, s.N), dzl, s)
 
         def of_input() -> Tensor | None:
             if not ctx.needs_input_grad[0]:
@@ -287,27 +277,20 @@ class _Experts(torch.autograd.Function):
                 dx = masked.input_gradient(dzl, bits, down, s.logits_at, config.lora_dropout, base)
             else:
                 dx = dzl @ down if base is None else torch.addmm(base, dzl, down)
-            return dx if is_large else with_base(dx)
-
-        def with_base(dx: Tensor) -> Tensor:
             for dy, W in zip(dys, weights, strict=False):  # none with 8 bits
                 dx.addmm_(dy, W)
             return dx
 
-        def of_down() -> Tensor:
-            if not (needs.get("A", needs.get("S")) or needs.get("router")):
-                return down
-            if bits is None:
-                return masked.summed(dzl, x)
-            return masked.weight_gradient(dzl, x, bits, s.logits_at, config.lora_dropout)
+        def of_down() -> tuple[Tensor, Tensor | None]:
+            ddown = down
+            if needs.get("A", needs.get("S")) or needs.get("router"):
+                if bits is None:
+                    ddown = masked.summed(dzl, x)
+                else:
+                    ddown = masked.weight_gradient(dzl, x, bits, s.logits_at, config.lora_dropout)
+            return ddown, stack.P_gradient(e, zl) if needs.get("P") else P
 
-        def of_P() -> Tensor | None:
-            return stack.P_gradient(e, zl) if needs.get("P") else P
-
-        dx, ddown, dP, *late = side_by_side(x, [of_input, of_down, of_P, *([] if early else [of_ups])])
-        dBs = early or late[0]
-        if is_large and dx is not None:
-            dx = with_base(dx)
+        dx, (ddown, dP), dBs = side_by_side(x, [of_input, of_down, lambda: made or [of_up(g) for g in range(G)]])
         if alpha != 1 and needs["B"]:
             torch._foreach_mul_(dBs, alpha)
         found = [part for g in range(G) for part in stack.parts(ddown, dP, dBs[g], g)]

@@ -1,9 +1,8 @@
-"""Works that do not wait for each other, side by side in a CUDA graph.
+"""Products that do not wait for each other, side by side in a CUDA graph.
 
-Kernels of a small model leave most of a GPU idle, and most of a step is the time from one to the next. Those of a large
-one leave some of it idle where they wait for memory, or end in a few programs; its products with frozen weights fill
-the GPU, and what holds one of its processors delays them. What is captured on streams of its own, a graph runs at once.
-Outside of a graph the host's launches take longer than the kernels, so there everything stays in one row.
+Kernels of a small model leave most of a GPU idle, and most of a step is the time from one to the next. What is captured
+on streams of its own, a graph runs at once. Outside of a graph the host's launches take longer than the kernels, so
+there everything stays in one row.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def _streams(device: torch.device) -> list[torch.cuda.Stream]:
 
 
 def fills_device(like: Tensor) -> bool:
-    """Whether a product of so large an input with a frozen weight leaves no room beside it."""
+    """Whether kernels over so large an input leave no room beside them; their works stay in one row."""
     return like.numel() >= LARGE
 
 
@@ -35,7 +34,7 @@ def side_by_side(like: Tensor, works: list[Callable[[], Any]]) -> list[Any]:
     Memory is the stream's that it was allocated on, and comes back to it: every stream waits for this one before it
     begins, and this one for all of them, so nobody can write to it while it is still read.
     """
-    if not (like.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if fills_device(like) or not (like.is_cuda and torch.cuda.is_current_stream_capturing()):
         return [work() for work in works]
     here, streams = torch.cuda.current_stream(), _streams(like.device)
     streams += [torch.cuda.Stream(like.device) for _ in range(len(works) - 1 - len(streams))]
@@ -51,8 +50,3 @@ def side_by_side(like: Tensor, works: list[Callable[[], Any]]) -> list[Any]:
         for stream in begun:
             here.wait_stream(stream)
     return [first, *others]
-
-
-def products(x: Tensor, works: list[Callable[[], Any]]) -> list[Any]:
-    """What works give that multiply x with frozen weights: side by side, but in a row where each fills the device."""
-    return [work() for work in works] if fills_device(x) else side_by_side(x, works)
