@@ -108,6 +108,8 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
             obstacle = "several adapters at once"
         elif type(self.base_layer) is not nn.Linear:
             obstacle = f"a {type(self.base_layer).__name__}"
+        elif self.siblings.is_sharded:  # they come and go, and are not copied or moved
+            obstacle = "weights that FSDP has sharded"
         elif any(parameter.requires_grad for parameter in self.base_layer.parameters()):
             obstacle = "a base that is trained too"
         elif config.up != "B_t":

@@ -46,8 +46,11 @@ def say_once(backend: str, reason: str, instead: str) -> None:
 def weights_ahead(families: list[Siblings]) -> Iterator[None]:
     """For one training pass of a model: the weights of all its fused layers are copied at once, before the first runs.
 
-    A layer that runs again, as under gradient checkpointing, copies its own.
+    A layer that runs again, as under gradient checkpointing, copies its own. Layers that FSDP has sharded are found
+    here: while one of them runs, its weights look like any others.
     """
+    for family in families:
+        family.is_sharded = _are_sharded(family.layers)
     stacks = [stack for family in families for stack in family.stacks()] if torch.is_grad_enabled() else []
     if stacks:
         from malora.backends.fused import copy_ahead  # it needs Triton, which is not everywhere
@@ -60,11 +63,20 @@ def weights_ahead(families: list[Siblings]) -> Iterator[None]:
             stack.drop_ahead()
 
 
+def _are_sharded(layers: list[MaloraLayer]) -> bool:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for layer in layers for parameter in layer.parameters())
+
+
 class Siblings:
     """Layers that read the same input. The first that is called computes for all, the others fetch their part."""
 
     def __init__(self) -> None:
         self.layers: list[MaloraLayer] = []
+        self.is_sharded = False  # by FSDP2, when the model's last pass began
         self._stacks: dict[str, Stack] = {}
         self.tables: dict[tuple, Tensor] = {}  # of `malora.backends.copies`
         self.frozen: Kept = {}  # of the fp8 backend
@@ -90,7 +102,9 @@ class Siblings:
         self.layers = state["layers"]
 
     def stacks(self) -> list[Stack]:
-        """Of active adapters, those that have run since the last `release`."""
+        """Of active adapters, those that have run since the last `release`; none where FSDP has the weights."""
+        if self.is_sharded:
+            return []
         return [stack for stack in self._stacks.values() if stack.adapter in stack.layers[0].active_adapters]
 
     def release(self, frozen: bool = False) -> None:
