@@ -133,6 +133,9 @@ def goal_table(records: list[SpeedRecord]) -> str:
         for g in found
     ]  # fmt: skip
     head = ["figure", "goal", "measured", "later, of fewer rivals", "reached"]
+    if not any(g.later for g in found):
+        for line in (head, *body):
+            del line[3]
     table = tabulate(body, head, tablefmt="pipe", disable_numparse=True)
     sources = [r for r in _sources(records) if r]
     rows = "; ".join(

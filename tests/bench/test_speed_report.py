@@ -84,6 +84,7 @@ def test_a_later_record_of_fewer_rivals_stands_beside_the_one_of_most():
     lines = goals.goal_table([few, earlier]).splitlines()
     assert [cell.strip() for cell in lines[2].split("|")[3:6]] == ["1.062", "**1.125**", "**not always**"]
     assert lines[-1].endswith(f"Later records, and steps timed: {few.id[-8:]}: 3.")
+    assert "later" not in goals.goal_table([earlier])
     again.rows[5] = row("malora-dense-compiled", 1.03125, 8.0, "malora")
     assert goals.goals([earlier, few, again])[0].measured == 1.03125
 
