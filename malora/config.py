@@ -99,6 +99,8 @@ class MaloraConfig(PeftConfig):
             raise ValueError(f"top_k={self.top_k} is more than num_experts={self.num_experts}; choose at most all.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout} must be in [0, 1).")
+        if not (isinstance(self.lora_alpha, int | float) and self.lora_alpha > 0):
+            raise ValueError(f"lora_alpha={self.lora_alpha!r} must be a positive number.")
         if self.beta <= 0:
             raise ValueError(f"beta={self.beta} must be positive: S is scaled by it and P_t by its inverse.")
 
