@@ -10,19 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LEVELS = 65536  # a mask's probability is a multiple of 1/65536
+LEVELS = 4096  # a mask's probability is a multiple of 1/4096
 
 
 @triton.jit
 def _mask_kernel(bits_ptr, seed_ptr, size, KEPT: tl.constexpr, BLOCK: tl.constexpr):
-    # A bit that is 1 with probability q becomes one of (q + 1)/2 by OR with a fair bit and of q/2 by AND: sixteen fair
-    # words, taken by the digits of KEPT from the last on, make KEPT/65536. Seven rounds of Philox pass the usual tests
+    # A bit that is 1 with probability q becomes one of (q + 1)/2 by OR with a fair bit and of q/2 by AND: twelve fair
+    # words, taken by the digits of KEPT from the last on, make KEPT/4096. Seven rounds of Philox pass the usual tests
     # of randomness (Salmon et al. 2011).
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     seed = tl.load(seed_ptr)
     bits = tl.zeros([BLOCK], dtype=tl.int32)
-    for draw in tl.static_range(4):
-        words = tl.randint4x(seed, place * 4 + draw, n_rounds=7)
+    for draw in tl.static_range(3):
+        words = tl.randint4x(seed, place * 3 + draw, n_rounds=7)
         for word in tl.static_range(4):
             fair = words[word].to(tl.int32, bitcast=True)
             if (KEPT >> (4 * draw + word)) & 1:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from malora.backends import beside, dropout, flat, fp8, kernels, masked
+from malora.backends import beside, dropout, flat, fp8, kernels, masked, up
 from malora.backends.copies import copy_all
 from malora.backends.kernels import GateShape
 from malora.backends.lanes import fills_device, side_by_side
@@ -249,50 +249,50 @@ class _Experts(torch.autograd.Function):
         else:
             h, dh = stack.by_sibling(zl), stack.by_sibling(dzl)
 
-        # What is not trained gets its weights for gradients, which are then left out.
         def of_h(g: int) -> None:
             dh_g = dh[g]
             torch.addmm(dh_g, dys[g], Bs[g].T, beta=0, alpha=alpha, out=dh_g)
 
-        def of_up(g: int) -> Tensor:
-            return masked.summed(h[g], dys[g]) if needs["B"] else Bs[g]
-
-        made, base = [], None
+        dBs, base = [], None
         if frozen:
             base, of_each = frozen.gradients(dys, Bs, alpha)
             dh = of_each if config.has_router else dh.copy_(of_each)
-        elif fills_device(x):  # in one row anyway, and much of dy is still in the cache
-            for g in range(G):
-                of_h(g)
-                made.append(of_up(g))
+        elif fills_device(x) and needs["B"] and up.pays(dys[0], stack.H8):
+            dBs = [up.gradients(dys[g], h[g], Bs[g], alpha, dh[g]) for g in range(G)]
         else:  # what follows waits for h's alone
             side_by_side(x, [partial(of_h, g) for g in range(G)])
         if config.has_router:
             e = kernels.gate_backward(zl, P, dh, _stacked(gradients[G:], x, s.N), dzl, s)
 
-        def of_input() -> Tensor | None:
-            if not ctx.needs_input_grad[0]:
-                return None
+        # What is not trained gets its weights for gradients, which are then left out.
+        def of_input() -> tuple[Tensor | None, Tensor]:
+            of_x, of_weights = ctx.needs_input_grad[0], needs.get("A", needs.get("S")) or needs.get("router")
+            dx = ddown = None
             if bits is not None:
-                dx = masked.input_gradient(dzl, bits, down, s.logits_at, config.lora_dropout, base)
+                p = config.lora_dropout
+                dx, ddown = masked.gradients(dzl, x, bits, down, s.logits_at, p, base, of_x, of_weights)
             else:
-                dx = dzl @ down if base is None else torch.addmm(base, dzl, down)
-            for dy, W in zip(dys, weights, strict=False):  # none with 8 bits
-                dx.addmm_(dy, W)
-            return dx
-
-        def of_down() -> tuple[Tensor, Tensor | None]:
-            ddown = down
-            if needs.get("A", needs.get("S")) or needs.get("router"):
-                if bits is None:
+                if of_x:
+                    dx = dzl @ down if base is None else torch.addmm(base, dzl, down)
+                if of_weights:
                     ddown = masked.summed(dzl, x)
-                else:
-                    ddown = masked.weight_gradient(dzl, x, bits, s.logits_at, config.lora_dropout)
-            return ddown, stack.P_gradient(e, zl) if needs.get("P") else P
+            if of_x:
+                for dy, W in zip(dys, weights, strict=False):  # none with 8 bits
+                    dx.addmm_(dy, W)
+            return dx, ddown if of_weights else down
 
-        dx, (ddown, dP), dBs = side_by_side(x, [of_input, of_down, lambda: made or [of_up(g) for g in range(G)]])
-        if alpha != 1 and needs["B"]:
-            torch._foreach_mul_(dBs, alpha)
+        def of_P() -> Tensor | None:
+            return stack.P_gradient(e, zl) if needs.get("P") else P
+
+        def of_ups() -> list[Tensor]:
+            if dBs or not needs["B"]:
+                return dBs or Bs
+            made = [masked.summed(h[g], dys[g]) for g in range(G)]
+            if alpha != 1:
+                torch._foreach_mul_(made, alpha)
+            return made
+
+        (dx, ddown), dP, dBs = side_by_side(Bs[0], [of_input, of_P, of_ups])  # as small works as P's are
         found = [part for g in range(G) for part in stack.parts(ddown, dP, dBs[g], g)]
         return dx, None, None, None, *(part if needed else None for part, needed in zip(found, wanted, strict=True))
 

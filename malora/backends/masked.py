@@ -21,7 +21,7 @@ from malora.backends.dropout import dropped, left_of, scale
 
 
 @triton.jit
-def _finished(sums, PTX: tl.constexpr):
+def finished(sums, PTX: tl.constexpr):
     """The sums of a product, float32, once it has ended."""
     # On Hopper a product may run on while its loop writes the registers (Triton 3.6, its issue 9433) or the buffer that
     # it still reads, and AsyLoRA trained to NaN. Whoever reads the sums waits for them; ptxas drops the mov.
@@ -34,8 +34,8 @@ def _finished(sums, PTX: tl.constexpr):
 def _down_kernel(
     x_ptr, bits_ptr, down_ptr, zl_ptr, copy_ptr, T, n, W, zl_stride, copy_stride, N_EACH: tl.constexpr,
     EVEN_T: tl.constexpr, EVEN_N: tl.constexpr, COPIES: tl.constexpr, SCALE: tl.constexpr, Z: tl.constexpr,
-    L: tl.constexpr, PAD_Z: tl.constexpr, PAD_L: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr, PTX: tl.constexpr,
+    REST: tl.constexpr, L: tl.constexpr, PAD_Z: tl.constexpr, PAD_REST: tl.constexpr, PAD_L: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     part = tl.program_id(1)
@@ -43,85 +43,52 @@ def _down_kernel(
     words = part * (N_EACH // 32) + tl.arange(0, BLOCK_N // 32)
     row_inside = (rows < T)[:, None] | EVEN_T
     z_rows = tl.arange(0, PAD_Z)
-    l_rows = tl.arange(0, PAD_L)
+    rest_rows = PAD_Z + tl.arange(0, PAD_REST)
+    l_rows = Z + tl.arange(0, PAD_L)
     x_ptr += rows[:, None] * n + columns[None, :]
     copy_ptr += rows[:, None] * copy_stride + columns[None, :]
     bits_ptr += rows[:, None] * W + words[None, :]
-    z_ptr = down_ptr + z_rows[:, None] * n + columns[None, :]
-    l_ptr = down_ptr + (Z + l_rows)[:, None] * n + columns[None, :]
+    down_ptr += columns[None, :]
     z = tl.zeros([BLOCK_T, PAD_Z], dtype=WIDE)
+    rest = tl.zeros([BLOCK_T, PAD_REST], dtype=WIDE)
     logits = tl.zeros([BLOCK_T, PAD_L], dtype=WIDE)
     for start in range(0, N_EACH, BLOCK_N):
         column_inside = (columns + start < n)[None, :] | EVEN_N
         x = tl.load(x_ptr, mask=row_inside & column_inside, other=0.0)
         word = tl.load(bits_ptr, mask=row_inside & ((words + start // 32 < W)[None, :] | EVEN_N), other=0)
-        d = tl.load(z_ptr, mask=(z_rows < Z)[:, None] & column_inside, other=0.0)
+        d = tl.load(down_ptr + z_rows[:, None] * n, mask=(z_rows < Z)[:, None] & column_inside, other=0.0)
         if COPIES:
             tl.store(copy_ptr, x, mask=row_inside & column_inside)
             copy_ptr += BLOCK_N
         left = left_of(x, word, BLOCK_T, BLOCK_N, PTX)
         z = tl.dot(left, tl.trans(d), z, input_precision="ieee", out_dtype=WIDE)
+        if REST > 0:
+            d = tl.load(down_ptr + rest_rows[:, None] * n, mask=(rest_rows < Z)[:, None] & column_inside, other=0.0)
+            rest = tl.dot(left, tl.trans(d), rest, input_precision="ieee", out_dtype=WIDE)
         if L > 0:
-            g = tl.load(l_ptr, mask=(l_rows < L)[:, None] & column_inside, other=0.0)
-            logits = _finished(tl.dot(x, tl.trans(g), logits, input_precision="ieee", out_dtype=WIDE), PTX)
-        z = _finished(z, PTX)
+            g = tl.load(down_ptr + l_rows[:, None] * n, mask=(l_rows < Z + L)[:, None] & column_inside, other=0.0)
+            logits = finished(tl.dot(x, tl.trans(g), logits, input_precision="ieee", out_dtype=WIDE), PTX)
+        if REST > 0:
+            rest = finished(rest, PTX)
+        z = finished(z, PTX)
         x_ptr += BLOCK_N
         bits_ptr += BLOCK_N // 32
-        z_ptr += BLOCK_N
-        l_ptr += BLOCK_N
+        down_ptr += BLOCK_N
     place = zl_ptr + (part.to(tl.int64) * T + rows)[:, None] * zl_stride
     tl.store(place + z_rows[None, :], z * SCALE, mask=row_inside & (z_rows < Z)[None, :])
+    if REST > 0:
+        tl.store(place + rest_rows[None, :], rest * SCALE, mask=row_inside & (rest_rows < Z)[None, :])
     if L > 0:
-        tl.store(place + Z + l_rows[None, :], logits, mask=row_inside & (l_rows < L)[None, :])
+        tl.store(place + l_rows[None, :], logits, mask=row_inside & (l_rows < Z + L)[None, :])
 
 
 @triton.jit
-def _input_gradient_kernel(
-    dzl_ptr, bits_ptr, down_ptr, base_ptr, dx_ptr, T, n, W, zl_stride, base_stride, T_EACH: tl.constexpr,
-    EVEN_T: tl.constexpr, EVEN_N: tl.constexpr, SCALE: tl.constexpr, Z: tl.constexpr, L: tl.constexpr,
-    PAD_Z: tl.constexpr, PAD_L: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    ADDS: tl.constexpr, PTX: tl.constexpr,
-):  # fmt: skip
-    rows = tl.program_id(1).to(tl.int64) * T_EACH + tl.arange(0, BLOCK_T)
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    words = tl.program_id(0) * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32)
-    column_inside = (columns < n)[None, :] | EVEN_N
-    z_rows = tl.arange(0, PAD_Z)
-    l_rows = tl.arange(0, PAD_L)
-    d = tl.load(down_ptr + z_rows[:, None] * n + columns[None, :],
-                mask=(z_rows < Z)[:, None] & column_inside, other=0.0)  # fmt: skip
-    if L > 0:
-        g = tl.load(down_ptr + (Z + l_rows)[:, None] * n + columns[None, :],
-                    mask=(l_rows < L)[:, None] & column_inside, other=0.0)  # fmt: skip
-    z_ptr = dzl_ptr + rows[:, None] * zl_stride + z_rows[None, :]
-    l_ptr = dzl_ptr + rows[:, None] * zl_stride + (Z + l_rows)[None, :]
-    bits_ptr += rows[:, None] * W + words[None, :]
-    base_ptr += rows[:, None] * base_stride + columns[None, :]
-    dx_ptr += rows[:, None] * n + columns[None, :]
-    for start in range(0, T_EACH, BLOCK_T):
-        row_inside = (rows + start < T)[:, None] | EVEN_T
-        dz = tl.load(z_ptr, mask=row_inside & (z_rows < Z)[None, :], other=0.0)
-        word = tl.load(bits_ptr, mask=row_inside & ((words < W)[None, :] | EVEN_N), other=0)
-        dx = tl.dot(dz, d, input_precision="ieee", out_dtype=WIDE) * SCALE
-        dx = left_of(dx, word, BLOCK_T, BLOCK_N, PTX)
-        if L > 0:
-            dl = tl.load(l_ptr, mask=row_inside & (l_rows < L)[None, :], other=0.0)
-            dx = tl.dot(dl, g, dx, input_precision="ieee", out_dtype=WIDE)
-        if ADDS:
-            dx += tl.load(base_ptr, mask=row_inside & column_inside)
-            base_ptr += BLOCK_T * base_stride
-        tl.store(dx_ptr, dx, mask=row_inside & column_inside)
-        z_ptr += BLOCK_T * zl_stride
-        l_ptr += BLOCK_T * zl_stride
-        bits_ptr += BLOCK_T * W
-        dx_ptr += BLOCK_T * n
-
-
-@triton.jit
-def _weight_gradient_kernel(
-    dzl_ptr, x_ptr, bits_ptr, out_ptr, T, n, W, zl_stride, x_stride, T_EACH: tl.constexpr, EVEN_T: tl.constexpr,
-    EVEN_N: tl.constexpr, SCALE: tl.constexpr, Z: tl.constexpr, L: tl.constexpr, PAD_Z: tl.constexpr,
-    PAD_L: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.constexpr,
+def _gradients_kernel(
+    dzl_ptr, x_ptr, bits_ptr, down_ptr, base_ptr, dx_ptr, out_ptr, T, n, W, zl_stride, x_stride, base_stride,
+    T_EACH: tl.constexpr, OF_INPUT: tl.constexpr, OF_WEIGHTS: tl.constexpr, ADDS: tl.constexpr, EVEN_T: tl.constexpr,
+    EVEN_N: tl.constexpr, SCALE: tl.constexpr, Z: tl.constexpr, REST: tl.constexpr, L: tl.constexpr,
+    PAD_Z: tl.constexpr, PAD_REST: tl.constexpr, PAD_L: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1)
     rows = part.to(tl.int64) * T_EACH + tl.arange(0, BLOCK_T)
@@ -129,43 +96,76 @@ def _weight_gradient_kernel(
     words = tl.program_id(0) * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32)
     column_inside = (columns < n)[None, :] | EVEN_N
     z_rows = tl.arange(0, PAD_Z)
-    l_rows = tl.arange(0, PAD_L)
-    x_ptr += rows[:, None] * x_stride + columns[None, :]
+    rest_rows = PAD_Z + tl.arange(0, PAD_REST)
+    l_rows = Z + tl.arange(0, PAD_L)
+    place = rows[:, None] * n + columns[None, :]
+    dzl_ptr += rows[:, None] * zl_stride
     bits_ptr += rows[:, None] * W + words[None, :]
-    z_ptr = dzl_ptr + rows[:, None] * zl_stride + z_rows[None, :]
-    l_ptr = dzl_ptr + rows[:, None] * zl_stride + (Z + l_rows)[None, :]
-    z_sum = tl.zeros([PAD_Z, BLOCK_N], dtype=WIDE)
-    l_sum = tl.zeros([PAD_L, BLOCK_N], dtype=WIDE)
+    x_ptr += rows[:, None] * x_stride + columns[None, :]
+    base_ptr += rows[:, None] * base_stride + columns[None, :]
+    dx_ptr += place
+    down_ptr += columns[None, :]
+    if OF_INPUT:
+        d = tl.load(down_ptr + z_rows[:, None] * n, mask=(z_rows < Z)[:, None] & column_inside, other=0.0)
+        if REST > 0:
+            r = tl.load(down_ptr + rest_rows[:, None] * n, mask=(rest_rows < Z)[:, None] & column_inside, other=0.0)
+        if L > 0:
+            g = tl.load(down_ptr + l_rows[:, None] * n, mask=(l_rows < Z + L)[:, None] & column_inside, other=0.0)
+    # Columns by rows, not rows by columns: of a product's left side a block is 64 on Hopper, of its right one 16 do.
+    z_sum = tl.zeros([BLOCK_N, PAD_Z], dtype=WIDE)
+    rest_sum = tl.zeros([BLOCK_N, PAD_REST], dtype=WIDE)
+    l_sum = tl.zeros([BLOCK_N, PAD_L], dtype=WIDE)
     for start in range(0, T_EACH, BLOCK_T):
         row_inside = (rows + start < T)[:, None] | EVEN_T
-        x = tl.load(x_ptr, mask=row_inside & column_inside, other=0.0)
         word = tl.load(bits_ptr, mask=row_inside & ((words < W)[None, :] | EVEN_N), other=0)
-        dz = tl.load(z_ptr, mask=row_inside & (z_rows < Z)[None, :], other=0.0)
-        left = left_of(x, word, BLOCK_T, BLOCK_N, PTX)
-        z_sum = tl.dot(tl.trans(dz), left, z_sum, input_precision="ieee", out_dtype=WIDE)
+        dz = tl.load(dzl_ptr + z_rows[None, :], mask=row_inside & (z_rows < Z)[None, :], other=0.0)
+        if REST > 0:
+            drest = tl.load(dzl_ptr + rest_rows[None, :], mask=row_inside & (rest_rows < Z)[None, :], other=0.0)
         if L > 0:
-            dl = tl.load(l_ptr, mask=row_inside & (l_rows < L)[None, :], other=0.0)
-            l_sum = _finished(tl.dot(tl.trans(dl), x, l_sum, input_precision="ieee", out_dtype=WIDE), PTX)
-        x_ptr += BLOCK_T * x_stride
+            dl = tl.load(dzl_ptr + l_rows[None, :], mask=row_inside & (l_rows < Z + L)[None, :], other=0.0)
+        if OF_WEIGHTS:
+            x = tl.load(x_ptr, mask=row_inside & column_inside, other=0.0)
+        if OF_INPUT:
+            dx = tl.dot(dz, d, input_precision="ieee", out_dtype=WIDE)
+            if REST > 0:
+                dx = tl.dot(drest, r, dx, input_precision="ieee", out_dtype=WIDE)
+            dx = left_of(dx * SCALE, word, BLOCK_T, BLOCK_N, PTX)
+            if L > 0:
+                dx = tl.dot(dl, g, dx, input_precision="ieee", out_dtype=WIDE)
+            if ADDS:
+                dx += tl.load(base_ptr, mask=row_inside & column_inside)
+            tl.store(dx_ptr, dx, mask=row_inside & column_inside)
+        if OF_WEIGHTS:
+            left = tl.trans(left_of(x, word, BLOCK_T, BLOCK_N, PTX))
+            z_sum = tl.dot(left, dz, z_sum, input_precision="ieee", out_dtype=WIDE)
+            if REST > 0:
+                rest_sum = tl.dot(left, drest, rest_sum, input_precision="ieee", out_dtype=WIDE)
+            if L > 0:
+                l_sum = tl.dot(tl.trans(x), dl, l_sum, input_precision="ieee", out_dtype=WIDE)
+                l_sum = finished(l_sum, PTX)
+            if REST > 0:
+                rest_sum = finished(rest_sum, PTX)
+            z_sum = finished(z_sum, PTX)
+        dzl_ptr += BLOCK_T * zl_stride
         bits_ptr += BLOCK_T * W
-        z_ptr += BLOCK_T * zl_stride
-        l_ptr += BLOCK_T * zl_stride
-    out_ptr += part.to(tl.int64) * (Z + L) * n
-    tl.store(out_ptr + z_rows[:, None] * n + columns[None, :], z_sum * SCALE,
-             mask=(z_rows < Z)[:, None] & column_inside)  # fmt: skip
-    if L > 0:
-        tl.store(out_ptr + (Z + l_rows)[:, None] * n + columns[None, :], l_sum,
-                 mask=(l_rows < L)[:, None] & column_inside)  # fmt: skip
+        x_ptr += BLOCK_T * x_stride
+        base_ptr += BLOCK_T * base_stride
+        dx_ptr += BLOCK_T * n
+    if OF_WEIGHTS:
+        out_ptr += part.to(tl.int64) * (Z + L) * n + columns[None, :]
+        tl.store(out_ptr + z_rows[:, None] * n, tl.trans(z_sum) * SCALE, mask=(z_rows < Z)[:, None] & column_inside)
+        if REST > 0:
+            tl.store(out_ptr + rest_rows[:, None] * n, tl.trans(rest_sum) * SCALE,
+                     mask=(rest_rows < Z)[:, None] & column_inside)  # fmt: skip
+        if L > 0:
+            tl.store(out_ptr + l_rows[:, None] * n, tl.trans(l_sum), mask=(l_rows < Z + L)[:, None] & column_inside)
 
 
-# The fastest of those tried on an H100 at 4,096 tokens and inputs of 4,096 and 11,008; rows of output beyond 128 want
-# more warps.
+# The fastest of those tried on an H100 at 4,096 tokens and inputs of 4,096 and 11,008.
 DOWN = {"BLOCK_T": 64, "BLOCK_N": 64, "num_stages": 3}
-INPUT_GRADIENT = {"BLOCK_T": 64, "BLOCK_N": 128, "num_stages": 3}
-WEIGHT_GRADIENT = {"BLOCK_T": 64, "BLOCK_N": 64, "num_stages": 3}
+GRADIENTS = {"BLOCK_T": 64, "BLOCK_N": 64, "num_stages": 3}
 PROGRAMS = 264  # two for each multiprocessor of an H100
 LEAST_BLOCKS = 16  # of columns in a part of a sum; not tuned again since the gate's kernel adds up the parts
-LEAST_ROWS = 64  # of a weight gradient: what Hopper multiplies at once, from shared memory; fewer go through registers
 HOPPERS = 227 << 10  # bytes of shared memory that a block of threads can have on an H100
 MOST_ROWS = 256  # of down sides, and of routers beside them; the sums of a block of tokens stay in registers
 
@@ -176,22 +176,15 @@ def _plainly(x: Tensor, Z: int, L: int) -> bool:
     tokens there are no blocks."""
     if Z > MOST_ROWS or L > MOST_ROWS or not x.numel() or (x.is_cuda and x.element_size() > 2):
         return True
-    rows = _rows(Z, L, LEAST_ROWS)
-    return not (_stages(DOWN, rows, x.device) and _stages(INPUT_GRADIENT, rows, x.device, keeps_weights=True))
+    return not (_stages(DOWN, Z, L, x.device) and _stages(GRADIENTS, Z, L, x.device))
 
 
-def _parts(blocks: int, others: int) -> int:
+def _parts(blocks: int, others: int, programs: int = PROGRAMS) -> int:
     """In how many parts a sum is cut where `blocks` programs leave the device idle; a power of two, at most `others`.
 
     The parts are added up in a fixed order, and few different numbers mean few compilations.
     """
-    return min(2 ** max(0, round(math.log2(PROGRAMS / blocks))), triton.next_power_of_2(max(1, others)))
-
-
-def _cut(T: int, n: int, tuned: dict[str, int]) -> tuple[int, int]:
-    """Blocks of columns, and tokens a program: a power of two of blocks, for few compilations."""
-    blocks, blocks_T = triton.cdiv(n, tuned["BLOCK_N"]), triton.cdiv(T, tuned["BLOCK_T"])
-    return blocks, triton.next_power_of_2(triton.cdiv(blocks_T, _parts(blocks, blocks_T))) * tuned["BLOCK_T"]
+    return min(2 ** max(0, round(math.log2(programs / blocks))), triton.next_power_of_2(max(1, others)))
 
 
 def down(
@@ -230,44 +223,47 @@ def down_in_parts(
     _down_kernel[(blocks, count)](
         x, bits, weights, zl if parts is None else parts, x if copy is None else copy, T, n, bits.shape[1],
         zl.stride(0), 0 if copy is None else copy.stride(0), n_each, EVEN_T=T % DOWN["BLOCK_T"] == 0,
-        EVEN_N=n % n_each == 0, COPIES=copy is not None, PTX=_has_ptx(x), **_sizes(weights, Z, p),
+        EVEN_N=n % n_each == 0, COPIES=copy is not None, **_sizes(weights, Z, p),
         **_fitting(DOWN, Z, columns - Z, x.device),
     )  # fmt: skip
     return zl, parts
 
 
-def input_gradient(dzl: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float, base: Tensor | None = None) -> Tensor:
-    """dropout(dz D) + dl G + base: [T, n] of dzl [T, Z + L] and `base` [T, n], if there is one, in rows anywhere."""
-    if _plainly(dzl, Z, len(weights) - Z):
-        dx = dropped(dzl[:, :Z] @ weights[:Z], bits, p)
-        return (dx if base is None else dx.add_(base)).addmm_(dzl[:, Z:], weights[Z:])
-    T, n = len(dzl), weights.shape[1]
-    dx = dzl.new_empty(T, n)
-    blocks, T_each = _cut(T, n, INPUT_GRADIENT)
-    tuned = _fitting(INPUT_GRADIENT, Z, len(weights) - Z, dzl.device, keeps_weights=True)
-    _input_gradient_kernel[blocks, triton.cdiv(T, T_each)](
-        dzl, bits, weights, dx if base is None else base, dx, T, n, bits.shape[1], dzl.stride(0),
-        0 if base is None else base.stride(0), T_each, EVEN_T=T % T_each == 0,
-        EVEN_N=n % INPUT_GRADIENT["BLOCK_N"] == 0, ADDS=base is not None, PTX=_has_ptx(dzl),
-        **_sizes(weights, Z, p), **tuned,
-    )  # fmt: skip
-    return dx
+def gradients(
+    dzl: Tensor, x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float, base: Tensor | None = None,
+    of_input: bool = True, of_weights: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """dropout(dz D) + dl G + base, [T, n], and [dzᵀ dropout(x); dlᵀ x], [Z + L, n] in float32 or wider; or None.
 
-
-def weight_gradient(dzl: Tensor, x: Tensor, bits: Tensor, Z: int, p: float) -> Tensor:
-    """[dzᵀ dropout(x); dlᵀ x]: [Z + L, n] in float32 or wider, of dzl [T, Z + L]; rows of x may lie anywhere."""
-    if _plainly(x, Z, dzl.shape[1] - Z):
-        return torch.cat([summed(dzl[:, :Z], dropped(x, bits, p)), summed(dzl[:, Z:], x)])
-    (T, n), rows = x.shape, dzl.shape[1]
-    blocks, T_each = _cut(T, n, WEIGHT_GRADIENT)
-    parts = triton.cdiv(T, T_each)
-    out = torch.empty(parts, rows, n, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    _weight_gradient_kernel[(blocks, parts)](
-        dzl, x, bits, out, T, n, bits.shape[1], dzl.stride(0), x.stride(0), T_each, EVEN_T=T % T_each == 0,
-        EVEN_N=n % WEIGHT_GRADIENT["BLOCK_N"] == 0, PTX=_has_ptx(x),
-        **_sizes(dzl.T, Z, p, LEAST_ROWS), **_fitting(WEIGHT_GRADIENT, Z, rows - Z, x.device, LEAST_ROWS),
+    Of dzl [T, Z + L], x [T, n], weights [Z + L, n] and, if there is one, `base` [T, n], in rows anywhere.
+    """
+    if _plainly(x, Z, len(weights) - Z):
+        dx = dweights = None
+        if of_input:
+            dx = dropped(dzl[:, :Z] @ weights[:Z], bits, p)
+            dx = (dx if base is None else dx.add_(base)).addmm_(dzl[:, Z:], weights[Z:])
+        if of_weights:
+            dweights = torch.cat([summed(dzl[:, :Z], dropped(x, bits, p)), summed(dzl[:, Z:], x)])
+        return dx, dweights
+    (T, n), rows = x.shape, len(weights)
+    dx = x.new_empty(T, n) if of_input else None
+    blocks, blocks_T = triton.cdiv(n, GRADIENTS["BLOCK_N"]), triton.cdiv(T, GRADIENTS["BLOCK_T"])
+    tuned = _fitting(GRADIENTS, Z, rows - Z, x.device)
+    fits_twice = 2 * _bytes(GRADIENTS, Z, rows - Z, tuned["num_stages"]) <= _shared(x.device)
+    each = triton.cdiv(blocks_T, _parts(blocks, blocks_T, PROGRAMS if fits_twice else PROGRAMS // 2))
+    T_each = triton.next_power_of_2(each) * GRADIENTS["BLOCK_T"]  # a power of two of blocks, for few compilations
+    parts, dweights = triton.cdiv(T, T_each), None
+    if of_weights:
+        dweights = torch.empty(parts, rows, n, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    _gradients_kernel[blocks, parts](
+        dzl, x, bits, weights, x if base is None else base, x if dx is None else dx,
+        x if dweights is None else dweights, T, n, bits.shape[1], dzl.stride(0), x.stride(0),
+        0 if base is None else base.stride(0), T_each, OF_INPUT=of_input, OF_WEIGHTS=of_weights, ADDS=base is not None,
+        EVEN_T=T % T_each == 0, EVEN_N=n % GRADIENTS["BLOCK_N"] == 0, **_sizes(weights, Z, p), **tuned,
     )  # fmt: skip
-    return out[0] if parts == 1 else out.sum(0)
+    if of_weights:
+        dweights = dweights[0] if parts == 1 else dweights.sum(0)
+    return dx, dweights
 
 
 def summed(left: Tensor, right: Tensor) -> Tensor:
@@ -286,31 +282,38 @@ def rows_of(x: Tensor, columns: int) -> Tensor:
     return x.new_empty(len(x), -(-columns // 16) * 16)[:, :columns]
 
 
-def _has_ptx(x: Tensor) -> bool:
-    return x.is_cuda and not torch.version.hip
+def blocks_of(rows: int) -> dict[str, int]:
+    """Rows as one block, padded to a power of two, or as two, padded each, where those are fewer."""
+    whole = _pad(rows)
+    first = whole // 2
+    if first >= 16 and first + _pad(rows - first) < whole:
+        return {"first": first, "rest": rows - first, "pad_rest": _pad(rows - first)}
+    return {"first": whole, "rest": 0, "pad_rest": 16}
 
 
-def _rows(Z: int, L: int, least: int) -> int:
-    """Rows of weights that a block has, with what pads them."""
-    return _pad(Z, least) + (_pad(L, least) if L else 0)
+def _pad(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))  # tl.dot takes no less
 
 
-def _stages(tuned: dict[str, int], rows: int, device: torch.device, keeps_weights: bool = False) -> int:
-    """Stages of loads that shared memory has room for, at most those of `tuned`; 0 if for none.
+def _bytes(tuned: dict[str, int], Z: int, L: int, stages: int) -> int:
+    """Of shared memory, for elements of two, as Triton 3.6 lays them out for Hopper.
 
-    The input's gradient keeps its weights and loads rows of dzl; the others load x and the weights, or dzl, by stages.
-    In bytes, for elements of two, as Triton 3.6 lays them out for Hopper.
+    Loads have a block for each stage. The gradients keep a block of the weights, and lay out one of x anew.
     """
-    T, n = tuned["BLOCK_T"], tuned["BLOCK_N"]
-    kept, stage = (2 * (T + rows) * n, 2 * rows * T) if keeps_weights else (1024, 2 * (T + rows) * n)
-    return max(0, min(tuned["num_stages"], (_shared(device) - kept) // stage))
+    T, n, z = tuned["BLOCK_T"], tuned["BLOCK_N"], blocks_of(Z)
+    rows = z["first"] + (z["pad_rest"] if z["rest"] else 0) + (_pad(L) if L else 0)
+    kept, loaded = (2 * (T + rows) * n, T) if tuned is GRADIENTS else (0, n)
+    return 1024 + kept + stages * 2 * (T * n + rows * loaded)
 
 
-def _fitting(
-    tuned: dict[str, int], Z: int, L: int, device: torch.device, least: int = 16, keeps_weights: bool = False
-) -> dict[str, int]:
-    """`tuned`, with as many stages as fit."""
-    return tuned | {"num_stages": _stages(tuned, _rows(Z, L, least), device, keeps_weights)}
+def _stages(tuned: dict[str, int], Z: int, L: int, device: torch.device) -> int:
+    """Stages of loads that shared memory has room for, at most those of `tuned`; 0 if for none."""
+    return max(s for s in range(tuned["num_stages"] + 1) if not s or _bytes(tuned, Z, L, s) <= _shared(device))
+
+
+def _fitting(tuned: dict[str, int], Z: int, L: int, device: torch.device) -> dict[str, int]:
+    """`tuned`, with as many stages as fit, and more warps where there are many rows."""
+    return tuned | {"num_stages": _stages(tuned, Z, L, device), "num_warps": 4 if Z + L <= 224 else 8}
 
 
 @cache
@@ -319,12 +322,19 @@ def _shared(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else HOPPERS
 
 
-def _sizes(weights: Tensor, Z: int, p: float, least: int = 16) -> dict[str, Any]:
-    L = len(weights) - Z
-    wide = tl.float64 if weights.dtype == torch.float64 else tl.float32
-    pads = {"PAD_Z": _pad(Z, least), "PAD_L": _pad(L, least), "num_warps": 4 if Z <= 128 else 8}
-    return {"SCALE": scale(p), "Z": Z, "L": L, "WIDE": wide, **pads}
+def _sizes(weights: Tensor, Z: int, p: float) -> dict[str, Any]:
+    L, z = len(weights) - Z, blocks_of(Z)
+    return {
+        "SCALE": scale(p), "Z": Z, "L": L, "PAD_Z": z["first"], "REST": z["rest"], "PAD_REST": z["pad_rest"],
+        "PAD_L": _pad(L), "WIDE": wide_of(weights), "PTX": has_ptx(weights),
+    }  # fmt: skip
 
 
-def _pad(size: int, least: int) -> int:
-    return max(least, triton.next_power_of_2(size))  # tl.dot takes no less than 16
+def has_ptx(x: Tensor) -> bool:
+    """Whether kernels over x are compiled to what Nvidia's GPUs read."""
+    return x.is_cuda and not torch.version.hip
+
+
+def wide_of(x: Tensor) -> tl.dtype:
+    """What kernels sum in."""
+    return tl.float64 if x.dtype == torch.float64 else tl.float32

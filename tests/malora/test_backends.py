@@ -37,7 +37,7 @@ class FusedMask(torch.nn.Module):
             return x
         bits = dropout.mask(x[..., 0].numel(), x.shape[-1], torch.randint(2**31 - 1, (1,)), self.p)
         kept = (bits[:, :, None] >> torch.arange(32) & 1).flatten(1)[:, : x.shape[-1]]
-        return x * kept.view_as(x) / (1 - round(65536 * self.p) / 65536)
+        return x * kept.view_as(x) / (1 - round(dropout.LEVELS * self.p) / dropout.LEVELS)
 
 
 def run(made: MaloraLayer, backend: str, x: torch.Tensor):

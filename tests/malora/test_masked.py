@@ -31,45 +31,51 @@ def test_products_equal_those_of_masked_tensors(T, n, Z, L, p, least_blocks, mon
     dzl = masked.rows_of(x, Z + L).copy_(torch.randn(T, Z + L))
     bits = dropout.mask(T, n, torch.tensor([5], device=DEVICE), p)
     wide = torch.float32 if ON_GPU else torch.float64
-    left = kept(bits, n).to(wide) / (1 - round(65536 * p) / 65536)
+    left = kept(bits, n).to(wide) / (1 - round(dropout.LEVELS * p) / dropout.LEVELS)
     x_, w_, dzl_ = (t.to(wide) for t in (x, weights, dzl))
+    base = torch.randn(T, n, device=DEVICE).to(DTYPE)
     expected = {
         "down": torch.cat([(x_ * left) @ w_[:Z].T, x_ @ w_[Z:].T], 1),
-        "input_gradient": left * (dzl_[:, :Z] @ w_[:Z]) + dzl_[:, Z:] @ w_[Z:],
-        "weight_gradient": torch.cat([dzl_[:, :Z].T @ (x_ * left), dzl_[:, Z:].T @ x_]),
+        "of input": left * (dzl_[:, :Z] @ w_[:Z]) + dzl_[:, Z:] @ w_[Z:],
+        "of weights": torch.cat([dzl_[:, :Z].T @ (x_ * left), dzl_[:, Z:].T @ x_]),
     }
-    got = {
-        "down": masked.down(x, bits, weights, Z, p),
-        "input_gradient": masked.input_gradient(dzl, bits, weights, Z, p),
-        "weight_gradient": masked.weight_gradient(dzl, x, bits, Z, p),
-    }
-    rows = torch.full(
-        (T, n + 32), torch.nan, dtype=DTYPE, device=DEVICE
-    )  # x in wider ones, as the first product left it
-    expected["down, copied"], expected["weight_gradient of rows"] = expected["down"], expected["weight_gradient"]
+    expected["down, copied"] = expected["down"]
+    expected["of input, added"] = expected["of input"] + base.to(wide)
+    expected["of weights, of rows"] = expected["of weights"]
+    got = {"down": masked.down(x, bits, weights, Z, p)}
+    # x in wider ones, as the first product left it
+    rows = torch.full((T, n + 32), torch.nan, dtype=DTYPE, device=DEVICE)
     got["down, copied"] = masked.down(x, bits, weights, Z, p, rows[:, :n])
     assert torch.equal(rows[:, :n], x) and rows[:, n:].isnan().all()
-    got["weight_gradient of rows"] = masked.weight_gradient(dzl, rows[:, :n], bits, Z, p)
-    base = torch.randn(T, n, device=DEVICE).to(DTYPE)
-    expected["added"] = expected["input_gradient"] + base.to(wide)
-    got["added"] = masked.input_gradient(dzl, bits, weights, Z, p, base)
+    got["of input"], got["of weights"] = masked.gradients(dzl, x, bits, weights, Z, p)
+    got["of input, added"], nothing = masked.gradients(dzl, x, bits, weights, Z, p, base, of_weights=False)
+    assert nothing is None
+    nothing, got["of weights, of rows"] = masked.gradients(dzl, rows[:, :n], bits, weights, Z, p, of_input=False)
+    assert nothing is None
     for name, value in expected.items():
         assert (got[name].to(wide) - value).norm() <= CLOSE * value.norm(), name
 
 
+@pytest.mark.parametrize(
+    "rows, first, rest, pad_rest",
+    [(8, 16, 0, 16), (24, 32, 0, 16), (40, 32, 8, 16), (64, 64, 0, 16), (96, 64, 32, 32), (192, 128, 64, 64)],
+)
+def test_rows_are_two_blocks_where_those_are_smaller(rows, first, rest, pad_rest):
+    assert masked.blocks_of(rows) == {"first": first, "rest": rest, "pad_rest": pad_rest}
+
+
 def test_loads_have_the_stages_that_fit_and_products_for_which_none_do_are_plain(monkeypatch):
     x = torch.empty(1, dtype=torch.bfloat16)
-    rows = {(96, 24): 160, (192, 24): 288, (96, 192): 384, (256, 256): 512}
+    sizes = [(96, 24), (192, 24), (96, 192), (256, 256)]
 
-    def stages(*how):
-        return [masked._stages(*how[:1], masked._rows(Z, L, 16), x.device, *how[1:]) for Z, L in rows]
+    def stages(tuned):
+        return [masked._stages(tuned, Z, L, x.device) for Z, L in sizes]
 
-    assert [masked._rows(Z, L, 16) for Z, L in rows] == [*rows.values()]
-    assert stages(masked.DOWN) == [3, 3, 3, 3] and stages(masked.INPUT_GRADIENT, True) == [3, 3, 2, 1]
-    assert not any(masked._plainly(x, Z, L) for Z, L in rows) and masked._plainly(x, 96, 264)
+    assert stages(masked.DOWN) == [3, 3, 3, 3] and stages(masked.GRADIENTS) == [3, 3, 3, 2]
+    assert not any(masked._plainly(x, Z, L) for Z, L in sizes) and masked._plainly(x, 96, 264)
     monkeypatch.setattr(masked, "_shared", lambda device: 99 << 10)  # of a GPU at home
-    assert stages(masked.DOWN) == [3, 2, 1, 1] and stages(masked.INPUT_GRADIENT, True) == [2, 0, 0, 0]
-    assert [masked._plainly(x, Z, L) for Z, L in rows] == [False, True, True, True]
+    assert stages(masked.DOWN) == [3, 2, 1, 1] and stages(masked.GRADIENTS) == [3, 1, 0, 0]
+    assert [masked._plainly(x, Z, L) for Z, L in sizes] == [False, False, True, True]
 
 
 @pytest.mark.parametrize("p", [0.05, 0.3])
@@ -77,7 +83,7 @@ def test_a_mask_drops_the_share_it_should_and_no_pattern(p):
     T, n = 512, 256
     mask = kept(dropout.mask(T, n, torch.tensor([3], device=DEVICE), p), n).double()
     six_sigma = 6 * (p * (1 - p) / mask.numel()) ** 0.5
-    assert abs(1 - p - mask.mean()) < six_sigma + 1 / 65536
+    assert abs(1 - p - mask.mean()) < six_sigma + 1 / dropout.LEVELS
     for shifted in (mask.roll(1, 0), mask.roll(1, 1), mask.roll(32, 1), mask.roll(8, 0)):
         assert abs(((mask - mask.mean()) * (shifted - mask.mean())).mean()) < six_sigma  # of a product of two such
     other = kept(dropout.mask(T, n, torch.tensor([4], device=DEVICE), p), n).double()
@@ -89,12 +95,11 @@ def test_a_mask_drops_the_share_it_should_and_no_pattern(p):
 def test_a_product_is_the_same_every_time(T, n, Z, L):
     torch.manual_seed(0)
     x, weights = (torch.randn(rows, n, device=DEVICE).to(DTYPE) for rows in (T, Z + L))
-    dzl = torch.randn(T, Z + L, device=DEVICE).to(DTYPE)
+    dzl = masked.rows_of(x, Z + L).copy_(torch.randn(T, Z + L))
     bits = dropout.mask(T, n, torch.tensor([5], device=DEVICE), 0.05)
     products = {
         "down": lambda: masked.down(x, bits, weights, Z, 0.05),
-        "weight_gradient": lambda: masked.weight_gradient(masked.rows_of(x, Z + L).copy_(dzl), x, bits, Z, 0.05),
-        "input_gradient": lambda: masked.input_gradient(masked.rows_of(x, Z + L).copy_(dzl), bits, weights, Z, 0.05),
+        "gradients": lambda: torch.cat([g.flatten() for g in masked.gradients(dzl, x, bits, weights, Z, 0.05)]),
     }
     for name, product in products.items():
         first = product()
@@ -109,15 +114,17 @@ from tests.malora.hopper import compiled
 common = {"N_EACH": 576, "T_EACH": 1024, "PTX": True, "EVEN_T": True, "EVEN_N": True, "ADDS": False,
           "COPIES": True}
 types = {"bits_ptr": "*i32", "out_ptr": "*fp32"}
-for Z, L in (256, 0), (64, 8), (96, 192), (256, 256):
+for Z, L in (256, 0), (64, 8), (96, 24), (96, 192), (256, 256):
     assert not masked._plainly(torch.empty(1), Z, L)
     weights = torch.empty(Z + L, 576, dtype=torch.bfloat16)
-    for kernel, tuned, least, *how in (
-        (masked._down_kernel, masked.DOWN, 16),
-        (masked._weight_gradient_kernel, masked.WEIGHT_GRADIENT, masked.LEAST_ROWS),
-        (masked._input_gradient_kernel, masked.INPUT_GRADIENT, 16, True),
+    for kernel, tuned, *of in (
+        (masked._down_kernel, masked.DOWN),
+        (masked._gradients_kernel, masked.GRADIENTS, True, True),
+        (masked._gradients_kernel, masked.GRADIENTS, True, False),
+        (masked._gradients_kernel, masked.GRADIENTS, False, True),
     ):
-        sizes = masked._sizes(weights, Z, 0.05, least) | masked._fitting(tuned, Z, L, weights.device, least, *how)
+        sizes = masked._sizes(weights, Z, 0.05) | masked._fitting(tuned, Z, L, weights.device)
+        sizes |= dict(zip(("OF_INPUT", "OF_WEIGHTS"), of)) | {"PTX": True}
         options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
         code = compiled(kernel, common | sizes, types, ("T", "n"), **options)
         print(kernel.__name__, Z, L, code, end="\\f")
@@ -127,7 +134,7 @@ for Z, L in (256, 0), (64, 8), (96, 192), (256, 256):
 def test_no_product_runs_on_while_its_loop_writes_what_it_reads(tmp_path):
     """Each is waited for within the pass that begins it: registers and buffers are written again by the next."""
     codes = printed(COMPILE, tmp_path)
-    assert len(codes) == 12
+    assert len(codes) == 20
     for code in codes:
         kernel, _, loop = code.partition("scf.yield")[0].partition("scf.for")
         begun, running = 0, 0

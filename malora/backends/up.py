@@ -1,0 +1,141 @@
+"""The gradients of an up side, dh = dy Bᵀ and dB = hᵀ dy, by one kernel that goes over dy once.
+
+Each sum alone is a pass over dy at the speed of memory. Programs of both kinds run beside each other over the same
+part of dy, and what one has loaded the other finds in the cache.
+
+Shapes: T tokens, m out, H total rank of a sibling's experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from malora.backends.masked import blocks_of, finished, has_ptx, wide_of
+
+TUNED = {"BLOCK": 64, "BLOCK_SUM": 128, "num_stages": 4, "num_warps": 4}  # the fastest tried on an H100
+MOST_RANKS = 128  # of more, the sums of a block do not stay in registers
+
+
+def pays(dy: Tensor, H: int) -> bool:
+    """Whether one kernel is faster than two products, which have few ranks, elements of 16 bits and rows in eights."""
+    is_narrow = not dy.is_cuda or dy.element_size() == 2
+    return is_narrow and H <= MOST_RANKS and dy.shape[1] % 8 == 0 and dy.numel() > 0
+
+
+@triton.jit
+def _of_h(
+    dy_ptr, b_ptr, dh_ptr, block, T, m, dh_stride, M_UP: tl.constexpr, ALPHA: tl.constexpr, EVEN: tl.constexpr,
+    H: tl.constexpr, REST: tl.constexpr, PAD_H: tl.constexpr, PAD_REST: tl.constexpr, WIDE: tl.constexpr,
+    WAITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SUM: tl.constexpr,
+):  # fmt: skip
+    rows = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK_SUM)
+    ranks, rest_ranks = tl.arange(0, PAD_H), PAD_H + tl.arange(0, PAD_REST)
+    row_inside = (rows < T)[:, None] | EVEN
+    dy_ptr += rows[:, None] * m + columns[None, :]
+    b_ptr += columns[None, :]
+    total = tl.zeros([BLOCK, PAD_H], dtype=WIDE)
+    rest = tl.zeros([BLOCK, PAD_REST], dtype=WIDE)
+    for start in range(0, M_UP, BLOCK_SUM):
+        column_inside = (columns + start < m)[None, :] | EVEN
+        dy = tl.load(dy_ptr, mask=row_inside & column_inside, other=0.0)
+        b = tl.load(b_ptr + ranks[:, None] * m, mask=(ranks < H)[:, None] & column_inside, other=0.0)
+        total = tl.dot(dy, tl.trans(b), total, input_precision="ieee", out_dtype=WIDE)
+        if REST > 0:
+            b = tl.load(b_ptr + rest_ranks[:, None] * m, mask=(rest_ranks < H)[:, None] & column_inside, other=0.0)
+            rest = tl.dot(dy, tl.trans(b), rest, input_precision="ieee", out_dtype=WIDE)
+        if REST > 0:
+            rest = finished(rest, WAITS)
+        total = finished(total, WAITS)
+        dy_ptr += BLOCK_SUM
+        b_ptr += BLOCK_SUM
+    dh_ptr += rows[:, None] * dh_stride
+    tl.store(dh_ptr + ranks[None, :], total * ALPHA, mask=row_inside & (ranks < H)[None, :])
+    if REST > 0:
+        tl.store(dh_ptr + rest_ranks[None, :], rest * ALPHA, mask=row_inside & (rest_ranks < H)[None, :])
+
+
+@triton.jit
+def _of_B(
+    dy_ptr, h_ptr, db_ptr, block, T, m, h_stride, T_UP: tl.constexpr, ALPHA: tl.constexpr, EVEN: tl.constexpr,
+    H: tl.constexpr, REST: tl.constexpr, PAD_H: tl.constexpr, PAD_REST: tl.constexpr, WIDE: tl.constexpr,
+    WAITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SUM: tl.constexpr,
+):  # fmt: skip
+    rows = tl.arange(0, BLOCK_SUM).to(tl.int64)
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    ranks, rest_ranks = tl.arange(0, PAD_H), PAD_H + tl.arange(0, PAD_REST)
+    column_inside = (columns < m)[None, :] | EVEN
+    dy_ptr += rows[:, None] * m + columns[None, :]
+    h_ptr += rows[:, None] * h_stride
+    total = tl.zeros([BLOCK, PAD_H], dtype=WIDE)
+    rest = tl.zeros([BLOCK, PAD_REST], dtype=WIDE)
+    for start in range(0, T_UP, BLOCK_SUM):
+        row_inside = (rows + start < T)[:, None] | EVEN
+        dy = tl.load(dy_ptr, mask=row_inside & column_inside, other=0.0)
+        h = tl.load(h_ptr + ranks[None, :], mask=row_inside & (ranks < H)[None, :], other=0.0)
+        total = tl.dot(tl.trans(dy), h, total, input_precision="ieee", out_dtype=WIDE)
+        if REST > 0:
+            h = tl.load(h_ptr + rest_ranks[None, :], mask=row_inside & (rest_ranks < H)[None, :], other=0.0)
+            rest = tl.dot(tl.trans(dy), h, rest, input_precision="ieee", out_dtype=WIDE)
+        if REST > 0:
+            rest = finished(rest, WAITS)
+        total = finished(total, WAITS)
+        dy_ptr += BLOCK_SUM * m
+        h_ptr += BLOCK_SUM * h_stride
+    db_ptr += columns[None, :]
+    tl.store(db_ptr + ranks[:, None] * m, tl.trans(total) * ALPHA, mask=(ranks < H)[:, None] & column_inside)
+    if REST > 0:
+        tl.store(
+            db_ptr + rest_ranks[:, None] * m, tl.trans(rest) * ALPHA, mask=(rest_ranks < H)[:, None] & column_inside
+        )
+
+
+@triton.jit
+def _gradients_kernel(
+    dy_ptr, h_ptr, b_ptr, dh_ptr, db_ptr, T, m, h_stride, dh_stride, T_UP: tl.constexpr, M_UP: tl.constexpr,
+    ALPHA: tl.constexpr, EVEN: tl.constexpr, H: tl.constexpr, REST: tl.constexpr, PAD_H: tl.constexpr,
+    PAD_REST: tl.constexpr, WIDE: tl.constexpr, WAITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SUM: tl.constexpr,
+):  # fmt: skip
+    # The two kinds take turns while there are both; then come what is left of the larger.
+    program, of_h, of_b = tl.program_id(0), tl.cdiv(T, BLOCK), tl.cdiv(m, BLOCK)
+    both = 2 * min(of_h, of_b)
+    is_of_h = tl.where(program < both, program % 2 == 0, of_h > of_b)
+    block = tl.where(program < both, program // 2, program - both // 2)
+    if is_of_h:
+        _of_h(dy_ptr, b_ptr, dh_ptr, block, T, m, dh_stride, M_UP, ALPHA, EVEN, H, REST, PAD_H, PAD_REST, WIDE, WAITS,
+              BLOCK, BLOCK_SUM)  # fmt: skip
+    else:
+        _of_B(dy_ptr, h_ptr, db_ptr, block, T, m, h_stride, T_UP, ALPHA, EVEN, H, REST, PAD_H, PAD_REST, WIDE, WAITS,
+              BLOCK, BLOCK_SUM)  # fmt: skip
+
+
+def gradients(dy: Tensor, h: Tensor, B: Tensor, alpha: float, dh: Tensor) -> Tensor:
+    """Writes alpha · dy Bᵀ into dh [T, H]; returns alpha · hᵀ dy, [H, m] in float32 or wider.
+
+    Args:
+        dy: [T, m], contiguous.
+        h: [T, H], in rows anywhere, as are those of dh.
+        B: [H, m], contiguous.
+    """
+    (T, m), H = dy.shape, len(B)
+    dB = torch.empty(H, m, dtype=torch.promote_types(dy.dtype, torch.float32), device=dy.device)
+    ranks, block, block_sum = blocks_of(H), TUNED["BLOCK"], TUNED["BLOCK_SUM"]
+    # What is loaded an element at a time is not copied ahead, and a product may run on while it is written.
+    is_copied = all(t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 for t in (dy, h, B))
+    T_up, M_up = (_up(size, block_sum) for size in dy.shape)
+    _gradients_kernel[(triton.cdiv(T, block) + triton.cdiv(m, block),)](
+        dy, h, B, dh, dB, T, m, h.stride(0), dh.stride(0), T_up, M_up, ALPHA=alpha, EVEN=(T, m) == (T_up, M_up), H=H,
+        PAD_H=ranks["first"], REST=ranks["rest"], PAD_REST=ranks["pad_rest"], WIDE=wide_of(dy),
+        WAITS=has_ptx(dy) and not is_copied, **TUNED,
+    )  # fmt: skip
+    return dB
+
+
+def _up(size: int, block: int) -> int:
+    """A size as whole blocks, up to an eighth more: few different numbers mean few compilations."""
+    blocks = triton.cdiv(size, block)
+    step = 1 << max(0, blocks.bit_length() - 4)
+    return triton.cdiv(blocks, step) * step * block

@@ -1,0 +1,46 @@
+"""One kernel for the gradients of an up side gives what two products give; on a GPU in bfloat16, at sizes in use."""
+
+import pytest
+import torch
+
+from malora.backends import up
+
+ON_GPU = torch.cuda.is_available()
+DEVICE, DTYPE, CLOSE = ("cuda", torch.bfloat16, 5e-3) if ON_GPU else ("cpu", torch.float64, 1e-12)
+# tokens, outputs, ranks: odd ones, more blocks of tokens than of outputs and fewer; and those of a 7B model
+ODD = [(1, 8, 8), (200, 72, 24), (70, 264, 40), (129, 128, 16)]
+USED = [(4096, 4096, 96), (4096, 11008, 64), (4096, 11008, 96), (4096, 4096, 128), (1000, 4096, 96), (8200, 1536, 64)]
+
+
+@pytest.mark.parametrize("T, m, H", ODD + USED if ON_GPU else ODD)
+def test_equals_two_products(T, m, H):
+    torch.manual_seed(0)
+    dy, B = torch.randn(T, m, device=DEVICE).to(DTYPE), torch.randn(H, m, device=DEVICE).to(DTYPE)
+    rooms = torch.full((2, T, H + 16), torch.nan, dtype=DTYPE, device=DEVICE)  # rows that lie in wider ones
+    h, dh = rooms[..., :H]
+    h.copy_(torch.randn(T, H))
+    dB = up.gradients(dy, h, B, 2.0, dh)
+    wide = torch.float32 if ON_GPU else torch.float64
+    assert dB.dtype == wide and rooms[..., H:].isnan().all()
+    for got, expected in (dh, 2 * dy.to(wide) @ B.to(wide).T), (dB, 2 * h.to(wide).T @ dy.to(wide)):
+        assert (got.to(wide) - expected).norm() <= CLOSE * expected.norm()
+
+
+@pytest.mark.parametrize("size, blocks", [(1, 1), (128, 1), (129, 2), (15 * 128, 15), (17 * 128, 18), (33 * 128, 36)])
+def test_sums_are_of_few_different_lengths(size, blocks):
+    assert up._up(size, 128) == 128 * blocks
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the interpreter has no races")
+@pytest.mark.parametrize("T, m, H", USED)
+def test_is_the_same_every_time(T, m, H):
+    torch.manual_seed(0)
+    dy, h, B = (torch.randn(size, device=DEVICE).to(DTYPE) for size in ((T, m), (T, H), (H, m)))
+
+    def product():
+        dh = torch.empty_like(h)
+        return torch.cat([up.gradients(dy, h, B, 2.0, dh).flatten(), dh.flatten()])
+
+    first = product()
+    differ = torch.stack([(product() != first).any() for _ in range(1000)]).sum().item()
+    assert not differ, f"{differ} of 1000 differ"
