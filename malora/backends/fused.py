@@ -143,14 +143,16 @@ class Stack:
         G = len(self.layers)
         return zl[:, : G * self.shape.z_group].unflatten(1, (G, self.shape.z_group)).transpose(0, 1)
 
-    def P_gradient(self, e: Tensor, zl: Tensor) -> Tensor:
-        s, z = self.shape, self.by_sibling(zl)
-        wide = torch.promote_types(z.dtype, torch.float32)
-        if not s.z_step:
-            return masked.summed(e, z)[:, : s.N * s.r].unflatten(1, (s.N, s.r))
-        e = e[..., : s.N * s.r].unflatten(2, (s.N, s.r))
-        z = z[..., : s.N * s.D].unflatten(2, (s.N, s.D))
-        return torch.einsum("gtnr,gtnd->gnrd", e, z).to(wide)
+    def of_p(self, e: Tensor, zl: Tensor) -> masked.OfP:
+        """What the gradients of P are made of: e of all experts, and all of z."""
+        s = self.shape
+        return masked.OfP(e, self.by_sibling(zl), s.N * s.r, s.N * s.D if s.z_step else s.D)
+
+    def of_each(self, dP: Tensor) -> Tensor:
+        """[G, N, r, D] of dP [G, H, D], or of [G, H, N·D], where an expert's rows beside another's z do not count."""
+        s = self.shape
+        dP = dP.unflatten(1, (s.N, s.r))
+        return torch.einsum("gnrnd->gnrd", dP.unflatten(3, (s.N, s.D))) if s.z_step else dP
 
     def parts(self, down: Tensor, P: Tensor | None, B: Tensor, g: int) -> list[Tensor]:
         """Sibling g's parameters as views of stacked tensors, which hold weights or their gradients."""
@@ -214,7 +216,7 @@ class _Experts(torch.autograd.Function):
             xh = masked.rows_of(x, n + len(wholes) * stack.H8)
             routed = partial(_routed, stack, x, bits, narrow, xh)
             fill = partial(beside.fill, wholes, narrow.B, alpha)
-            (zl, h, probabilities), _ = side_by_side(narrow.B[0], [routed, fill])  # as small works as those are
+            (zl, h, probabilities), _ = side_by_side(x, [routed, fill])
             ys = beside.outputs(xh, wholes, biases)
             x = xh[:, :n]
         else:
@@ -265,24 +267,26 @@ class _Experts(torch.autograd.Function):
             e = kernels.gate_backward(zl, P, dh, _stacked(gradients[G:], x, s.N), dzl, s)
 
         # What is not trained gets its weights for gradients, which are then left out.
-        def of_input() -> tuple[Tensor | None, Tensor]:
-            of_x, of_weights = ctx.needs_input_grad[0], needs.get("A", needs.get("S")) or needs.get("router")
-            dx = ddown = None
+        of_p = stack.of_p(e, zl) if needs.get("P") else None
+
+        def of_input() -> tuple[Tensor | None, Tensor, Tensor | None]:
+            of_x, of_weights = ctx.needs_input_grad[0], any(needs.get(kind) for kind in ("A", "S", "router"))
+            dx, ddown, dP = None, down, P
             if bits is not None:
-                p = config.lora_dropout
-                dx, ddown = masked.gradients(dzl, x, bits, down, s.logits_at, p, base, of_x, of_weights)
+                wanted = {"of_input": of_x, "of_weights": of_weights, "of_p": of_p}
+                found = masked.gradients(dzl, x, bits, down, s.logits_at, config.lora_dropout, base, **wanted)
+                dx, ddown, dP = (was if new is None else new for new, was in zip(found, (dx, ddown, dP), strict=True))
             else:
                 if of_x:
                     dx = dzl @ down if base is None else torch.addmm(base, dzl, down)
                 if of_weights:
                     ddown = masked.summed(dzl, x)
+                if of_p:
+                    dP = of_p.summed()
             if of_x:
                 for dy, W in zip(dys, weights, strict=False):  # none with 8 bits
                     dx.addmm_(dy, W)
-            return dx, ddown if of_weights else down
-
-        def of_P() -> Tensor | None:
-            return stack.P_gradient(e, zl) if needs.get("P") else P
+            return dx, ddown, dP
 
         def of_ups() -> list[Tensor]:
             if dBs or not needs["B"]:
@@ -292,7 +296,9 @@ class _Experts(torch.autograd.Function):
                 torch._foreach_mul_(made, alpha)
             return made
 
-        (dx, ddown), dP, dBs = side_by_side(Bs[0], [of_input, of_P, of_ups])  # as small works as P's are
+        (dx, ddown, dP), dBs = side_by_side(x, [of_input, of_ups])
+        if of_p:
+            dP = stack.of_each(dP)
         found = [part for g in range(G) for part in stack.parts(ddown, dP, dBs[g], g)]
         return dx, None, None, None, *(part if needed else None for part, needed in zip(found, wanted, strict=True))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -83,18 +83,47 @@ def _down_kernel(
 
 
 @triton.jit
+def _of_p(
+    e_ptr, z_ptr, dp_ptr, rows, T, e_stride, z_stride, T_EACH: tl.constexpr, EVEN_T: tl.constexpr, H: tl.constexpr,
+    D: tl.constexpr, PAD_H: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
+    ranks, columns = tl.arange(0, PAD_H), tl.arange(0, PAD_D)
+    e_ptr += rows[:, None] * e_stride + ranks[None, :]
+    z_ptr += rows[:, None] * z_stride + columns[None, :]
+    total = tl.zeros([PAD_H, PAD_D], dtype=WIDE)
+    for start in range(0, T_EACH, BLOCK_T):
+        row_inside = (rows + start < T)[:, None] | EVEN_T
+        e = tl.load(e_ptr, mask=row_inside & (ranks < H)[None, :], other=0.0)
+        z = tl.load(z_ptr, mask=row_inside & (columns < D)[None, :], other=0.0)
+        total = finished(tl.dot(tl.trans(e), z, total, input_precision="ieee", out_dtype=WIDE), PTX)
+        e_ptr += BLOCK_T * e_stride
+        z_ptr += BLOCK_T * z_stride
+    tl.store(dp_ptr + ranks[:, None] * D + columns[None, :], total, mask=(ranks < H)[:, None] & (columns < D)[None, :])
+
+
+@triton.jit
 def _gradients_kernel(
-    dzl_ptr, x_ptr, bits_ptr, down_ptr, base_ptr, dx_ptr, out_ptr, T, n, W, zl_stride, x_stride, base_stride,
-    T_EACH: tl.constexpr, OF_INPUT: tl.constexpr, OF_WEIGHTS: tl.constexpr, ADDS: tl.constexpr, EVEN_T: tl.constexpr,
-    EVEN_N: tl.constexpr, SCALE: tl.constexpr, Z: tl.constexpr, REST: tl.constexpr, L: tl.constexpr,
-    PAD_Z: tl.constexpr, PAD_REST: tl.constexpr, PAD_L: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr, PTX: tl.constexpr,
+    dzl_ptr, x_ptr, bits_ptr, down_ptr, base_ptr, dx_ptr, out_ptr, e_ptr, z_ptr, T, n, W, zl_stride, x_stride,
+    base_stride, e_stride, e_group, z_stride, z_group, out_size, G: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_D: tl.constexpr, T_EACH: tl.constexpr, OF_INPUT: tl.constexpr, OF_WEIGHTS: tl.constexpr,
+    ADDS: tl.constexpr, EVEN_T: tl.constexpr, EVEN_N: tl.constexpr, SCALE: tl.constexpr, Z: tl.constexpr,
+    REST: tl.constexpr, L: tl.constexpr, PAD_Z: tl.constexpr, PAD_REST: tl.constexpr, PAD_L: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1)
     rows = part.to(tl.int64) * T_EACH + tl.arange(0, BLOCK_T)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     words = tl.program_id(0) * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32)
     column_inside = (columns < n)[None, :] | EVEN_N
+    out_ptr += part.to(tl.int64) * out_size
+    if tl.program_id(0) == tl.cdiv(n, BLOCK_N):  # beyond the columns one makes the gradients of P
+        if OF_WEIGHTS:
+            out_ptr += (Z + L) * n
+        for g in range(G):
+            _of_p(e_ptr + g * e_group, z_ptr + g * z_group, out_ptr + g * H * D, rows, T, e_stride, z_stride, T_EACH,
+                  EVEN_T, H, D, PAD_H, PAD_D, WIDE, BLOCK_T, PTX)  # fmt: skip
+        return
     z_rows = tl.arange(0, PAD_Z)
     rest_rows = PAD_Z + tl.arange(0, PAD_REST)
     l_rows = Z + tl.arange(0, PAD_L)
@@ -152,7 +181,7 @@ def _gradients_kernel(
         base_ptr += BLOCK_T * base_stride
         dx_ptr += BLOCK_T * n
     if OF_WEIGHTS:
-        out_ptr += part.to(tl.int64) * (Z + L) * n + columns[None, :]
+        out_ptr += columns[None, :]
         tl.store(out_ptr + z_rows[:, None] * n, tl.trans(z_sum) * SCALE, mask=(z_rows < Z)[:, None] & column_inside)
         if REST > 0:
             tl.store(out_ptr + rest_rows[:, None] * n, tl.trans(rest_sum) * SCALE,
@@ -167,6 +196,7 @@ GRADIENTS = {"BLOCK_T": 64, "BLOCK_N": 64, "num_stages": 3}
 PROGRAMS = 264  # two for each multiprocessor of an H100
 LEAST_BLOCKS = 16  # of columns in a part of a sum; not tuned again since the gate's kernel adds up the parts
 HOPPERS = 227 << 10  # bytes of shared memory that a block of threads can have on an H100
+MOST_OF_P = 128 * 64  # elements of a gradient of P that one program sums up
 MOST_ROWS = 256  # of down sides, and of routers beside them; the sums of a block of tokens stay in registers
 
 
@@ -229,41 +259,67 @@ def down_in_parts(
     return zl, parts
 
 
+class OfP(NamedTuple):
+    """What the gradients of P are made of: dP [G, H, D] = eᵀ z, of e [G, T, ≥H] and z [G, T, ≥D]."""
+
+    e: Tensor
+    z: Tensor
+    H: int
+    D: int
+
+    @property
+    def is_small(self) -> bool:
+        """Whether its sums stay in the registers of one program."""
+        return _pad(self.H) * _pad(self.D) <= MOST_OF_P
+
+    def summed(self) -> Tensor:
+        return summed(self.e, self.z)[:, : self.H, : self.D]
+
+
 def gradients(
     dzl: Tensor, x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float, base: Tensor | None = None,
-    of_input: bool = True, of_weights: bool = True,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """dropout(dz D) + dl G + base, [T, n], and [dzᵀ dropout(x); dlᵀ x], [Z + L, n] in float32 or wider; or None.
+    of_input: bool = True, of_weights: bool = True, of_p: OfP | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """dropout(dz D) + dl G + base, [T, n]; [dzᵀ dropout(x); dlᵀ x], [Z + L, n], and dP in float32 or wider; or None.
 
     Of dzl [T, Z + L], x [T, n], weights [Z + L, n] and, if there is one, `base` [T, n], in rows anywhere.
     """
+    dx = dweights = dP = None
+    if not (of_input or of_weights or of_p):
+        return dx, dweights, dP
     if _plainly(x, Z, len(weights) - Z):
-        dx = dweights = None
         if of_input:
             dx = dropped(dzl[:, :Z] @ weights[:Z], bits, p)
             dx = (dx if base is None else dx.add_(base)).addmm_(dzl[:, Z:], weights[Z:])
         if of_weights:
             dweights = torch.cat([summed(dzl[:, :Z], dropped(x, bits, p)), summed(dzl[:, Z:], x)])
-        return dx, dweights
+        return dx, dweights, of_p and of_p.summed()
     (T, n), rows = x.shape, len(weights)
-    dx = x.new_empty(T, n) if of_input else None
-    blocks, blocks_T = triton.cdiv(n, GRADIENTS["BLOCK_N"]), triton.cdiv(T, GRADIENTS["BLOCK_T"])
+    joins = of_p is not None and of_p.is_small
+    e, z, H, D = of_p if joins else (dzl[None], dzl[None], 1, 1)
+    sizes = [rows * n * of_weights, len(e) * H * D * joins]
     tuned = _fitting(GRADIENTS, Z, rows - Z, x.device)
+    blocks, blocks_T = triton.cdiv(n, GRADIENTS["BLOCK_N"]), triton.cdiv(T, GRADIENTS["BLOCK_T"])
     fits_twice = 2 * _bytes(GRADIENTS, Z, rows - Z, tuned["num_stages"]) <= _shared(x.device)
     each = triton.cdiv(blocks_T, _parts(blocks, blocks_T, PROGRAMS if fits_twice else PROGRAMS // 2))
     T_each = triton.next_power_of_2(each) * GRADIENTS["BLOCK_T"]  # a power of two of blocks, for few compilations
-    parts, dweights = triton.cdiv(T, T_each), None
-    if of_weights:
-        dweights = torch.empty(parts, rows, n, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    _gradients_kernel[blocks, parts](
-        dzl, x, bits, weights, x if base is None else base, x if dx is None else dx,
-        x if dweights is None else dweights, T, n, bits.shape[1], dzl.stride(0), x.stride(0),
-        0 if base is None else base.stride(0), T_each, OF_INPUT=of_input, OF_WEIGHTS=of_weights, ADDS=base is not None,
-        EVEN_T=T % T_each == 0, EVEN_N=n % GRADIENTS["BLOCK_N"] == 0, **_sizes(weights, Z, p), **tuned,
+    parts = triton.cdiv(T, T_each)
+    if of_input:
+        dx = x.new_empty(T, n)
+    sums = torch.empty(parts, sum(sizes), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    _gradients_kernel[blocks + joins, parts](
+        dzl, x, bits, weights, x if base is None else base, x if dx is None else dx, sums, e, z, T, n, bits.shape[1],
+        dzl.stride(0), x.stride(0), 0 if base is None else base.stride(0), e.stride(1), e.stride(0), z.stride(1),
+        z.stride(0), sum(sizes), G=len(e) * joins, H=H, D=D, PAD_H=_pad(H), PAD_D=_pad(D), T_EACH=T_each,
+        OF_INPUT=of_input, OF_WEIGHTS=of_weights, ADDS=base is not None, EVEN_T=T % T_each == 0,
+        EVEN_N=n % GRADIENTS["BLOCK_N"] == 0, **_sizes(weights, Z, p), **tuned,
     )  # fmt: skip
+    of_rows, of_ranks = (sums[0] if parts == 1 else sums.sum(0)).split(sizes)
     if of_weights:
-        dweights = dweights[0] if parts == 1 else dweights.sum(0)
-    return dx, dweights
+        dweights = of_rows.view(rows, n)
+    if of_p is not None:
+        dP = of_ranks.view(-1, H, D) if joins else of_p.summed()
+    return dx, dweights, dP
 
 
 def summed(left: Tensor, right: Tensor) -> Tensor:

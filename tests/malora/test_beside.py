@@ -248,7 +248,7 @@ def test_a_graph_replays_what_a_pass_computes(method, ids):
 COMPILE = """
 from malora.backends import beside
 from tests.malora.hopper import compiled
-print(compiled(beside._fill_kernel, {"SCALE": 2.0, "BLOCK_H": 64, "BLOCK_M": 128}, aligned=("H", "m")), end="\\f")
+print(compiled(beside._fill_one, {"SCALE": 2.0, "BLOCK_H": 32, "BLOCK_M": 128}, aligned=("H", "m")), end="\\f")
 """
 
 

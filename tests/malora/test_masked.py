@@ -47,11 +47,19 @@ def test_products_equal_those_of_masked_tensors(T, n, Z, L, p, least_blocks, mon
     rows = torch.full((T, n + 32), torch.nan, dtype=DTYPE, device=DEVICE)
     got["down, copied"] = masked.down(x, bits, weights, Z, p, rows[:, :n])
     assert torch.equal(rows[:, :n], x) and rows[:, n:].isnan().all()
-    got["of input"], got["of weights"] = masked.gradients(dzl, x, bits, weights, Z, p)
-    got["of input, added"], nothing = masked.gradients(dzl, x, bits, weights, Z, p, base, of_weights=False)
-    assert nothing is None
-    nothing, got["of weights, of rows"] = masked.gradients(dzl, rows[:, :n], bits, weights, Z, p, of_input=False)
-    assert nothing is None
+    e, z = (torch.randn(3, T, size, device=DEVICE).to(DTYPE) for size in (40, 24))
+    expected["of P"] = e[..., :36].to(wide).mT @ z[..., :20].to(wide)
+    of_p = masked.OfP(e, z, 36, 20)
+    got["of input"], got["of weights"], got["of P"] = masked.gradients(dzl, x, bits, weights, Z, p, of_p=of_p)
+    got["of input, added"], *others = masked.gradients(dzl, x, bits, weights, Z, p, base, of_weights=False)
+    assert others == [None, None]
+    _, got["of weights, of rows"], nothing = masked.gradients(dzl, rows[:, :n], bits, weights, Z, p, of_input=False)
+    assert _ is nothing is None
+    expected["of P alone"] = expected["of P"]
+    *others, got["of P alone"] = masked.gradients(
+        dzl, x, bits, weights, Z, p, of_input=False, of_weights=False, of_p=of_p
+    )
+    assert others == [None, None]
     for name, value in expected.items():
         assert (got[name].to(wide) - value).norm() <= CLOSE * value.norm(), name
 
@@ -97,9 +105,12 @@ def test_a_product_is_the_same_every_time(T, n, Z, L):
     x, weights = (torch.randn(rows, n, device=DEVICE).to(DTYPE) for rows in (T, Z + L))
     dzl = masked.rows_of(x, Z + L).copy_(torch.randn(T, Z + L))
     bits = dropout.mask(T, n, torch.tensor([5], device=DEVICE), 0.05)
+    of_p = masked.OfP(*(torch.randn(3, T, size, device=DEVICE).to(DTYPE) for size in (96, 32)), 96, 32)
     products = {
         "down": lambda: masked.down(x, bits, weights, Z, 0.05),
-        "gradients": lambda: torch.cat([g.flatten() for g in masked.gradients(dzl, x, bits, weights, Z, 0.05)]),
+        "gradients": lambda: torch.cat(
+            [g.flatten() for g in masked.gradients(dzl, x, bits, weights, Z, 0.05, of_p=of_p)]
+        ),
     }
     for name, product in products.items():
         first = product()
@@ -125,6 +136,7 @@ for Z, L in (256, 0), (64, 8), (96, 24), (96, 192), (256, 256):
     ):
         sizes = masked._sizes(weights, Z, 0.05) | masked._fitting(tuned, Z, L, weights.device)
         sizes |= dict(zip(("OF_INPUT", "OF_WEIGHTS"), of)) | {"PTX": True}
+        sizes |= {"G": 3, "H": 96, "D": 32, "PAD_H": 128, "PAD_D": 32}
         options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
         code = compiled(kernel, common | sizes, types, ("T", "n"), **options)
         print(kernel.__name__, Z, L, code, end="\\f")
