@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_T = 32
+COLUMNS = 128  # of h at once, of as many whole experts; more do not stay in registers
 
 
 @triton.jit
@@ -55,21 +56,43 @@ def _largest(probability, experts, N: tl.constexpr, K: tl.constexpr, PAD_N: tl.c
 
 
 @triton.jit
+def _gates_of(gate, experts, columns, first, R: tl.constexpr, EACH: tl.constexpr):
+    """[BLOCK_T, columns]: of each column its expert's gate; the columns are those of EACH experts from `first` on."""
+    of_columns = tl.zeros([gate.shape[0], columns.shape[0]], dtype=gate.dtype)
+    for j in range(EACH):
+        gate_t = tl.sum(tl.where((experts == first + j)[None, :], gate, 0.0), 1)
+        of_columns = tl.where((columns // R == j)[None, :], gate_t[:, None], of_columns)
+    return of_columns
+
+
+@triton.jit
+def _P_of(
+    p_ptr, columns, subspace, first, p_row, N: tl.constexpr, R: tl.constexpr, D: tl.constexpr, Z_STEP: tl.constexpr
+):
+    """[columns, subspace] of P: rows of experts from `first` on, beside what they read of z, and zeros elsewhere."""
+    inside = (first * R + columns < N * R)[:, None]
+    if Z_STEP == 0:
+        inside &= (subspace < D)[None, :]
+    else:
+        inside &= (columns // R)[:, None] == (subspace // D)[None, :]
+    return tl.load(p_ptr + (first * R + columns)[:, None] * p_row + (subspace % D)[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
 def _gate_kernel(
     zl_ptr, parts_ptr, p_ptr, h_ptr, probability_ptr, T, zl_stride, part_stride, h_stride, h_group, p_group, p_row,
     PARTS: tl.constexpr, SCALING: tl.constexpr, Z_GROUP: tl.constexpr, L_GROUP: tl.constexpr, LOGITS_AT: tl.constexpr,
     Z_STEP: tl.constexpr, HAS_P: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
-    PAD_N: tl.constexpr, PAD_R: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr,
+    EACH: tl.constexpr, PAD_N: tl.constexpr, PAD_H: tl.constexpr, PAD_D: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     row_inside = (rows < T)[:, None]
     experts = tl.arange(0, PAD_N)
-    ranks = tl.arange(0, PAD_R)
-    columns = tl.arange(0, PAD_D)
+    columns = tl.arange(0, PAD_H)
+    subspace = tl.arange(0, PAD_D)
     l_inside = row_inside & (experts < N)[None, :]
-    z_inside = row_inside & (columns < D)[None, :]
-    h_inside = row_inside & (ranks < R)[None, :]
     # Of a row of zl, a program reads, and writes where it comes in parts, its sibling's columns alone.
     z_place = rows[:, None] * zl_stride + group * Z_GROUP
     l_place = rows[:, None] * zl_stride + LOGITS_AT + group * L_GROUP + experts[None, :]
@@ -78,21 +101,22 @@ def _gate_kernel(
     tl.store(probability_ptr + (group * T + rows[:, None]) * N + experts[None, :], probability, mask=l_inside)
     gate = probability * _largest(probability, experts, N, K, PAD_N) * SCALING
     if HAS_P and Z_STEP == 0:
-        z = _loaded(zl_ptr, parts_ptr, z_place + columns[None, :], z_inside, part_stride, PARTS)
-    for t in range(N):
-        gate_t = tl.sum(tl.where((experts == t)[None, :], gate, 0.0), 1)
+        z_inside = row_inside & (subspace < D)[None, :]
+        z = _loaded(zl_ptr, parts_ptr, z_place + subspace[None, :], z_inside, part_stride, PARTS)
+    for first in range(0, N, EACH):
+        h_inside = row_inside & (columns < min(EACH * R, N * R - first * R))[None, :]
         if HAS_P:
             if Z_STEP != 0:
-                z_t = z_place + t * Z_STEP + columns[None, :]
-                z = _loaded(zl_ptr, parts_ptr, z_t, z_inside, part_stride, PARTS)
-            p_t = tl.load(p_ptr + group * p_group + (t * R + ranks[None, :]) * p_row + columns[:, None],
-                          mask=(ranks < R)[None, :] & (columns < D)[:, None], other=0.0)  # fmt: skip
-            u = tl.dot(z, p_t, input_precision="ieee", out_dtype=WIDE)
+                z_inside = row_inside & (subspace < min(EACH * D, N * D - first * D))[None, :]
+                z_at = z_place + first * D + subspace[None, :]
+                z = _loaded(zl_ptr, parts_ptr, z_at, z_inside, part_stride, PARTS)
+            p = _P_of(p_ptr + group * p_group, columns, subspace, first, p_row, N, R, D, Z_STEP)
+            u = tl.dot(z, tl.trans(p), input_precision="ieee", out_dtype=WIDE)
         else:
-            u_t = z_place + t * Z_STEP + ranks[None, :]
-            u = _loaded(zl_ptr, parts_ptr, u_t, h_inside, part_stride, PARTS).to(WIDE)
-        h_place = group * h_group + rows[:, None] * h_stride + t * R + ranks[None, :]
-        tl.store(h_ptr + h_place, u * gate_t[:, None], mask=h_inside)
+            u_at = z_place + first * R + columns[None, :]
+            u = _loaded(zl_ptr, parts_ptr, u_at, h_inside, part_stride, PARTS).to(WIDE)
+        h_place = group * h_group + rows[:, None] * h_stride + first * R + columns[None, :]
+        tl.store(h_ptr + h_place, u * _gates_of(gate, experts, columns, first, R, EACH), mask=h_inside)
 
 
 @triton.jit
@@ -100,18 +124,16 @@ def _gate_backward_kernel(
     zl_ptr, p_ptr, dh_ptr, dprobability_ptr, dzl_ptr, e_ptr, T, zl_stride, dzl_stride, e_stride, h_stride, h_group,
     p_group, p_row, HAS_DPROBABILITY: tl.constexpr, SCALING: tl.constexpr, Z_GROUP: tl.constexpr, L_GROUP: tl.constexpr,
     LOGITS_AT: tl.constexpr, Z_STEP: tl.constexpr, HAS_P: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-    R: tl.constexpr, D: tl.constexpr, PAD_N: tl.constexpr, PAD_R: tl.constexpr, PAD_D: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_T: tl.constexpr,
+    R: tl.constexpr, D: tl.constexpr, EACH: tl.constexpr, PAD_N: tl.constexpr, PAD_H: tl.constexpr,
+    PAD_D: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     row_inside = (rows < T)[:, None]
     experts = tl.arange(0, PAD_N)
-    ranks = tl.arange(0, PAD_R)
-    columns = tl.arange(0, PAD_D)
+    columns = tl.arange(0, PAD_H)
+    subspace = tl.arange(0, PAD_D)
     l_inside = row_inside & (experts < N)[None, :]
-    z_inside = row_inside & (columns < D)[None, :]
-    h_inside = row_inside & (ranks < R)[None, :]
     z_ptr = zl_ptr + rows[:, None] * zl_stride + group * Z_GROUP
     dz_ptr = dzl_ptr + rows[:, None] * dzl_stride + group * Z_GROUP
     l_column = LOGITS_AT + group * L_GROUP + experts[None, :]
@@ -121,36 +143,38 @@ def _gate_backward_kernel(
     gate = probability * chosen * SCALING
     dgate = tl.zeros_like(probability)
     if HAS_P and Z_STEP == 0:
-        z = tl.load(z_ptr + columns[None, :], mask=z_inside, other=0.0)
+        z = tl.load(z_ptr + subspace[None, :], mask=row_inside & (subspace < D)[None, :], other=0.0)
         dz = tl.zeros([BLOCK_T, PAD_D], dtype=WIDE)
-    for t in range(N):
-        is_t = (experts == t)[None, :]
-        gate_t = tl.sum(tl.where(is_t, gate, 0.0), 1)
-        h_place = group * h_group + rows[:, None] * h_stride + t * R + ranks[None, :]
+    for first in range(0, N, EACH):
+        h_inside = row_inside & (columns < min(EACH * R, N * R - first * R))[None, :]
+        h_place = group * h_group + rows[:, None] * h_stride + first * R + columns[None, :]
         dh = tl.load(dh_ptr + h_place, mask=h_inside, other=0.0).to(WIDE)
         if HAS_P:
             if Z_STEP != 0:
-                z = tl.load(z_ptr + t * Z_STEP + columns[None, :], mask=z_inside, other=0.0)
-            p_t = tl.load(p_ptr + group * p_group + (t * R + ranks[None, :]) * p_row + columns[:, None],
-                          mask=(ranks < R)[None, :] & (columns < D)[:, None], other=0.0)  # fmt: skip
-            u = tl.dot(z, p_t, input_precision="ieee", out_dtype=WIDE)
+                z_inside = row_inside & (subspace < min(EACH * D, N * D - first * D))[None, :]
+                z = tl.load(z_ptr + first * D + subspace[None, :], mask=z_inside, other=0.0)
+            p = _P_of(p_ptr + group * p_group, columns, subspace, first, p_row, N, R, D, Z_STEP)
+            u = tl.dot(z, tl.trans(p), input_precision="ieee", out_dtype=WIDE)
         else:
-            u = tl.load(z_ptr + t * Z_STEP + ranks[None, :], mask=h_inside, other=0.0).to(WIDE)
-        dgate += tl.where(is_t, (tl.sum(dh * u, 1) * SCALING)[:, None], 0.0)
-        e = dh * gate_t[:, None]
+            u = tl.load(z_ptr + first * R + columns[None, :], mask=h_inside, other=0.0).to(WIDE)
+        of_gates = dh * u * SCALING
+        for j in range(EACH):
+            dgate_t = tl.sum(tl.where((columns // R == j)[None, :], of_gates, 0.0), 1)
+            dgate += tl.where((experts == first + j)[None, :], dgate_t[:, None], 0.0)
+        e = dh * _gates_of(gate, experts, columns, first, R, EACH)
         if HAS_P:
             narrow = e.to(zl_ptr.dtype.element_ty)
-            e_place = (group * T + rows[:, None]) * e_stride + t * R + ranks[None, :]
+            e_place = (group * T + rows[:, None]) * e_stride + first * R + columns[None, :]
             tl.store(e_ptr + e_place, narrow, mask=h_inside)
-            dz_t = tl.dot(narrow, tl.trans(p_t), input_precision="ieee", out_dtype=WIDE)
+            dz_of = tl.dot(narrow, p, input_precision="ieee", out_dtype=WIDE)
             if Z_STEP == 0:
-                dz += dz_t
+                dz += dz_of
             else:
-                tl.store(dz_ptr + t * Z_STEP + columns[None, :], dz_t, mask=z_inside)
+                tl.store(dz_ptr + first * D + subspace[None, :], dz_of, mask=z_inside)
         else:
-            tl.store(dz_ptr + t * Z_STEP + ranks[None, :], e, mask=h_inside)
+            tl.store(dz_ptr + first * R + columns[None, :], e, mask=h_inside)
     if HAS_P and Z_STEP == 0:  # what pads it too, with zeros
-        tl.store(dz_ptr + columns[None, :], dz, mask=row_inside & (columns < Z_GROUP)[None, :])
+        tl.store(dz_ptr + subspace[None, :], dz, mask=row_inside & (subspace < Z_GROUP)[None, :])
     dp = dgate * chosen
     if HAS_DPROBABILITY:
         dp += tl.load(dprobability_ptr + (group * T + rows[:, None]) * N + experts[None, :], mask=l_inside, other=0.0)
@@ -182,11 +206,13 @@ class GateShape:
     scaling: float
 
     def constants(self, dtype: torch.dtype) -> dict[str, Any]:
+        each = min(self.N, max(1, COLUMNS // self.r))
         return {
             "SCALING": self.scaling, "Z_GROUP": self.z_group, "L_GROUP": self.l_group,
             "LOGITS_AT": self.logits_at, "Z_STEP": self.z_step, "HAS_P": self.has_p,
             "N": self.N, "K": self.top_k, "R": self.r, "D": self.D,
-            "PAD_N": triton.next_power_of_2(self.N), "PAD_R": _pad(self.r), "PAD_D": _pad(self.D),
+            "EACH": each, "PAD_N": triton.next_power_of_2(self.N), "PAD_H": _pad(each * self.r),
+            "PAD_D": _pad(each * self.D if self.z_step else self.D),
             "WIDE": tl.float64 if dtype == torch.float64 else tl.float32, "BLOCK_T": BLOCK_T,
         }  # fmt: skip
 

@@ -117,12 +117,14 @@ def _gradients_kernel(
     words = tl.program_id(0) * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32)
     column_inside = (columns < n)[None, :] | EVEN_N
     out_ptr += part.to(tl.int64) * out_size
-    if tl.program_id(0) == tl.cdiv(n, BLOCK_N):  # beyond the columns one makes the gradients of P
+    blocks = tl.cdiv(n, BLOCK_N)
+    if tl.program_id(0) >= blocks:  # has no columns, and makes gradients of P
         if OF_WEIGHTS:
             out_ptr += (Z + L) * n
         for g in range(G):
-            _of_p(e_ptr + g * e_group, z_ptr + g * z_group, out_ptr + g * H * D, rows, T, e_stride, z_stride, T_EACH,
-                  EVEN_T, H, D, PAD_H, PAD_D, WIDE, BLOCK_T, PTX)  # fmt: skip
+            if g % (tl.num_programs(0) - blocks) == tl.program_id(0) - blocks:
+                _of_p(e_ptr + g * e_group, z_ptr + g * z_group, out_ptr + g * H * D, rows, T, e_stride, z_stride,
+                      T_EACH, EVEN_T, H, D, PAD_H, PAD_D, WIDE, BLOCK_T, PTX)  # fmt: skip
         return
     z_rows = tl.arange(0, PAD_Z)
     rest_rows = PAD_Z + tl.arange(0, PAD_REST)
@@ -307,7 +309,8 @@ def gradients(
     if of_input:
         dx = x.new_empty(T, n)
     sums = torch.empty(parts, sum(sizes), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    _gradients_kernel[blocks + joins, parts](
+    # Two for the gradients of P: one of three siblings would be the last to end.
+    _gradients_kernel[blocks + min(2, len(e) * joins), parts](
         dzl, x, bits, weights, x if base is None else base, x if dx is None else dx, sums, e, z, T, n, bits.shape[1],
         dzl.stride(0), x.stride(0), 0 if base is None else base.stride(0), e.stride(1), e.stride(0), z.stride(1),
         z.stride(0), sum(sizes), G=len(e) * joins, H=H, D=D, PAD_H=_pad(H), PAD_D=_pad(D), T_EACH=T_each,
