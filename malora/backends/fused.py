@@ -210,7 +210,7 @@ class _Experts(torch.autograd.Function):
         if frozen:
             units, puts = frozen.beside(narrow.B, alpha)
             routed = partial(_routed, stack, x, bits, narrow)
-            (zl, h, probabilities), *_ = side_by_side(narrow.B[0], [routed, *puts])  # as small works as those are
+            (zl, h, probabilities), *_ = side_by_side(x, [routed, *puts])
             ys = frozen.outputs(x, biases, fp8.Up(h, units))
         elif wholes := stack.wholes(x) if bits is not None else None:
             xh = masked.rows_of(x, n + len(wholes) * stack.H8)
