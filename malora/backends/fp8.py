@@ -235,7 +235,7 @@ class Frozen(NamedTuple):
 
         Views of one product of Σm terms.
         """
-        dy, *_ = side_by_side(Bs[0], [partial(rounded, dys), *self._below(Bs, alpha)])  # as small works as B's are
+        dy, *_ = side_by_side(dys[0], [partial(rounded, dys), *self._below(Bs, alpha)])
         dx, dh = product(dy, self.by_input, dys[0].dtype).tensor_split([-len(Bs) * self.room], 1)
         return dx, dh.unflatten(1, (len(Bs), self.room)).transpose(0, 1)[..., : len(Bs[0])]
 

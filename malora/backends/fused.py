@@ -259,7 +259,7 @@ class _Experts(torch.autograd.Function):
         if frozen:
             base, of_each = frozen.gradients(dys, Bs, alpha)
             dh = of_each if config.has_router else dh.copy_(of_each)
-        elif fills_device(x) and needs["B"] and up.pays(dys[0], stack.H8):
+        elif fills_device(x) and needs["B"] and all(up.pays(dy, h, stack.H8) for dy in dys):
             dBs = [up.gradients(dys[g], h[g], Bs[g], alpha, dh[g]) for g in range(G)]
         else:  # what follows waits for h's alone
             side_by_side(x, [partial(of_h, g) for g in range(G)])

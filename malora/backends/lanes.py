@@ -24,7 +24,10 @@ def _streams(device: torch.device) -> list[torch.cuda.Stream]:
 
 
 def fills_device(like: Tensor) -> bool:
-    """Whether kernels over so large an input leave no room beside them; their works stay in one row."""
+    """Whether kernels over so large an input leave no room beside them; their works stay in one row.
+
+    So do small works between them: a graph with a lane to the side takes longer from each kernel to the next.
+    """
     return like.numel() >= LARGE
 
 

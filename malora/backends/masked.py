@@ -341,17 +341,17 @@ def rows_of(x: Tensor, columns: int) -> Tensor:
     return x.new_empty(len(x), -(-columns // 16) * 16)[:, :columns]
 
 
-def blocks_of(rows: int) -> dict[str, int]:
+def blocks_of(rows: int, least: int = 16) -> dict[str, int]:
     """Rows as one block, padded to a power of two, or as two, padded each, where those are fewer."""
-    whole = _pad(rows)
-    first = whole // 2
-    if first >= 16 and first + _pad(rows - first) < whole:
-        return {"first": first, "rest": rows - first, "pad_rest": _pad(rows - first)}
-    return {"first": whole, "rest": 0, "pad_rest": 16}
+    whole = _pad(rows, least)
+    first, pad_rest = whole // 2, _pad(rows - whole // 2, least)
+    if first >= least and first + pad_rest < whole:
+        return {"first": first, "rest": rows - first, "pad_rest": pad_rest}
+    return {"first": whole, "rest": 0, "pad_rest": least}
 
 
-def _pad(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))  # tl.dot takes no less
+def _pad(size: int, least: int = 16) -> int:
+    return max(least, triton.next_power_of_2(size))  # tl.dot takes no less than 16
 
 
 def _bytes(tuned: dict[str, int], Z: int, L: int, stages: int) -> int:

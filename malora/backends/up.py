@@ -13,23 +13,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from malora.backends.masked import blocks_of, finished, has_ptx, wide_of
+from malora.backends.masked import blocks_of, wide_of
 
 TUNED = {"BLOCK": 64, "BLOCK_SUM": 128, "num_stages": 4, "num_warps": 4}  # the fastest tried on an H100
 MOST_RANKS = 128  # of more, the sums of a block do not stay in registers
 
 
-def pays(dy: Tensor, H: int) -> bool:
-    """Whether one kernel is faster than two products, which have few ranks, elements of 16 bits and rows in eights."""
+def pays(dy: Tensor, h: Tensor, H: int) -> bool:
+    """Whether one kernel is faster than two products.
+
+    With few ranks, elements of 16 bits, and rows that begin at multiples of 16 of them, which are loaded ahead; where
+    they do not, Triton 3.6 made a wrong product of 16 ranks, too.
+    """
     is_narrow = not dy.is_cuda or dy.element_size() == 2
-    return is_narrow and H <= MOST_RANKS and dy.shape[1] % 8 == 0 and dy.numel() > 0
+    is_aligned = not (dy.stride(0) % 16 or h.stride(-2) % 16 or any(t.data_ptr() % 16 for t in (dy, h)))
+    return is_narrow and is_aligned and H <= MOST_RANKS and dy.numel() > 0
 
 
 @triton.jit
 def _of_h(
     dy_ptr, b_ptr, dh_ptr, block, T, m, dh_stride, M_UP: tl.constexpr, ALPHA: tl.constexpr, EVEN: tl.constexpr,
     H: tl.constexpr, REST: tl.constexpr, PAD_H: tl.constexpr, PAD_REST: tl.constexpr, WIDE: tl.constexpr,
-    WAITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SUM: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_SUM: tl.constexpr,
 ):  # fmt: skip
     rows = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     columns = tl.arange(0, BLOCK_SUM)
@@ -47,9 +52,6 @@ def _of_h(
         if REST > 0:
             b = tl.load(b_ptr + rest_ranks[:, None] * m, mask=(rest_ranks < H)[:, None] & column_inside, other=0.0)
             rest = tl.dot(dy, tl.trans(b), rest, input_precision="ieee", out_dtype=WIDE)
-        if REST > 0:
-            rest = finished(rest, WAITS)
-        total = finished(total, WAITS)
         dy_ptr += BLOCK_SUM
         b_ptr += BLOCK_SUM
     dh_ptr += rows[:, None] * dh_stride
@@ -62,7 +64,7 @@ def _of_h(
 def _of_B(
     dy_ptr, h_ptr, db_ptr, block, T, m, h_stride, T_UP: tl.constexpr, ALPHA: tl.constexpr, EVEN: tl.constexpr,
     H: tl.constexpr, REST: tl.constexpr, PAD_H: tl.constexpr, PAD_REST: tl.constexpr, WIDE: tl.constexpr,
-    WAITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SUM: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_SUM: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_SUM).to(tl.int64)
     columns = block * BLOCK + tl.arange(0, BLOCK)
@@ -80,9 +82,6 @@ def _of_B(
         if REST > 0:
             h = tl.load(h_ptr + rest_ranks[None, :], mask=row_inside & (rest_ranks < H)[None, :], other=0.0)
             rest = tl.dot(tl.trans(dy), h, rest, input_precision="ieee", out_dtype=WIDE)
-        if REST > 0:
-            rest = finished(rest, WAITS)
-        total = finished(total, WAITS)
         dy_ptr += BLOCK_SUM * m
         h_ptr += BLOCK_SUM * h_stride
     db_ptr += columns[None, :]
@@ -97,7 +96,7 @@ def _of_B(
 def _gradients_kernel(
     dy_ptr, h_ptr, b_ptr, dh_ptr, db_ptr, T, m, h_stride, dh_stride, T_UP: tl.constexpr, M_UP: tl.constexpr,
     ALPHA: tl.constexpr, EVEN: tl.constexpr, H: tl.constexpr, REST: tl.constexpr, PAD_H: tl.constexpr,
-    PAD_REST: tl.constexpr, WIDE: tl.constexpr, WAITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SUM: tl.constexpr,
+    PAD_REST: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SUM: tl.constexpr,
 ):  # fmt: skip
     # The two kinds take turns while there are both; then come what is left of the larger.
     program, of_h, of_b = tl.program_id(0), tl.cdiv(T, BLOCK), tl.cdiv(m, BLOCK)
@@ -105,10 +104,10 @@ def _gradients_kernel(
     is_of_h = tl.where(program < both, program % 2 == 0, of_h > of_b)
     block = tl.where(program < both, program // 2, program - both // 2)
     if is_of_h:
-        _of_h(dy_ptr, b_ptr, dh_ptr, block, T, m, dh_stride, M_UP, ALPHA, EVEN, H, REST, PAD_H, PAD_REST, WIDE, WAITS,
+        _of_h(dy_ptr, b_ptr, dh_ptr, block, T, m, dh_stride, M_UP, ALPHA, EVEN, H, REST, PAD_H, PAD_REST, WIDE,
               BLOCK, BLOCK_SUM)  # fmt: skip
     else:
-        _of_B(dy_ptr, h_ptr, db_ptr, block, T, m, h_stride, T_UP, ALPHA, EVEN, H, REST, PAD_H, PAD_REST, WIDE, WAITS,
+        _of_B(dy_ptr, h_ptr, db_ptr, block, T, m, h_stride, T_UP, ALPHA, EVEN, H, REST, PAD_H, PAD_REST, WIDE,
               BLOCK, BLOCK_SUM)  # fmt: skip
 
 
@@ -117,19 +116,16 @@ def gradients(dy: Tensor, h: Tensor, B: Tensor, alpha: float, dh: Tensor) -> Ten
 
     Args:
         dy: [T, m], contiguous.
-        h: [T, H], in rows anywhere, as are those of dh.
+        h: [T, H], in rows anywhere, as are those of dh. `pays` says of which.
         B: [H, m], contiguous.
     """
     (T, m), H = dy.shape, len(B)
     dB = torch.empty(H, m, dtype=torch.promote_types(dy.dtype, torch.float32), device=dy.device)
-    ranks, block, block_sum = blocks_of(H), TUNED["BLOCK"], TUNED["BLOCK_SUM"]
-    # What is loaded an element at a time is not copied ahead, and a product may run on while it is written.
-    is_copied = all(t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 for t in (dy, h, B))
+    ranks, block, block_sum = blocks_of(H, 32), TUNED["BLOCK"], TUNED["BLOCK_SUM"]
     T_up, M_up = (_up(size, block_sum) for size in dy.shape)
     _gradients_kernel[(triton.cdiv(T, block) + triton.cdiv(m, block),)](
         dy, h, B, dh, dB, T, m, h.stride(0), dh.stride(0), T_up, M_up, ALPHA=alpha, EVEN=(T, m) == (T_up, M_up), H=H,
-        PAD_H=ranks["first"], REST=ranks["rest"], PAD_REST=ranks["pad_rest"], WIDE=wide_of(dy),
-        WAITS=has_ptx(dy) and not is_copied, **TUNED,
+        PAD_H=ranks["first"], REST=ranks["rest"], PAD_REST=ranks["pad_rest"], WIDE=wide_of(dy), **TUNED,
     )  # fmt: skip
     return dB
 

@@ -155,6 +155,7 @@ for N, r, D, step, has_p in (8, 12, 32, 0, True), (8, 12, 4, 4, True), (2, 8, 12
         there = {"PARTS": parts} | ({} if parts else {"parts_ptr": None})
         code = compiled(kernels._gate_kernel, constants | there, types, num_stages=kernels.stages(shape, parts))
         print(code, end="\\f")
+    constants |= shape.constants(torch.bfloat16, r if has_p else kernels.COLUMNS)
     for there in {"HAS_DPROBABILITY": False, "dprobability_ptr": None}, {"HAS_DPROBABILITY": True}:
         print(compiled(kernels._gate_backward_kernel, constants | there, types), end="\\f")
 """

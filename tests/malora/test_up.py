@@ -8,7 +8,7 @@ from malora.backends import up
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE, CLOSE = ("cuda", torch.bfloat16, 5e-3) if ON_GPU else ("cpu", torch.float64, 1e-12)
 # tokens, outputs, ranks: odd ones, more blocks of tokens than of outputs and fewer; and those of a 7B model
-ODD = [(1, 8, 8), (200, 72, 24), (70, 264, 40), (129, 128, 16)]
+ODD = [(1, 16, 8), (200, 80, 24), (70, 272, 40), (129, 128, 16), (300, 272, 80), (90, 144, 128)]
 USED = [(4096, 4096, 96), (4096, 11008, 64), (4096, 11008, 96), (4096, 4096, 128), (1000, 4096, 96), (8200, 1536, 64)]
 
 
@@ -16,14 +16,23 @@ USED = [(4096, 4096, 96), (4096, 11008, 64), (4096, 11008, 96), (4096, 4096, 128
 def test_equals_two_products(T, m, H):
     torch.manual_seed(0)
     dy, B = torch.randn(T, m, device=DEVICE).to(DTYPE), torch.randn(H, m, device=DEVICE).to(DTYPE)
-    rooms = torch.full((2, T, H + 16), torch.nan, dtype=DTYPE, device=DEVICE)  # rows that lie in wider ones
+    rooms = torch.full(
+        (2, T, -(-H // 16) * 16 + 16), torch.nan, dtype=DTYPE, device=DEVICE
+    )  # rows that lie in wider ones
     h, dh = rooms[..., :H]
     h.copy_(torch.randn(T, H))
+    assert up.pays(dy, h, H)
     dB = up.gradients(dy, h, B, 2.0, dh)
     wide = torch.float32 if ON_GPU else torch.float64
     assert dB.dtype == wide and rooms[..., H:].isnan().all()
     for got, expected in (dh, 2 * dy.to(wide) @ B.to(wide).T), (dB, 2 * h.to(wide).T @ dy.to(wide)):
         assert (got.to(wide) - expected).norm() <= CLOSE * expected.norm()
+
+
+def test_rows_that_do_not_begin_at_multiples_are_left_to_two_products():
+    dy, h = torch.randn(20, 32), torch.randn(20, 16)
+    assert up.pays(dy, h, 16) and not up.pays(dy, h, 136) and not up.pays(dy[:0], h[:0], 16)
+    assert not up.pays(torch.randn(20, 24), h, 16) and not up.pays(dy, torch.randn(20, 24), 16)
 
 
 @pytest.mark.parametrize("size, blocks", [(1, 1), (128, 1), (129, 2), (15 * 128, 15), (17 * 128, 18), (33 * 128, 36)])
