@@ -266,39 +266,29 @@ class _Experts(torch.autograd.Function):
         if config.has_router:
             e = kernels.gate_backward(zl, P, dh, _stacked(gradients[G:], x, s.N), dzl, s)
 
-        # What is not trained gets its weights for gradients, which are then left out.
-        of_p = stack.of_p(e, zl) if needs.get("P") else None
-
-        def of_input() -> tuple[Tensor | None, Tensor, Tensor | None]:
-            of_x, of_weights = ctx.needs_input_grad[0], any(needs.get(kind) for kind in ("A", "S", "router"))
-            dx, ddown, dP = None, down, P
-            if bits is not None:
-                wanted = {"of_input": of_x, "of_weights": of_weights, "of_p": of_p}
-                found = masked.gradients(dzl, x, bits, down, s.logits_at, config.lora_dropout, base, **wanted)
-                dx, ddown, dP = (was if new is None else new for new, was in zip(found, (dx, ddown, dP), strict=True))
-            else:
-                if of_x:
-                    dx = dzl @ down if base is None else torch.addmm(base, dzl, down)
-                if of_weights:
-                    ddown = masked.summed(dzl, x)
-                if of_p:
-                    dP = of_p.summed()
-            if of_x:
+        def of_x() -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+            wanted = {
+                "of_input": ctx.needs_input_grad[0],
+                "of_weights": any(needs.get(kind) for kind in ("A", "S", "router")),
+                "of_p": stack.of_p(e, zl) if needs.get("P") else None,
+            }
+            found = masked.gradients(dzl, x, bits, down, s.logits_at, config.lora_dropout, base, **wanted)
+            if wanted["of_input"]:
                 for dy, W in zip(dys, weights, strict=False):  # none with 8 bits
-                    dx.addmm_(dy, W)
-            return dx, ddown, dP
+                    found[0].addmm_(dy, W)
+            return found
 
         def of_ups() -> list[Tensor]:
             if dBs or not needs["B"]:
-                return dBs or Bs
+                return dBs
             made = [masked.summed(h[g], dys[g]) for g in range(G)]
             if alpha != 1:
                 torch._foreach_mul_(made, alpha)
             return made
 
-        (dx, ddown, dP), dBs = side_by_side(x, [of_input, of_ups])
-        if of_p:
-            dP = stack.of_each(dP)
+        (dx, ddown, dP), dBs = side_by_side(x, [of_x, of_ups])
+        # What is not trained gets its weights for gradients, which are then left out.
+        ddown, dBs, dP = down if ddown is None else ddown, dBs or Bs, P if dP is None else stack.of_each(dP)
         found = [part for g in range(G) for part in stack.parts(ddown, dP, dBs[g], g)]
         return dx, None, None, None, *(part if needed else None for part, needed in zip(found, wanted, strict=True))
 

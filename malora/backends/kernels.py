@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from malora.backends.blocks import pad, wide_of
+
 BLOCK_T = 32
 COLUMNS = 64  # of h at once, of as many whole experts: the fastest tried on an H100
 
@@ -211,14 +213,10 @@ class GateShape:
             "SCALING": self.scaling, "Z_GROUP": self.z_group, "L_GROUP": self.l_group,
             "LOGITS_AT": self.logits_at, "Z_STEP": self.z_step, "HAS_P": self.has_p,
             "N": self.N, "K": self.top_k, "R": self.r, "D": self.D,
-            "EACH": each, "PAD_N": triton.next_power_of_2(self.N), "PAD_H": _pad(each * self.r),
-            "PAD_D": _pad(each * self.D if self.z_step else self.D),
-            "WIDE": tl.float64 if dtype == torch.float64 else tl.float32, "BLOCK_T": BLOCK_T,
+            "EACH": each, "PAD_N": triton.next_power_of_2(self.N), "PAD_H": pad(each * self.r),
+            "PAD_D": pad(each * self.D if self.z_step else self.D),
+            "WIDE": wide_of(dtype), "BLOCK_T": BLOCK_T,
         }  # fmt: skip
-
-
-def _pad(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))  # tl.dot takes no less
 
 
 def stages(shape: GateShape, parts: int) -> int:

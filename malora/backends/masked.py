@@ -17,17 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from malora.backends.blocks import blocks_of, finished, has_ptx, pad, wide_of
 from malora.backends.dropout import dropped, left_of, scale
-
-
-@triton.jit
-def finished(sums, PTX: tl.constexpr):
-    """The sums of a product, float32, once it has ended."""
-    # On Hopper a product may run on while its loop writes the registers (Triton 3.6, its issue 9433) or the buffer that
-    # it still reads, and AsyLoRA trained to NaN. Whoever reads the sums waits for them; ptxas drops the mov.
-    if PTX:
-        sums = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [sums], dtype=tl.float32, is_pure=True, pack=1)
-    return sums
 
 
 @triton.jit
@@ -272,23 +263,28 @@ class OfP(NamedTuple):
     @property
     def is_small(self) -> bool:
         """Whether its sums stay in the registers of one program."""
-        return _pad(self.H) * _pad(self.D) <= MOST_OF_P
+        return pad(self.H) * pad(self.D) <= MOST_OF_P
 
     def summed(self) -> Tensor:
         return summed(self.e, self.z)[:, : self.H, : self.D]
 
 
 def gradients(
-    dzl: Tensor, x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float, base: Tensor | None = None,
+    dzl: Tensor, x: Tensor, bits: Tensor | None, weights: Tensor, Z: int, p: float, base: Tensor | None = None,
     of_input: bool = True, of_weights: bool = True, of_p: OfP | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """dropout(dz D) + dl G + base, [T, n]; [dzᵀ dropout(x); dlᵀ x], [Z + L, n], and dP in float32 or wider; or None.
 
-    Of dzl [T, Z + L], x [T, n], weights [Z + L, n] and, if there is one, `base` [T, n], in rows anywhere.
+    Of dzl [T, Z + L], x [T, n], weights [Z + L, n] and, if there is one, `base` [T, n], in rows anywhere. Without bits
+    nothing was dropped.
     """
     dx = dweights = dP = None
     if not (of_input or of_weights or of_p):
         return dx, dweights, dP
+    if bits is None:
+        if of_input:
+            dx = dzl @ weights if base is None else torch.addmm(base, dzl, weights)
+        return dx, summed(dzl, x) if of_weights else None, of_p and of_p.summed()
     if _plainly(x, Z, len(weights) - Z):
         if of_input:
             dx = dropped(dzl[:, :Z] @ weights[:Z], bits, p)
@@ -313,7 +309,7 @@ def gradients(
     _gradients_kernel[blocks + min(2, len(e) * joins), parts](
         dzl, x, bits, weights, x if base is None else base, x if dx is None else dx, sums, e, z, T, n, bits.shape[1],
         dzl.stride(0), x.stride(0), 0 if base is None else base.stride(0), e.stride(1), e.stride(0), z.stride(1),
-        z.stride(0), sum(sizes), G=len(e) * joins, H=H, D=D, PAD_H=_pad(H), PAD_D=_pad(D), T_EACH=T_each,
+        z.stride(0), sum(sizes), G=len(e) * joins, H=H, D=D, PAD_H=pad(H), PAD_D=pad(D), T_EACH=T_each,
         OF_INPUT=of_input, OF_WEIGHTS=of_weights, ADDS=base is not None, EVEN_T=T % T_each == 0,
         EVEN_N=n % GRADIENTS["BLOCK_N"] == 0, **_sizes(weights, Z, p), **tuned,
     )  # fmt: skip
@@ -341,26 +337,13 @@ def rows_of(x: Tensor, columns: int) -> Tensor:
     return x.new_empty(len(x), -(-columns // 16) * 16)[:, :columns]
 
 
-def blocks_of(rows: int, least: int = 16) -> dict[str, int]:
-    """Rows as one block, padded to a power of two, or as two, padded each, where those are fewer."""
-    whole = _pad(rows, least)
-    first, pad_rest = whole // 2, _pad(rows - whole // 2, least)
-    if first >= least and first + pad_rest < whole:
-        return {"first": first, "rest": rows - first, "pad_rest": pad_rest}
-    return {"first": whole, "rest": 0, "pad_rest": least}
-
-
-def _pad(size: int, least: int = 16) -> int:
-    return max(least, triton.next_power_of_2(size))  # tl.dot takes no less than 16
-
-
 def _bytes(tuned: dict[str, int], Z: int, L: int, stages: int) -> int:
     """Of shared memory, for elements of two, as Triton 3.6 lays them out for Hopper.
 
     Loads have a block for each stage. The gradients keep a block of the weights, and lay out one of x anew.
     """
     T, n, z = tuned["BLOCK_T"], tuned["BLOCK_N"], blocks_of(Z)
-    rows = z["first"] + (z["pad_rest"] if z["rest"] else 0) + (_pad(L) if L else 0)
+    rows = z["first"] + (z["pad_rest"] if z["rest"] else 0) + (pad(L) if L else 0)
     kept, loaded = (2 * (T + rows) * n, T) if tuned is GRADIENTS else (0, n)
     return 1024 + kept + stages * 2 * (T * n + rows * loaded)
 
@@ -385,15 +368,5 @@ def _sizes(weights: Tensor, Z: int, p: float) -> dict[str, Any]:
     L, z = len(weights) - Z, blocks_of(Z)
     return {
         "SCALE": scale(p), "Z": Z, "L": L, "PAD_Z": z["first"], "REST": z["rest"], "PAD_REST": z["pad_rest"],
-        "PAD_L": _pad(L), "WIDE": wide_of(weights), "PTX": has_ptx(weights),
+        "PAD_L": pad(L), "WIDE": wide_of(weights.dtype), "PTX": has_ptx(weights),
     }  # fmt: skip
-
-
-def has_ptx(x: Tensor) -> bool:
-    """Whether kernels over x are compiled to what Nvidia's GPUs read."""
-    return x.is_cuda and not torch.version.hip
-
-
-def wide_of(x: Tensor) -> tl.dtype:
-    """What kernels sum in."""
-    return tl.float64 if x.dtype == torch.float64 else tl.float32

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from malora.backends.masked import blocks_of, wide_of
+from malora.backends.blocks import blocks_of, wide_of
 
 TUNED = {"BLOCK": 64, "BLOCK_SUM": 128, "num_stages": 4, "num_warps": 4}  # the fastest tried on an H100
 MOST_RANKS = 128  # of more, the sums of a block do not stay in registers
@@ -93,7 +93,7 @@ def _of_B(
 
 
 @triton.jit
-def _gradients_kernel(
+def _up_kernel(
     dy_ptr, h_ptr, b_ptr, dh_ptr, db_ptr, T, m, h_stride, dh_stride, T_UP: tl.constexpr, M_UP: tl.constexpr,
     ALPHA: tl.constexpr, EVEN: tl.constexpr, H: tl.constexpr, REST: tl.constexpr, PAD_H: tl.constexpr,
     PAD_REST: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SUM: tl.constexpr,
@@ -123,9 +123,9 @@ def gradients(dy: Tensor, h: Tensor, B: Tensor, alpha: float, dh: Tensor) -> Ten
     dB = torch.empty(H, m, dtype=torch.promote_types(dy.dtype, torch.float32), device=dy.device)
     ranks, block, block_sum = blocks_of(H, 32), TUNED["BLOCK"], TUNED["BLOCK_SUM"]
     T_up, M_up = (_up(size, block_sum) for size in dy.shape)
-    _gradients_kernel[(triton.cdiv(T, block) + triton.cdiv(m, block),)](
+    _up_kernel[(triton.cdiv(T, block) + triton.cdiv(m, block),)](
         dy, h, B, dh, dB, T, m, h.stride(0), dh.stride(0), T_up, M_up, ALPHA=alpha, EVEN=(T, m) == (T_up, M_up), H=H,
-        PAD_H=ranks["first"], REST=ranks["rest"], PAD_REST=ranks["pad_rest"], WIDE=wide_of(dy), **TUNED,
+        PAD_H=ranks["first"], REST=ranks["rest"], PAD_REST=ranks["pad_rest"], WIDE=wide_of(dy.dtype), **TUNED,
     )  # fmt: skip
     return dB
 

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from malora.backends import dropout, masked
+from malora.backends import blocks, dropout, masked
 from tests.malora.hopper import printed
 
 ON_GPU = torch.cuda.is_available()
@@ -69,7 +69,7 @@ def test_products_equal_those_of_masked_tensors(T, n, Z, L, p, least_blocks, mon
     [(8, 16, 0, 16), (24, 32, 0, 16), (40, 32, 8, 16), (64, 64, 0, 16), (96, 64, 32, 32), (192, 128, 64, 64)],
 )
 def test_rows_are_two_blocks_where_those_are_smaller(rows, first, rest, pad_rest):
-    assert masked.blocks_of(rows) == {"first": first, "rest": rest, "pad_rest": pad_rest}
+    assert blocks.blocks_of(rows) == {"first": first, "rest": rest, "pad_rest": pad_rest}
 
 
 def test_loads_have_the_stages_that_fit_and_products_for_which_none_do_are_plain(monkeypatch):

@@ -1,0 +1,44 @@
+"""What the kernels of products share: sizes of their blocks, in what they sum, and how they wait.
+
+Triton's blocks are powers of two, of a product's sides 16 or more.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def finished(sums, PTX: tl.constexpr):
+    """The sums of a product, float32, once it has ended."""
+    # On Hopper a product may run on while its loop writes the registers (Triton 3.6, its issue 9433) or the buffer that
+    # it still reads, and AsyLoRA trained to NaN. Whoever reads the sums waits for them; ptxas drops the mov.
+    if PTX:
+        sums = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [sums], dtype=tl.float32, is_pure=True, pack=1)
+    return sums
+
+
+def blocks_of(rows: int, least: int = 16) -> dict[str, int]:
+    """Rows as one block, padded to a power of two, or as two, padded each, where those are fewer."""
+    whole = pad(rows, least)
+    first, pad_rest = whole // 2, pad(rows - whole // 2, least)
+    if first >= least and first + pad_rest < whole:
+        return {"first": first, "rest": rows - first, "pad_rest": pad_rest}
+    return {"first": whole, "rest": 0, "pad_rest": least}
+
+
+def pad(size: int, least: int = 16) -> int:
+    return max(least, triton.next_power_of_2(size))  # tl.dot takes no less than 16
+
+
+def has_ptx(x: Tensor) -> bool:
+    """Whether kernels over x are compiled to what Nvidia's GPUs read."""
+    return x.is_cuda and not torch.version.hip
+
+
+def wide_of(dtype: torch.dtype) -> tl.dtype:
+    """What kernels sum in."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
