@@ -11,6 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 
+# Columns of a product's right side that lie as they do in memory. Triton 3.6 made a wrong product of 16, 128 rows deep,
+# where it could not copy them ahead: their rows began at odd places.
+LEAST_RIGHT = 32
+
+
 @triton.jit
 def finished(sums, PTX: tl.constexpr):
     """The sums of a product, float32, once it has ended."""

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from malora.backends.blocks import blocks_of, finished, has_ptx, pad, wide_of
+from malora.backends.blocks import LEAST_RIGHT, blocks_of, finished, has_ptx, pad, wide_of
 from malora.backends.dropout import dropped, left_of, scale
 
 
@@ -309,7 +309,7 @@ def gradients(
     _gradients_kernel[blocks + min(2, len(e) * joins), parts](
         dzl, x, bits, weights, x if base is None else base, x if dx is None else dx, sums, e, z, T, n, bits.shape[1],
         dzl.stride(0), x.stride(0), 0 if base is None else base.stride(0), e.stride(1), e.stride(0), z.stride(1),
-        z.stride(0), sum(sizes), G=len(e) * joins, H=H, D=D, PAD_H=pad(H), PAD_D=pad(D), T_EACH=T_each,
+        z.stride(0), sum(sizes), G=len(e) * joins, H=H, D=D, PAD_H=pad(H), PAD_D=pad(D, LEAST_RIGHT), T_EACH=T_each,
         OF_INPUT=of_input, OF_WEIGHTS=of_weights, ADDS=base is not None, EVEN_T=T % T_each == 0,
         EVEN_N=n % GRADIENTS["BLOCK_N"] == 0, **_sizes(weights, Z, p), **tuned,
     )  # fmt: skip

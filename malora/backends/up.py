@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from malora.backends.blocks import blocks_of, wide_of
+from malora.backends.blocks import LEAST_RIGHT, blocks_of, wide_of
 
 TUNED = {"BLOCK": 64, "BLOCK_SUM": 128, "num_stages": 4, "num_warps": 4}  # the fastest tried on an H100
 MOST_RANKS = 128  # of more, the sums of a block do not stay in registers
@@ -22,8 +22,7 @@ MOST_RANKS = 128  # of more, the sums of a block do not stay in registers
 def pays(dy: Tensor, h: Tensor, H: int) -> bool:
     """Whether one kernel is faster than two products.
 
-    With few ranks, elements of 16 bits, and rows that begin at multiples of 16 of them, which are loaded ahead; where
-    they do not, Triton 3.6 made a wrong product of 16 ranks, too.
+    With few ranks, elements of 16 bits, and rows that begin at multiples of 16 of them, which are copied ahead.
     """
     is_narrow = not dy.is_cuda or dy.element_size() == 2
     is_aligned = not (dy.stride(0) % 16 or h.stride(-2) % 16 or any(t.data_ptr() % 16 for t in (dy, h)))
@@ -121,7 +120,7 @@ def gradients(dy: Tensor, h: Tensor, B: Tensor, alpha: float, dh: Tensor) -> Ten
     """
     (T, m), H = dy.shape, len(B)
     dB = torch.empty(H, m, dtype=torch.promote_types(dy.dtype, torch.float32), device=dy.device)
-    ranks, block, block_sum = blocks_of(H, 32), TUNED["BLOCK"], TUNED["BLOCK_SUM"]
+    ranks, block, block_sum = blocks_of(H, LEAST_RIGHT), TUNED["BLOCK"], TUNED["BLOCK_SUM"]
     T_up, M_up = (_up(size, block_sum) for size in dy.shape)
     _up_kernel[(triton.cdiv(T, block) + triton.cdiv(m, block),)](
         dy, h, B, dh, dB, T, m, h.stride(0), dh.stride(0), T_up, M_up, ALPHA=alpha, EVEN=(T, m) == (T_up, M_up), H=H,

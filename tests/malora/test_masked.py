@@ -47,7 +47,7 @@ def test_products_equal_those_of_masked_tensors(T, n, Z, L, p, least_blocks, mon
     rows = torch.full((T, n + 32), torch.nan, dtype=DTYPE, device=DEVICE)
     got["down, copied"] = masked.down(x, bits, weights, Z, p, rows[:, :n])
     assert torch.equal(rows[:, :n], x) and rows[:, n:].isnan().all()
-    e, z = (torch.randn(3, T, size, device=DEVICE).to(DTYPE) for size in (40, 24))
+    e, z, narrow_z = (torch.randn(3, T, size, device=DEVICE).to(DTYPE) for size in (40, 24, 8))
     expected["of P"] = e[..., :36].to(wide).mT @ z[..., :20].to(wide)
     of_p = masked.OfP(e, z, 36, 20)
     got["of input"], got["of weights"], got["of P"] = masked.gradients(dzl, x, bits, weights, Z, p, of_p=of_p)
@@ -55,7 +55,7 @@ def test_products_equal_those_of_masked_tensors(T, n, Z, L, p, least_blocks, mon
     assert others == [None, None]
     _, got["of weights, of rows"], nothing = masked.gradients(dzl, rows[:, :n], bits, weights, Z, p, of_input=False)
     assert _ is nothing is None
-    expected["of P alone"] = expected["of P"]
+    expected["of P alone"], of_p = e[..., :36].to(wide).mT @ narrow_z[..., :6].to(wide), masked.OfP(e, narrow_z, 36, 6)
     *others, got["of P alone"] = masked.gradients(
         dzl, x, bits, weights, Z, p, of_input=False, of_weights=False, of_p=of_p
     )
