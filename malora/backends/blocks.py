@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
 # Columns of a product's right side that lie as they do in memory. Triton 3.6 made a wrong product of 16, 128 rows deep,
 # where it could not copy them ahead: their rows began at odd places.
 LEAST_RIGHT = 32
