@@ -5,6 +5,8 @@ Triton's blocks are powers of two, of a product's sides 16 or more.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,7 @@ from torch import Tensor
 # Columns of a product's right side that lie as they do in memory. Triton 3.6 made a wrong product of 16, 128 rows deep,
 # where it could not copy them ahead: their rows began at odd places.
 LEAST_RIGHT = 32
+HOPPERS = 227 << 10  # bytes of shared memory that a block of threads can have on an H100
 
 
 @triton.jit
@@ -36,6 +39,12 @@ def blocks_of(rows: int, least: int = 16) -> dict[str, int]:
 
 def pad(size: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(size))  # tl.dot takes no less than 16
+
+
+@cache
+def shared(device: torch.device) -> int:
+    """Bytes of shared memory that a block of threads can have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else HOPPERS
 
 
 def has_ptx(x: Tensor) -> bool:

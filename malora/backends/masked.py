@@ -9,7 +9,6 @@ float64 where the data is.
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from malora.backends.blocks import LEAST_RIGHT, blocks_of, finished, has_ptx, pad, wide_of
+from malora.backends.blocks import LEAST_RIGHT, blocks_of, finished, has_ptx, pad, shared, wide_of
 from malora.backends.dropout import dropped, left_of, scale
 
 
@@ -188,7 +187,6 @@ DOWN = {"BLOCK_T": 64, "BLOCK_N": 64, "num_stages": 3}
 GRADIENTS = {"BLOCK_T": 64, "BLOCK_N": 64, "num_stages": 3}
 PROGRAMS = 264  # two for each multiprocessor of an H100
 LEAST_BLOCKS = 16  # of columns in a part of a sum; not tuned again since the gate's kernel adds up the parts
-HOPPERS = 227 << 10  # bytes of shared memory that a block of threads can have on an H100
 MOST_OF_P = 128 * 64  # elements of a gradient of P that one program sums up
 MOST_ROWS = 256  # of down sides, and of routers beside them; the sums of a block of tokens stay in registers
 
@@ -298,7 +296,7 @@ def gradients(
     sizes = [rows * n * of_weights, len(e) * H * D * joins]
     tuned = _fitting(GRADIENTS, Z, rows - Z, x.device)
     blocks, blocks_T = triton.cdiv(n, GRADIENTS["BLOCK_N"]), triton.cdiv(T, GRADIENTS["BLOCK_T"])
-    fits_twice = 2 * _bytes(GRADIENTS, Z, rows - Z, tuned["num_stages"]) <= _shared(x.device)
+    fits_twice = 2 * _bytes(GRADIENTS, Z, rows - Z, tuned["num_stages"]) <= shared(x.device)
     each = triton.cdiv(blocks_T, _parts(blocks, blocks_T, PROGRAMS if fits_twice else PROGRAMS // 2))
     T_each = triton.next_power_of_2(each) * GRADIENTS["BLOCK_T"]  # a power of two of blocks, for few compilations
     parts = triton.cdiv(T, T_each)
@@ -350,18 +348,12 @@ def _bytes(tuned: dict[str, int], Z: int, L: int, stages: int) -> int:
 
 def _stages(tuned: dict[str, int], Z: int, L: int, device: torch.device) -> int:
     """Stages of loads that shared memory has room for, at most those of `tuned`; 0 if for none."""
-    return max(s for s in range(tuned["num_stages"] + 1) if not s or _bytes(tuned, Z, L, s) <= _shared(device))
+    return max(s for s in range(tuned["num_stages"] + 1) if not s or _bytes(tuned, Z, L, s) <= shared(device))
 
 
 def _fitting(tuned: dict[str, int], Z: int, L: int, device: torch.device) -> dict[str, int]:
     """`tuned`, with as many stages as fit, and more warps where there are many rows."""
     return tuned | {"num_stages": _stages(tuned, Z, L, device), "num_warps": 4 if Z + L <= 224 else 8}
-
-
-@cache
-def _shared(device: torch.device) -> int:
-    """Bytes of shared memory that a block of threads can have."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else HOPPERS
 
 
 def _sizes(weights: Tensor, Z: int, p: float) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from malora.backends.blocks import LEAST_RIGHT, blocks_of, wide_of
+from malora.backends.blocks import LEAST_RIGHT, blocks_of, shared, wide_of
 
 TUNED = {"BLOCK": 64, "BLOCK_SUM": 128, "num_stages": 4, "num_warps": 4}  # the fastest tried on an H100
 MOST_RANKS = 128  # of more, the sums of a block do not stay in registers
@@ -22,11 +22,22 @@ MOST_RANKS = 128  # of more, the sums of a block do not stay in registers
 def pays(dy: Tensor, h: Tensor, H: int) -> bool:
     """Whether one kernel is faster than two products.
 
-    With few ranks, elements of 16 bits, and rows that begin at multiples of 16 of them, which are copied ahead.
+    With few ranks, elements of 16 bits, rows that begin at multiples of 16 of them, which are copied ahead, and shared
+    memory for two stages of such copies.
     """
     is_narrow = not dy.is_cuda or dy.element_size() == 2
     is_aligned = not (dy.stride(0) % 16 or h.stride(-2) % 16 or any(t.data_ptr() % 16 for t in (dy, h)))
-    return is_narrow and is_aligned and H <= MOST_RANKS and dy.numel() > 0
+    return is_narrow and is_aligned and H <= MOST_RANKS and dy.numel() > 0 and _stages(H, dy.device) >= 2
+
+
+def _stages(H: int, device: torch.device) -> int:
+    """Stages of loads that shared memory has room for, at most those of TUNED.
+
+    In bytes, for elements of two, as Triton 3.6 lays them out for Hopper.
+    """
+    ranks = blocks_of(H, LEAST_RIGHT)
+    rows = TUNED["BLOCK"] + ranks["first"] + (ranks["pad_rest"] if ranks["rest"] else 0)
+    return min(TUNED["num_stages"], shared(device) // (2 * rows * TUNED["BLOCK_SUM"]))
 
 
 @triton.jit
@@ -124,7 +135,8 @@ def gradients(dy: Tensor, h: Tensor, B: Tensor, alpha: float, dh: Tensor) -> Ten
     T_up, M_up = (_up(size, block_sum) for size in dy.shape)
     _up_kernel[(triton.cdiv(T, block) + triton.cdiv(m, block),)](
         dy, h, B, dh, dB, T, m, h.stride(0), dh.stride(0), T_up, M_up, ALPHA=alpha, EVEN=(T, m) == (T_up, M_up), H=H,
-        PAD_H=ranks["first"], REST=ranks["rest"], PAD_REST=ranks["pad_rest"], WIDE=wide_of(dy.dtype), **TUNED,
+        PAD_H=ranks["first"], REST=ranks["rest"], PAD_REST=ranks["pad_rest"], WIDE=wide_of(dy.dtype),
+        **TUNED | {"num_stages": _stages(H, dy.device)},
     )  # fmt: skip
     return dB
 

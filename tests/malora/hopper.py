@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from malora.backends import masked
+from malora.backends import blocks
 
 
 def compiled(kernel, constants, types=(), aligned=(), **options):
@@ -28,7 +28,7 @@ def compiled(kernel, constants, types=(), aligned=(), **options):
         {(names.index(name),): [["tt.divisibility", 16]] for name in hinted},
     )
     made = triton.compile(source, triton.backends.compiler.GPUTarget("cuda", 90, 32), options)
-    assert made.metadata.shared <= masked.HOPPERS, (kernel.__name__, constants, made.metadata.shared)
+    assert made.metadata.shared <= blocks.HOPPERS, (kernel.__name__, constants, made.metadata.shared)
     return made.asm["ttgir"]
 
 

@@ -81,7 +81,7 @@ def test_loads_have_the_stages_that_fit_and_products_for_which_none_do_are_plain
 
     assert stages(masked.DOWN) == [3, 3, 3, 3] and stages(masked.GRADIENTS) == [3, 3, 3, 2]
     assert not any(masked._plainly(x, Z, L) for Z, L in sizes) and masked._plainly(x, 96, 264)
-    monkeypatch.setattr(masked, "_shared", lambda device: 99 << 10)  # of a GPU at home
+    monkeypatch.setattr(masked, "shared", lambda device: 99 << 10)  # of a GPU at home
     assert stages(masked.DOWN) == [3, 2, 1, 1] and stages(masked.GRADIENTS) == [3, 1, 0, 0]
     assert [masked._plainly(x, Z, L) for Z, L in sizes] == [False, False, True, True]
 

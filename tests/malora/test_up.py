@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from malora.backends import up
+from tests.malora.hopper import printed
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE, CLOSE = ("cuda", torch.bfloat16, 5e-3) if ON_GPU else ("cpu", torch.float64, 1e-12)
@@ -33,6 +34,42 @@ def test_rows_that_do_not_begin_at_multiples_are_left_to_two_products():
     dy, h = torch.randn(20, 32), torch.randn(20, 16)
     assert up.pays(dy, h, 16) and not up.pays(dy, h, 136) and not up.pays(dy[:0], h[:0], 16)
     assert not up.pays(torch.randn(20, 24), h, 16) and not up.pays(dy, torch.randn(20, 24), 16)
+
+
+def test_loads_have_the_stages_that_fit(monkeypatch):
+    device, dy = torch.device("cpu"), torch.randn(20, 32)
+    assert [up._stages(H, device) for H in (16, 64, 96, 128)] == [4, 4, 4, 4]
+    monkeypatch.setattr(up, "shared", lambda device: 99 << 10)  # of a GPU at home
+    assert [up._stages(H, device) for H in (16, 64, 96, 128)] == [4, 3, 2, 2] and up.pays(dy, dy, 128)
+    monkeypatch.setattr(up, "shared", lambda device: 64 << 10)
+    assert up.pays(dy, dy, 64) and not up.pays(dy, dy, 96)
+
+
+COMPILE = """
+import torch
+import triton.language as tl
+from malora.backends import up
+from tests.malora.hopper import printed
+from malora.backends.blocks import LEAST_RIGHT, blocks_of
+from tests.malora.hopper import compiled
+for H in 8, 64, 96, 128:
+    ranks = blocks_of(H, LEAST_RIGHT)
+    constants = {"T_UP": 4096, "M_UP": 4096, "ALPHA": 1.0, "EVEN": True, "H": H, "PAD_H": ranks["first"],
+                 "REST": ranks["rest"], "PAD_REST": ranks["pad_rest"], "WIDE": tl.float32}
+    tuned = dict(up.TUNED, num_stages=up._stages(H, torch.device("cpu")))
+    options = {name: tuned.pop(name) for name in ("num_warps", "num_stages")}
+    code = compiled(up._up_kernel, constants | tuned, {"db_ptr": "*fp32"}, ("T", "m"), **options)
+    print(code, end="\\f")
+"""
+
+
+def test_what_a_product_reads_is_copied_ahead(tmp_path):
+    """And fits into an H100's shared memory. Nothing goes through registers, which a product might still read."""
+    codes = printed(COMPILE, tmp_path)
+    assert len(codes) == 4
+    for code in codes:
+        assert "async_copy_global_to_local" in code and "local_store" not in code
+        assert not [line for line in code.splitlines() if "local_alloc %" in line]
 
 
 @pytest.mark.parametrize("size, blocks", [(1, 1), (128, 1), (129, 2), (15 * 128, 15), (17 * 128, 18), (33 * 128, 36)])
