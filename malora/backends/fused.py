@@ -267,13 +267,13 @@ class _Experts(torch.autograd.Function):
             e = kernels.gate_backward(zl, P, dh, _stacked(gradients[G:], x, s.N), dzl, s)
 
         def of_x() -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-            wanted = {
+            of = {
                 "of_input": ctx.needs_input_grad[0],
                 "of_weights": any(needs.get(kind) for kind in ("A", "S", "router")),
                 "of_p": stack.of_p(e, zl) if needs.get("P") else None,
             }
-            found = masked.gradients(dzl, x, bits, down, s.logits_at, config.lora_dropout, base, **wanted)
-            if wanted["of_input"]:
+            found = masked.gradients(dzl, x, bits, down, s.logits_at, config.lora_dropout, base, **of)
+            if of["of_input"]:
                 for dy, W in zip(dys, weights, strict=False):  # none with 8 bits
                     found[0].addmm_(dy, W)
             return found
