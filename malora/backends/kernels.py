@@ -208,6 +208,7 @@ class GateShape:
     scaling: float
 
     def constants(self, dtype: torch.dtype, columns: int = COLUMNS) -> dict[str, Any]:
+        """What the kernels are compiled for; they take as many experts at a time as have `columns` ranks at most."""
         times = triton.cdiv(self.N, max(1, columns // self.r))
         each = triton.cdiv(self.N, times)  # of eight experts four and four, not five and three
         return {
@@ -260,7 +261,7 @@ def gate_backward(
     _gate_backward_kernel[(triton.cdiv(T, BLOCK_T), G)](
         zl, P, dh, dprobability, dzl, e, T, zl.stride(0), dzl.stride(0), dh.shape[2], dh.stride(1), dh.stride(0),
         *_strides(P), HAS_DPROBABILITY=dprobability is not None,
-        **shape.constants(zl.dtype, shape.r if shape.has_p else COLUMNS),  # more experts of P than one: registers
+        **shape.constants(zl.dtype, shape.r if shape.has_p else COLUMNS),  # with P, registers for one expert
     )  # fmt: skip
     return e
 

@@ -1,6 +1,6 @@
-"""The gradients of an up side, dh = dy Bᵀ and dB = hᵀ dy, by one kernel that goes over dy once.
+"""The gradients of an up side, dh = dy Bᵀ and dB = hᵀ dy, by one kernel.
 
-Each sum alone is a pass over dy at the speed of memory. Programs of both kinds run beside each other over the same
+Each product alone is a pass over dy at the speed of memory. Programs of both kinds run beside each other over the same
 part of dy, and what one has loaded the other finds in the cache.
 
 Shapes: T tokens, m out, H total rank of a sibling's experts.

@@ -53,8 +53,8 @@ def test_products_equal_those_of_masked_tensors(T, n, Z, L, p, least_blocks, mon
     got["of input"], got["of weights"], got["of P"] = masked.gradients(dzl, x, bits, weights, Z, p, of_p=of_p)
     got["of input, added"], *others = masked.gradients(dzl, x, bits, weights, Z, p, base, of_weights=False)
     assert others == [None, None]
-    _, got["of weights, of rows"], nothing = masked.gradients(dzl, rows[:, :n], bits, weights, Z, p, of_input=False)
-    assert _ is nothing is None
+    dx, got["of weights, of rows"], dP = masked.gradients(dzl, rows[:, :n], bits, weights, Z, p, of_input=False)
+    assert dx is dP is None
     expected["of P alone"], of_p = e[..., :36].to(wide).mT @ narrow_z[..., :6].to(wide), masked.OfP(e, narrow_z, 36, 6)
     *others, got["of P alone"] = masked.gradients(
         dzl, x, bits, weights, Z, p, of_input=False, of_weights=False, of_p=of_p

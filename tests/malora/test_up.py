@@ -17,9 +17,8 @@ USED = [(4096, 4096, 96), (4096, 11008, 64), (4096, 11008, 96), (4096, 4096, 128
 def test_equals_two_products(T, m, H):
     torch.manual_seed(0)
     dy, B = torch.randn(T, m, device=DEVICE).to(DTYPE), torch.randn(H, m, device=DEVICE).to(DTYPE)
-    rooms = torch.full(
-        (2, T, -(-H // 16) * 16 + 16), torch.nan, dtype=DTYPE, device=DEVICE
-    )  # rows that lie in wider ones
+    # Rows that lie in wider ones, which begin at multiples of 16.
+    rooms = torch.full((2, T, -(-H // 16) * 16 + 16), torch.nan, dtype=DTYPE, device=DEVICE)
     h, dh = rooms[..., :H]
     h.copy_(torch.randn(T, H))
     assert up.pays(dy, h, H)
@@ -49,7 +48,6 @@ COMPILE = """
 import torch
 import triton.language as tl
 from malora.backends import up
-from tests.malora.hopper import printed
 from malora.backends.blocks import LEAST_RIGHT, blocks_of
 from tests.malora.hopper import compiled
 for H in 8, 64, 96, 128:
