@@ -259,8 +259,8 @@ class _Experts(torch.autograd.Function):
         if frozen:
             base, of_each = frozen.gradients(dys, Bs, alpha)
             dh = of_each if config.has_router else dh.copy_(of_each)
-        elif fills_device(x) and needs["B"] and all(up.pays(dy, h, stack.H8) for dy in dys):
-            dBs = [up.gradients(dys[g], h[g], Bs[g], alpha, dh[g]) for g in range(G)]
+        elif fills_device(x) and needs["B"] and all(up.pays(dy, h_g, stack.H8) for dy, h_g in zip(dys, h, strict=True)):
+            dBs = up.gradients(dys, h, Bs, alpha, dh)
         else:  # what follows waits for h's alone
             side_by_side(x, [partial(of_h, g) for g in range(G)])
         if config.has_router:

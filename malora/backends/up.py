@@ -1,12 +1,14 @@
-"""The gradients of an up side, dh = dy Bᵀ and dB = hᵀ dy, by one kernel.
+"""The gradients of up sides, dh = dy Bᵀ and dB = hᵀ dy, by one kernel for all siblings.
 
 Each product alone is a pass over dy at the speed of memory. Programs of both kinds run beside each other over the same
 part of dy, and what one has loaded the other finds in the cache.
 
-Shapes: T tokens, m out, H total rank of a sibling's experts.
+Shapes: T tokens, G siblings, m out, H total rank of a sibling's experts.
 """
 
 from __future__ import annotations
+
+from itertools import groupby
 
 import torch
 import triton
@@ -20,7 +22,7 @@ MOST_RANKS = 128  # of more, the sums of a block do not stay in registers
 
 
 def pays(dy: Tensor, h: Tensor, H: int) -> bool:
-    """Whether one kernel is faster than two products.
+    """Whether for a sibling one kernel is faster than two products.
 
     With few ranks, elements of 16 bits, rows that begin at multiples of 16 of them, which are copied ahead, and shared
     memory for two stages of such copies.
@@ -42,20 +44,20 @@ def _stages(H: int, device: torch.device) -> int:
 
 @triton.jit
 def _of_h(
-    dy_ptr, b_ptr, dh_ptr, block, T, m, dh_stride, M_UP: tl.constexpr, ALPHA: tl.constexpr, EVEN: tl.constexpr,
-    H: tl.constexpr, REST: tl.constexpr, PAD_H: tl.constexpr, PAD_REST: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_SUM: tl.constexpr,
+    dy_ptr, b_ptr, dh_ptr, block, T, m, dh_stride, M_UP: tl.constexpr, ALPHA: tl.constexpr, EVEN_T: tl.constexpr,
+    EVEN_M: tl.constexpr, H: tl.constexpr, REST: tl.constexpr, PAD_H: tl.constexpr, PAD_REST: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SUM: tl.constexpr,
 ):  # fmt: skip
     rows = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     columns = tl.arange(0, BLOCK_SUM)
     ranks, rest_ranks = tl.arange(0, PAD_H), PAD_H + tl.arange(0, PAD_REST)
-    row_inside = (rows < T)[:, None] | EVEN
+    row_inside = (rows < T)[:, None] | EVEN_T
     dy_ptr += rows[:, None] * m + columns[None, :]
     b_ptr += columns[None, :]
     total = tl.zeros([BLOCK, PAD_H], dtype=WIDE)
     rest = tl.zeros([BLOCK, PAD_REST], dtype=WIDE)
     for start in range(0, M_UP, BLOCK_SUM):
-        column_inside = (columns + start < m)[None, :] | EVEN
+        column_inside = (columns + start < m)[None, :] | EVEN_M
         dy = tl.load(dy_ptr, mask=row_inside & column_inside, other=0.0)
         b = tl.load(b_ptr + ranks[:, None] * m, mask=(ranks < H)[:, None] & column_inside, other=0.0)
         total = tl.dot(dy, tl.trans(b), total, input_precision="ieee", out_dtype=WIDE)
@@ -72,20 +74,20 @@ def _of_h(
 
 @triton.jit
 def _of_B(
-    dy_ptr, h_ptr, db_ptr, block, T, m, h_stride, T_UP: tl.constexpr, ALPHA: tl.constexpr, EVEN: tl.constexpr,
-    H: tl.constexpr, REST: tl.constexpr, PAD_H: tl.constexpr, PAD_REST: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_SUM: tl.constexpr,
+    dy_ptr, h_ptr, db_ptr, block, T, m, h_stride, T_UP: tl.constexpr, ALPHA: tl.constexpr, EVEN_T: tl.constexpr,
+    EVEN_M: tl.constexpr, H: tl.constexpr, REST: tl.constexpr, PAD_H: tl.constexpr, PAD_REST: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SUM: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_SUM).to(tl.int64)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     ranks, rest_ranks = tl.arange(0, PAD_H), PAD_H + tl.arange(0, PAD_REST)
-    column_inside = (columns < m)[None, :] | EVEN
+    column_inside = (columns < m)[None, :] | EVEN_M
     dy_ptr += rows[:, None] * m + columns[None, :]
     h_ptr += rows[:, None] * h_stride
     total = tl.zeros([BLOCK, PAD_H], dtype=WIDE)
     rest = tl.zeros([BLOCK, PAD_REST], dtype=WIDE)
     for start in range(0, T_UP, BLOCK_SUM):
-        row_inside = (rows + start < T)[:, None] | EVEN
+        row_inside = (rows + start < T)[:, None] | EVEN_T
         dy = tl.load(dy_ptr, mask=row_inside & column_inside, other=0.0)
         h = tl.load(h_ptr + ranks[None, :], mask=row_inside & (ranks < H)[None, :], other=0.0)
         total = tl.dot(tl.trans(dy), h, total, input_precision="ieee", out_dtype=WIDE)
@@ -104,45 +106,61 @@ def _of_B(
 
 @triton.jit
 def _up_kernel(
-    dy_ptr, h_ptr, b_ptr, dh_ptr, db_ptr, T, m, h_stride, dh_stride, T_UP: tl.constexpr, M_UP: tl.constexpr,
-    ALPHA: tl.constexpr, EVEN: tl.constexpr, H: tl.constexpr, REST: tl.constexpr, PAD_H: tl.constexpr,
-    PAD_REST: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SUM: tl.constexpr,
+    dy_ptrs, h_ptrs, b_ptrs, dh_ptrs, db_ptr, T, m, h_stride, dh_stride, T_UP: tl.constexpr, M_UP: tl.constexpr,
+    ALPHA: tl.constexpr, EVEN_T: tl.constexpr, EVEN_M: tl.constexpr, H: tl.constexpr, REST: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_REST: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SUM: tl.constexpr,
 ):  # fmt: skip
-    # The two kinds take turns while there are both; then come what is left of the larger.
-    program, of_h, of_b = tl.program_id(0), tl.cdiv(T, BLOCK), tl.cdiv(m, BLOCK)
+    of_h, of_b = tl.cdiv(T, BLOCK), tl.cdiv(m, BLOCK)
+    group, program = tl.program_id(0) // (of_h + of_b), tl.program_id(0) % (of_h + of_b)
+    dy_ptr, h_ptr, b_ptr, dh_ptr = dy_ptrs[0], h_ptrs[0], b_ptrs[0], dh_ptrs[0]
+    for other in tl.static_range(1, len(dy_ptrs)):
+        dy_ptr = tl.where(group == other, dy_ptrs[other], dy_ptr)
+        h_ptr = tl.where(group == other, h_ptrs[other], h_ptr)
+        b_ptr = tl.where(group == other, b_ptrs[other], b_ptr)
+        dh_ptr = tl.where(group == other, dh_ptrs[other], dh_ptr)
+    # A sibling's two kinds take turns while there are both; then come what is left of the larger.
     both = 2 * min(of_h, of_b)
     is_of_h = tl.where(program < both, program % 2 == 0, of_h > of_b)
     block = tl.where(program < both, program // 2, program - both // 2)
     if is_of_h:
-        _of_h(dy_ptr, b_ptr, dh_ptr, block, T, m, dh_stride, M_UP, ALPHA, EVEN, H, REST, PAD_H, PAD_REST, WIDE,
-              BLOCK, BLOCK_SUM)  # fmt: skip
+        _of_h(dy_ptr, b_ptr, dh_ptr, block, T, m, dh_stride, M_UP, ALPHA, EVEN_T, EVEN_M, H, REST, PAD_H, PAD_REST,
+              WIDE, BLOCK, BLOCK_SUM)  # fmt: skip
     else:
-        _of_B(dy_ptr, h_ptr, db_ptr, block, T, m, h_stride, T_UP, ALPHA, EVEN, H, REST, PAD_H, PAD_REST, WIDE,
-              BLOCK, BLOCK_SUM)  # fmt: skip
+        db_ptr += group.to(tl.int64) * H * m
+        _of_B(dy_ptr, h_ptr, db_ptr, block, T, m, h_stride, T_UP, ALPHA, EVEN_T, EVEN_M, H, REST, PAD_H, PAD_REST,
+              WIDE, BLOCK, BLOCK_SUM)  # fmt: skip
 
 
-def gradients(dy: Tensor, h: Tensor, B: Tensor, alpha: float, dh: Tensor) -> Tensor:
-    """Writes alpha · dy Bᵀ into dh [T, H]; returns alpha · hᵀ dy, [H, m] in float32 or wider.
+def gradients(dys: list[Tensor], h: Tensor, Bs: list[Tensor], alpha: float, dh: Tensor) -> list[Tensor]:
+    """Writes alpha · dy Bᵀ of each sibling into dh [G, T, H]; returns alpha · hᵀ dy, [H, m] in float32 or wider.
 
     Args:
-        dy: [T, m], contiguous.
-        h: [T, H], in rows anywhere, as are those of dh. `pays` says of which.
-        B: [H, m], contiguous.
+        dys: each [T, m], contiguous.
+        h: [G, T, H], in rows anywhere, as are those of dh. `pays` says of which.
+        Bs: each [H, m], contiguous.
     """
-    (T, m), H = dy.shape, len(B)
-    dB = torch.empty(H, m, dtype=torch.promote_types(dy.dtype, torch.float32), device=dy.device)
+    found: list[Tensor] = []
+    for _, alike in groupby(dys, key=lambda dy: dy.shape[1]):  # siblings of one width are one launch
+        chosen = slice(len(found), len(found) + len(list(alike)))
+        found += _of_one_width(dys[chosen], h[chosen], Bs[chosen], alpha, dh[chosen])
+    return found
+
+
+def _of_one_width(dys: list[Tensor], h: Tensor, Bs: list[Tensor], alpha: float, dh: Tensor) -> tuple[Tensor, ...]:
+    (T, m), G, H = dys[0].shape, len(dys), len(Bs[0])
+    dBs = torch.empty(G, H, m, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
     ranks, block, block_sum = blocks_of(H, LEAST_RIGHT), TUNED["BLOCK"], TUNED["BLOCK_SUM"]
-    T_up, M_up = (_up(size, block_sum) for size in dy.shape)
-    _up_kernel[(triton.cdiv(T, block) + triton.cdiv(m, block),)](
-        dy, h, B, dh, dB, T, m, h.stride(0), dh.stride(0), T_up, M_up, ALPHA=alpha, EVEN=(T, m) == (T_up, M_up), H=H,
-        PAD_H=ranks["first"], REST=ranks["rest"], PAD_REST=ranks["pad_rest"], WIDE=wide_of(dy.dtype),
-        **TUNED | {"num_stages": _stages(H, dy.device)},
+    T_up, M_up = _up(T, block_sum), triton.cdiv(m, block_sum) * block_sum
+    _up_kernel[(G * (triton.cdiv(T, block) + triton.cdiv(m, block)),)](
+        tuple(dys), tuple(h), tuple(Bs), tuple(dh), dBs, T, m, h.stride(1), dh.stride(1), T_up, M_up, ALPHA=alpha,
+        EVEN_T=(T_up == T), EVEN_M=(m == M_up), H=H, PAD_H=ranks["first"], REST=ranks["rest"],
+        PAD_REST=ranks["pad_rest"], WIDE=wide_of(h.dtype), **TUNED | {"num_stages": _stages(H, h.device)},
     )  # fmt: skip
-    return dB
+    return dBs.unbind()
 
 
 def _up(size: int, block: int) -> int:
-    """A size as whole blocks, up to an eighth more: few different numbers mean few compilations."""
+    """A number of tokens as whole blocks, up to an eighth more: few different ones mean few compilations."""
     blocks = triton.cdiv(size, block)
     step = 1 << max(0, blocks.bit_length() - 4)
     return triton.cdiv(blocks, step) * step * block

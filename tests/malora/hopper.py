@@ -12,7 +12,7 @@ def compiled(kernel, constants, types=(), aligned=(), **options):
 
     Args:
         constants: values by name; an argument that is None is not there.
-        types: by name, of pointers that are not to bfloat16. What is no pointer is an int32.
+        types: by name, of pointers that are not to bfloat16, and of tuples of them. What is no pointer is an int32.
         aligned: names of numbers that are multiples of 16, as pointers and strides are.
     """
     import triton
@@ -20,12 +20,17 @@ def compiled(kernel, constants, types=(), aligned=(), **options):
     names, constants = kernel.arg_names, {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = dict(types) | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "*bf16" if name.endswith("_ptr") else "i32") for name in names}
-    hinted = [n for n in names if signature[n][0] == "*" or n.endswith("_stride") or n in aligned]
+    places = [
+        (i, *place)
+        for i, name in enumerate(names)
+        if "ptr" in name or name.endswith("_stride") or name in aligned
+        for place in ([(j,) for j in range(len(signature[name]))] if isinstance(signature[name], tuple) else [()])
+    ]
     source = triton.compiler.ASTSource(
         kernel,
         signature,
         {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in hinted},
+        {place: [["tt.divisibility", 16]] for place in places},
     )
     made = triton.compile(source, triton.backends.compiler.GPUTarget("cuda", 90, 32), options)
     assert made.metadata.shared <= blocks.HOPPERS, (kernel.__name__, constants, made.metadata.shared)

@@ -13,20 +13,25 @@ ODD = [(1, 16, 8), (200, 80, 24), (70, 272, 40), (129, 128, 16), (300, 272, 80),
 USED = [(4096, 4096, 96), (4096, 11008, 64), (4096, 11008, 96), (4096, 4096, 128), (1000, 4096, 96), (8200, 1536, 64)]
 
 
+@pytest.mark.parametrize("narrower", [(), (0,), (0, 16, 0), (16, 16)])
 @pytest.mark.parametrize("T, m, H", ODD + USED if ON_GPU else ODD)
-def test_equals_two_products(T, m, H):
+def test_equals_two_products(T, m, H, narrower):
+    """Of one, and of siblings of one width and of several."""
     torch.manual_seed(0)
-    dy, B = torch.randn(T, m, device=DEVICE).to(DTYPE), torch.randn(H, m, device=DEVICE).to(DTYPE)
+    widths = [m, *(max(m - less, 16) for less in narrower)]
+    dys, Bs = ([torch.randn(rows, width, device=DEVICE).to(DTYPE) for width in widths] for rows in (T, H))
     # Rows that lie in wider ones, which begin at multiples of 16.
-    rooms = torch.full((2, T, -(-H // 16) * 16 + 16), torch.nan, dtype=DTYPE, device=DEVICE)
+    rooms = torch.full((2, len(widths), T, -(-H // 16) * 16 + 16), torch.nan, dtype=DTYPE, device=DEVICE)
     h, dh = rooms[..., :H]
-    h.copy_(torch.randn(T, H))
-    assert up.pays(dy, h, H)
-    dB = up.gradients(dy, h, B, 2.0, dh)
+    h.copy_(torch.randn(h.shape))
+    assert all(up.pays(dy, h_g, H) for dy, h_g in zip(dys, h, strict=True))
+    dBs = up.gradients(dys, h, Bs, 2.0, dh)
     wide = torch.float32 if ON_GPU else torch.float64
-    assert dB.dtype == wide and rooms[..., H:].isnan().all()
-    for got, expected in (dh, 2 * dy.to(wide) @ B.to(wide).T), (dB, 2 * h.to(wide).T @ dy.to(wide)):
-        assert (got.to(wide) - expected).norm() <= CLOSE * expected.norm()
+    assert len(dBs) == len(dys) and rooms[..., H:].isnan().all()
+    for g, (dy, B, dB) in enumerate(zip(dys, Bs, dBs, strict=True)):
+        assert dB.dtype == wide
+        for got, expected in (dh[g], 2 * dy.to(wide) @ B.to(wide).T), (dB, 2 * h[g].to(wide).T @ dy.to(wide)):
+            assert (got.to(wide) - expected).norm() <= CLOSE * expected.norm()
 
 
 def test_rows_that_do_not_begin_at_multiples_are_left_to_two_products():
@@ -52,11 +57,12 @@ from malora.backends.blocks import LEAST_RIGHT, blocks_of
 from tests.malora.hopper import compiled
 for H in 8, 64, 96, 128:
     ranks = blocks_of(H, LEAST_RIGHT)
-    constants = {"T_UP": 4096, "M_UP": 4096, "ALPHA": 1.0, "EVEN": True, "H": H, "PAD_H": ranks["first"],
-                 "REST": ranks["rest"], "PAD_REST": ranks["pad_rest"], "WIDE": tl.float32}
+    constants = {"T_UP": 4096, "M_UP": 4096, "ALPHA": 1.0, "EVEN_T": True, "EVEN_M": True, "H": H,
+                 "PAD_H": ranks["first"], "REST": ranks["rest"], "PAD_REST": ranks["pad_rest"], "WIDE": tl.float32}
     tuned = dict(up.TUNED, num_stages=up._stages(H, torch.device("cpu")))
     options = {name: tuned.pop(name) for name in ("num_warps", "num_stages")}
-    code = compiled(up._up_kernel, constants | tuned, {"db_ptr": "*fp32"}, ("T", "m"), **options)
+    types = {"db_ptr": "*fp32", **dict.fromkeys(("dy_ptrs", "h_ptrs", "b_ptrs", "dh_ptrs"), ("*bf16",) * 3)}
+    code = compiled(up._up_kernel, constants | tuned, types, ("T", "m"), **options)
     print(code, end="\\f")
 """
 
@@ -79,11 +85,11 @@ def test_sums_are_of_few_different_lengths(size, blocks):
 @pytest.mark.parametrize("T, m, H", USED)
 def test_is_the_same_every_time(T, m, H):
     torch.manual_seed(0)
-    dy, h, B = (torch.randn(size, device=DEVICE).to(DTYPE) for size in ((T, m), (T, H), (H, m)))
+    dys, h, Bs = (torch.randn(2, *size, device=DEVICE).to(DTYPE) for size in ((T, m), (T, H), (H, m)))
 
     def product():
         dh = torch.empty_like(h)
-        return torch.cat([up.gradients(dy, h, B, 2.0, dh).flatten(), dh.flatten()])
+        return torch.cat([t.flatten() for t in (*up.gradients([*dys], h, [*Bs], 2.0, dh), dh)])
 
     first = product()
     differ = torch.stack([(product() != first).any() for _ in range(1000)]).sum().item()
