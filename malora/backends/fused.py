@@ -67,6 +67,7 @@ class Stack:
         self._kept: tuple[tuple, Narrow] | None = None
         self._form: tuple[torch.dtype, torch.device] | None = None  # of the last pass
         self._ahead: Narrow | None = None  # copied by `copy_ahead`, for one pass
+        self._counts: Tensor | None = None
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         """Every layer's output for x [..., n]; leaves what was routed in the layers."""
@@ -113,6 +114,12 @@ class Stack:
         if self.config.backend == "fp8" or not beside.pays(self.layers):
             return None
         return beside.weights(self.layers, self.H8, x.dtype)
+
+    def counts(self, x: Tensor) -> Tensor:
+        """Those of `masked.gradients`, zeros between its calls: nobody has to clear them in a backward pass."""
+        if self._counts is None or self._counts.device != x.device:
+            self._counts = masked.counts_for(x)
+        return self._counts
 
     def drop_ahead(self) -> None:
         """A layer that did not run leaves its copies; weights may have changed when it does."""
@@ -271,6 +278,7 @@ class _Experts(torch.autograd.Function):
                 "of_input": ctx.needs_input_grad[0],
                 "of_weights": any(needs.get(kind) for kind in ("A", "S", "router")),
                 "of_p": stack.of_p(e, zl) if needs.get("P") else None,
+                "counts": stack.counts(x),
             }
             found = masked.gradients(dzl, x, bits, down, s.logits_at, config.lora_dropout, base, **of)
             if of["of_input"]:

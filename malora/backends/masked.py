@@ -22,7 +22,7 @@ from malora.backends.dropout import dropped, left_of, scale
 
 @triton.jit
 def _down_kernel(
-    x_ptr, bits_ptr, down_ptr, zl_ptr, copy_ptr, T, n, W, zl_stride, copy_stride, N_EACH: tl.constexpr,
+    x_ptr, bits_ptr, down_ptr, zl_ptr, copy_ptr, T, n, W, x_stride, zl_stride, copy_stride, N_EACH: tl.constexpr,
     EVEN_T: tl.constexpr, EVEN_N: tl.constexpr, COPIES: tl.constexpr, SCALE: tl.constexpr, Z: tl.constexpr,
     REST: tl.constexpr, L: tl.constexpr, PAD_Z: tl.constexpr, PAD_REST: tl.constexpr, PAD_L: tl.constexpr,
     WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.constexpr,
@@ -35,7 +35,7 @@ def _down_kernel(
     z_rows = tl.arange(0, PAD_Z)
     rest_rows = PAD_Z + tl.arange(0, PAD_REST)
     l_rows = Z + tl.arange(0, PAD_L)
-    x_ptr += rows[:, None] * n + columns[None, :]
+    x_ptr += rows[:, None] * x_stride + columns[None, :]
     copy_ptr += rows[:, None] * copy_stride + columns[None, :]
     bits_ptr += rows[:, None] * W + words[None, :]
     down_ptr += columns[None, :]
@@ -93,28 +93,63 @@ def _of_p(
 
 
 @triton.jit
+def _is_last(count_ptr, PARTS: tl.constexpr):
+    """Whether this program is the last of so many that end; the count is zero again then."""
+    tl.debug_barrier()  # all that its threads have stored comes before its count
+    is_last = tl.atomic_add(count_ptr, 1, sem="acq_rel") == PARTS - 1
+    if is_last:
+        tl.store(count_ptr, 0)
+    return is_last
+
+
+@triton.jit
+def _add_up(parts_ptr, total_ptr, columns, column_inside, row_stride, part_stride, ROWS: tl.constexpr,
+            PARTS: tl.constexpr):  # fmt: skip
+    """The sum of the parts of so many rows, in the order of the parts."""
+    for first in range(0, ROWS, 16):
+        rows = first + tl.arange(0, 16)
+        place = rows[:, None] * row_stride + columns[None, :]
+        inside = (rows < ROWS)[:, None] & column_inside
+        total = tl.load(parts_ptr + place, mask=inside, other=0.0, cache_modifier=".cg")  # as others have left it
+        for part in tl.static_range(1, PARTS):
+            total += tl.load(parts_ptr + part * part_stride + place, mask=inside, other=0.0, cache_modifier=".cg")
+        tl.store(total_ptr + place, total, mask=inside)
+
+
+@triton.jit
 def _gradients_kernel(
-    dzl_ptr, x_ptr, bits_ptr, down_ptr, base_ptr, dx_ptr, out_ptr, e_ptr, z_ptr, T, n, W, zl_stride, x_stride,
-    base_stride, e_stride, e_group, z_stride, z_group, out_size, G: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    PAD_H: tl.constexpr, PAD_D: tl.constexpr, T_EACH: tl.constexpr, OF_INPUT: tl.constexpr, OF_WEIGHTS: tl.constexpr,
-    ADDS: tl.constexpr, EVEN_T: tl.constexpr, EVEN_N: tl.constexpr, SCALE: tl.constexpr, Z: tl.constexpr,
-    REST: tl.constexpr, L: tl.constexpr, PAD_Z: tl.constexpr, PAD_REST: tl.constexpr, PAD_L: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.constexpr,
+    dzl_ptr, x_ptr, bits_ptr, down_ptr, base_ptr, dx_ptr, parts_ptr, total_ptr, count_ptr, e_ptr, z_ptr, T, n, W,
+    zl_stride, x_stride, base_stride, e_stride, e_group, z_stride, z_group, part_stride, G: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, PAD_H: tl.constexpr, PAD_D: tl.constexpr, PARTS: tl.constexpr,
+    T_EACH: tl.constexpr, OF_INPUT: tl.constexpr, OF_WEIGHTS: tl.constexpr, ADDS: tl.constexpr, EVEN_T: tl.constexpr,
+    EVEN_N: tl.constexpr, SCALE: tl.constexpr, Z: tl.constexpr, REST: tl.constexpr, L: tl.constexpr,
+    PAD_Z: tl.constexpr, PAD_REST: tl.constexpr, PAD_L: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1)
     rows = part.to(tl.int64) * T_EACH + tl.arange(0, BLOCK_T)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     words = tl.program_id(0) * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32)
     column_inside = (columns < n)[None, :] | EVEN_N
-    out_ptr += part.to(tl.int64) * out_size
+    part_stride = part_stride.to(tl.int64)
     blocks = tl.cdiv(n, BLOCK_N)
     if tl.program_id(0) >= blocks:  # has no columns, and makes gradients of P
         if OF_WEIGHTS:
-            out_ptr += (Z + L) * n
+            parts_ptr += (Z + L) * n
+            total_ptr += (Z + L) * n
+        out_ptr = parts_ptr + part * part_stride
         for g in range(G):
             if g % (tl.num_programs(0) - blocks) == tl.program_id(0) - blocks:
                 _of_p(e_ptr + g * e_group, z_ptr + g * z_group, out_ptr + g * H * D, rows, T, e_stride, z_stride,
                       T_EACH, EVEN_T, H, D, PAD_H, PAD_D, WIDE, BLOCK_T, PTX)  # fmt: skip
+        if PARTS > 1:  # noqa: SIM102 (Triton would count before it knew of how many)
+            if _is_last(count_ptr + tl.program_id(0), PARTS):
+                subspace = tl.arange(0, PAD_D)
+                for g in range(G):
+                    if g % (tl.num_programs(0) - blocks) == tl.program_id(0) - blocks:
+                        at = g * H * D
+                        _add_up(parts_ptr + at, total_ptr + at, subspace, (subspace < D)[None, :], D, part_stride,
+                                H, PARTS)  # fmt: skip
         return
     z_rows = tl.arange(0, PAD_Z)
     rest_rows = PAD_Z + tl.arange(0, PAD_REST)
@@ -173,13 +208,16 @@ def _gradients_kernel(
         base_ptr += BLOCK_T * base_stride
         dx_ptr += BLOCK_T * n
     if OF_WEIGHTS:
-        out_ptr += columns[None, :]
+        out_ptr = parts_ptr + part * part_stride + columns[None, :]
         tl.store(out_ptr + z_rows[:, None] * n, tl.trans(z_sum) * SCALE, mask=(z_rows < Z)[:, None] & column_inside)
         if REST > 0:
             tl.store(out_ptr + rest_rows[:, None] * n, tl.trans(rest_sum) * SCALE,
                      mask=(rest_rows < Z)[:, None] & column_inside)  # fmt: skip
         if L > 0:
             tl.store(out_ptr + l_rows[:, None] * n, tl.trans(l_sum), mask=(l_rows < Z + L)[:, None] & column_inside)
+        if PARTS > 1:  # noqa: SIM102 (Triton would count before it knew of how many)
+            if _is_last(count_ptr + tl.program_id(0), PARTS):
+                _add_up(parts_ptr, total_ptr, columns, column_inside, n, part_stride, Z + L, PARTS)
 
 
 # The fastest of those tried on an H100 at 4,096 tokens and inputs of 4,096 and 11,008.
@@ -187,6 +225,7 @@ DOWN = {"BLOCK_T": 64, "BLOCK_N": 64, "num_stages": 3}
 GRADIENTS = {"BLOCK_T": 64, "BLOCK_N": 64, "num_stages": 3}
 PROGRAMS = 264  # two for each multiprocessor of an H100
 LEAST_BLOCKS = 16  # of columns in a part of a sum; not tuned again since the gate's kernel adds up the parts
+MOST_FOR_P = 2  # programs
 MOST_OF_P = 128 * 64  # elements of a gradient of P that one program sums up
 MOST_ROWS = 256  # of down sides, and of routers beside them; the sums of a block of tokens stay in registers
 
@@ -243,7 +282,7 @@ def down_in_parts(
         parts = x.new_empty(count, T, zl.stride(0), dtype=torch.promote_types(x.dtype, torch.float32))[..., :columns]
     _down_kernel[(blocks, count)](
         x, bits, weights, zl if parts is None else parts, x if copy is None else copy, T, n, bits.shape[1],
-        zl.stride(0), 0 if copy is None else copy.stride(0), n_each, EVEN_T=T % DOWN["BLOCK_T"] == 0,
+        x.stride(0), zl.stride(0), 0 if copy is None else copy.stride(0), n_each, EVEN_T=T % DOWN["BLOCK_T"] == 0,
         EVEN_N=n % n_each == 0, COPIES=copy is not None, **_sizes(weights, Z, p),
         **_fitting(DOWN, Z, columns - Z, x.device),
     )  # fmt: skip
@@ -269,12 +308,12 @@ class OfP(NamedTuple):
 
 def gradients(
     dzl: Tensor, x: Tensor, bits: Tensor | None, weights: Tensor, Z: int, p: float, base: Tensor | None = None,
-    of_input: bool = True, of_weights: bool = True, of_p: OfP | None = None,
+    of_input: bool = True, of_weights: bool = True, of_p: OfP | None = None, counts: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """dropout(dz D) + dl G + base, [T, n]; [dzᵀ dropout(x); dlᵀ x], [Z + L, n], and dP in float32 or wider; or None.
 
     Of dzl [T, Z + L], x [T, n], weights [Z + L, n] and, if there is one, `base` [T, n], in rows anywhere. Without bits
-    nothing was dropped.
+    nothing was dropped. `counts` are of `counts_for`, not in use elsewhere at the same time; if None, they are made.
     """
     dx = dweights = dP = None
     if not (of_input or of_weights or of_p):
@@ -302,21 +341,33 @@ def gradients(
     parts = triton.cdiv(T, T_each)
     if of_input:
         dx = x.new_empty(T, n)
-    sums = torch.empty(parts, sum(sizes), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    wide = {"dtype": torch.promote_types(x.dtype, torch.float32), "device": x.device}
+    sums = torch.empty(parts, sum(sizes), **wide)
+    total = torch.empty(sum(sizes), **wide) if parts > 1 else sums[0]
+    if counts is None and parts > 1:
+        counts = counts_for(x)
     # Two for the gradients of P: one of three siblings would be the last to end.
-    _gradients_kernel[blocks + min(2, len(e) * joins), parts](
-        dzl, x, bits, weights, x if base is None else base, x if dx is None else dx, sums, e, z, T, n, bits.shape[1],
-        dzl.stride(0), x.stride(0), 0 if base is None else base.stride(0), e.stride(1), e.stride(0), z.stride(1),
-        z.stride(0), sum(sizes), G=len(e) * joins, H=H, D=D, PAD_H=pad(H), PAD_D=pad(D, LEAST_RIGHT), T_EACH=T_each,
-        OF_INPUT=of_input, OF_WEIGHTS=of_weights, ADDS=base is not None, EVEN_T=T % T_each == 0,
-        EVEN_N=n % GRADIENTS["BLOCK_N"] == 0, **_sizes(weights, Z, p), **tuned,
+    _gradients_kernel[blocks + min(MOST_FOR_P, len(e) * joins), parts](
+        dzl, x, bits, weights, x if base is None else base, x if dx is None else dx, sums, total, counts, e, z, T, n,
+        bits.shape[1], dzl.stride(0), x.stride(0), 0 if base is None else base.stride(0), e.stride(1), e.stride(0),
+        z.stride(1), z.stride(0), sum(sizes), G=len(e) * joins, H=H, D=D, PAD_H=pad(H), PAD_D=pad(D, LEAST_RIGHT),
+        PARTS=parts, T_EACH=T_each, OF_INPUT=of_input, OF_WEIGHTS=of_weights, ADDS=base is not None,
+        EVEN_T=T % T_each == 0, EVEN_N=n % GRADIENTS["BLOCK_N"] == 0, **_sizes(weights, Z, p), **tuned,
     )  # fmt: skip
-    of_rows, of_ranks = (sums[0] if parts == 1 else sums.sum(0)).split(sizes)
+    of_rows, of_ranks = total.split(sizes)
     if of_weights:
         dweights = of_rows.view(rows, n)
     if of_p is not None:
         dP = of_ranks.view(-1, H, D) if joins else of_p.summed()
     return dx, dweights, dP
+
+
+def counts_for(x: Tensor) -> Tensor:
+    """Zeros, by which the programs of `gradients` know who of them adds up the parts of a sum; they are zero after it.
+
+    Of x [T, n].
+    """
+    return x.new_zeros(triton.cdiv(x.shape[1], GRADIENTS["BLOCK_N"]) + MOST_FOR_P, dtype=torch.int32)
 
 
 def summed(left: Tensor, right: Tensor) -> Tensor:

@@ -11,7 +11,15 @@ from tests.malora.hopper import printed
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE, CLOSE = ("cuda", torch.bfloat16, 5e-3) if ON_GPU else ("cpu", torch.float64, 1e-12)
 # tokens, inputs, rows of down sides, rows of routers: odd ones; and those of MALoRA and MoLoRA on a 7B and a 135M model
-ODD = [(1, 8, 8, 0), (33, 72, 40, 8), (70, 100, 136, 16), (9, 40, 264, 0), (9, 40, 264, 8), (9, 40, 24, 264)]
+ODD = [
+    (1, 8, 8, 0),
+    (33, 72, 40, 8),
+    (150, 72, 40, 8),
+    (70, 100, 136, 16),
+    (9, 40, 264, 0),
+    (9, 40, 264, 8),
+    (9, 40, 24, 264),
+]
 USED = [(4096, 4096, 96, 24), (4096, 11008, 32, 8), (4096, 4096, 192, 24), (1000, 576, 96, 24), (1000, 1536, 64, 8)]
 USED += [(8192, 576, 256, 0), (8192, 1536, 128, 0)]  # and without routers
 USED += [(1024, 576, 96, 192), (1024, 576, 256, 256), (1024, 576, 96, 768)]  # and of 64 experts and more
@@ -123,8 +131,8 @@ import torch
 from malora.backends import masked
 from tests.malora.hopper import compiled
 common = {"N_EACH": 576, "T_EACH": 1024, "PTX": True, "EVEN_T": True, "EVEN_N": True, "ADDS": False,
-          "COPIES": True}
-types = {"bits_ptr": "*i32", "out_ptr": "*fp32"}
+          "COPIES": True, "PARTS": 4}
+types = {"bits_ptr": "*i32", "parts_ptr": "*fp32", "total_ptr": "*fp32", "count_ptr": "*i32"}
 for Z, L in (256, 0), (64, 8), (96, 24), (96, 192), (256, 256):
     assert not masked._plainly(torch.empty(1), Z, L)
     weights = torch.empty(Z + L, 576, dtype=torch.bfloat16)
