@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from malora import HeldWeights
 
-def capture(run: Callable[[], Any], passes: int = 2, pool: Any = None) -> torch.cuda.CUDAGraph:
-    """The call as a graph. Compilers and libraries set themselves up in `passes` before it, which a graph cannot hold.
 
-    Graphs of one `pool` share memory: what one of them leaves is good until another is replayed.
-    """
+def warm_up(run: Callable[[], Any], passes: int = 2) -> None:
+    """Calls it as a capture does. Compilers and libraries set themselves up, which a graph cannot hold."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -21,6 +20,14 @@ def capture(run: Callable[[], Any], passes: int = 2, pool: Any = None) -> torch.
             run()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.empty_cache()  # what those passes used is another stream's, and would stay so
+
+
+def capture(run: Callable[[], Any], passes: int = 2, pool: Any = None) -> torch.cuda.CUDAGraph:
+    """The call as a graph, after so many `passes` of it.
+
+    Graphs of one `pool` share memory: what one of them leaves is good until another is replayed.
+    """
+    warm_up(run, passes)
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, pool=pool):
@@ -31,6 +38,12 @@ def capture(run: Callable[[], Any], passes: int = 2, pool: Any = None) -> torch.
         torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh)
         raise
     return graph
+
+
+def refreshing(weights: HeldWeights) -> Callable[[], None]:
+    """What refreshes the weights of a model that has run, as a graph: to be called before graphs of its passes."""
+    weights.refresh()
+    return capture(weights.refresh, passes=0).replay if weights else lambda: None
 
 
 def add_up(sums: list[Tensor] | None, replayed: list[Tensor], alone: bool) -> list[Tensor]:

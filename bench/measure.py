@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, StaticCache
 
 import malora
 from bench.attention import no_attention_mask
-from bench.graph import add_up, capture
+from bench.graph import add_up, capture, refreshing, warm_up
 from bench.train import Stopwatch
 from bench.variants import Subject
 
@@ -60,11 +60,17 @@ class TrainStep:
         self.captured = subject.variant.run == "captured"
         if self.captured:
             self.static_ids = self.ids[0].clone()
-            self.graph = capture(self._gradients_of_static_ids)
+            warm_up(self._gradients_of_static_ids)
+            self.weights = malora.HeldWeights(subject.model)
+            self.refresh = refreshing(self.weights)
+            with self.weights:
+                self.graph = capture(self._gradients_of_static_ids, passes=0)
             self.gradients = [parameter.grad for parameter in self.parameters]
 
     def __call__(self, done: Done) -> None:
         sums = None
+        if self.captured:
+            self.refresh()
         for ids in self.ids:
             if self.captured:
                 self.static_ids.copy_(ids)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import malora
 from bench.attention import exact_with_masks
 from bench.data import Batch
-from bench.graph import add_up, capture
+from bench.graph import add_up, capture, refreshing, warm_up
 from malora.backends import WAIT_FOR_THE_HOST
 from malora.routing import Routing
 
@@ -118,17 +118,20 @@ class _Captured:
 
 
 class GraphedStep:
-    """Captures an `EagerStep` for each shape of a part, and replays it."""
+    """Captures an `EagerStep` for each shape of a part, and replays it; weights are copied once for all parts."""
 
     def __init__(self, eager: EagerStep) -> None:
         self.eager = eager
         self.parameters = [p for p in eager.model.parameters() if p.requires_grad]
         self.routed_layers = [m for m in eager.model.modules() if isinstance(m, malora.MaloraLayer) and m.routes]
         self.captured: dict[tuple, _Captured] = {}
+        self.weights = malora.HeldWeights(eager.model)  # they change after a batch, not between its parts
+        self.refresh: Callable[[], None] | None = None
 
     def __call__(self, parts: list[Batch]) -> Losses:
         captured = [self._captured(part) for part in parts]
         losses, gradients = [], None
+        self.refresh()
         for part, step in zip(parts, captured, strict=True):
             step.replay(part)
             losses.append(torch.stack(step.losses))
@@ -158,7 +161,11 @@ class GraphedStep:
 
         # Replays follow each other, so graphs share one pool of memory; what a graph gives back stays its own.
         pool = next(iter(self.captured.values())).graph.pool() if self.captured else None
-        graph = capture(run, passes=1 if self.captured else 2, pool=pool)
+        if self.refresh is None:
+            warm_up(run, passes=1)
+            self.refresh = refreshing(self.weights)
+        with self.weights:
+            graph = capture(run, passes=1, pool=pool)
         gradients = [parameter.grad for parameter in self.parameters]
         routings = [
             {adapter: routing._replace(probability=routing.probability.detach()) for adapter, routing in kept.items()}

@@ -8,6 +8,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 
 from malora.backends import BACKENDS
 from malora.config import PEFT_TYPE, MaloraConfig
+from malora.held import HeldWeights
 from malora.layer import PREFIX, MaloraLayer
 from malora.methods import METHODS
 from malora.model import TARGET_MODULES, MaloraModel
@@ -24,6 +25,7 @@ __all__ = [
     "BACKENDS",
     "METHODS",
     "TARGET_MODULES",
+    "HeldWeights",
     "MaloraConfig",
     "MaloraLayer",
     "MaloraModel",

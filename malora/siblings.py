@@ -19,7 +19,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from malora.backends.fp8 import Kept
-    from malora.backends.fused import Stack
+    from malora.backends.stack import Beside, Stack
     from malora.layer import MaloraLayer
 
 # Layers of one parent that read the same input, under the names that model families use.
@@ -51,9 +51,11 @@ def weights_ahead(families: list[Siblings]) -> Iterator[None]:
     """
     for family in families:
         family.is_sharded = _are_sharded(family.layers)
-    stacks = [stack for family in families for stack in family.stacks()] if torch.is_grad_enabled() else []
+    stacks = []
+    if torch.is_grad_enabled():
+        stacks = [stack for family in families for stack in family.stacks() if stack.held is None]
     if stacks:
-        from malora.backends.fused import copy_ahead  # it needs Triton, which is not everywhere
+        from malora.backends.stack import copy_ahead  # it needs Triton, which is not everywhere
 
         copy_ahead(stacks)
     try:
@@ -81,6 +83,7 @@ class Siblings:
         self.tables: dict[tuple, Tensor] = {}  # of `malora.backends.copies`
         self.frozen: Kept = {}  # of the fp8 backend
         self.rooms: dict[int, int] = {}  # columns that `malora.backends.beside` made beside weights, by the layer's id
+        self.beside: Beside | None = None  # what is in them while weights are held
         self._forget()
 
     def _forget(self) -> None:
@@ -121,6 +124,7 @@ class Siblings:
                 for layer in self.layers:
                     take_back(layer)
         self._stacks.clear()
+        self.beside = None
         self._forget()
 
     def drop_rooms(self) -> None:
@@ -152,8 +156,8 @@ class Siblings:
 
     def _compute(self, layers: list[MaloraLayer], adapter: str, x: Tensor) -> list[Tensor]:
         key = adapter + "".join(f" {id(layer)}" for layer in layers)
-        if key not in self._stacks:
-            from malora.backends.fused import Stack  # it needs Triton, which is not everywhere
+        from malora.backends import fused, stack  # they need Triton, which is not everywhere
 
-            self._stacks[key] = Stack(layers, adapter)
-        return self._stacks[key].outputs(x)
+        if key not in self._stacks:
+            self._stacks[key] = stack.Stack(layers, adapter)
+        return fused.outputs(self._stacks[key], x)

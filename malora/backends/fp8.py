@@ -213,9 +213,10 @@ class Frozen(NamedTuple):
     # the input is asked for.
     by_input: Rows | None
 
-    def beside(self, Bs: list[Tensor], alpha: float) -> tuple[Tensor, list[Work]]:
+    def beside(self, Bs: list[Tensor], alpha: float, units: Tensor | None = None) -> tuple[Tensor, list[Work]]:
         """The units, [G, C], and works that set one and round alpha · B [H, m] beside the weight, for each map."""
-        units = Bs[0].new_empty(len(Bs), self.room, dtype=torch.float32)
+        if units is None:
+            units = Bs[0].new_empty(len(Bs), self.room, dtype=torch.float32)
         of_each = zip(self.by_output, Bs, units, strict=True)
         return units, [partial(put_beside, W, B, alpha, unit) for W, B, unit in of_each]
 
@@ -230,12 +231,12 @@ class Frozen(NamedTuple):
             for W, bias in zip(self.by_output, biases, strict=True)
         ]
 
-    def gradients(self, dys: list[Tensor], Bs: list[Tensor], alpha: float) -> tuple[Tensor, Tensor]:
+    def gradients(self, dys: list[Tensor], Bs: list[Tensor], alpha: float, puts: bool = True) -> tuple[Tensor, Tensor]:
         """Σ dy W over the maps, [T, n], and alpha · dy Bᵀ of each, [G, T, H], of dy [T, m] and B [H, m].
 
-        Views of one product of Σm terms.
+        Views of one product of Σm terms. Puts B below Wᵀ, unless it is there.
         """
-        dy, *_ = side_by_side(dys[0], [partial(rounded, dys), *self._below(Bs, alpha)])
+        dy, *_ = side_by_side(dys[0], [partial(rounded, dys), *(self.below(Bs, alpha) if puts else [])])
         dx, dh = product(dy, self.by_input, dys[0].dtype).tensor_split([-len(Bs) * self.room], 1)
         return dx, dh.unflatten(1, (len(Bs), self.room)).transpose(0, 1)[..., : len(Bs[0])]
 
@@ -243,8 +244,11 @@ class Frozen(NamedTuple):
         """dy W of one map that has no B, [T, n], of dy [T, m]."""
         return product(rounded([dy]), self.by_input, dy.dtype)
 
-    def _below(self, Bs: list[Tensor], alpha: float) -> list[Work]:
-        """Not done when y is made: another adapter's B of this size may have been here since."""
+    def below(self, Bs: list[Tensor], alpha: float) -> list[Work]:
+        """Works that round alpha · B [H, m] below the weight, for each map.
+
+        Not done when y is made: another adapter's B of this size may have been here since.
+        """
         values, scale = self.by_input
         row, column, works = len(values) - len(Bs) * self.room, 0, []
         for B in Bs:

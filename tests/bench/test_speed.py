@@ -134,7 +134,7 @@ def test_decoding_over_a_static_cache_makes_the_tokens_of_generate():
 class FakeGraph:
     """What is replayed writes its gradients where those of the capture stand."""
 
-    def __init__(self, run):
+    def __init__(self, run, passes):
         run()
         self.run, self.parameters = run, run.__self__.parameters
         self.static = [p.grad for p in self.parameters]
@@ -145,18 +145,21 @@ class FakeGraph:
             static.copy_(p.grad)
 
 
-@pytest.mark.parametrize("tokens", [8, 24])
-def test_a_captured_step_trains_on_all_micro_batches(tokens, monkeypatch):
+@pytest.mark.parametrize("tokens, backend", [(8, "dense"), (24, "dense"), (24, "fused")])
+def test_a_captured_step_trains_on_all_micro_batches(tokens, backend, monkeypatch):
     monkeypatch.setattr("bench.measure.capture", FakeGraph)
+    monkeypatch.setattr("bench.measure.warm_up", lambda run: run())
+    monkeypatch.setattr("bench.measure.refreshing", lambda weights: weights.refresh() or weights.refresh)
     work = Work("train", batch=2, length=4, tokens=tokens, dropout=0.0, vocab_size=512)
-    eager = Variant("malora-dense", "malora", "dense")
+    eager = Variant("malora", "malora", backend)
     trained = []
     for run in ("eager", "captured"):
         subject = Subject(eager, backbone(TOY, 1, CPU), "train", 0.0)
         subject.variant = replace(eager, run=run)
         step = TrainStep(subject, work, 2)
-        for _ in range(2):
+        for _ in range(3):
             step(lambda part: None)
+        assert bool(run == "captured" and backend == "fused") is bool(run == "captured" and step.weights)
         trained.append([p.detach() for p in step.parameters])
     for plain, replayed in zip(*trained, strict=True):
         torch.testing.assert_close(plain, replayed)

@@ -72,11 +72,11 @@ def test_siblings_need_not_train_alike(frozen, large, ids, monkeypatch):
 
 
 def test_siblings_are_computed_once(ids, monkeypatch):
-    from malora.backends.fused import Stack
+    from malora.backends import fused
 
     sizes = []
-    outputs = Stack.outputs
-    monkeypatch.setattr(Stack, "outputs", lambda self, x: sizes.append(len(self.layers)) or outputs(self, x))
+    outputs = fused.outputs
+    monkeypatch.setattr(fused, "outputs", lambda stack, x: sizes.append(len(stack.layers)) or outputs(stack, x))
     adapted()(ids)
     assert sizes == [3, 2, 1] * 2  # Q, K, V; Gate, Up; Down; of two layers
 
