@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
 
+from malora import MaloraLayer
+
 
 class LigerKernels:
     """Liger's kernels in one model, which runs inside `with`; nothing changes where Liger does not know the model.
@@ -80,16 +82,17 @@ def _version(x: Tensor) -> int | None:
 def _join_sums_and_norms(model: LlamaForCausalLM) -> None:
     """Has each residual sum made together with the norm that follows, the layer's own or the next layer's."""
     layers = list(model.model.layers)
-    following = [layer.input_layernorm for layer in layers[1:]] + [model.model.norm]
-    for layer, norm in zip(layers, following, strict=True):
+    following = [(layer.input_layernorm, layer.self_attn) for layer in layers[1:]] + [(model.model.norm, None)]
+    for layer, (norm, reader) in zip(layers, following, strict=True):
         if type(layer) is LlamaDecoderLayer and _is_ligers(layer.post_attention_layernorm) and _is_ligers(norm):
-            layer.forward = partial(_decoder_layer, layer, layer.forward, norm)
+            layer.forward = partial(_decoder_layer, layer, layer.forward, norm, reader)
 
 
 def _decoder_layer(
     layer: LlamaDecoderLayer,
     apart: Callable[..., Tensor],
     following: nn.Module,
+    reader: nn.Module | None,
     hidden_states: Tensor,
     **options: Any,
 ) -> Tensor:
@@ -100,22 +103,25 @@ def _decoder_layer(
     if layer.gradient_checkpointing and layer.training:  # a checkpoint gives back a layer's result and no more
         return apart(hidden_states, **options)
     attention, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **options)
-    hidden_states, normed = _add_norm(attention, hidden_states, layer.post_attention_layernorm)
+    hidden_states, normed = _add_norm(attention, hidden_states, layer.post_attention_layernorm, layer.mlp)
     if normed is None:
         normed = layer.post_attention_layernorm(hidden_states)
-    hidden_states, normed = _add_norm(layer.mlp(normed), hidden_states, following)
+    hidden_states, normed = _add_norm(layer.mlp(normed), hidden_states, following, reader)
     if normed is not None:
         following.made = _Made(hidden_states, _version(hidden_states), normed)
     return hidden_states
 
 
-def _add_norm(x: Tensor, residual: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The sum, and the norm of it where the kernel makes both."""
+def _add_norm(x: Tensor, residual: Tensor, norm: nn.Module, reader: nn.Module | None) -> tuple[Tensor, Tensor | None]:
+    """The sum, and the norm of it where the kernel makes both, laid out for the attention or MLP that reads it."""
     if x.dtype != residual.dtype or norm.weight.requires_grad:
         return residual + x, None
     from bench.norms import add_norm  # needs Triton
+    from malora.backends.beside import input_with_room
 
-    return add_norm(x, residual, norm.weight, norm.variance_epsilon)
+    first = getattr(reader, "q_proj", None) or getattr(reader, "gate_proj", None)
+    out = input_with_room(first, residual) if isinstance(first, MaloraLayer) else None
+    return add_norm(x, residual, norm.weight, norm.variance_epsilon, out)
 
 
 def has_liger() -> bool:

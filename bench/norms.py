@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 
 @triton.jit
-def _forward_kernel(x_ptr, residual_ptr, w_ptr, sum_ptr, y_ptr, n, EPS: tl.constexpr, BLOCK: tl.constexpr):
+def _forward_kernel(x_ptr, residual_ptr, w_ptr, sum_ptr, y_ptr, n, y_stride, EPS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * n
     columns = tl.arange(0, BLOCK)
     inside = columns < n
@@ -25,7 +25,7 @@ def _forward_kernel(x_ptr, residual_ptr, w_ptr, sum_ptr, y_ptr, n, EPS: tl.const
     total = total.to(tl.float32)  # the norm is of what is stored, as if it had been read again
     scale = tl.rsqrt(tl.sum(total * total, 0) / n + EPS)
     w = tl.load(w_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row + columns, total * scale * w, mask=inside)
+    tl.store(y_ptr + tl.program_id(0).to(tl.int64) * y_stride + columns, total * scale * w, mask=inside)
 
 
 @triton.jit
@@ -48,11 +48,15 @@ def _backward_kernel(
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx, x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: tuple[Tensor | None]
+    ) -> tuple[Tensor, Tensor]:
         x, residual = x.contiguous(), residual.contiguous()
-        total, y = torch.empty_like(x), torch.empty_like(x)
-        n = x.shape[-1]
-        _forward_kernel[(x.numel() // n,)](x, residual, weight, total, y, n, EPS=eps, **_launch(n))
+        total, n = torch.empty_like(x), x.shape[-1]
+        y = torch.empty_like(x) if out[0] is None else out[0]
+        _forward_kernel[(x.numel() // n,)](
+            x, residual, weight, total, y, n, y.stride(-2) if y.dim() > 1 else n, EPS=eps, **_launch(n)
+        )
         ctx.save_for_backward(total, weight)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
@@ -62,7 +66,7 @@ class _AddNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dsum: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:  # nobody used the norm
-            return dsum, dsum, None, None
+            return dsum, dsum, None, None, None
         total, weight = ctx.saved_tensors
         n = total.shape[-1]
         dy = _rows(dy, n)
@@ -72,7 +76,7 @@ class _AddNorm(torch.autograd.Function):
             total, weight, dy, dy if dsum is None else dsum, dx, n, dy.stride(0), 0 if dsum is None else dsum.stride(0),
             HAS_DSUM=dsum is not None, EPS=ctx.eps, **_launch(n),
         )  # fmt: skip
-        return dx, dx, None, None
+        return dx, dx, None, None, None
 
 
 def _rows(gradient: Tensor, n: int) -> Tensor:
@@ -86,10 +90,12 @@ def _launch(n: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
 
 
-def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """s = x + residual, of [..., n] each, and its RMSNorm s / √(mean(s²) + eps) · weight, with a frozen weight [n].
 
     Both inputs have one dtype, the sum's and the norm's; what is between is in float32, and the norm is that of the
-    rounded sum. The weight gets no gradient.
+    rounded sum. The weight gets no gradient. The norm is written to `out`, if that is given, whose rows lie anywhere.
     """
-    return _AddNorm.apply(x, residual, weight, eps)
+    return _AddNorm.apply(x, residual, weight, eps, (out,))  # of an argument that is a tensor it would give a view

@@ -110,6 +110,15 @@ class Siblings:
             return []
         return [stack for stack in self._stacks.values() if stack.adapter in stack.layers[0].active_adapters]
 
+    def columns_beside_input(self, like: Tensor) -> int:
+        """How many columns of room the next pass would use beside an input like this; 0 where it uses none."""
+        fits = self.layers[0].in_features == like.shape[-1]
+        if not (fits and self.rooms and self.layers[0].training and torch.is_grad_enabled()):
+            return 0
+        found = [stack for stack in self.stacks() if stack.layers == self.layers]
+        uses = len(found) == 1 and found[0].config.lora_dropout and found[0].wholes(like)
+        return len(self.layers) * found[0].H8 if uses else 0
+
     def release(self, frozen: bool = False) -> None:
         """Drop what is kept of the adapters' weights and settings, and of frozen weights; a next pass makes it again.
 

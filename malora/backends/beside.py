@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from malora.backends.lanes import side_by_side
+from malora.backends.masked import rows_of
 
 if TYPE_CHECKING:
     from malora.layer import MaloraLayer
@@ -84,6 +85,34 @@ def take_back(layer: MaloraLayer) -> None:
     if whole(layer) is not None:
         _move(layer.base_layer.weight, 0)
     layer.siblings.rooms.pop(id(layer), None)
+
+
+def input_with_room(reader: MaloraLayer, like: Tensor) -> Tensor | None:
+    """Like torch.empty_like(like), [..., n], but in rows with room for h; None where nobody would use that.
+
+    For what `reader` and its siblings are called with next. Whoever makes it there saves them a copy. They take the
+    room once, of this tensor itself and not of another that shares its memory.
+    """
+    columns = reader.siblings.columns_beside_input(like)
+    if not columns:
+        return None
+    rows = rows_of(like.flatten(0, -2), like.shape[-1] + columns)
+    made = _over(rows, rows.unflatten(0, like.shape[:-1])[..., : like.shape[-1]])
+    made.has_room = True
+    return made
+
+
+def taken_room(x: Tensor, columns: int) -> Tensor | None:
+    """[T, n + columns] in the memory of x [..., n], if it was made with so much room that nobody has taken."""
+    n = x.shape[-1]
+    if not vars(x).pop("has_room", False) or x.stride(-2) < n + columns:
+        return None
+    return _over(x, x.detach().flatten(0, -2).as_strided((x.numel() // n, n + columns), (x.stride(-2), 1)))
+
+
+def _over(x: Tensor, view: Tensor) -> Tensor:
+    """A view of x's memory as a tensor of its own: what is written to h is no change of x."""
+    return x.new_empty(0).set_(x.untyped_storage(), view.storage_offset(), view.shape, view.stride())
 
 
 def fill(wholes: list[Tensor], Bs: list[Tensor], alpha: float) -> None:

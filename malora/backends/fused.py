@@ -26,12 +26,13 @@ from malora.routing import Routing
 
 def outputs(stack: Stack, x: Tensor) -> list[Tensor]:
     """Every layer's output for x [..., n]; leaves what was routed in the layers."""
-    config, seed = stack.config, None
+    config, xh, seed = stack.config, None, None
     parameters = [p for layer in stack.layers for p in stack.parameters(layer)]
     if config.lora_dropout and stack.layers[0].training:
         seed = torch.randint(2**31 - 1, (1,), device=x.device)
-    x_Tn = flat(x)
-    ys = _Experts.apply(x_Tn, seed, stack, stack.narrow(parameters, x_Tn), *parameters)
+        xh = beside.taken_room(x, len(stack.layers) * stack.H8)
+    x_Tn = flat(x) if xh is None else x.flatten(0, -2)
+    ys = _Experts.apply(x_Tn, xh, seed, stack, stack.narrow(parameters, x_Tn), *parameters)
     if config.has_router:
         ys, probabilities = ys[: len(stack.layers)], ys[len(stack.layers) :]
         for layer, probability in zip(stack.layers, probabilities, strict=True):
@@ -41,12 +42,12 @@ def outputs(stack: Stack, x: Tensor) -> list[Tensor]:
 
 
 class _Experts(torch.autograd.Function):
-    """(x [T, n], dropout's seed [1] or None, the stack, its narrow weights, its parameters) -> outputs [T, m] of each
-    layer, and then, of routed ones, the probabilities [T, N] of each."""
+    """(x [T, n], x with room for h [T, n + G·H] or None, dropout's seed [1] or None, the stack, its narrow weights, its
+    parameters) -> outputs [T, m] of each layer, and then, of routed ones, the probabilities [T, N] of each."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, seed: Tensor | None, stack: Stack, narrow: Narrow, *parameters: Tensor
+        ctx: Any, x: Tensor, xh: Tensor | None, seed: Tensor | None, stack: Stack, narrow: Narrow, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         config, alpha, n = stack.config, stack.alpha, x.shape[1]
         bases = [layer.base_layer for layer in stack.layers]
@@ -61,12 +62,13 @@ class _Experts(torch.autograd.Function):
             (zl, h, probabilities), *_ = side_by_side(x, [routed, *puts])
             ys = frozen.outputs(x, biases, fp8.Up(h, units))
         elif wholes := stack.wholes(x) if bits is not None else None:
-            xh = masked.rows_of(x, n + len(wholes) * stack.H8)
-            routed = partial(_routed, stack, x, bits, narrow, xh)
+            made = masked.rows_of(x, n + len(wholes) * stack.H8) if xh is None else xh
+            routed = partial(_routed, stack, x, bits, narrow, made, copies=xh is None)
             fills = [] if there else [partial(beside.fill, wholes, narrow.B, alpha)]
             (zl, h, probabilities), *_ = side_by_side(x, [routed, *fills])
-            ys = beside.outputs(xh, wholes, biases)
-            x = xh[:, :n]
+            ys = beside.outputs(made, wholes, biases)
+            if xh is None:
+                x = made[:, :n]
         else:
             zl, h, probabilities = _routed(stack, x, bits, narrow)
             of_each = zip(weights, biases, h, narrow.B, strict=True)
@@ -87,7 +89,7 @@ class _Experts(torch.autograd.Function):
             x.new_zeros(len(x), B.shape[1]) if dy is None else dy.contiguous()
             for dy, B in zip(gradients[:G], Bs, strict=True)
         ]
-        wanted = ctx.needs_input_grad[4:]
+        wanted = ctx.needs_input_grad[5:]
         needs = {kind: any(wanted[i :: len(stack.kinds)]) for i, kind in enumerate(stack.kinds)}  # of any sibling
 
         frozen = ctx.frozen if ctx.needs_input_grad[0] else None
@@ -142,18 +144,27 @@ class _Experts(torch.autograd.Function):
         # What is not trained gets its weights for gradients, which are then left out.
         ddown, dBs, dP = down if ddown is None else ddown, dBs or Bs, P if dP is None else stack.of_each(dP)
         found = [part for g in range(G) for part in stack.parts(ddown, dP, dBs[g], g)]
-        return dx, None, None, None, *(part if needed else None for part, needed in zip(found, wanted, strict=True))
+        return (
+            dx,
+            None,
+            None,
+            None,
+            None,
+            *(part if needed else None for part, needed in zip(found, wanted, strict=True)),
+        )
 
 
 def _routed(
-    stack: Stack, x: Tensor, bits: Tensor | None, narrow: Narrow, xh: Tensor | None = None
+    stack: Stack, x: Tensor, bits: Tensor | None, narrow: Narrow, xh: Tensor | None = None, copies: bool = False
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """zl [T, G·(R + N)], h [G, T, H] and the probabilities [T, N] of each sibling.
 
-    Writes x and h into `xh` [T, n + G·H], if there is one. Without a router h is z, a view of zl.
+    Writes h, and x where it `copies` that, into `xh` [T, n + G·H], if there is one. Without a router h is z, a view of
+    zl.
     """
     config, s, down, G = stack.config, stack.shape, narrow.down, len(stack.layers)
     x_there, h_there = (None, None) if xh is None else xh.tensor_split([x.shape[1]], 1)
+    x_there = x_there if copies else None
     parts = None
     if bits is None:
         zl = torch.mm(x, down.T, out=masked.rows_of(x, len(down)))

@@ -8,10 +8,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import malora
 from bench import liger
+from malora.siblings import interprets_triton
 from tests.bench.conftest import stand_in_for_liger
 from tests.conftest import make_model
 
 norms = pytest.importorskip("bench.norms")
+CAN_FUSE = torch.cuda.is_available() or interprets_triton()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IDS = torch.arange(1, 15, device=DEVICE).view(2, 7)
 
@@ -100,6 +102,43 @@ def test_a_model_makes_its_sums_with_its_norms_and_computes_the_same(checkpointi
     got, joined = passed(kernels=True)
     # Of five norms the first has no sum before it. Checkpointed layers make their own two again in the backward pass.
     assert len(apart) == (5 + 4 if checkpointing else 1)
+    torch.testing.assert_close(got, expected)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(joined[name], gradient, msg=name)
+
+
+@pytest.mark.skipif(not CAN_FUSE, reason="needs a GPU, or Triton's interpreter")
+@pytest.mark.parametrize("method", ["malora", "asylora"])
+def test_norms_are_made_where_siblings_want_their_input(method, with_kernels, monkeypatch):
+    """From the second pass on, when weights have room; the first norm, which has no sum before it, is copied."""
+    from malora.backends import beside, masked
+
+    monkeypatch.setattr(beside, "LEAST", 1)
+    copies = []
+    down = masked.down_in_parts
+    monkeypatch.setattr(masked, "down_in_parts", lambda *a, f=down: copies.append(a[5] is not None) or f(*a))
+
+    def passed(kernels):
+        options = {"lora_dropout": 0.3, "backend": "fused"}
+        model = get_peft_model(make_model(), malora.METHODS[method](**options)).to(DEVICE).train()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "malora_B" in name:
+                    p.normal_(generator=torch.Generator(DEVICE).manual_seed(1), std=0.1)
+        if kernels:
+            with_kernels(model.get_base_model())
+        for seed in range(2):
+            del copies[:]
+            model.zero_grad()
+            torch.manual_seed(seed)
+            logits = model(IDS).logits
+            logits.square().mean().backward()
+        return logits, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    expected, gradients = passed(kernels=False)
+    assert copies == [True, True, False] * 2  # Q, K, V; Gate, Up; Down
+    got, joined = passed(kernels=True)
+    assert copies == [True, False, False] + [False] * 3
     torch.testing.assert_close(got, expected)
     for name, gradient in gradients.items():
         torch.testing.assert_close(joined[name], gradient, msg=name)

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from torch import nn
 
 import malora
-from malora.backends import beside
+from malora.backends import beside, masked
 from malora.siblings import interprets_triton
 from tests.malora.hopper import printed
 from tests.malora.test_backends import assert_agrees, layer
@@ -209,6 +209,66 @@ def test_weights_can_be_had_back(ids, tmp_path):
     for name, value in saved.items():
         assert torch.equal(value, plain.state_dict()[name].cpu()), name
     assert isinstance(plain.model.layers[0].self_attn.q_proj, nn.Linear)
+
+
+def readers(model):
+    """Q, K and V of the first layer, and what they are called with, made where they have room."""
+    attention = model.base_model.model.model.layers[0].self_attn
+    torch.manual_seed(5)
+    plain = torch.randn(2, 7, attention.q_proj.in_features, device=DEVICE, dtype=DTYPE)
+    return [attention.q_proj, attention.k_proj, attention.v_proj], plain
+
+
+def outputs(layers, x):
+    torch.manual_seed(6)
+    ys = [layer(x) for layer in layers]
+    return [*ys, *torch.autograd.grad(sum(y.square().sum() for y in ys), [layers[0].malora_S["default"], x])]
+
+
+def test_an_input_that_has_room_is_not_copied(ids, monkeypatch):
+    """But once only: a second pass over it would write over what the first has saved."""
+    copies, down = [], masked.down_in_parts
+    monkeypatch.setattr(masked, "down_in_parts", lambda *a: copies.append(a[5] is not None) or down(*a))
+    model = adapted(lora_dropout=0.3)
+    layers, plain = readers(model)
+    assert beside.input_with_room(layers[0], plain) is None  # before weights have moved
+    expected = outputs(layers, plain.requires_grad_())
+    for taken in (False, True):
+        x = beside.input_with_room(layers[0], plain).copy_(plain.detach()).requires_grad_()
+        version = x._version
+        if taken:
+            layers[0](x)
+        del copies[:]
+        got = outputs(layers, x)
+        assert copies == [taken] and x._version == version
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, **CLOSE)
+
+
+def test_an_input_that_has_room_and_changes_is_seen(ids):
+    model = adapted(lora_dropout=0.3)
+    layers, plain = readers(model)
+    outputs(layers, plain.requires_grad_())
+    x = beside.input_with_room(layers[0], plain).copy_(plain.detach())
+    ys = [layer(x) for layer in layers]
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        sum(y.sum() for y in ys).backward()
+
+
+@pytest.mark.parametrize("change", ["eval", "no dropout", "no gradients", "another width"])
+def test_there_is_no_room_where_it_is_of_no_use(change, ids):
+    model = adapted(lora_dropout=0.3)
+    layers, plain = readers(model)
+    outputs(layers, plain.requires_grad_())
+    assert beside.input_with_room(layers[0], plain) is not None
+    if change == "eval":
+        model.eval()
+    if change == "no dropout":
+        layers[0].settings["default"].lora_dropout = 0.0
+    with torch.set_grad_enabled(change != "no gradients"):
+        like = plain[..., :8] if change == "another width" else plain
+        assert beside.input_with_room(layers[0], like) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
