@@ -253,9 +253,9 @@ def publish(records: Iterable[Record | SpeedRecord], folder: Path) -> tuple[list
         elif (commit := commit_of(record.provenance["source_sha256"], record.provenance["commit"])) is None:
             refused.append(f"{record.id} was made from code that no commit here has; commit, then run again")
         else:
-            provenance = record.provenance | {"commit": commit, "dirty": False}
-            save = write_speed if isinstance(record, SpeedRecord) else write
-            paths.append(save(replace(record, provenance=provenance), folder))
+            committed = replace(record, provenance=record.provenance | {"commit": commit, "dirty": False})
+            if not (folder / "runs" / f"{committed.id}.json").exists():  # a speed record's id is of its commit, too
+                paths.append((write_speed if isinstance(record, SpeedRecord) else write)(committed, folder))
     return paths, refused
 
 

@@ -127,6 +127,13 @@ def test_pages_are_the_same_in_any_order_and_from_what_was_read_back(tmp_path, h
     assert speed_report.pages(record.read_speed(tmp_path)) == speed_report.pages(made[::-1]) != {}
 
 
+def test_a_record_of_a_machine_without_history_is_published_once(tmp_path, history):
+    made = make_speed()
+    made.provenance |= {"commit": "earlier", "dirty": True}
+    assert len(record.publish([made], tmp_path)[0]) == 1
+    assert record.publish([made], tmp_path) == ([], [])
+
+
 def test_the_published_pages_are_what_their_records_give():
     folder = record.RESULTS / "speed"
     for name, text in speed_report.pages(record.read_speed(folder)).items():
