@@ -164,9 +164,9 @@ class Siblings:
         return y
 
     def _compute(self, layers: list[MaloraLayer], adapter: str, x: Tensor) -> list[Tensor]:
-        key = adapter + "".join(f" {id(layer)}" for layer in layers)
         from malora.backends import fused, stack  # they need Triton, which is not everywhere
 
+        key = adapter + "".join(f" {id(layer)}" for layer in layers)
         if key not in self._stacks:
             self._stacks[key] = stack.Stack(layers, adapter)
         return fused.outputs(self._stacks[key], x)
