@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from tabulate import tabulate
 
@@ -12,144 +13,175 @@ from bench.record import SpeedRecord
 from bench.speed_rows import Row, fastest, latest, malora_row, named, number, ratio, seconds
 
 # Rows of a large model's training that the goals compare MALoRA with.
-COMPARED = ("lora-plain-compiled", "molora-loop", "molora-sorted-compiled", "malora-fp8-liger-captured")
+COMPARED = ("peft-lora", "lora-plain-compiled", "molora-loop", "molora-sorted-compiled", "malora-fp8-liger-captured")
+FP8 = COMPARED[-1]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a record has to be of for a goal to be read from it."""
+
+    shape: str | None  # None: any
+    mode: str
+    against: str  # a row that it must have beside MALoRA's
+    options: tuple[tuple[str, int], ...] = ()
+
+    def is_of(self, record: SpeedRecord) -> bool:
+        is_alike = self.mode == record.mode and self.shape in (None, record.shape) and record.complete
+        is_asked = all(record.options[name] == value for name, value in self.options)
+        return is_alike and is_asked and None not in (malora_row(record), seconds(named(record, self.against)))
+
+
+LARGE = Work("llama2-7b", "train", "floor-compiled")
+SMALL = Work("smollm2-135m", "train", "floor-compiled", (("batch", 16), ("length", 128)))
+DECODE = Work(None, "decode", "peft-lora")
+RELATIONS = {"≤": (operator.le, max), "≥": (operator.ge, min), "=": (operator.eq, max)}  # and the worse of two figures
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure that the project set itself. `measured` is None where no record has it."""
+    """A figure that the project set itself. `measure` gives None where a record does not have it."""
 
     figure: str
     relation: str  # of the measured figure to the goal
     goal: float
-    measured: float | None
-    later: tuple[float, ...] = ()  # the same figure in later records, of fewer rivals, in the order of their time
+    work: Work
+    measure: Callable[[SpeedRecord], float | None]
 
-    def reached_by(self, value: float) -> bool:
-        return {"≤": operator.le, "≥": operator.ge, "=": operator.eq}[self.relation](value, self.goal)
+    def is_reached_by(self, value: float) -> bool:
+        return RELATIONS[self.relation][0](value, self.goal)
 
-    @property
-    def verdict(self) -> str:
-        if self.measured is None:
-            return ""
-        found = {self.reached_by(value) for value in (self.measured, *self.later)}
-        return "**not always**" if len(found) == 2 else "yes" if found == {True} else "**no**"
+    def worst(self, records: list[SpeedRecord]) -> float | None:
+        values = [self.measure(record) for record in records]
+        return None if None in values else RELATIONS[self.relation][1](values)
 
 
-def goals(records: list[SpeedRecord]) -> list[Goal]:
-    """The goals, from one record of each kind: the last of those that have most of what MALoRA is compared with.
+def _over(row: Callable[[SpeedRecord], Row | None], name: str) -> Callable[[SpeedRecord], float | None]:
+    """A row's step over that of the row of this name."""
+    return lambda record: ratio(seconds(row(record)), seconds(named(record, name)))
 
-    MALoRA is its fastest exact row, and all figures of one record are of that row.
+
+def _over_malora(row: Callable[[SpeedRecord], Row | None]) -> Callable[[SpeedRecord], float | None]:
+    return lambda record: ratio(seconds(row(record)), seconds(malora_row(record)))
+
+
+def _row(name: str) -> Callable[[SpeedRecord], Row | None]:
+    return lambda record: named(record, name)
+
+
+def _good_dispatch(record: SpeedRecord) -> Row | None:
+    return fastest(record, lambda row: row["name"].startswith("molora-sorted"))
+
+
+def _others_over_floor(record: SpeedRecord) -> float | None:
+    """The slower of MoLoRA and of LoRA through the backend that MALoRA's row has."""
+    mine = malora_row(record)["name"]
+    found = [_over(_row(mine.replace("malora", method, 1)), "floor-compiled")(record) for method in ("molora", "lora")]
+    return None if None in found else max(found)
+
+
+def _memory(record: SpeedRecord) -> float | None:
+    peaks = [(row["peak_bytes"] or {}).get("allocated") for row in (malora_row(record), named(record, "peft-lora"))]
+    return ratio(*peaks)
+
+
+# Of a record that has MALoRA. It stands there by its fastest exact row, and all figures are of that row.
+GOALS = (
+    Goal("MALoRA step / compiled floor, 7B shape", "≤", 1.10, LARGE, _over(malora_row, "floor-compiled")),
+    Goal("MALoRA step / compiled plain LoRA r=64", "≤", 0.95, LARGE, _over(malora_row, "lora-plain-compiled")),
+    Goal("PEFT LoRA as it comes / MALoRA", "≥", 1.7, LARGE, _over_malora(_row("peft-lora"))),
+    Goal("MoLoRA by the loop over experts of public code / MALoRA", "≥", 10, LARGE, _over_malora(_row("molora-loop"))),
+    Goal("MoLoRA by a good dispatch / MALoRA", "≥", 1.2, LARGE, _over_malora(_good_dispatch)),
+    Goal("MoLoRA, LoRA (ours) through the same backend / compiled floor", "≤", 1.12, LARGE, _others_over_floor),
+    Goal("peak memory of MALoRA / PEFT LoRA as it comes", "≤", 0.85, LARGE, _memory),
+    Goal("host synchronisations in a step", "=", 0, LARGE, lambda record: malora_row(record)["synchronisations"]),
+    Goal("135M shape, 16 × 128, tokens a second / PEFT LoRA as it comes", "≥", 12, SMALL,
+         _over_malora(_row("peft-lora"))),
+    Goal("decode, tokens a second / PEFT LoRA as it comes, the least of all batches", "≥", 1.5, DECODE,
+         _over_malora(_row("peft-lora"))),
+    Goal("MALoRA in fp8 / compiled floor, in bfloat16", "≤", 0.75, LARGE, _over(_row(FP8), "floor-compiled")),
+)  # fmt: skip
+
+
+def sources(records: list[SpeedRecord], work: Work) -> dict[str, list[list[SpeedRecord]]]:
+    """What is read of a work, by device; of records that stand together the worse figure counts.
+
+    Of training: the last of the records that have most of what MALoRA is compared with, then each other record of as
+    many tokens that was made by the same code or later. Of decoding: the last record of each batch, together.
     """
-    large, small = _sources(records)
-    decodes = [r for r in records if r.mode == "decode" and malora_row(r) and named(r, "peft-lora")]
-    found = _figures(large, small, latest(decodes))
-    others = [_figures(record, None, []) for record in _later(records, large)]
-    others += [_figures(None, record, []) for record in _later(records, small)]
-    by_goal = ([goal.measured for goal in same if goal.measured is not None] for same in zip(*others, strict=True))
-    return [replace(goal, later=tuple(later)) for goal, later in zip(found, by_goal, strict=True)] if others else found
+    by_device: dict[str, list[SpeedRecord]] = {}
+    for r in records:
+        if work.is_of(r):
+            by_device.setdefault(r.provenance["device"], []).append(r)
+    if work.mode == "decode":
+        return {device: [latest(mine)] for device, mine in by_device.items()}
+    return {device: [[r] for r in _of_latest_code(mine)] for device, mine in by_device.items()}
 
 
-def _figures(large: SpeedRecord | None, small: SpeedRecord | None, decodes: list[SpeedRecord]) -> list[Goal]:
-    mine = large and malora_row(large)
+def _of_latest_code(records: list[SpeedRecord]) -> list[SpeedRecord]:
+    first = max(records, key=compared)
 
-    def times(other: Row | None) -> float | None:
-        return ratio(seconds(other), seconds(mine))
+    def is_like(r: SpeedRecord) -> bool:
+        return all(r.options[k] == first.options[k] for k in ("batch", "length", "tokens"))
 
-    def over(name: str, row: Row | None = mine) -> float | None:
-        return large and ratio(seconds(row), seconds(named(large, name)))
+    def is_new(r: SpeedRecord) -> bool:
+        return r.provenance["source_sha256"] == first.provenance["source_sha256"] or _age(r) > _age(first)
 
-    dispatch = large and fastest(large, lambda row: row["name"].startswith("molora-sorted"))
-    same = [mine and named(large, mine["name"].replace("malora", m, 1)) for m in ("molora", "lora")]
-    alike = [over("floor-compiled", row) for row in same]
-    peaks = [(row["peak_bytes"] or {}).get("allocated") for row in (mine, large and named(large, "peft-lora")) if row]
-    decoded = [ratio(seconds(named(record, "peft-lora")), seconds(malora_row(record))) for record in decodes]
-    return [
-        Goal("MALoRA step / compiled floor, 7B shape", "≤", 1.10, over("floor-compiled")),
-        Goal("MALoRA step / compiled plain LoRA r=64", "≤", 0.95, over("lora-plain-compiled")),
-        Goal("PEFT LoRA as it comes / MALoRA", "≥", 1.7, large and times(named(large, "peft-lora"))),
-        Goal("MoLoRA by the loop over experts of public code / MALoRA", "≥", 10,
-             large and times(named(large, "molora-loop"))),
-        Goal("MoLoRA by a good dispatch / MALoRA", "≥", 1.2, times(dispatch)),
-        Goal("MoLoRA, LoRA (ours) through the same backend / compiled floor", "≤", 1.12,
-             None if None in alike else max(alike)),
-        Goal("peak memory of MALoRA / PEFT LoRA as it comes", "≤", 0.85, ratio(*peaks) if len(peaks) == 2 else None),
-        Goal("host synchronisations in a step", "=", 0, mine and mine["synchronisations"]),
-        Goal("135M shape, 16 × 128, tokens a second / PEFT LoRA as it comes", "≥", 12,
-             small and ratio(seconds(named(small, "peft-lora")), seconds(malora_row(small)))),
-        Goal("decode, tokens a second / PEFT LoRA as it comes, the least of all batches", "≥", 1.5,
-             None if None in decoded else min(decoded, default=None)),
-        Goal("MALoRA in fp8 / compiled floor, in bfloat16", "≤", 0.75,
-             over("floor-compiled", large and named(large, "malora-fp8-liger-captured"))),
-    ]  # fmt: skip
+    return [first, *sorted((r for r in records if r is not first and is_like(r) and is_new(r)), key=_age)]
 
 
-def _sources(records: list[SpeedRecord]) -> tuple[SpeedRecord | None, SpeedRecord | None]:
-    """The records that goals of training are read from: of a large model, and of a small one."""
-    return _last(records, "llama2-7b", "train"), _last(records, "smollm2-135m", "train", batch=16, length=128)
-
-
-def _last(records: list[SpeedRecord], shape: str, mode: str, **options: int) -> SpeedRecord | None:
-    """Of the whole records of a kind that have MALoRA and most of what it is compared with, the last."""
-    found = [
-        r for r in records
-        if (r.shape, r.mode) == (shape, mode) and all(r.options[k] == v for k, v in options.items())
-        and _can_be_compared(r) and seconds(named(r, "peft-lora"))
-    ]  # fmt: skip
-    return max(found, key=compared, default=None)
-
-
-def _later(records: list[SpeedRecord], source: SpeedRecord | None) -> list[SpeedRecord]:
-    """Whole records of the same work and device that are younger than the source, the oldest first."""
-
-    def work(r: SpeedRecord) -> tuple:
-        return r.shape, r.mode, *(r.options[k] for k in ("batch", "length", "tokens")), r.provenance["device"]
-
-    def age(r: SpeedRecord) -> tuple[str, str]:
-        return r.provenance["time"], r.id
-
-    alike = [r for r in records if source and work(r) == work(source) and _can_be_compared(r)]
-    return sorted((r for r in alike if age(r) > age(source)), key=age)
-
-
-def _can_be_compared(record: SpeedRecord) -> bool:
-    return record.complete and malora_row(record) is not None and seconds(named(record, "floor-compiled")) is not None
+def _age(record: SpeedRecord) -> tuple[str, str]:
+    return record.provenance["time"], record.id
 
 
 def compared(record: SpeedRecord) -> tuple[int, str, str]:
     """Sorts records by how much of what goals compare they have, and by their age."""
-    rivals = sum(seconds(named(record, name)) is not None for name in COMPARED)
-    return rivals, record.provenance["time"], record.id
+    return sum(seconds(named(record, name)) is not None for name in COMPARED), *_age(record)
+
+
+def measured(goal: Goal, records: list[SpeedRecord]) -> dict[str, list[float]]:
+    """The figure by device, of each of its sources that has it."""
+    found = {device: [goal.worst(s) for s in of_device] for device, of_device in sources(records, goal.work).items()}
+    return {device: [v for v in values if v is not None] for device, values in found.items()}
+
+
+def verdict(goal: Goal, values: list[float]) -> str:
+    """Of all devices and records."""
+    found = {goal.is_reached_by(value) for value in values}
+    if not found:
+        return "not measured yet"
+    return "**not always**" if len(found) == 2 else "yes" if found == {True} else "**no**"
 
 
 def goal_table(records: list[SpeedRecord]) -> str:
-    """The goals, what was measured, and whether it was reached."""
-    found = goals(records)
-    if all(goal.measured is None for goal in found):
+    """The goals, what was measured on each device, and whether it was reached."""
+    found = [measured(goal, records) for goal in GOALS]
+    devices = sorted({device for by_device in found for device, values in by_device.items() if values})
+    if not devices:
         return "The goals are set for a GPU and are not measured yet."
-    body = [
-        [g.figure, f"{g.relation} {g.goal:g}", "not measured yet" if g.measured is None else number(g.measured),
-         ", ".join(number(value) if g.reached_by(value) else f"**{number(value)}**" for value in g.later), g.verdict]
-        for g in found
-    ]  # fmt: skip
-    head = ["figure", "goal", "measured", "later, of fewer rivals", "reached"]
-    if not any(g.later for g in found):
-        for line in (head, *body):
-            del line[3]
-    table = tabulate(body, head, tablefmt="pipe", disable_numparse=True)
-    sources = [r for r in _sources(records) if r]
-    rows = "; ".join(
-        f"{r.shape}: `{mine['name']}` on {r.provenance['device']}, record `{r.id}`, "
-        f"steps timed: {len(mine['seconds']['step'])}"
-        for r, mine in ((r, malora_row(r)) for r in sources)
-    )
-    later = "; ".join(
-        f"{r.id.rpartition('-')[2]}: {len(malora_row(r)['seconds']['step'])}"
-        for s in sources
-        for r in _later(records, s)
-    )
-    note = f" Later records, and steps timed: {later}." if later else ""
-    return f"{table}\n\nMALoRA is its fastest exact row. {rows}.{note}".rstrip()
+    body = []
+    for goal, by_device in zip(GOALS, found, strict=True):
+        cells = [", ".join(_cell(goal, value) for value in by_device.get(device, [])) for device in devices]
+        values = [value for of_device in by_device.values() for value in of_device]
+        body.append([goal.figure, f"{goal.relation} {goal.goal:g}", *cells, verdict(goal, values)])
+    table = tabulate(body, ["figure", "goal", *devices, "reached"], tablefmt="pipe", disable_numparse=True)
+    notes = [_note(device, records) for device in devices]
+    return "\n\n".join([table, "MALoRA is its fastest exact row. " + " ".join(notes)])
+
+
+def _cell(goal: Goal, value: float) -> str:
+    return number(value) if goal.is_reached_by(value) else f"**{number(value)}**"
+
+
+def _note(device: str, records: list[SpeedRecord]) -> str:
+    """Which records a device's figures are of."""
+    parts = []
+    for work in (LARGE, SMALL, DECODE):
+        for together in sources(records, work).get(device, []):
+            for r in together:
+                mine = malora_row(r)
+                parts.append(f"`{mine['name']}` in `{r.id}`, steps timed: {len(mine['seconds']['step'])}")
+    return f"On {device}: {'; '.join(parts)}."
 
 
 def fill_readme(readme: str, records: list[SpeedRecord]) -> str:

@@ -64,35 +64,52 @@ def test_a_sweep_says_where_a_sparse_row_is_the_fastest():
     assert page.endswith("Crossover, moasylora by experts: no sparse row wins.")
 
 
+def figures(records) -> list[dict]:
+    return [goals.measured(goal, records) for goal in goals.GOALS]
+
+
+def table(records) -> list[list[str]]:
+    lines = [line for line in goals.goal_table(records).splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
 def test_the_goals_are_arithmetic_on_records():
-    found = goals.goals(records())
-    measured = [1.0625, 0.85, 2 / 1.0625, 16, 1.2, 1.125, 0.8, 0, 15, 2, 0.5]
-    assert [goal.measured for goal in found] == pytest.approx(measured)
-    assert [goal.verdict for goal in found] == ["yes"] * 5 + ["**no**"] + ["yes"] * 5
-    cut = goals.goals([make_speed(layers=2)])
-    assert {(goal.measured, goal.verdict) for goal in cut} == {(None, "")}
+    expected = [1.0625, 0.85, 2 / 1.0625, 16, 1.2, 1.125, 0.8, 0, 15, 2, 0.5]
+    assert figures(records()) == [{"a CPU": [pytest.approx(value)]} for value in expected]
+    assert [row[-1] for row in table(records())[1:]] == ["yes"] * 5 + ["**no**"] + ["yes"] * 5
+    assert figures([make_speed(layers=2)]) == [{}] * 11
 
 
-def test_a_later_record_of_fewer_rivals_stands_beside_the_one_of_most():
-    earlier, few, again = make_speed(), make_speed(variant="malora"), make_speed(variant="malora,molora-loop")
-    few.provenance = again.provenance = earlier.provenance | {"time": "2099-01-01T00:00:00+00:00"}
+def test_records_of_the_same_code_and_later_ones_stand_beside_the_one_of_most_rivals():
+    most, same, few, old = (make_speed(variant=name) for name in ("all", "all again", "malora", "before"))
     few.rows = [row for row in few.rows if row["name"] != "molora-loop"]
-    assert [g.measured for g in goals.goals([earlier, few])] == [g.measured for g in goals.goals([earlier])]
-    few.rows[5] = row("malora-dense-compiled", 1.125, 8.0, "malora")
-    first, *_ = goals.goals([few, earlier])
-    assert (first.measured, first.later, first.verdict) == (1.0625, (1.125,), "**not always**")
-    lines = goals.goal_table([few, earlier]).splitlines()
-    assert [cell.strip() for cell in lines[2].split("|")[3:6]] == ["1.062", "**1.125**", "**not always**"]
-    assert lines[-1].endswith(f"Later records, and steps timed: {few.id[-8:]}: 3.")
-    assert "later" not in goals.goal_table([earlier])
-    again.rows[5] = row("malora-dense-compiled", 1.03125, 8.0, "malora")
-    assert goals.goals([earlier, few, again])[0].measured == 1.03125
+    for made, step in ((same, 1.03125), (few, 1.125), (old, 1.5)):
+        made.rows[5] = row("malora-dense-compiled", step, 8.0, "malora")
+    most.provenance = most.provenance | {"time": "2026-01-02T00:00:00Z"}
+    few.provenance = few.provenance | {"time": "2026-01-03T00:00:00Z", "source_sha256": "of later code"}
+    old.provenance = old.provenance | {"source_sha256": "of earlier code"}
+    all_figures = figures([old, few, same, most])
+    assert all_figures[0] == {"a CPU": [1.0625, 1.03125, 1.125]} and all_figures[3] == {"a CPU": [16, 17 / 1.03125]}
+    assert table([old, few, same, most])[1][2:] == ["1.062, 1.031, **1.125**", "**not always**"]
+    assert few.id in goals.goal_table([most, few]) and old.id not in goals.goal_table([most, old])
+    again = make_speed(variant="most, later")
+    again.provenance = again.provenance | {"time": "2026-01-04T00:00:00Z", "source_sha256": "of the last code"}
+    assert figures([most, same, few, again])[0] == {"a CPU": [1.0625]}
+
+
+def test_each_device_has_a_column():
+    here, there = make_speed(), make_speed()
+    there.provenance = there.provenance | {"device": "a GPU"}
+    there.rows[5] = row("malora-dense-compiled", 1.125, 8.0, "malora")
+    assert table([there, here])[0] == ["figure", "goal", "a CPU", "a GPU", "reached"]
+    assert table([there, here])[1][2:] == ["1.062", "**1.125**", "**not always**"]
+    assert table([there])[9][2:] == ["", "not measured yet"]
 
 
 def test_a_row_that_did_not_run_is_no_figure():
     made = make_speed()
     made.rows[-3] |= {"status": "oom", "reason": "too much", "seconds": {}}
-    assert goals.goals([made])[3].measured is None and "oom: too much" in speed_report.section(made)
+    assert figures([made])[3] == {"a CPU": []} and "oom: too much" in speed_report.section(made)
 
 
 def test_the_table_says_ratios_and_shares():
