@@ -10,11 +10,18 @@ from dataclasses import dataclass
 from tabulate import tabulate
 
 from bench.record import SpeedRecord
-from bench.speed_rows import Row, fastest, latest, malora_row, named, number, ratio, seconds
-
-# Rows of a large model's training that the goals compare MALoRA with.
-COMPARED = ("peft-lora", "lora-plain-compiled", "molora-loop", "molora-sorted-compiled", "malora-fp8-liger-captured")
-FP8 = COMPARED[-1]
+from bench.speed_rows import (
+    Row,
+    by_work,
+    compared,
+    fastest,
+    malora_row,
+    named,
+    newest,
+    number,
+    ratio,
+    seconds,
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,8 @@ GOALS = (
          _over_malora(_row("peft-lora"))),
     Goal("decode, tokens a second / PEFT LoRA as it comes, the least of all batches", "≥", 1.5, DECODE,
          _over_malora(_row("peft-lora"))),
-    Goal("MALoRA in fp8 / compiled floor, in bfloat16", "≤", 0.75, LARGE, _over(_row(FP8), "floor-compiled")),
+    Goal("MALoRA in fp8 / compiled floor, in bfloat16", "≤", 0.75, LARGE,
+         _over(_row("malora-fp8-liger-captured"), "floor-compiled")),
 )  # fmt: skip
 
 
@@ -109,34 +117,12 @@ def sources(records: list[SpeedRecord], work: Work) -> dict[str, list[list[Speed
     Of training: the last of the records that have most of what MALoRA is compared with, then each other record of as
     many tokens that was made by the same code or later. Of decoding: the last record of each batch, together.
     """
-    by_device: dict[str, list[SpeedRecord]] = {}
-    for r in records:
-        if work.is_of(r):
-            by_device.setdefault(r.provenance["device"], []).append(r)
+    found: dict[str, list[list[SpeedRecord]]] = {}
+    for group in by_work([r for r in records if work.is_of(r)]):
+        found.setdefault(group[0].provenance["device"], []).append(newest(group))
     if work.mode == "decode":
-        return {device: [latest(mine)] for device, mine in by_device.items()}
-    return {device: [[r] for r in _of_latest_code(mine)] for device, mine in by_device.items()}
-
-
-def _of_latest_code(records: list[SpeedRecord]) -> list[SpeedRecord]:
-    first = max(records, key=compared)
-
-    def is_like(r: SpeedRecord) -> bool:
-        return all(r.options[k] == first.options[k] for k in ("batch", "length", "tokens"))
-
-    def is_new(r: SpeedRecord) -> bool:
-        return r.provenance["source_sha256"] == first.provenance["source_sha256"] or _age(r) > _age(first)
-
-    return [first, *sorted((r for r in records if r is not first and is_like(r) and is_new(r)), key=_age)]
-
-
-def _age(record: SpeedRecord) -> tuple[str, str]:
-    return record.provenance["time"], record.id
-
-
-def compared(record: SpeedRecord) -> tuple[int, str, str]:
-    """Sorts records by how much of what goals compare they have, and by their age."""
-    return sum(seconds(named(record, name)) is not None for name in COMPARED), *_age(record)
+        return {device: [[first for first, *_ in groups]] for device, groups in found.items()}
+    return {device: [[r] for r in max(groups, key=lambda g: compared(g[0]))] for device, groups in found.items()}
 
 
 def measured(goal: Goal, records: list[SpeedRecord]) -> dict[str, list[float]]:

@@ -37,7 +37,7 @@ from bench.report import published_parts
 from bench.rows import Row
 from bench.run import BASE
 from bench.speed_report import section
-from bench.speed_rows import exact_rows, latest, seconds
+from bench.speed_rows import exact_rows, seconds, shown
 from tasks import TASKS
 
 _RANGE = Markup('<span class="range" style="color: {}; --from: {:.1f}%; --at: {:.1f}%; --to: {:.1f}%"></span>')
@@ -54,7 +54,7 @@ class Table(NamedTuple):
 
 def page(records: dict[str, list[Record]], speeds: list[SpeedRecord], claims: list[Claim]) -> str:
     """The page of these records, by profile."""
-    measured = latest(speeds)
+    measured = shown(speeds)
     records = {name: sorted(found, key=lambda r: r.id) for name, found in records.items()}
     of_profiles = {name: [] for name in reversed(PROFILES) if records.get(name)}
     for name, experiment, parts in published_parts({name: records[name] for name in of_profiles}):

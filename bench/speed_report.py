@@ -7,17 +7,20 @@ from xml.sax.saxutils import escape
 
 from tabulate import tabulate
 
-from bench.goals import compared, goal_table
+from bench.goals import goal_table
 from bench.paper import paper
 from bench.record import SpeedRecord
 from bench.speed_rows import (
+    age,
+    by_work,
+    compared,
     fastest,
-    latest,
     malora_row,
     named,
     number,
     ratio,
     seconds,
+    shown,
     summary,
     tokens_per_second,
 )
@@ -27,13 +30,31 @@ def pages(records: list[SpeedRecord]) -> dict[str, str]:
     """The generated files of a folder of records, by name: table10.md, and figure4c.svg where training was measured."""
     if not records:
         return {}
-    parts = ["# Speed (the paper's Table 10 and Figure 4c)", goal_table(records), *map(section, latest(records))]
+    parts = ["# Speed (the paper's Table 10 and Figure 4c)", goal_table(records)]
+    for group in by_work(records):
+        parts += map(section, shown(group))
+        if rest := [r for r in group if r not in shown(group)]:
+            parts.append(_others(rest))
     made = {"table10.md": "\n\n".join(parts) + "\n"}
-    trained = [r for r in latest(records) if r.mode == "train" and fastest(r, lambda row: True)]
+    trained = [r for r in shown(records) if r.mode == "train" and fastest(r, lambda row: True)]
     if trained:
         biggest = max(trained, key=lambda r: (r.options["flops"], compared(r)))
         made["figure4c.svg"] = figure4c(biggest)
     return made
+
+
+def _others(records: list[SpeedRecord]) -> str:
+    """A line for each record of the same work that is not shown whole, by age."""
+    body = []
+    for r in sorted(records, key=age):
+        step = seconds(malora_row(r))
+        ratios = [number(ratio(step, seconds(named(r, name)))) for name in ("floor-compiled", "peft-lora")]
+        commit = (r.provenance["commit"] or "unknown")[:12]
+        body.append([f"`{r.id}`", f"`{commit}`", r.options["rounds"], len(r.rows), number(step), *ratios])
+    head = ["record", "commit", "rounds", "rows", "MALoRA's step, s", "× compiled floor", "× PEFT LoRA"]
+    align = ("left", "left", *["right"] * 5)
+    table = tabulate(body, head, tablefmt="pipe", disable_numparse=True, colalign=align)
+    return f"Other records of the same work, of earlier code or of the same rows:\n\n{table}"
 
 
 def section(record: SpeedRecord) -> str:
@@ -41,7 +62,8 @@ def section(record: SpeedRecord) -> str:
     options = record.options
     what = f"{record.shape}, " + (f"one linear map, {options['sweep']}" if record.mode == "layer" else record.mode)
     table = _sweep_table(record) if record.mode == "layer" else _table(record)
-    return "\n\n".join(filter(None, [f"## {what}", _intro(record), table, _notes(record), _where(record)]))
+    title = f"## {what}, {record.provenance['device']}"
+    return "\n\n".join(filter(None, [title, _intro(record), table, _notes(record), _where(record)]))
 
 
 def _intro(record: SpeedRecord) -> str:

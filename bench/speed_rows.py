@@ -12,6 +12,8 @@ from bench.record import SpeedRecord
 from malora.backends import INEXACT
 
 Row = dict[str, Any]
+# Rows of a large model's training that MALoRA is compared with.
+COMPARED = ("peft-lora", "lora-plain-compiled", "molora-loop", "molora-sorted-compiled", "malora-fp8-liger-captured")
 
 
 def summary(samples: list[float]) -> tuple[float, float]:
@@ -58,13 +60,46 @@ def fastest(record: SpeedRecord, choose: Callable[[Row], bool]) -> Row | None:
     return min(ran, key=seconds, default=None)
 
 
-def latest(records: list[SpeedRecord]) -> list[SpeedRecord]:
-    """Of the calls that asked for the same on the same device, the last one each; in a fixed order."""
-    kept: dict[tuple, SpeedRecord] = {}
-    for record in sorted(records, key=lambda r: (r.provenance["time"], r.id)):
-        asked = (str(record.options[k]) for k in ("variant", "sweep", "batch", "length", "tokens", "layers"))
-        kept[record.shape, record.mode, *asked, record.provenance["device"]] = record
-    return [kept[key] for key in sorted(kept)]
+def work_of(record: SpeedRecord) -> tuple[str, ...]:
+    """What was asked for and on which device, whatever the rows: figures of equal works can stand side by side."""
+    options = record.options
+    asked = [str(options[name]) for name in ("sweep", "batch", "length", "tokens", "layers")]
+    swept = options["variant"] if options["sweep"] else ""  # a sweep's rows are not beside anything
+    return record.shape, record.mode, *asked, swept, record.provenance["device"]
+
+
+def by_work(records: list[SpeedRecord]) -> list[list[SpeedRecord]]:
+    """Groups in a fixed order."""
+    groups: dict[tuple[str, ...], list[SpeedRecord]] = {}
+    for record in records:
+        groups.setdefault(work_of(record), []).append(record)
+    return [groups[work] for work in sorted(groups)]
+
+
+def compared(record: SpeedRecord) -> tuple[int, str, str]:
+    """Sorts records by how much of what MALoRA is compared with they have, and by their age."""
+    return sum(seconds(named(record, name)) is not None for name in COMPARED), *age(record)
+
+
+def age(record: SpeedRecord) -> tuple[str, str]:
+    return record.provenance["time"], record.id
+
+
+def newest(records: list[SpeedRecord]) -> list[SpeedRecord]:
+    """Of records of one work the last that has most rivals, then all others of the same code or later, by age."""
+    first = max(records, key=compared)
+    sha = first.provenance["source_sha256"]
+    others = (r for r in records if r.provenance["source_sha256"] == sha or age(r) > age(first))
+    return [first, *sorted((r for r in others if r is not first), key=age)]
+
+
+def shown(records: list[SpeedRecord]) -> list[SpeedRecord]:
+    """What pages show whole of each work: the first of its newest and, of others, the last with each set of rows."""
+    found = []
+    for first, *others in map(newest, by_work(records)):
+        last = {r.options["variant"]: r for r in others}
+        found += [first, *(r for variant, r in last.items() if variant != first.options["variant"])]
+    return found
 
 
 def malora_row(record: SpeedRecord) -> Row | None:

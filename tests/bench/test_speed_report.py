@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import goals, record, speed_report
+from bench import goals, record, speed_report, speed_rows
 from bench.record import SpeedRecord
 from tests.bench.conftest import CLEAN
 
@@ -104,6 +104,24 @@ def test_each_device_has_a_column():
     assert table([there, here])[0] == ["figure", "goal", "a CPU", "a GPU", "reached"]
     assert table([there, here])[1][2:] == ["1.062", "**1.125**", "**not always**"]
     assert table([there])[9][2:] == ["", "not measured yet"]
+
+
+def test_a_page_shows_each_set_of_rows_of_the_newest_code_and_a_line_for_the_rest():
+    def made(variant, day, code):
+        record = make_speed(variant=variant, rounds=day)
+        record.provenance = record.provenance | {"time": f"2026-01-0{day}T00:00:00Z", "source_sha256": code}
+        return record
+
+    old, few, most, again = made("all", 1, "a"), made("dispatch", 2, "b"), made("all", 3, "b"), made("all", 4, "b")
+    few.rows = few.rows[:5]
+    small = make_speed("smollm2-135m", batch=16, length=128)
+    assert speed_rows.shown([small, again, few, most, old]) == [again, few, small]
+    page = speed_report.pages([most, few, small, old, again])["table10.md"]
+    assert page.count("## llama2-7b, train, a CPU") == 2 and page.count("## smollm2-135m, train, a CPU") == 1
+    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `llama2")]
+    commit = "`000000000000`"
+    assert lines == [[f"`{r.id}`", commit, str(r.options["rounds"]), "12", "1.062", "1.062", "0.5312"]
+                     for r in (old, most)]  # fmt: skip
 
 
 def test_a_row_that_did_not_run_is_no_figure():
