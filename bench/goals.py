@@ -151,8 +151,8 @@ def goal_table(records: list[SpeedRecord]) -> str:
         values = [value for of_device in by_device.values() for value in of_device]
         body.append([goal.figure, f"{goal.relation} {goal.goal:g}", *cells, verdict(goal, values)])
     table = tabulate(body, ["figure", "goal", *devices, "reached"], tablefmt="pipe", disable_numparse=True)
-    notes = [_note(device, records) for device in devices]
-    return "\n\n".join([table, "MALoRA is its fastest exact row. " + " ".join(notes)])
+    text = "MALoRA is its fastest exact row. Each figure of a cell is of one record, in this order:"
+    return "\n\n".join([table, text, "\n".join(_note(device, records) for device in devices)])
 
 
 def _cell(goal: Goal, value: float) -> str:
@@ -161,13 +161,10 @@ def _cell(goal: Goal, value: float) -> str:
 
 def _note(device: str, records: list[SpeedRecord]) -> str:
     """Which records a device's figures are of."""
-    parts = []
-    for work in (LARGE, SMALL, DECODE):
-        for together in sources(records, work).get(device, []):
-            for r in together:
-                mine = malora_row(r)
-                parts.append(f"`{mine['name']}` in `{r.id}`, steps timed: {len(mine['seconds']['step'])}")
-    return f"On {device}: {'; '.join(parts)}."
+    found = [r for work in (LARGE, SMALL, DECODE) for group in sources(records, work).get(device, []) for r in group]
+    rows = ((r, malora_row(r)) for r in found)
+    texts = (f"`{r.id}` (`{row['name']}`, steps timed: {len(row['seconds']['step'])})" for r, row in rows)
+    return f"- {device}: {', '.join(texts)}"
 
 
 def fill_readme(readme: str, records: list[SpeedRecord]) -> str:
