@@ -18,7 +18,7 @@ from typing import Any
 
 import malora
 from bench import UserError, goals, record, report, speed_report
-from bench.arguments import Help, one_of, positive
+from bench.arguments import Help, folder, one_of, positive
 from bench.claims import claims
 from bench.experiments import EXPERIMENTS, Runs, families_of, final, opened, sweep
 from bench.model import check_adapter, load, load_adapter, prepare
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="P",
         help=f"whose; {SPEED} for those of bench.speed",
     )
-    publish.add_argument("--results", type=Path, metavar="DIR", help="where from (default: results/local/PROFILE)")
+    publish.add_argument("--results", type=folder, metavar="DIR", help="where from (default: results/local/PROFILE)")
     publish.set_defaults(command=_publish)
     return parser
 
@@ -146,7 +146,7 @@ def _add_setting(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help=f"how questions are put: {', '.join(FORMATS)} (default: the profile's)",
     )
-    parser.add_argument("--results", type=Path, metavar="DIR", help="for records (default: results/local/PROFILE)")
+    parser.add_argument("--results", type=folder, metavar="DIR", help="for records (default: results/local/PROFILE)")
     parser.add_argument("--max-steps", type=positive, metavar="N", help="stop training early, to try things out")
     parser.add_argument("--max-items", type=positive, metavar="N", help="score so many items a task, to try things out")
     parser.add_argument(
@@ -206,6 +206,7 @@ def _table(options: argparse.Namespace) -> int:
     setting = _setting(options, opened(experiment.mixture) if options.data else experiment.mixture)
     published = record.read_all(record.RESULTS / setting.profile.name)
     mine = record.read_all(setting.results)  # a broken record is better found before the runs than after
+    record.open_folder(setting.results)
     alone = processes().num_processes == 1
     jobs = (options.jobs or (_cores() if setting.device.type == "cpu" else 1)) if alone else 1
     like = configure(setting, BASE, 0)
@@ -282,6 +283,7 @@ def _run(options: argparse.Namespace) -> int:
             f"{config.id} is recorded in {setting.results}, and an adapter is kept only while its run is made; "
             "give another folder as --results to make it again."
         )
+    record.open_folder(setting.results)
     one = run(config, setting)
     if one.status == "failed":
         print(one.error, file=sys.stderr)
@@ -343,12 +345,14 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _publish(options: argparse.Namespace) -> int:
-    folder = record.RESULTS / options.profile
+    source, published = options.results or LOCAL / options.profile, record.RESULTS / options.profile
+    if not (source / "runs").is_dir():
+        raise UserError(f"there are no records in {source}: it has no folder runs; --results says where they are.")
     read = record.read_speed if options.profile == SPEED else record.read_all
-    paths, refused = record.publish(read(options.results or LOCAL / options.profile), folder)
+    paths, refused = record.publish(read(source), published)
     for reason in refused:
         print(f"not published: {reason}", file=sys.stderr)
-    print(f"{len(paths)} new records in {folder}; `python -m bench leaderboard` writes its tables.")
+    print(f"{len(paths)} new records in {published}; `python -m bench leaderboard` writes its tables.")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -22,9 +23,15 @@ def one_of(what: str, choices) -> type:
 
 
 def positive(value: str) -> int:
-    if not (value.isdigit() and int(value) > 0):
+    if not (value.isdecimal() and int(value) > 0):
         raise argparse.ArgumentTypeError(f"{value!r} is not a whole number from 1")
     return int(value)
+
+
+def folder(value: str) -> Path:
+    if not value:
+        raise argparse.ArgumentTypeError("'' names no folder; for the current one write .")
+    return Path(value)
 
 
 def fraction(value: str) -> float:

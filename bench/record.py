@@ -151,10 +151,26 @@ class SpeedRecord:
         return self.options["layers"] is None
 
 
+def open_folder(folder: Path) -> None:
+    """Make a folder of records, before the work that is to be written there.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    try:
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--results {folder} cannot be a folder of records ({error.strerror}); name another."
+        ) from error
+    if not os.access(folder / "runs", os.W_OK):
+        raise UserError(f"--results {folder} cannot be written to; name another folder.")
+
+
 def write_speed(record: SpeedRecord, folder: Path) -> Path:
     """Write a record of speed into `folder/runs`; returns its path."""
     path = folder / "runs" / f"{record.id}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    open_folder(folder)
     _replace(path, (json.dumps({"schema": SPEED_SCHEMA, **dataclasses.asdict(record)}, indent=1) + "\n").encode())
     return path
 
@@ -169,7 +185,7 @@ def read_speed(folder: Path) -> list[SpeedRecord]:
     for path in (folder / "runs").glob("*.json"):
         try:
             content = json.loads(path.read_text())
-            if content.pop("schema") != SPEED_SCHEMA:
+            if not isinstance(content, dict) or content.pop("schema") != SPEED_SCHEMA:
                 raise ValueError(f"this version reads schema {SPEED_SCHEMA}")
             records.append(SpeedRecord(**content))
             records[-1].id  # noqa: B018  (a record without its time is broken too)
@@ -180,8 +196,8 @@ def read_speed(folder: Path) -> list[SpeedRecord]:
 
 def write(record: Record, folder: Path) -> Path:
     """Write a record into `folder/runs`; returns its path. A failed run never stands where a result should."""
+    open_folder(folder)
     runs = folder / "runs"
-    runs.mkdir(parents=True, exist_ok=True)
     name = record.config.id + (f".failed-{time.strftime('%Y%m%dT%H%M%S')}" if record.status == "failed" else "")
     if record.items:
         _replace(runs / f"{name}.items.csv.gz", _items_to_bytes(record.items))

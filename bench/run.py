@@ -11,7 +11,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 
 import malora
@@ -119,6 +120,9 @@ def method_options(method: str, profile: Profile, mixture: str, changes: dict[st
     if getattr(config, "down", "A_t") != "A_t" and suite in PAPER_BETA:
         options["beta"] = PAPER_BETA[suite]
     options |= changes
+    known, general = ({f.name for f in fields(of)} for of in (config, PeftConfig))
+    if unknown := ", ".join(sorted(changes.keys() - known)):
+        raise UserError(f"{method} has no option {unknown}; there are {', '.join(sorted(known - general))}.")
     try:
         malora.METHODS[method](**options)
     except (TypeError, ValueError) as error:

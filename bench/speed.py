@@ -14,13 +14,12 @@ import argparse
 import math
 import sys
 import warnings
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from bench import UserError, record, speed_report
-from bench.arguments import Help, fraction, one_of, positive
+from bench.arguments import Help, folder, fraction, one_of, positive
 from bench.measure import STEPS, Work, backbone_flops, ceilings
 from bench.record import SpeedRecord, provenance
 from bench.rivals import registered
@@ -89,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--layers", type=positive, metavar="N", help="cut the depth, to try things out")
     parser.add_argument(
-        "--results", type=Path, default=LOCAL, metavar="DIR", help="for the record, its tables and its figure"
+        "--results", type=folder, default=LOCAL, metavar="DIR", help="for the record, its tables and its figure"
     )
     return parser
 
@@ -97,8 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 def _speed(options: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if options.sweep and options.mode != "train":
-        raise UserError(f"--sweep measures forward and backward of a layer; leave --mode {options.mode} out.")
+    _check_nothing_is_ignored(options)
     known = record.read_speed(options.results)  # a broken record is better found before the measurement than after
     work = _work(options)
     names = options.variant.split(",")
@@ -112,6 +110,7 @@ def _speed(options: argparse.Namespace) -> int:
         chosen = choose(names, options.mode, device)
         base = backbone(SHAPES[options.shape], options.layers, device)
         rows = [ModelRow(variant, base, work) for variant in chosen]
+    record.open_folder(options.results)
     before = ceilings(device, dtype)
     with torch._dynamo.config.patch(COMPILE):
         found, rounds = measure(rows, options.rounds, device, 60 * (options.minutes or math.inf))
@@ -141,6 +140,18 @@ def _speed(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_nothing_is_ignored(options: argparse.Namespace) -> None:
+    if options.sweep and options.mode != "train":
+        raise UserError(f"--sweep measures forward and backward of a layer; leave --mode {options.mode} out.")
+    if options.sweep:
+        for name in ("layers", "batch", "length", *(["tokens"] if options.sweep == "tokens" else [])):
+            if getattr(options, name) is not None:
+                raise UserError(f"--sweep {options.sweep} of one linear map has no use for --{name}; leave it out.")
+    depth = SHAPES[options.shape].config["num_hidden_layers"]
+    if options.layers and options.layers > depth:
+        raise UserError(f"--layers {options.layers} cuts nothing: {options.shape} has {depth} layers.")
+
+
 def _work(options: argparse.Namespace) -> Work:
     shape, mode = SHAPES[options.shape], options.mode
     decode = mode == "decode"
@@ -149,6 +160,8 @@ def _work(options: argparse.Namespace) -> Work:
     tokens = options.tokens or {"decode": shape.new_tokens, "train": shape.tokens, "prefill": batch * length}[mode]
     if mode == "prefill" and tokens != batch * length:
         raise UserError(f"a prefill has --batch × --length = {batch * length} tokens; leave --tokens {tokens} out.")
+    if mode == "train" and length == 1:
+        raise UserError("--length 1 leaves no next token to train on; take 2 or more.")
     if mode == "train" and not options.sweep and tokens % (batch * length):
         raise UserError(f"--tokens {tokens} is no multiple of --batch {batch} × --length {length}: micro-batches.")
     return Work(mode, batch, length, tokens, options.dropout, shape.config["vocab_size"])

@@ -72,7 +72,7 @@ def _intro(record: SpeedRecord) -> str:
         "train": f"{o['tokens']:,} tokens a step in micro-batches of {o['batch']} × {o['length']}",
         "prefill": f"{o['batch']} × {o['length']} tokens a pass",
         "decode": f"{o['tokens']} tokens after a prompt of {o['length']}, {o['batch']} at a time",
-        "layer": f"{o['tokens']:,} tokens, forward and backward",
+        "layer": ("" if o["sweep"] == "tokens" else f"{o['tokens']:,} tokens, ") + "forward and backward",
     }[record.mode]
     rates = [[record.ceilings[when][what] for when in ("before", "after")] for what in _CEILINGS]
     versions = ", ".join(f"{name} {p['packages'][name]}" for name in ("torch", "transformers", "peft"))
@@ -93,14 +93,16 @@ def _intro(record: SpeedRecord) -> str:
 _SPARSE = ("dispatch", "sorted")
 _CEILINGS = ("matrix_flops_per_second", "copy_bytes_per_second")
 _PARTS = ("forward", "backward", "optimizer")
+_FLOORS = {"floor-compiled": "compiled floor", "floor-captured": "captured floor", "floor": "floor"}
 
 
 def _table(record: SpeedRecord) -> str:
     train = record.mode == "train"
-    floors = [seconds(named(record, name)) for name in ("floor-compiled", "floor")]
+    floors = {title: seconds(named(record, name)) for name, title in _FLOORS.items()}
+    floors = {title: floor for title, floor in floors.items() if floor}
     lora = seconds(named(record, "peft-lora"))
     rate = max(record.ceilings[when]["matrix_flops_per_second"] for when in ("before", "after"))
-    head = ["variant", *(_PARTS if train else ()), "step, s", "spread", "tokens/s", "× compiled floor", "× floor",
+    head = ["variant", *(_PARTS if train else ()), "step, s", "spread", "tokens/s", *(f"× {title}" for title in floors),
             "× PEFT LoRA", "share of rate", "allocated, GiB", "reserved, GiB", "MHz", "W", "kernels", "launches",
             "waits", "trainable", "note"]  # fmt: skip
     body = []
@@ -114,7 +116,7 @@ def _table(record: SpeedRecord) -> str:
         body.append([
             row["name"], *([number(seconds(row, part)) for part in _PARTS] if train else []),
             number(step), number(summary(row["seconds"]["step"])[1], 2), f"{tokens_per_second(record, row):,.0f}",
-            *(number(ratio(step, other), 3) for other in (*floors, lora)),
+            *(number(ratio(step, other), 3) for other in (*floors.values(), lora)),
             "" if share is None else f"{share:.1%}",
             *(f"{peak[kind] / 2**30:.1f}" if peak else "" for kind in ("allocated", "reserved")),
             *(f"{statistics.median(sensors[what]):.0f}" if what in sensors else "" for what in ("clock_mhz", "watts")),
@@ -122,23 +124,18 @@ def _table(record: SpeedRecord) -> str:
             f"{row['trainable']:,}", row["reason"] or "",
         ])  # fmt: skip
     if train:
-        body += _paper_rows(len(head))
+        body += _paper_rows(len(head), len(floors))
     align = ("left", *["right"] * (len(head) - 2), "left")
     return tabulate(body, head, tablefmt="pipe", disable_numparse=True, colalign=align)
 
 
-def _paper_rows(columns: int) -> list[list[str]]:
+def _paper_rows(columns: int, floors: int) -> list[list[str]]:
     theirs = paper()["table10"]
     rows = []
     for name, row in theirs.items():
         cells = [f"*{row[part + '_s']}*" for part in (*_PARTS, "step")]
-        cells += [
-            "",
-            f"*{1e6 / row['us_per_token']:,.0f}*",
-            "",
-            "",
-            f"*{row['step_s'] / theirs['LoRA']['step_s']:.3g}*",
-        ]
+        cells += ["", f"*{1e6 / row['us_per_token']:,.0f}*", *[""] * floors]
+        cells.append(f"*{row['step_s'] / theirs['LoRA']['step_s']:.3g}*")
         rows.append([f"*{name}, the paper's*", *cells, *[""] * (columns - len(cells) - 1)])
     return rows
 
@@ -207,21 +204,38 @@ def _where(record: SpeedRecord) -> str:
 
 
 def figure4c(record: SpeedRecord) -> str:
-    """Seconds of a training step by variant, as bars; SVG written by hand, so that its bytes are the record's alone."""
-    rows = sorted(((seconds(row), row["name"]) for row in record.rows if seconds(row) is not None), reverse=True)
-    left, width, height = 220, 560, 20
-    scale = (width - 70) / rows[0][0]
-    device = escape(record.provenance["device"])
-    bars = [f'<text x="8" y="18" font-weight="bold">Seconds of a training step, {record.shape}, {device}</text>']
-    for place, (step, name) in enumerate(rows):
-        y = 30 + place * height
-        fill = "#c44e52" if name.startswith("malora") else "#8c8c8c" if name.startswith("floor") else "#4c72b0"
-        bars += [
-            f'<text x="{left - 6}" y="{y + 13}" text-anchor="end">{escape(name)}</text>',
-            f'<rect x="{left}" y="{y + 2}" width="{step * scale:.1f}" height="{height - 5}" fill="{fill}"/>',
-            f'<text x="{left + step * scale + 5:.1f}" y="{y + 13}">{step:.3g}</text>',
-        ]
-    size = f'width="{left + width}" height="{40 + len(rows) * height}"'
+    """Seconds of a training step by variant, as bars, and below them the paper's on their own scale.
+
+    SVG written by hand, so that its bytes are the record's alone.
+    """
+    ours = sorted(((seconds(row), row["name"]) for row in record.rows if seconds(row) is not None), reverse=True)
+    theirs = sorted(((row["step_s"], name) for name, row in paper()["table10"].items()), reverse=True)
+    bars, height = [], 0
+    for title, rows in (
+        (f"Seconds of a training step, {record.shape}, {record.provenance['device']}", ours),
+        (f"The paper's: {paper()['table10_source']}", theirs),
+    ):
+        bars += _bars(title, rows, height)
+        height += 40 + _ROW * len(rows)
+    size = f'width="{_LEFT + _WIDTH}" height="{height}"'
     style = 'font-family="sans-serif" font-size="12"'
     background = '<rect width="100%" height="100%" fill="white"/>'
     return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>', background, *bars, "</svg>"]) + "\n"
+
+
+_LEFT, _WIDTH, _ROW = 220, 560, 20  # pixels: names, bars, and the height of one
+
+
+def _bars(title: str, rows: list[tuple[float, str]], top: int) -> list[str]:
+    """The first is the longest, and as wide as there is room for."""
+    scale = (_WIDTH - 70) / rows[0][0]
+    bars = [f'<text x="8" y="{top + 18}" font-weight="bold">{escape(title)}</text>']
+    for place, (step, name) in enumerate(rows):
+        y = top + 30 + place * _ROW
+        fill = "#c44e52" if name.lower().startswith("malora") else "#8c8c8c" if name.startswith("floor") else "#4c72b0"
+        bars += [
+            f'<text x="{_LEFT - 6}" y="{y + 13}" text-anchor="end">{escape(name)}</text>',
+            f'<rect x="{_LEFT}" y="{y + 2}" width="{step * scale:.1f}" height="{_ROW - 5}" fill="{fill}"/>',
+            f'<text x="{_LEFT + step * scale + 5:.1f}" y="{y + 13}">{step:.3g}</text>',
+        ]
+    return bars

@@ -24,7 +24,7 @@ from malora.backends import WAIT_FOR_THE_HOST
 from malora.routing import RoutingLog
 
 SWEEPS: dict[str, tuple[int, ...]] = {
-    "experts": (8, 16, 32, 64, 128, 256, 512, 1024),
+    "experts": (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
     "rank": (4, 8, 16, 32, 64),
     "tokens": (256, 1024, 4096, 16384),
     "top-k": (1, 2, 4, 8),

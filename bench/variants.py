@@ -98,7 +98,7 @@ CONFIGS: dict[str, Callable[..., PeftConfig]] = {
 }
 OURS = tuple(name for name in CONFIGS if not name.startswith("peft-"))
 ROUTED = tuple(name for name in OURS if CONFIGS[name]().has_router)
-# Without the oracle, what is not exact, and sparse rivals, which MoLoRA alone has rows of. "auto" is one of the others.
+# Without the oracle, what is not exact, and `sorted`, which few have rows of. "auto" is one of the others.
 DEFAULT_BACKENDS = tuple(name for name in malora.BACKENDS if name not in ("auto", "reference", "sorted", *INEXACT))
 MAIN = ("lora", "molora", "malora")  # they run in every way; the others in the way that trains them fastest
 RUNS = ("eager", "compiled", "captured")
@@ -120,14 +120,15 @@ def variants() -> dict[str, Variant]:
             if backend in WAIT_FOR_THE_HOST:
                 rows += [Variant(f"{method}-{backend}", method, backend)] if method in ROUTED else []
                 continue
-            for run in RUNS if method in MAIN else ("compiled",):
+            others = ("eager", "compiled") if backend == "dense" else ("compiled",)  # one that a CPU has
+            for run in RUNS if method in MAIN else others:
                 rows.append(Variant(_name(f"{method}-{backend}", run), method, backend, run))
             if backend == "fused":  # with Liger's kernels around it, as bench.train has it
                 name = f"{method}-{backend}-liger"
                 rows += [Variant(_name(name, run), method, backend, run, liger=True) for run in ("eager", "captured")]
     rows += [Variant(f"{m}-fp8-liger-captured", m, "fp8", "captured", liger=True) for m in ("lora", "malora")]
     rows += [Variant("molora-loop", "molora", "loop")]
-    rows += [Variant(_name("molora-sorted", run), "molora", "sorted", run) for run in RUNS]
+    rows += [Variant(_name(f"{m}-sorted", run), m, "sorted", run) for m in ("molora", "malora") for run in RUNS]
     return {row.name: row for row in rows}
 
 

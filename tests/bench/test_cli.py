@@ -49,8 +49,9 @@ def refused(arguments: list, capsys, tmp_path) -> str:
         (["run", "--profile", "huge"], "unknown profile 'huge'; there are tiny, small, paper"),
         (["run", "--format", "essay"], "unknown format 'essay'; there are letters, cloze"),
         (["run", "--set", "backend=warp"], "malora: backend='warp' is unknown; choose one of 'auto', 'dense'"),
+        (["run", "--set", "rank=3"], "malora has no option rank; there are backend, beta, d, down"),
         (["run", "--set", "backend"], "'backend' is not NAME=VALUE"),
-        (["run", "--method", "lora", "--set", "backend=dispatch"], "lora: "),
+        (["run", "--method", "lora", "--set", "backend=dispatch"], "lora has no option backend; there are "),
         (["table2", "--seeds", "0"], "'0' is not a whole number from 1"),
         (["run", "--learning-rate", "-1"], "must be a number above 0"),
         (["run", "--profile", "tiny", "--data", "."], "the tiny base knows the words of the procedural tasks only"),
@@ -135,6 +136,15 @@ def test_a_results_folder_with_a_truncated_record(base_folder, capsys, tmp_path)
     ]
     assert "is not a whole record" in refused(command, capsys, tmp_path)
     assert "is not a whole record" in refused(["publish", "--profile", "tiny", "--results", results], capsys, tmp_path)
+
+
+def test_a_results_folder_that_is_a_file(base_folder, capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for command in (["run"], ["table2", "--methods", "lora"]):
+        command += ["--profile", "tiny", "--model", base_folder, "--results", tmp_path / "file" / "below"]
+        assert "below cannot be a folder of records" in refused(command, capsys, tmp_path)
+    assert "it has no folder runs" in refused(["publish", "--results", tmp_path / "file"], capsys, tmp_path)
+    assert "'' names no folder" in refused(["run", "--results", ""], capsys, tmp_path)
 
 
 def test_table2_runs_sweeps_and_resumes(base_folder, tmp_path, capsys):

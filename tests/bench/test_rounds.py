@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -110,3 +110,22 @@ def test_a_slow_row_gets_two_samples_and_is_warm_once_it_has_run_or_been_compile
     (slow,), _ = rounds.measure([row], 5, CPU)
     assert log == ["slow"] * 3 and len(slow["seconds"]["step"]) >= 2
     assert len(warm_ups) == passes and slow["warm_seconds"] > 0
+
+
+def test_a_row_that_compiles_in_its_first_pass_is_not_a_slow_one(monkeypatch):
+    """On a GPU the pass that counts kernels says what a step takes."""
+    taken = iter([14.0, 0.5, 20.0])
+    monkeypatch.setattr(rounds, "count", lambda step, device: step(None) or {})
+
+    def wall_seconds(run, device):
+        run()
+        return next(taken)
+
+    monkeypatch.setattr(rounds, "wall_seconds", wall_seconds)
+
+    class Row:
+        about, session = {"run": "eager"}, staticmethod(lambda: nullcontext(lambda done: None))
+
+    result = {}
+    rounds._warm_up(Row(), result, torch.device("cuda"))
+    assert result == {"first_seconds": 14.0, "warm_seconds": 0.5, "build_seconds": 20.0}

@@ -16,7 +16,7 @@ from bench.liger import LigerKernels
 from bench.measure import DecodeStep, TrainStep, Work, backbone_flops
 from bench.record import SpeedRecord
 from bench.rivals import registered
-from bench.variants import DEFAULT_BACKENDS, SHAPES, Subject, Variant, backbone, choose, variants
+from bench.variants import DEFAULT_BACKENDS, OURS, SHAPES, Subject, Variant, backbone, choose, variants
 from malora.siblings import interprets_triton
 from tests.bench.conftest import stand_in_for_liger
 
@@ -208,7 +208,12 @@ def test_names_stand_for_rows():
         (["--sweep", "rank", "--variant", "peft-lora"], "--sweep takes mixtures of ours, molora"),
         (["--tokens", "100"], "--tokens 100 is no multiple of --batch 4 × --length 64"),
         (["--mode", "prefill", "--tokens", "7"], "leave --tokens 7 out"),
+        (["--sweep", "rank", "--layers", "1"], "--sweep rank of one linear map has no use for --layers"),
+        (["--sweep", "tokens", "--tokens", "64"], "--sweep tokens of one linear map has no use for --tokens"),
+        (["--layers", "3"], "--layers 3 cuts nothing: toy has 2 layers"),
+        (["--length", "1"], "--length 1 leaves no next token to train on"),
         (["--rounds", "0"], "'0' is not a whole number from 1"),
+        (["--rounds", "²"], "'²' is not a whole number from 1"),
         (["--dropout", "1"], "'1' is not a number from 0 to below 1"),
     ],
 )
@@ -219,6 +224,23 @@ def test_wrong_arguments(arguments, message, capsys, tmp_path):
         code = exit.code
     error = capsys.readouterr().err
     assert code == 2 and message in error.strip().splitlines()[-1] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("below", ["", "/below"])
+def test_a_file_where_the_results_should_go_is_found_before_the_measurement(below, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(speed, "measure", None)
+    (tmp_path / "file").write_text("mine")
+    assert speed.main(["--results", f"{tmp_path}/file{below}"]) == 2
+    assert f"{tmp_path}/file{below} cannot be a folder of records" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+    with pytest.raises(SystemExit, match="2"):
+        speed.main(["--results", ""])
+    assert "'' names no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", OURS)
+def test_every_method_has_a_row_on_a_cpu(method):
+    assert f"{method}-dense" in [v.name for v in choose([method], "train", CPU)]
 
 
 def test_every_option_has_a_help_line_and_a_default():
