@@ -96,6 +96,7 @@ def add_norm(
     """s = x + residual, of [..., n] each, and its RMSNorm s / √(mean(s²) + eps) · weight, with a frozen weight [n].
 
     Both inputs have one dtype, the sum's and the norm's; what is between is in float32, and the norm is that of the
-    rounded sum. The weight gets no gradient. The norm is written to `out`, if that is given, whose rows lie anywhere.
+    rounded sum. The weight gets no gradient. The norm is written to `out`, if that is given, whose rows are equally far
+    apart.
     """
     return _AddNorm.apply(x, residual, weight, eps, (out,))  # of an argument that is a tensor it would give a view

@@ -10,7 +10,9 @@ from torch import nn
 from malora.layer import MaloraLayer
 
 if TYPE_CHECKING:
-    from malora.backends.stack import Copies, Narrow, Stack
+    from torch import Tensor
+
+    from malora.backends.stack import Copies, Form, Stack
 
 
 class HeldWeights:
@@ -28,14 +30,19 @@ class HeldWeights:
                     loss_of(model, part).backward()
             optimizer.step()
 
-    A layer's first pass, passes without gradients, and other backends do without it. Its copies stay where they are:
-    graphs of passes inside `with` read what the last `refresh` left, so a graph of `refresh` goes before them.
+    A layer's first pass, passes without gradients, and other backends do without it. Graphs of passes inside `with`
+    read what the last `refresh` left, so a graph of `refresh` goes before them. The copies stay where they are until a
+    `refresh` finds that the model would train other adapters, or in another dtype or on another device, than before;
+    graphs are to be captured anew then.
     """
 
     def __init__(self, model: nn.Module) -> None:
         layers = (module for module in model.modules() if isinstance(module, MaloraLayer))
         self._families = list(dict.fromkeys(layer.siblings for layer in layers))
+        self._of: list[tuple[Stack, Form]] = []
         self._copies: list[Copies] = []
+        self._units: dict[Stack, Tensor | None] = {}  # what h is multiplied by in 8 bits
+        self._depth = 0  # of `with`
 
     def __bool__(self) -> bool:
         """Whether there is anything to refresh."""
@@ -43,26 +50,31 @@ class HeldWeights:
 
     def refresh(self) -> None:
         """Make them anew, of all layers that have been in a training pass. A backward pass of before then fails."""
-        stacks = [stack for family in self._families for stack in family.stacks() if stack.has_run]
-        if stacks != [stack for stack, _ in self._pairs]:
+        of = [(stack, stack.form) for family in self._families for stack in family.stacks() if stack.form]
+        if of != self._of:
             from malora.backends.stack import room_for_copies  # it needs Triton, which is not everywhere
 
-            self._copies = room_for_copies(stacks)
+            self._hold(False)
+            self._of, self._copies, self._units = of, room_for_copies(of), {}
+        for family in self._families:
+            family.beside = None
         for copies in self._copies:
             copies.make()
             torch.autograd.graph.increment_version(copies.flat)  # a kernel of ours does not
-        for stack, narrow in self._pairs:
-            stack.lay_beside(narrow)
+            for stack, narrow in zip(copies.stacks, copies.narrow, strict=True):
+                self._units[stack] = stack.lay_beside(narrow, self._units.get(stack))
+        self._hold(self._depth > 0)
 
-    @property
-    def _pairs(self) -> list[tuple[Stack, Narrow]]:
-        return [pair for copies in self._copies for pair in zip(copies.stacks, copies.narrow, strict=True)]
+    def _hold(self, holds: bool) -> None:
+        for copies in self._copies:
+            for stack, narrow in zip(copies.stacks, copies.narrow, strict=True):
+                stack.held = narrow if holds else None
 
     def __enter__(self) -> HeldWeights:
-        for stack, narrow in self._pairs:
-            stack.held = narrow
+        self._depth += 1
+        self._hold(True)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for stack, _ in self._pairs:
-            stack.held = None
+        self._depth -= 1
+        self._hold(self._depth > 0)

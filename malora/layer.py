@@ -139,7 +139,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         return y_Tm.unflatten(0, x.shape[:-1])
 
     def train(self, mode: bool = True) -> MaloraLayer:
-        self.siblings.release()  # training may have changed the weights
+        self.siblings.drop_kept()  # training may have changed the weights
         return super().train(mode)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -202,7 +202,8 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         weight = self.get_base_layer().weight
         while self.merged_adapters:
-            weight.data -= self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
+            # Not in place: who keeps the weight in another form looks at where it lies.
+            weight.data = weight.data - self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copying or pickling a model does not take along the autograd graph of its last batch."""

@@ -84,6 +84,7 @@ class Siblings:
         self.frozen: Kept = {}  # of the fp8 backend
         self.rooms: dict[int, int] = {}  # columns that `malora.backends.beside` made beside weights, by the layer's id
         self.beside: Beside | None = None  # what is in them while weights are held
+        self.counts: Tensor | None = None  # of `malora.backends.stack`
         self._forget()
 
     def _forget(self) -> None:
@@ -105,10 +106,12 @@ class Siblings:
         self.layers = state["layers"]
 
     def stacks(self) -> list[Stack]:
-        """Of active adapters, those that have run since the last `release`; none where FSDP has the weights."""
-        if self.is_sharded:
-            return []
-        return [stack for stack in self._stacks.values() if stack.adapter in stack.layers[0].active_adapters]
+        """Those that have run since the last `release` and would run again, as their layers now are."""
+        return [
+            stack
+            for stack in self._stacks.values()
+            if all(layer.fused_adapter() == stack.adapter for layer in stack.layers)
+        ]
 
     def columns_beside_input(self, like: Tensor) -> int:
         """How many columns of room the next pass would use beside an input like this; 0 where it uses none."""
@@ -118,6 +121,11 @@ class Siblings:
         found = [stack for stack in self.stacks() if stack.layers == self.layers]
         uses = len(found) == 1 and found[0].config.lora_dropout and found[0].wholes(like)
         return len(self.layers) * found[0].H8 if uses else 0
+
+    def drop_kept(self) -> None:
+        """Drop copies of weights that passes without gradients have kept; a next one makes them again."""
+        for stack in self._stacks.values():
+            stack.drop_kept()
 
     def release(self, frozen: bool = False) -> None:
         """Drop what is kept of the adapters' weights and settings, and of frozen weights; a next pass makes it again.

@@ -51,11 +51,20 @@ class Factors(NamedTuple):
         return scaling * (self.up().flatten(0, 1).T @ self.down().flatten(0, 1))
 
 
-def flat(x: Tensor) -> Tensor:
-    """x [..., n] as products read it: [T, n], contiguous, in autocast's dtype where that is on."""
+def dtype_of_products(x: Tensor) -> torch.dtype:
+    """Autocast's where that is on, else x's own."""
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return x.to(dtype).reshape(-1, x.shape[-1]).contiguous()
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def flat(x: Tensor) -> Tensor:
+    """x [..., n] as products read it: [T, n], contiguous, in their dtype."""
+    return x.to(dtype_of_products(x)).reshape(-1, x.shape[-1]).contiguous()
+
+
+def is_captured(like: Tensor) -> bool:
+    """Whether what runs now on the tensor's device becomes a CUDA graph: it has no values until that is replayed."""
+    return like.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 Backend = Callable[[Tensor, Routing | None, Factors, float], Tensor]

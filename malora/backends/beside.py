@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from malora.backends import is_captured
 from malora.backends.lanes import side_by_side
 from malora.backends.masked import rows_of
 
@@ -58,7 +59,7 @@ def _can_move(layer: MaloraLayer, dtype: torch.dtype) -> bool:
     base, W = layer.base_layer, layer.base_layer.weight
     is_its_own = type(W) is nn.Parameter and W.is_contiguous() and W.untyped_storage().nbytes() == W.nbytes
     # A tensor that is made in inference mode could not be trained with, and a graph would move it again in each replay.
-    is_time = not (torch.is_inference_mode_enabled() or (W.is_cuda and torch.cuda.is_current_stream_capturing()))
+    is_time = not (torch.is_inference_mode_enabled() or is_captured(W))
     return is_its_own and is_time and W.dtype == dtype and not hasattr(base, "_hf_hook")
 
 

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from malora.backends import is_captured
+
 BLOCK = 4096  # elements a program
 MULTIPLE = 16  # of addresses and sizes: Triton then knows that it may move 16 bytes at a time
 FEW = 32  # tensors that one launch of torch's takes anyway
@@ -66,6 +68,6 @@ def _fits(source: Tensor, target: Tensor) -> bool:
 def _table(pairs: list[tuple[Tensor, Tensor]], tables: dict[tuple, Tensor]) -> Tensor | None:
     """The table on the device; None where a CUDA graph that is being captured could not wait for it to be made."""
     key = tuple((source.data_ptr(), source.numel(), target.storage_offset()) for source, target in pairs)
-    if key not in tables and pairs and not torch.cuda.is_current_stream_capturing() and len(tables) < MOST_TABLES:
+    if key not in tables and pairs and not is_captured(pairs[0][1]) and len(tables) < MOST_TABLES:
         tables[key] = torch.tensor(rows_of_table(pairs), device=pairs[0][1].device)
     return tables.get(key)

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from malora.backends import is_captured
 from malora.backends.lanes import side_by_side
 from malora.siblings import say_once
 
@@ -288,8 +289,7 @@ def frozen(
             by_input = _zeros(weights[0], n + len(weights) * room, sum(map(len, weights)))
             rounded([W.T for W in weights], out=Rows(by_input.values[:n], by_input.scale[:n]))
             found = found._replace(by_input=by_input)
-    # What a CUDA graph makes while it is captured has no values until the graph is replayed.
-    if not (weights[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not is_captured(weights[0]):
         kept[place] = found
     return found
 

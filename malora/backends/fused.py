@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from malora.backends import beside, dropout, flat, fp8, kernels, masked, up
+from malora.backends import beside, dropout, dtype_of_products, flat, fp8, kernels, masked, up
 from malora.backends.lanes import fills_device, side_by_side
 from malora.backends.stack import Narrow, Stack
 from malora.routing import Routing
@@ -30,7 +30,8 @@ def outputs(stack: Stack, x: Tensor) -> list[Tensor]:
     parameters = [p for layer in stack.layers for p in stack.parameters(layer)]
     if config.lora_dropout and stack.layers[0].training:
         seed = torch.randint(2**31 - 1, (1,), device=x.device)
-        xh = beside.taken_room(x, len(stack.layers) * stack.H8)
+        if x.dtype == dtype_of_products(x):
+            xh = beside.taken_room(x, len(stack.layers) * stack.H8)
     x_Tn = flat(x) if xh is None else x.flatten(0, -2)
     ys = _Experts.apply(x_Tn, xh, seed, stack, stack.narrow(parameters, x_Tn), *parameters)
     if config.has_router:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from malora.backends import is_captured
+
 LARGE = 1 << 23  # elements of an input
 
 
@@ -37,7 +39,7 @@ def side_by_side(like: Tensor, works: list[Callable[[], Any]]) -> list[Any]:
     Memory is the stream's that it was allocated on, and comes back to it: every stream waits for this one before it
     begins, and this one for all of them, so nobody can write to it while it is still read.
     """
-    if fills_device(like) or not (like.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if fills_device(like) or not is_captured(like):
         return [work() for work in works]
     here, streams = torch.cuda.current_stream(), _streams(like.device)
     streams += [torch.cuda.Stream(like.device) for _ in range(len(works) - 1 - len(streams))]

@@ -93,26 +93,27 @@ def _of_p(
 
 
 @triton.jit
-def _is_last(count_ptr, PARTS: tl.constexpr):
+def _is_last(count_ptr, parts):
     """Whether this program is the last of so many that end; the count is zero again then."""
     tl.debug_barrier()  # all that its threads have stored comes before its count
-    is_last = tl.atomic_add(count_ptr, 1, sem="acq_rel") == PARTS - 1
+    is_last = tl.atomic_add(count_ptr, 1, sem="acq_rel") == parts - 1
     if is_last:
         tl.store(count_ptr, 0)
     return is_last
 
 
 @triton.jit
-def _add_up(parts_ptr, total_ptr, columns, column_inside, row_stride, part_stride, ROWS: tl.constexpr,
-            PARTS: tl.constexpr):  # fmt: skip
-    """The sum of the parts of so many rows, in the order of the parts."""
+def _add_up(parts_ptr, total_ptr, columns, column_inside, row_stride, part_stride, parts, ROWS: tl.constexpr,
+            MOST_PARTS: tl.constexpr):  # fmt: skip
+    """The sum of the parts of so many rows, in the order of the parts, which are loaded side by side."""
     for first in range(0, ROWS, 16):
         rows = first + tl.arange(0, 16)
         place = rows[:, None] * row_stride + columns[None, :]
         inside = (rows < ROWS)[:, None] & column_inside
         total = tl.load(parts_ptr + place, mask=inside, other=0.0, cache_modifier=".cg")  # as others have left it
-        for part in tl.static_range(1, PARTS):
-            total += tl.load(parts_ptr + part * part_stride + place, mask=inside, other=0.0, cache_modifier=".cg")
+        for part in tl.static_range(1, MOST_PARTS):
+            there = (rows < tl.where(part < parts, ROWS, 0))[:, None] & column_inside
+            total += tl.load(parts_ptr + part * part_stride + place, mask=there, other=0.0, cache_modifier=".cg")
         tl.store(total_ptr + place, total, mask=inside)
 
 
@@ -120,13 +121,13 @@ def _add_up(parts_ptr, total_ptr, columns, column_inside, row_stride, part_strid
 def _gradients_kernel(
     dzl_ptr, x_ptr, bits_ptr, down_ptr, base_ptr, dx_ptr, parts_ptr, total_ptr, count_ptr, e_ptr, z_ptr, T, n, W,
     zl_stride, x_stride, base_stride, e_stride, e_group, z_stride, z_group, part_stride, G: tl.constexpr,
-    H: tl.constexpr, D: tl.constexpr, PAD_H: tl.constexpr, PAD_D: tl.constexpr, PARTS: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, PAD_H: tl.constexpr, PAD_D: tl.constexpr, MOST_PARTS: tl.constexpr,
     T_EACH: tl.constexpr, OF_INPUT: tl.constexpr, OF_WEIGHTS: tl.constexpr, ADDS: tl.constexpr, EVEN_T: tl.constexpr,
     EVEN_N: tl.constexpr, SCALE: tl.constexpr, Z: tl.constexpr, REST: tl.constexpr, L: tl.constexpr,
     PAD_Z: tl.constexpr, PAD_REST: tl.constexpr, PAD_L: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    part = tl.program_id(1)
+    part, parts = tl.program_id(1), tl.num_programs(1)
     rows = part.to(tl.int64) * T_EACH + tl.arange(0, BLOCK_T)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     words = tl.program_id(0) * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32)
@@ -142,14 +143,14 @@ def _gradients_kernel(
             if g % (tl.num_programs(0) - blocks) == tl.program_id(0) - blocks:
                 _of_p(e_ptr + g * e_group, z_ptr + g * z_group, out_ptr + g * H * D, rows, T, e_stride, z_stride,
                       T_EACH, EVEN_T, H, D, PAD_H, PAD_D, WIDE, BLOCK_T, PTX)  # fmt: skip
-        if PARTS > 1:  # noqa: SIM102 (Triton would count before it knew of how many)
-            if _is_last(count_ptr + tl.program_id(0), PARTS):
+        if MOST_PARTS > 1:  # noqa: SIM102 (Triton would count before it knew of how many)
+            if _is_last(count_ptr + tl.program_id(0), parts):
                 subspace = tl.arange(0, PAD_D)
                 for g in range(G):
                     if g % (tl.num_programs(0) - blocks) == tl.program_id(0) - blocks:
                         at = g * H * D
                         _add_up(parts_ptr + at, total_ptr + at, subspace, (subspace < D)[None, :], D, part_stride,
-                                H, PARTS)  # fmt: skip
+                                parts, H, MOST_PARTS)  # fmt: skip
         return
     z_rows = tl.arange(0, PAD_Z)
     rest_rows = PAD_Z + tl.arange(0, PAD_REST)
@@ -215,9 +216,9 @@ def _gradients_kernel(
                      mask=(rest_rows < Z)[:, None] & column_inside)  # fmt: skip
         if L > 0:
             tl.store(out_ptr + l_rows[:, None] * n, tl.trans(l_sum), mask=(l_rows < Z + L)[:, None] & column_inside)
-        if PARTS > 1:  # noqa: SIM102 (Triton would count before it knew of how many)
-            if _is_last(count_ptr + tl.program_id(0), PARTS):
-                _add_up(parts_ptr, total_ptr, columns, column_inside, n, part_stride, Z + L, PARTS)
+        if MOST_PARTS > 1:  # noqa: SIM102 (Triton would count before it knew of how many)
+            if _is_last(count_ptr + tl.program_id(0), parts):
+                _add_up(parts_ptr, total_ptr, columns, column_inside, n, part_stride, parts, Z + L, MOST_PARTS)
 
 
 # The fastest of those tried on an H100 at 4,096 tokens and inputs of 4,096 and 11,008.
@@ -351,8 +352,9 @@ def gradients(
         dzl, x, bits, weights, x if base is None else base, x if dx is None else dx, sums, total, counts, e, z, T, n,
         bits.shape[1], dzl.stride(0), x.stride(0), 0 if base is None else base.stride(0), e.stride(1), e.stride(0),
         z.stride(1), z.stride(0), sum(sizes), G=len(e) * joins, H=H, D=D, PAD_H=pad(H), PAD_D=pad(D, LEAST_RIGHT),
-        PARTS=parts, T_EACH=T_each, OF_INPUT=of_input, OF_WEIGHTS=of_weights, ADDS=base is not None,
-        EVEN_T=T % T_each == 0, EVEN_N=n % GRADIENTS["BLOCK_N"] == 0, **_sizes(weights, Z, p), **tuned,
+        MOST_PARTS=triton.next_power_of_2(parts), T_EACH=T_each, OF_INPUT=of_input, OF_WEIGHTS=of_weights,
+        ADDS=base is not None, EVEN_T=T % T_each == 0, EVEN_N=n % GRADIENTS["BLOCK_N"] == 0, **_sizes(weights, Z, p),
+        **tuned,
     )  # fmt: skip
     of_rows, of_ranks = total.split(sizes)
     if of_weights:

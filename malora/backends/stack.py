@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from malora.backends import beside, fp8, masked
+from malora.backends import beside, fp8, is_captured, masked
 from malora.backends.copies import copy_all
 from malora.backends.kernels import GateShape
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from malora.layer import MaloraLayer
 
 ALIGNED = 64  # elements: every weight of a flat copy begins at a multiple of it, so that it is read in wide loads
+Form = tuple[torch.dtype, torch.device]  # of the products
 
 
 class Narrow(NamedTuple):
@@ -65,9 +66,8 @@ class Stack:
         present = {"router": config.has_router} | {kind: getattr(f, kind) is not None for kind in "APSB"}
         self.kinds = [kind for kind, there in present.items() if there]
         self._kept: tuple[tuple, Narrow] | None = None
-        self._form: tuple[torch.dtype, torch.device] | None = None  # of the last pass
+        self._form: Form | None = None  # of the last pass with gradients
         self._ahead: Narrow | None = None  # copied by `copy_ahead`, for one pass
-        self._counts: Tensor | None = None
         self.held: Narrow | None = None  # for the passes inside `HeldWeights`
         self.siblings = layers[0].siblings
         # A router scales each token's experts; without one the product of the up side does it.
@@ -84,22 +84,27 @@ class Stack:
 
         Nothing tells for certain that a weight has changed: a fused optimizer's step does not raise its version.
         """
+        form = (x.dtype, x.device)
         if torch.is_grad_enabled():
-            self._kept, form = None, (x.dtype, x.device)
-            if self.held is not None and form == (self.held.down.dtype, self.held.down.device):
-                return self.held
-            if self._ahead is None or self._form != form:
-                self._form = form
-                copy_ahead([self])
-            ahead, self._ahead = self._ahead, None
-            return ahead
-        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        key = (x.dtype, x.device, capturing, *((p.data_ptr(), p._version) for p in parameters))
+            self.siblings.drop_kept()  # who makes gradients will change weights
+            self._form, ahead, self._ahead = form, self._ahead, None
+            made = (
+                narrow for narrow in (self.held, ahead) if narrow and (narrow.down.dtype, narrow.down.device) == form
+            )
+            return next(made, None) or self._copied(form)
+        key = (*form, is_captured(x), *((p.data_ptr(), p._version) for p in parameters))
         if self._kept is None or self._kept[0] != key:
-            self._form = (x.dtype, x.device)
-            copy_ahead([self])
-            self._kept, self._ahead = (key, self._ahead), None
+            self._kept = key, self._copied(form)
         return self._kept[1]
+
+    def _copied(self, form: Form) -> Narrow:
+        (copies,) = room_for_copies([(self, form)])
+        copies.make()
+        return copies.narrow[0]
+
+    def drop_kept(self) -> None:
+        """Weights may have changed since a pass without gradients copied them."""
+        self._kept = None
 
     def wholes(self, x: Tensor) -> list[Tensor] | None:
         """Weights with room for B, for base and up side as one product; None where that does not pay or cannot be."""
@@ -108,8 +113,9 @@ class Stack:
         return beside.weights(self.layers, self.H8, x.dtype)
 
     @property
-    def has_run(self) -> bool:
-        return self._form is not None
+    def form(self) -> Form | None:
+        """Of the next pass with gradients, if it is like the last; None before one, or if weights have moved since."""
+        return self._form if self._form and self._form[1] == self.layers[0].base_layer.weight.device else None
 
     def frozen(self, backward: bool) -> fp8.Frozen | None:
         """The base weights in 8 bits, of the backend that has them."""
@@ -118,20 +124,23 @@ class Stack:
         bases = [layer.base_layer for layer in self.layers]
         return fp8.frozen(bases, self.siblings.frozen, backward, self.H8)
 
-    def lay_beside(self, narrow: Narrow) -> None:
-        """Puts B beside the frozen weights, for all passes that read these copies, if an earlier one made room."""
+    def lay_beside(self, narrow: Narrow, units: Tensor | None) -> Tensor | None:
+        """Puts B beside the frozen weights, for all passes that read these copies, if an earlier one made room.
+
+        Returns what h is then multiplied by, in `units` if they are given, for graphs read those of before.
+        """
         frozen = self.frozen(backward=True)
-        there = self.beside(narrow, frozen)
         if frozen:
-            units, works = frozen.beside(narrow.B, self.alpha, there and there.units)  # graphs read those of before
+            units, works = frozen.beside(narrow.B, self.alpha, units)
             works += frozen.below(narrow.B, self.alpha)
         elif self.siblings.rooms and (wholes := self.wholes(narrow.down)):
-            units, works = None, [partial(beside.fill, wholes, narrow.B, self.alpha)]
+            works = [partial(beside.fill, wholes, narrow.B, self.alpha)]
         else:
-            return
+            return None
         for work in works:
             work()
         self.siblings.beside = Beside(narrow, frozen, units)
+        return units
 
     def beside(self, narrow: Narrow, frozen: fp8.Frozen | None) -> Beside | None:
         """What lies beside these weights if it is of these copies. If not, a pass puts its own there, for itself."""
@@ -141,10 +150,16 @@ class Stack:
         return found
 
     def counts(self, x: Tensor) -> Tensor:
-        """Those of `masked.gradients`, zeros between its calls: nobody has to clear them in a backward pass."""
-        if self._counts is None or self._counts.device != x.device:
-            self._counts = masked.counts_for(x)
-        return self._counts
+        """Those of `masked.gradients`, zeros between its calls: nobody has to clear them in a backward pass.
+
+        They are the siblings', and outlive a stack, for graphs count in them.
+        """
+        found = self.siblings.counts
+        if found is None or found.device != x.device:
+            found = masked.counts_for(x)
+            if not is_captured(x):
+                self.siblings.counts = found
+        return found
 
     def drop_ahead(self) -> None:
         """A layer that did not run leaves its copies; weights may have changed when it does."""
@@ -204,7 +219,7 @@ def _aligned(shape: tuple[int, ...]) -> int:
 
 
 class Copies(NamedTuple):
-    """Room for narrow copies of stacks that last ran with one dtype on one device."""
+    """Room for narrow copies of stacks, in one dtype on one device."""
 
     stacks: list[Stack]
     narrow: list[Narrow]  # of each stack
@@ -217,12 +232,11 @@ class Copies(NamedTuple):
         copy_all(weights, self.views, self.flat, self.stacks[0].siblings.tables)
 
 
-def room_for_copies(stacks: list[Stack]) -> list[Copies]:
-    """For stacks that have run before, all that are of a kind together."""
-    by_form: dict[tuple, list[Stack]] = {}
-    for stack in stacks:
-        if stack.has_run:
-            by_form.setdefault(stack._form, []).append(stack)
+def room_for_copies(of: list[tuple[Stack, Form]]) -> list[Copies]:
+    """All that are of one form together."""
+    by_form: dict[Form, list[Stack]] = {}
+    for stack, form in of:
+        by_form.setdefault(form, []).append(stack)
     found = []
     for (dtype, device), alike in by_form.items():
         rooms = [stack.room for stack in alike]
@@ -235,8 +249,8 @@ def room_for_copies(stacks: list[Stack]) -> list[Copies]:
 
 
 def copy_ahead(stacks: list[Stack]) -> None:
-    """Copies the weights of stacks that have run before, for the next pass of each."""
-    for copies in room_for_copies(stacks):
+    """Copies the weights of stacks that have trained before, for the next pass of each."""
+    for copies in room_for_copies([(stack, stack.form) for stack in stacks if stack.form]):
         copies.make()
         for stack, narrow in zip(copies.stacks, copies.narrow, strict=True):
             stack._ahead = narrow

@@ -140,7 +140,7 @@ def gradients(dys: list[Tensor], h: Tensor, Bs: list[Tensor], alpha: float, dh: 
         Bs: each [H, m], contiguous.
     """
     found: list[Tensor] = []
-    for _, alike in groupby(dys, key=lambda dy: dy.shape[1]):  # siblings of one width are one launch
+    for _, alike in groupby(dys, key=lambda dy: dy.shape[1]):  # neighbours of one width are one launch
         chosen = slice(len(found), len(found) + len(list(alike)))
         found += _of_one_width(dys[chosen], h[chosen], Bs[chosen], alpha, dh[chosen])
     return found

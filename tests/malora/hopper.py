@@ -1,6 +1,7 @@
 """Kernels compiled for Hopper, which needs no GPU, in a process of its own where Triton does not interpret."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -35,6 +36,23 @@ def compiled(kernel, constants, types=(), aligned=(), **options):
     made = triton.compile(source, triton.backends.compiler.GPUTarget("cuda", 90, 32), options)
     assert made.metadata.shared <= blocks.HOPPERS, (kernel.__name__, constants, made.metadata.shared)
     return made.asm["ttgir"]
+
+
+def products_left_running(code):
+    """Of each innermost loop that has products: how many a pass leaves running that nothing in the loop waits for."""
+    found, regions = [], []  # of a region its loop's [begun, running], or None
+    for line in map(str.strip, code.splitlines()):
+        loop = next(filter(None, reversed(regions)), None)
+        if line.startswith("}") and (closed := regions.pop()) and closed[0]:
+            found.append(closed[1])
+        elif loop and "ttng.warp_group_dot " in line:
+            loop[:] = loop[0] + 1, loop[1] + 1
+        elif loop and (wait := re.search(r"warp_group_dot_wait .*pendings = (\d+)", line)):
+            loop[1] = min(loop[1], int(wait[1]))
+        if line.endswith("{"):
+            regions.append([0, 0] if "scf.for" in line else None)
+    assert not regions
+    return found
 
 
 def printed(code, cache):

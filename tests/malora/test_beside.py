@@ -256,6 +256,18 @@ def test_an_input_that_has_room_and_changes_is_seen(ids):
         sum(y.sum() for y in ys).backward()
 
 
+def test_room_of_another_dtype_than_autocasts_is_left(ids):
+    """Products are in autocast's then, and the input is copied into it."""
+    model = adapted(lora_dropout=0.3).float()
+    layers, plain = readers(model)
+    plain = plain.float()
+    outputs(layers, plain.requires_grad_())
+    x = beside.input_with_room(layers[0], plain).copy_(plain.detach())
+    with torch.autocast(plain.device.type, torch.bfloat16):
+        for got, expected in zip(outputs(layers, x), outputs(layers, plain.detach()), strict=True):
+            assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("change", ["eval", "no dropout", "no gradients", "another width"])
 def test_there_is_no_room_where_it_is_of_no_use(change, ids):
     model = adapted(lora_dropout=0.3)

@@ -1,12 +1,10 @@
 """The products with dropout inside equal plain products of masked tensors; on a GPU in bfloat16, at sizes in use."""
 
-import re
-
 import pytest
 import torch
 
 from malora.backends import blocks, dropout, masked
-from tests.malora.hopper import printed
+from tests.malora.hopper import printed, products_left_running
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE, CLOSE = ("cuda", torch.bfloat16, 5e-3) if ON_GPU else ("cpu", torch.float64, 1e-12)
@@ -131,7 +129,7 @@ import torch
 from malora.backends import masked
 from tests.malora.hopper import compiled
 common = {"N_EACH": 576, "T_EACH": 1024, "PTX": True, "EVEN_T": True, "EVEN_N": True, "ADDS": False,
-          "COPIES": True, "PARTS": 4}
+          "COPIES": True, "MOST_PARTS": 4}
 types = {"bits_ptr": "*i32", "parts_ptr": "*fp32", "total_ptr": "*fp32", "count_ptr": "*i32"}
 for Z, L in (256, 0), (64, 8), (96, 24), (96, 192), (256, 256):
     assert not masked._plainly(torch.empty(1), Z, L)
@@ -156,11 +154,5 @@ def test_no_product_runs_on_while_its_loop_writes_what_it_reads(tmp_path):
     codes = printed(COMPILE, tmp_path)
     assert len(codes) == 20
     for code in codes:
-        kernel, _, loop = code.partition("scf.yield")[0].partition("scf.for")
-        begun, running = 0, 0
-        for line in loop.splitlines():
-            if "ttng.warp_group_dot " in line:
-                begun, running = begun + 1, running + 1
-            elif wait := re.search(r"warp_group_dot_wait .*pendings = (\d+)", line):
-                running = min(running, int(wait[1]))
-        assert begun and not running, kernel[:40]
+        loops = 2 if code.startswith("_gradients_kernel") else 1  # the gradients of P have their own
+        assert products_left_running(code) == [0] * loops, code[:40]

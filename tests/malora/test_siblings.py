@@ -222,6 +222,23 @@ def test_a_copy_and_generation(ids):
         assert torch.equal(fused, model.generate(ids[:1, :4], max_new_tokens=5, do_sample=False))
 
 
+def test_inference_after_training_sees_weights_that_a_fused_optimizer_changed(ids):
+    """Which leaves their versions; layers are computed one by one there, which training does not do."""
+    model = adapted()
+    with torch.inference_mode():
+        before = model(ids, use_cache=False).logits
+    model(ids, use_cache=False).logits.sum().backward()
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.mul_(1.3)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    with torch.inference_mode():
+        after = model(ids, use_cache=False).logits
+    torch.testing.assert_close(after, expected)
+    assert (after - before).norm() > 0.01 * before.norm()
+
+
 def test_inference_mode_computes_the_same_and_leaves_nothing_that_training_cannot_use(ids):
     """Its tensors do not say whether they have changed."""
     model = adapted(lora_dropout=0.3)
