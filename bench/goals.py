@@ -42,6 +42,7 @@ class Work:
 LARGE = Work("llama2-7b", "train", "floor-compiled")
 SMALL = Work("smollm2-135m", "train", "floor-compiled", (("batch", 16), ("length", 128)))
 DECODE = Work(None, "decode", "peft-lora")
+UNKNOWN = "not measured"
 RELATIONS = {"≤": (operator.le, max), "≥": (operator.ge, min), "=": (operator.eq, max)}  # and the worse of two figures
 
 
@@ -135,7 +136,7 @@ def verdict(goal: Goal, values: list[float]) -> str:
     """Of all devices and records."""
     found = {goal.is_reached_by(value) for value in values}
     if not found:
-        return "not measured yet"
+        return UNKNOWN
     return "**not always**" if len(found) == 2 else "yes" if found == {True} else "**no**"
 
 
@@ -147,7 +148,7 @@ def goal_table(records: list[SpeedRecord]) -> str:
         return "The goals are set for a GPU and are not measured yet."
     body = []
     for goal, by_device in zip(GOALS, found, strict=True):
-        cells = [", ".join(_cell(goal, value) for value in by_device.get(device, [])) for device in devices]
+        cells = [", ".join(_cell(goal, value) for value in by_device.get(device, [])) or UNKNOWN for device in devices]
         values = [value for of_device in by_device.values() for value in of_device]
         body.append([goal.figure, f"{goal.relation} {goal.goal:g}", *cells, verdict(goal, values)])
     table = tabulate(body, ["figure", "goal", *devices, "reached"], tablefmt="pipe", disable_numparse=True)

@@ -157,6 +157,12 @@ def test_faster_is_from_records_of_speed():
         assert verdict(claims({}, [other]), same.claim).verdict == "not run"
     fastest = verdict(claims({}, [speed(10.0, 10.0, "fused")]), same.claim.replace("both by dispatch", "each by its"))
     assert fastest.verdict == "does not hold, on a GPU"
+    of_more = speed(10.0, 10.0, "fused")
+    of_more.rows.append(of_more.rows[0] | {"name": "lora-plain-compiled", "method": "lora"})
+    later = speed(12.0, 10.0)
+    later.provenance = later.provenance | {"time": "2026-01-02T00:00:00Z"}
+    assert verdict(claims({}, [of_more, later]), fastest.claim).records == [of_more.id]
+    assert verdict(claims({}, [of_more, later]), same.claim).records == [later.id]
 
 
 def test_the_table_links_to_its_records():

@@ -103,7 +103,7 @@ def test_each_device_has_a_column():
     there.rows[5] = row("malora-dense-compiled", 1.125, 8.0, "malora")
     assert table([there, here])[0] == ["figure", "goal", "a CPU", "a GPU", "reached"]
     assert table([there, here])[1][2:] == ["1.062", "**1.125**", "**not always**"]
-    assert table([there])[9][2:] == ["", "not measured yet"]
+    assert table([there])[9][2:] == ["not measured", "not measured"]
 
 
 def test_a_page_shows_each_set_of_rows_of_the_newest_code_and_a_line_for_the_rest():
