@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -20,6 +21,14 @@ from bench.step import EagerStep, GraphedStep
 from bench.train import narrow_inputs
 from tests.bench.conftest import make_setting
 from tests.conftest import SHAPES, make_model
+
+
+@pytest.fixture(autouse=True)
+def a_precision_of_its_own():
+    """A process's accelerators share the first one's, which is bfloat16 of a run on a GPU."""
+    yield
+    AcceleratorState._reset_state()
+
 
 ENCODED = [Encoded([7, 3, 9, 11, 2, 5], 2), Encoded([4, 8, 1], 1), Encoded([6, 6, 2, 3], 1)]
 
@@ -172,7 +181,8 @@ def test_training_lowers_the_loss_and_says_what_it_did(method, setting):
     given = result.data["train"].values()
     assert result.train["steps"] == -(-sum(task["examples"] for task in given) // 8)
     assert result.train["tokens"] == sum(task["tokens"] for task in given)
-    assert set(result.train["seconds"]) == {"data", "forward", "backward", "optimizer", "evaluation"}
+    passes = {"forward_backward"} if torch.cuda.is_available() else {"forward", "backward"}  # there they are one graph
+    assert set(result.train["seconds"]) == {"data", *passes, "optimizer", "evaluation"}
     assert all(seconds > 0 for seconds in result.train["seconds"].values())
     assert (
         result.parameters["trainable"] > 0 and result.parameters["adapter_bytes"] == 4 * result.parameters["trainable"]
