@@ -206,12 +206,12 @@ def _table(options: argparse.Namespace) -> int:
     setting = _setting(options, opened(experiment.mixture) if options.data else experiment.mixture)
     published = record.read_all(record.RESULTS / setting.profile.name)
     mine = record.read_all(setting.results)  # a broken record is better found before the runs than after
-    record.open_folder(setting.results)
     alone = processes().num_processes == 1
     jobs = (options.jobs or (_cores() if setting.device.type == "cpu" else 1)) if alone else 1
     like = configure(setting, BASE, 0)
     entries = experiment.chosen(options.methods)
     families = families_of(entries)
+    record.open_folder(setting.results)
     if options.sweep:
         known = _run_and_print(sweep(setting, families), jobs, "sweep")
     else:

@@ -40,6 +40,16 @@ def change(model):
             p.data.mul_(1.3)
 
 
+def of_two_adapters(backend):
+    """Of one size, "default" active."""
+    model = adapted(backend=backend, lora_dropout=0.3)
+    model.add_adapter("other", malora.METHODS["malora"](backend=backend, lora_dropout=0.3))
+    for name, p in model.named_parameters():
+        if ".other" in name:
+            p.data = p.data.to(DEVICE, torch.get_default_dtype()).fill_(0.1).to(p)
+    return model.train()
+
+
 class Works:
     """How often weights are copied and B is put beside others."""
 
@@ -89,15 +99,9 @@ def test_passes_that_find_weights_held_compute_the_same(method, backend, ids, mo
 @pytest.mark.parametrize("backend", ["fused", "fp8"])
 def test_what_another_adapter_put_there_is_not_taken_for_ones_own(backend, ids):
     """Of the same size, so it has the same room."""
-    models = []
-    for _ in range(2):
-        model = adapted(backend=backend, lora_dropout=0.3)
-        model.add_adapter("other", malora.METHODS["malora"](backend=backend, lora_dropout=0.3))
-        for name, p in model.named_parameters():
-            if ".other" in name:
-                p.data = p.data.to(DEVICE, torch.get_default_dtype()).fill_(0.1).to(p)
-        gradients(model.train(), ids)
-        models.append(model)
+    models = [of_two_adapters(backend) for _ in range(2)]
+    for model in models:
+        gradients(model, ids)
     held = malora.HeldWeights(models[0])
     held.refresh()
     found = []
@@ -188,11 +192,7 @@ def test_counts_that_a_graph_would_make_are_not_kept(ids, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["fused", "fp8"])
 def test_a_refresh_within_with_after_adapters_were_switched_leaves_nothing_held(backend, ids):
-    models = []
-    for _ in range(2):
-        model = adapted(backend=backend, lora_dropout=0.3)
-        model.add_adapter("other", malora.METHODS["malora"](backend=backend, lora_dropout=0.3))
-        models.append(model.to(DEVICE, next(model.parameters()).dtype).train())
+    models = [of_two_adapters(backend) for _ in range(2)]
     held = malora.HeldWeights(models[0])
     gradients(models[0], ids)
     held.refresh()
