@@ -154,8 +154,6 @@ def test_records_of_another_setting_are_not_mixed_in():
 
 
 def test_runs_that_were_cut_short_are_marked():
-    from dataclasses import replace
-
     runs = records()
     for run in runs:
         run.config = replace(run.config, max_steps=3)
@@ -167,6 +165,18 @@ def test_a_reproduction_is_laid_beside_what_was_published(right, verdict):
     mine = [make(seed, method="lora", rate=2e-3, right=right) for seed in (0, 1)]
     text = report.experiment_page(TABLE2, mine, "tiny", {"lora": 2e-3}, published=records())
     assert f"LoRA at its own rate, 0.002: **{verdict}**: {100 * right:.1f} here, 90.0 published" in text
+
+
+def test_a_reproduction_on_another_base_says_so():
+    def text(model_hash):
+        mine = [make(seed, method="lora", rate=2e-3) for seed in (0, 1)]
+        for run in mine:
+            run.config = replace(run.config, model_hash=model_hash)
+        return report.experiment_page(TABLE2, mine, "tiny", {"lora": 2e-3}, published=records())
+
+    published = records()[0].config.model_hash
+    assert f"another base, `another` for the published `{published[:12]}`" in text("another")
+    assert "another base" not in text(published)
 
 
 def test_no_records_no_table():
