@@ -25,7 +25,7 @@ from bench.speed_rows import (
 
 
 @dataclass(frozen=True)
-class Work:
+class Kind:
     """What a record has to be of for a goal to be read from it."""
 
     shape: str | None  # None: any
@@ -39,10 +39,11 @@ class Work:
         return is_alike and is_asked and None not in (malora_row(record), seconds(named(record, self.against)))
 
 
-LARGE = Work("llama2-7b", "train", "floor-compiled")
-SMALL = Work("smollm2-135m", "train", "floor-compiled", (("batch", 16), ("length", 128)))
-DECODE = Work(None, "decode", "peft-lora")
+LARGE = Kind("llama2-7b", "train", "floor-compiled")
+SMALL = Kind("smollm2-135m", "train", "floor-compiled", (("batch", 16), ("length", 128)))
+DECODE = Kind(None, "decode", "peft-lora")
 UNKNOWN = "not measured"
+Measure = Callable[[SpeedRecord], float | None]
 RELATIONS = {"≤": (operator.le, max), "≥": (operator.ge, min), "=": (operator.eq, max)}  # and the worse of two figures
 
 
@@ -53,8 +54,8 @@ class Goal:
     figure: str
     relation: str  # of the measured figure to the goal
     goal: float
-    work: Work
-    measure: Callable[[SpeedRecord], float | None]
+    kind: Kind
+    measure: Measure
 
     def is_reached_by(self, value: float) -> bool:
         return RELATIONS[self.relation][0](value, self.goal)
@@ -64,17 +65,16 @@ class Goal:
         return None if None in values else RELATIONS[self.relation][1](values)
 
 
-def _over(row: Callable[[SpeedRecord], Row | None], name: str) -> Callable[[SpeedRecord], float | None]:
-    """A row's step over that of the row of this name."""
-    return lambda record: ratio(seconds(row(record)), seconds(named(record, name)))
-
-
-def _over_malora(row: Callable[[SpeedRecord], Row | None]) -> Callable[[SpeedRecord], float | None]:
-    return lambda record: ratio(seconds(row(record)), seconds(malora_row(record)))
+def _over(row: Callable[[SpeedRecord], Row | None], other: Callable[[SpeedRecord], Row | None]) -> Measure:
+    """A row's step over another's."""
+    return lambda record: ratio(seconds(row(record)), seconds(other(record)))
 
 
 def _row(name: str) -> Callable[[SpeedRecord], Row | None]:
     return lambda record: named(record, name)
+
+
+FLOOR = _row("floor-compiled")
 
 
 def _good_dispatch(record: SpeedRecord) -> Row | None:
@@ -84,7 +84,7 @@ def _good_dispatch(record: SpeedRecord) -> Row | None:
 def _others_over_floor(record: SpeedRecord) -> float | None:
     """The slower of MoLoRA and of LoRA through the backend that MALoRA's row has."""
     mine = malora_row(record)["name"]
-    found = [_over(_row(mine.replace("malora", method, 1)), "floor-compiled")(record) for method in ("molora", "lora")]
+    found = [_over(_row(mine.replace("malora", method, 1)), FLOOR)(record) for method in ("molora", "lora")]
     return None if None in found else max(found)
 
 
@@ -95,40 +95,41 @@ def _memory(record: SpeedRecord) -> float | None:
 
 # Of a record that has MALoRA. It stands there by its fastest exact row, and all figures are of that row.
 GOALS = (
-    Goal("MALoRA step / compiled floor, 7B shape", "≤", 1.10, LARGE, _over(malora_row, "floor-compiled")),
-    Goal("MALoRA step / compiled plain LoRA r=64", "≤", 0.95, LARGE, _over(malora_row, "lora-plain-compiled")),
-    Goal("PEFT LoRA as it comes / MALoRA", "≥", 1.7, LARGE, _over_malora(_row("peft-lora"))),
-    Goal("MoLoRA by the loop over experts of public code / MALoRA", "≥", 10, LARGE, _over_malora(_row("molora-loop"))),
-    Goal("MoLoRA by a good dispatch / MALoRA", "≥", 1.2, LARGE, _over_malora(_good_dispatch)),
+    Goal("MALoRA step / compiled floor, 7B shape", "≤", 1.10, LARGE, _over(malora_row, FLOOR)),
+    Goal("MALoRA step / compiled plain LoRA r=64", "≤", 0.95, LARGE, _over(malora_row, _row("lora-plain-compiled"))),
+    Goal("PEFT LoRA as it comes / MALoRA", "≥", 1.7, LARGE, _over(_row("peft-lora"), malora_row)),
+    Goal("MoLoRA by the loop over experts of public code / MALoRA", "≥", 10, LARGE,
+         _over(_row("molora-loop"), malora_row)),
+    Goal("MoLoRA by a good dispatch / MALoRA", "≥", 1.2, LARGE, _over(_good_dispatch, malora_row)),
     Goal("MoLoRA, LoRA (ours) through the same backend / compiled floor", "≤", 1.12, LARGE, _others_over_floor),
     Goal("peak memory of MALoRA / PEFT LoRA as it comes", "≤", 0.85, LARGE, _memory),
     Goal("host synchronisations in a step", "=", 0, LARGE, lambda record: malora_row(record)["synchronisations"]),
     Goal("135M shape, 16 × 128, tokens a second / PEFT LoRA as it comes", "≥", 12, SMALL,
-         _over_malora(_row("peft-lora"))),
+         _over(_row("peft-lora"), malora_row)),
     Goal("decode, tokens a second / PEFT LoRA as it comes, the least of all batches", "≥", 1.5, DECODE,
-         _over_malora(_row("peft-lora"))),
+         _over(_row("peft-lora"), malora_row)),
     Goal("MALoRA in fp8 / compiled floor, in bfloat16", "≤", 0.75, LARGE,
-         _over(_row("malora-fp8-liger-captured"), "floor-compiled")),
+         _over(_row("malora-fp8-liger-captured"), FLOOR)),
 )  # fmt: skip
 
 
-def sources(records: list[SpeedRecord], work: Work) -> dict[str, list[list[SpeedRecord]]]:
-    """What is read of a work, by device; of records that stand together the worse figure counts.
+def sources(records: list[SpeedRecord], kind: Kind) -> dict[str, list[list[SpeedRecord]]]:
+    """What is read of a kind, by device; of records that stand together the worse figure counts.
 
     Of training: the last of the records that have most of what MALoRA is compared with, then each other record of as
     many tokens that was made by the same code or later. Of decoding: the last record of each batch, together.
     """
     found: dict[str, list[list[SpeedRecord]]] = {}
-    for group in by_work([r for r in records if work.is_of(r)]):
+    for group in by_work([r for r in records if kind.is_of(r)]):
         found.setdefault(group[0].provenance["device"], []).append(newest(group))
-    if work.mode == "decode":
+    if kind.mode == "decode":
         return {device: [[first for first, *_ in groups]] for device, groups in found.items()}
     return {device: [[r] for r in max(groups, key=lambda g: compared(g[0]))] for device, groups in found.items()}
 
 
 def measured(goal: Goal, records: list[SpeedRecord]) -> dict[str, list[float]]:
     """The figure by device, of each of its sources that has it."""
-    found = {device: [goal.worst(s) for s in of_device] for device, of_device in sources(records, goal.work).items()}
+    found = {device: [goal.worst(s) for s in of_device] for device, of_device in sources(records, goal.kind).items()}
     return {device: [v for v in values if v is not None] for device, values in found.items()}
 
 
@@ -162,7 +163,7 @@ def _cell(goal: Goal, value: float) -> str:
 
 def _note(device: str, records: list[SpeedRecord]) -> str:
     """Which records a device's figures are of."""
-    found = [r for work in (LARGE, SMALL, DECODE) for group in sources(records, work).get(device, []) for r in group]
+    found = [r for kind in (LARGE, SMALL, DECODE) for group in sources(records, kind).get(device, []) for r in group]
     rows = ((r, malora_row(r)) for r in found)
     texts = (f"`{r.id}` (`{row['name']}`, steps timed: {len(row['seconds']['step'])})" for r, row in rows)
     return f"- {device}: {', '.join(texts)}"

@@ -32,8 +32,9 @@ def pages(records: list[SpeedRecord]) -> dict[str, str]:
         return {}
     parts = ["# Speed (the paper's Table 10 and Figure 4c)", goal_table(records)]
     for group in by_work(records):
-        parts += map(section, shown(group))
-        if rest := [r for r in group if r not in shown(group)]:
+        whole = shown(group)
+        parts += map(section, whole)
+        if rest := [r for r in group if r not in whole]:
             parts.append(_others(rest))
     made = {"table10.md": "\n\n".join(parts) + "\n"}
     trained = [r for r in shown(records) if r.mode == "train" and fastest(r, lambda row: True)]

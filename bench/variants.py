@@ -100,7 +100,7 @@ OURS = tuple(name for name in CONFIGS if not name.startswith("peft-"))
 ROUTED = tuple(name for name in OURS if CONFIGS[name]().has_router)
 # Without the oracle, what is not exact, and `sorted`, which few have rows of. "auto" is one of the others.
 DEFAULT_BACKENDS = tuple(name for name in malora.BACKENDS if name not in ("auto", "reference", "sorted", *INEXACT))
-MAIN = ("lora", "molora", "malora")  # they run in every way; the others in the way that trains them fastest
+MAIN = ("lora", "molora", "malora")  # they run in every way; the others in that which trains them fastest, and plainly
 RUNS = ("eager", "compiled", "captured")
 # With them a method's row can be read: they are measured whenever a method is asked for by its name.
 BASELINES = ("floor", "floor-compiled", "floor-captured", "peft-lora", "peft-lora-compiled", "peft-lora-captured",

@@ -39,7 +39,7 @@ class HeldWeights:
     def __init__(self, model: nn.Module) -> None:
         layers = (module for module in model.modules() if isinstance(module, MaloraLayer))
         self._families = list(dict.fromkeys(layer.siblings for layer in layers))
-        self._of: list[tuple[Stack, Form]] = []
+        self._forms: list[tuple[Stack, Form]] = []
         self._copies: list[Copies] = []
         self._units: dict[Stack, Tensor | None] = {}  # what h is multiplied by in 8 bits
         self._depth = 0  # of `with`
@@ -50,24 +50,24 @@ class HeldWeights:
 
     def refresh(self) -> None:
         """Make them anew, of all layers that have been in a training pass. A backward pass of before then fails."""
-        of = [(stack, stack.form) for family in self._families for stack in family.stacks() if stack.form]
-        if of != self._of:
+        forms = [(stack, stack.form) for family in self._families for stack in family.stacks() if stack.form]
+        if forms != self._forms:
             from malora.backends.stack import room_for_copies  # it needs Triton, which is not everywhere
 
             self._hold(False)
-            self._of, self._copies, self._units = of, room_for_copies(of), {}
+            self._forms, self._copies, self._units = forms, room_for_copies(forms), {}
         for family in self._families:
             family.beside = None
         for copies in self._copies:
             copies.make()
             torch.autograd.graph.increment_version(copies.flat)  # a kernel of ours does not
-            for stack, narrow in zip(copies.stacks, copies.narrow, strict=True):
+            for stack, narrow in copies.pairs:
                 self._units[stack] = stack.lay_beside(narrow, self._units.get(stack))
         self._hold(self._depth > 0)
 
     def _hold(self, holds: bool) -> None:
         for copies in self._copies:
-            for stack, narrow in zip(copies.stacks, copies.narrow, strict=True):
+            for stack, narrow in copies.pairs:
                 stack.held = narrow if holds else None
 
     def __enter__(self) -> HeldWeights:

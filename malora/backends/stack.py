@@ -226,6 +226,10 @@ class Copies(NamedTuple):
     views: list[Tensor]  # of each parameter
     flat: Tensor  # all that they lie in
 
+    @property
+    def pairs(self) -> list[tuple[Stack, Narrow]]:
+        return [*zip(self.stacks, self.narrow, strict=True)]
+
     @torch.no_grad()
     def make(self) -> None:
         weights = [p.detach() for stack in self.stacks for layer in stack.layers for p in stack.parameters(layer)]
@@ -252,5 +256,5 @@ def copy_ahead(stacks: list[Stack]) -> None:
     """Copies the weights of stacks that have trained before, for the next pass of each."""
     for copies in room_for_copies([(stack, stack.form) for stack in stacks if stack.form]):
         copies.make()
-        for stack, narrow in zip(copies.stacks, copies.narrow, strict=True):
+        for stack, narrow in copies.pairs:
             stack._ahead = narrow
