@@ -8,11 +8,11 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 
 from malora.backends import BACKENDS
 from malora.config import PEFT_TYPE, MaloraConfig
-from malora.held import HeldWeights
 from malora.layer import PREFIX, MaloraLayer
+from malora.load_balancing import RouterStats, balance_loss, has_router, router_stats
 from malora.methods import METHODS
 from malora.model import TARGET_MODULES, MaloraModel
-from malora.routing import RouterStats, balance_loss, has_router, router_stats
+from malora.weight_cache import HeldWeights
 
 # PEFT's own `register_peft_method` accepts members of its PeftType enum only, which another package cannot extend.
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = MaloraConfig

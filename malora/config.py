@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from malora.config import MaloraConfig
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,8 +15,26 @@ from peft import PeftConfig
 
 from malora.backends import BACKENDS
 
-PEFT_TYPE = "MALORA"
+# What carrying a token to an expert and back costs, in ranks that it could be multiplied by meanwhile. On an H100,
+# sparse work was behind up to the largest N·r tried, 2,048 with k = 2; this is where both would meet (docs/speed.md).
+RANKS_TO_CARRY = 2048
 
+
+def choose(config: MaloraConfig, device: torch.device) -> str:
+    """The backend that a config means: its own, or for "auto" the one expected to be fastest on the device.
+
+    Side by side, experts cost N·r a token; sorted, k·r and the carrying, `RANKS_TO_CARRY`. A CPU stays dense. GPUs
+    before Hopper stay fused: torch's grouped product waits for the host there, so a CUDA graph could not hold it.
+    """
+    if config.backend != "auto":
+        return config.backend
+    if device.type != "cuda":
+        return "dense"
+    is_sparse = config.num_experts * config.r > config.top_k * (config.r + RANKS_TO_CARRY)
+    return "sorted" if is_sparse and torch.cuda.get_device_properties(device).major >= 9 else "fused"
+
+
+PEFT_TYPE = "MALORA"
 DOWN_SIDES = ("A_t", "P_t S", "P_t S_t")
 UP_SIDES = ("B_t", "S_B Q_t")
 

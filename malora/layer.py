@@ -12,11 +12,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from malora.backends import BACKENDS, Factors, choose
-from malora.config import MaloraConfig
-from malora.init import init_factors_, kaiming_uniform
+from malora.backends import BACKENDS
+from malora.config import MaloraConfig, choose
+from malora.factors import Factors
+from malora.fused.availability import has_triton, interprets_triton, say_once
+from malora.fused.group import Siblings
+from malora.initialization import init_factors_, kaiming_uniform
 from malora.routing import Routing, RoutingLog, route
-from malora.siblings import Siblings, has_triton, interprets_triton, say_once
 
 PREFIX = "malora_"
 

@@ -10,11 +10,11 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from malora import neighbours
 from malora.config import MaloraConfig
+from malora.fused import fp8_linear
+from malora.fused.group import SIBLINGS, Siblings, weights_ahead
 from malora.layer import PREFIX, MaloraLayer
 from malora.routing import RoutingLog
-from malora.siblings import SIBLINGS, Siblings, weights_ahead
 
 _LLAMA_LIKE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj", "gate_proj"]
 
@@ -67,9 +67,9 @@ class MaloraModel(BaseTuner):
         saved = tuple(self.peft_config[adapter_name].modules_to_save or ())
         for name, module in model.named_modules():
             if name.endswith(saved):  # PEFT copies them, with all that they know
-                neighbours.leave(module)
+                fp8_linear.leave(module)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        neighbours.find(model, self.malora_layers, adapter_name)
+        fp8_linear.find(model, self.malora_layers, adapter_name)
 
     def unload(self) -> nn.Module:
         """The base model, as it came."""
@@ -88,7 +88,7 @@ class MaloraModel(BaseTuner):
         for siblings in self._all_siblings:
             siblings.release(frozen=True)
         for module in model.modules():
-            neighbours.leave(module)
+            fp8_linear.leave(module)
         return model
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -138,7 +138,7 @@ class MaloraModel(BaseTuner):
     ) -> None:
         for cached in ("malora_layers", "_all_siblings"):
             self.__dict__.pop(cached, None)
-        neighbours.leave(target)
+        fp8_linear.leave(target)
         if isinstance(target, MaloraLayer):
             target.update_layer(adapter_name, peft_config)
         elif isinstance(target, nn.Linear):

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from malora.backends import Factors
 from malora.backends.dense import dense
+from malora.factors import Factors
 from malora.routing import Routing
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from malora.backends import Factors
+from malora.factors import Factors
 from malora.routing import Routing
 
 

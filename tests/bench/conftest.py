@@ -8,9 +8,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench import record, rounds, tiny
-from bench.profiles import PROFILES
-from bench.run import Setting
+from bench.experiments.profiles import PROFILES
+from bench.models import tiny
+from bench.records import provenance
+from bench.runs.setting import Setting
+from bench.speed import rounds
 from tasks import Generator
 
 SOURCE = Generator((("train", 40), ("validation", 20), ("test", 12)))
@@ -63,8 +65,8 @@ CLEAN = {"commit": "0" * 40, "dirty": False, "source_sha256": "x", "device": "a 
 def history(monkeypatch):
     """A clone whose commits have known sources."""
     sources = {"later": "y", CLEAN["commit"]: CLEAN["source_sha256"], "earlier": "z"}
-    monkeypatch.setattr(record, "_git", lambda *arguments: "\n".join(sources))
-    monkeypatch.setattr(record, "source_hash_of", sources.get)
-    record.commit_of.cache_clear()
+    monkeypatch.setattr(provenance, "_git", lambda *arguments: "\n".join(sources))
+    monkeypatch.setattr(provenance, "source_hash_of", sources.get)
+    provenance.commit_of.cache_clear()
     yield
-    record.commit_of.cache_clear()
+    provenance.commit_of.cache_clear()

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench import record
+from bench.records import store
 from tasks import MIXTURES, TASKS, DataError, Folder, Generator, Hub, build
 from tasks.base import LAST_NUMBER, LIKELIHOOD, PASS, ROUGE_L, Exercise, Question, Task, written
 from tasks.domains import OPEN, PAPER
@@ -27,7 +27,7 @@ def build_open(folder, name="inter-open", seed=0):
 
 
 def test_published_records_were_trained_on_the_data_that_is_still_built():
-    published = record.read_all(record.RESULTS / "tiny")
+    published = store.read_all(store.RESULTS / "tiny")
     hashes = {(r.config.mixture, r.config.seed): r.data["sha256"] for r in published if r.data}
     assert {"procedural", "procedural-inter"} <= {mixture for mixture, _ in hashes}
     for (mixture, seed), sha256 in hashes.items():

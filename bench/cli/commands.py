@@ -1,0 +1,191 @@
+"""Commands of `python -m bench`: compose the other rooms, and nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import replace
+
+from bench.errors import UserError
+from bench.evaluate.score import require_scoring, score
+from bench.experiments.methods import BASE
+from bench.experiments.profiles import PROFILES, Profile
+from bench.experiments.registry import families_of, opened
+from bench.models.adapters import check_adapter, load_adapter
+from bench.models.base import load, prepare
+from bench.records import provenance, schema, store
+from bench.report import readme
+from bench.report.claims import claims
+from bench.report.scores import experiment_page
+from bench.report.scores.selection import records_that_lend_rates, tuned_rates
+from bench.report.speed import goals, tables
+from bench.runs.plan import Runs, final, sweep
+from bench.runs.pool import run_all
+from bench.runs.run import run, score_options
+from bench.runs.setting import Setting, configure, processes
+from tasks import MIXTURES, Folder, build
+
+LOCAL = store.RESULTS / "local"
+SPEED = "speed"  # the folder of bench.speed's records, beside those of the profiles
+
+
+def make_setting_from(options: argparse.Namespace, mixture: str) -> Setting:
+    profile: Profile = PROFILES[options.profile]
+    if options.data and profile.name == "tiny" and not options.model:
+        raise UserError("the tiny base knows the words of the procedural tasks only; with --data take --profile small.")
+    setting = Setting(
+        profile=profile,
+        model=options.model or profile.model,
+        source=Folder(options.data) if options.data else profile.source,
+        mixture=mixture,
+        results=options.results or LOCAL / profile.name,
+        method_options=dict(getattr(options, "set", [])),
+        max_steps=options.max_steps,
+        max_items=options.max_items,
+        save=getattr(options, "save", None),
+        unsafe_code=options.unsafe_code,
+    )
+    profile = profile.on(setting.mixture_name)
+    return replace(setting, profile=replace(profile, format=options.format or profile.format))
+
+
+def make_table(options: argparse.Namespace) -> int:
+    experiment = options.experiment
+    setting = make_setting_from(options, opened(experiment.mixture) if options.data else experiment.mixture)
+    published = store.read_all(store.RESULTS / setting.profile.name)
+    mine = store.read_all(setting.results)  # a broken record is better found before the runs than after
+    alone = processes().num_processes == 1
+    jobs = (options.jobs or (_cores() if setting.device.type == "cpu" else 1)) if alone else 1
+    like = configure(setting, BASE, 0)
+    entries = experiment.chosen(options.methods)
+    families = families_of(entries)
+    store.open_folder(setting.results)
+    if options.sweep:
+        known = _run_and_print(sweep(setting, families), jobs, "sweep")
+    else:
+        # Rates are tuned for a model by name: its weights may differ by rounding where they were made.
+        known = records_that_lend_rates(published or mine, like)
+    tuned, lender = tuned_rates(experiment, known)
+    if (without := [m for m in families if m not in tuned]) and processes().is_main_process:
+        print(f"no rate is tuned for {', '.join(without)}: the paper's only; --sweep tunes.", file=sys.stderr)
+    runs = []
+    for wave in final(setting, experiment, entries, options.seeds, tuned):
+        runs += _run_and_print(wave, jobs, experiment.name)
+    if processes().is_main_process:
+        page = setting.results / f"{experiment.name}.md"
+        page.write_text(
+            experiment_page.experiment_page(
+                experiment,
+                store.read_all(setting.results),
+                setting.profile.name,
+                tuned,
+                like=like,
+                swept=options.sweep,
+                published=published,
+                lender=lender,
+            )
+        )
+        print(f"\n{page.read_text()}\nwritten to {page}")
+    return int(any(r.status == "failed" for r in runs))
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run_and_print(runs: Runs, jobs: int, what: str) -> list[schema.Record]:
+    records = []
+    for number, one in enumerate(run_all(runs, jobs), 1):
+        records.append(one)
+        if not processes().is_main_process:
+            continue
+        result = (
+            f"mean {one.mean():.1f}" if one.status == "ok" else f"{one.status}: {(one.error or '').splitlines()[0]}"
+        )
+        print(f"{what} {number}/{len(runs)} {one.config.id}: {result}", file=sys.stderr, flush=True)
+    return records
+
+
+def make_run(options: argparse.Namespace) -> int:
+    setting = make_setting_from(options, options.mixture)
+    config = configure(setting, options.method, options.seed, options.learning_rate)
+    if setting.save and setting.save.is_file():
+        raise UserError(f"--save {setting.save} is a file; give a folder for the adapter.")
+    if setting.save and store.find(config, setting.results):
+        raise UserError(
+            f"{config.id} is recorded in {setting.results}, and an adapter is kept only while its run is made; "
+            "give another folder as --results to make it again."
+        )
+    store.open_folder(setting.results)
+    one = run(config, setting)
+    if one.status == "failed":
+        print(one.error, file=sys.stderr)
+        return 1
+    if processes().is_main_process:
+        _print_scores(one.test or {})
+        print(f"{one.status}; recorded in {one.path}")
+    return 0
+
+
+def score_adapter(options: argparse.Namespace) -> int:
+    setting = make_setting_from(options, options.mixture)
+    check_adapter(options.adapter)
+    require_scoring(MIXTURES[setting.mixture_name].tasks, options.unsafe_code)
+    model, tokenizer = load(prepare(setting.model), setting.device)
+    model = load_adapter(model, options.adapter)
+    data = build(MIXTURES[setting.mixture_name], setting.source, format=setting.profile.format, seed=0)
+    tests = {task: items[: setting.max_items] for task, items in data.test.items()}
+    results, _ = score(model, tokenizer, tests, **score_options(setting))
+    _print_scores(results)
+    return 0
+
+
+def _print_scores(scores: dict[str, dict]) -> None:
+    for task, result in scores.items():
+        half = f" ± {196 * result['stderr']:.1f}" if result["stderr"] is not None else ""
+        print(f"{task:16} {100 * result['value']:5.1f}{half}  ({result['metric']}, {result['n']} items)")
+
+
+def write_leaderboards(options: argparse.Namespace) -> int:
+    records = {name: store.read_all(store.RESULTS / name) for name in PROFILES}
+    records = {name: found for name, found in records.items() if found}
+    pages = {store.RESULTS / name: text for name, text in readme.published_pages(records).items()}
+    speeds = store.read_speed(store.RESULTS / SPEED)
+    pages |= {store.RESULTS / SPEED / name: text for name, text in tables.pages(speeds).items()}
+    front = provenance.ROOT / "README.md"
+    pages[front] = goals.fill_readme(readme.fill_readme(front.read_text(), records, speeds), speeds)
+    stale = [path for path, text in pages.items() if not path.is_file() or path.read_text() != text]
+    for path in stale:
+        if not options.check:
+            path.write_text(pages[path])
+        print(f"{'not what the records give' if options.check else 'written'}: {path.relative_to(provenance.ROOT)}")
+    return int(options.check and bool(stale))
+
+
+def write_report(options: argparse.Namespace) -> int:
+    try:
+        from bench.report.html import page  # what it needs is an extra, and slow to import
+    except ImportError as error:
+        raise UserError(f"the report needs {error.name}: pip install 'malora[report]'.") from error
+    records = {name: store.read_all(store.RESULTS / name) for name in PROFILES}
+    speeds = store.read_speed(store.RESULTS / SPEED)
+    path = LOCAL / "report.html"
+    text = page(records, speeds, claims(records, speeds))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    print(f"written to {path}")
+    return 0
+
+
+def publish_records(options: argparse.Namespace) -> int:
+    source, published = options.results or LOCAL / options.profile, store.RESULTS / options.profile
+    if not (source / "runs").is_dir():
+        raise UserError(f"there are no records in {source}: it has no folder runs; --results says where they are.")
+    read = store.read_speed if options.profile == SPEED else store.read_all
+    paths, refused = store.publish(read(source), published)
+    for reason in refused:
+        print(f"not published: {reason}", file=sys.stderr)
+    print(f"{len(paths)} new records in {published}; `python -m bench leaderboard` writes its tables.")
+    return 0

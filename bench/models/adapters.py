@@ -1,0 +1,72 @@
+"""Put adapters on base models, load them and count their parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
+from transformers import (
+    PreTrainedModel,
+)
+
+import malora
+from bench.errors import UserError
+
+
+def add_adapter(model: PreTrainedModel, method: str, options: dict[str, Any], seed: int) -> PeftModel:
+    """Put a fresh adapter of METHODS on a base.
+
+    Raises:
+        UserError: the method does not fit the base.
+    """
+    torch.manual_seed(seed)
+    try:
+        return get_peft_model(model, malora.METHODS[method](**options))
+    except ValueError as error:
+        raise UserError(f"{method} does not fit {model.name_or_path}: {error}") from error
+
+
+def check_adapter(folder: Path) -> None:
+    """Raises a UserError if the folder has no adapter."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} has no {name}; --adapter takes a folder that save_pretrained wrote.")
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put a saved adapter on a base.
+
+    Raises:
+        UserError: the folder has no adapter, or one that was trained on another base.
+    """
+    check_adapter(folder)
+    try:
+        trained_on = PeftConfig.from_pretrained(folder).base_model_name_or_path or ""
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder / 'adapter_config.json'} is not a PEFT config ({error!r}); save it again.") from error
+    if "@" in trained_on and trained_on != model.name_or_path:
+        raise UserError(f"{folder} was trained on {trained_on}, not on {model.name_or_path}; give its base as --model.")
+    try:
+        return PeftModel.from_pretrained(model, folder)
+    except SafetensorError as error:
+        raise UserError(f"{folder / 'adapter_model.safetensors'} is broken ({error}); save it again.") from error
+    except (RuntimeError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(
+            f"{folder} does not fit {model.name_or_path}: it was trained on another base ({first})."
+        ) from error
+
+
+def count_parameters(model: PeftModel) -> dict[str, int]:
+    """Trainable and all parameters, base included, and the adapter's size on disk: frozen factors are saved too."""
+    trainable, total = model.get_nb_trainable_parameters()
+    # Without the argument PEFT asks the hub whether the embeddings were resized; nothing here resizes them.
+    adapter = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {
+        "trainable": trainable,
+        "total": total,
+        "adapter_bytes": sum(tensor.numel() * tensor.element_size() for tensor in adapter.values()),
+    }

@@ -1,0 +1,109 @@
+"""Base models and the adapters on them. Models that have to be made are made once and cached by hash.
+
+The cache is `$MALORA_CACHE`, or `~/.cache/malora`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+import malora
+from bench.errors import UserError
+from bench.models import tiny
+from bench.models.cache import make_once
+from bench.models.smollm2 import make_smollm2
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A frozen base: where it lies, what it is called, and a hash of its weights (of the hub: its commit)."""
+
+    path: Path
+    name: str
+    hash: str
+
+
+@cache
+def prepare(model: str) -> BaseModel:
+    """Find a base model, making or fetching it if need be.
+
+    Args:
+        model: a name in BUILT_IN, a folder, or an id on the Hugging Face hub.
+
+    Raises:
+        UserError: there is no such model, or the folder lacks what a model needs.
+    """
+    if model in BUILT_IN:
+        path = BUILT_IN[model]()
+        return BaseModel(path, model, _hash_weights(path))
+    path = Path(model)
+    if path.is_dir():
+        for what, pattern in (("weights", "*.safetensors"), ("config", "config.json"), ("tokenizer", "tokenizer*")):
+            if not list(path.glob(pattern)):
+                raise UserError(f"{path} has no {what} ({pattern}); --model takes what save_pretrained wrote.")
+        return BaseModel(path, path.resolve().name, _hash_weights(path))
+    return _from_hub(model)
+
+
+def _from_hub(model: str) -> BaseModel:
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "tokenizer*"])
+    except Exception as error:  # the hub client raises whatever its transports raise
+        raise UserError(
+            f"--model {model!r} is no built-in ({', '.join(BUILT_IN)}), no folder here, and the Hugging Face hub "
+            f"did not give it: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
+    return BaseModel(Path(path), model, Path(path).name)
+
+
+def load(base: BaseModel, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base, frozen: in bfloat16 on a GPU, in float32 on a CPU; and its tokenizer."""
+    transformers.utils.logging.disable_progress_bar()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(base.path)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{base.path} does not hold a whole causal language model: {error}") from error
+    # PEFT writes the name into an adapter's config, so that it is not put on another base by mistake.
+    model.config._name_or_path = model.name_or_path = f"{base.name}@{base.hash[:12]}"
+    return model.requires_grad_(False).to(device), tokenizer
+
+
+def targets(base: BaseModel) -> list[str]:
+    """The modules that every method adapts: the paper's six, under the names of the model's type."""
+    model_type = AutoConfig.from_pretrained(base.path).model_type
+    if model_type not in malora.TARGET_MODULES:
+        raise UserError(f"no targets are known for models of type {model_type!r}; add them in malora/model.py.")
+    return malora.TARGET_MODULES[model_type]
+
+
+def _make_tiny() -> Path:
+    return make_once(f"tiny-{tiny.recipe_hash()[:12]}", tiny.train_base)
+
+
+BUILT_IN: dict[str, Callable[[], Path]] = {"tiny": _make_tiny, "smollm2-135m": make_smollm2}
+
+
+def _hash_weights(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

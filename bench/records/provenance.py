@@ -1,0 +1,115 @@
+"""Where a record was made: commit, sources, packages, machine."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import subprocess
+import time
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("malora", "tasks", "bench")  # what a run's outcome depends on
+
+
+@cache
+def commit_of(sources: str, likely: str | None) -> str | None:
+    """The commit with these sources, by their hash: the likely one, or the latest; None if this clone has none."""
+    try:
+        commits = _git("rev-list", "--max-count=200", "HEAD", "--", *SOURCES).splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return next((commit for commit in filter(None, [likely, *commits]) if source_hash_of(commit) == sources), None)
+
+
+def provenance(device: torch.device, jobs: int) -> dict[str, Any]:
+    """Where a run was made: code, packages, machine. Its seconds are no speed where `jobs` of a command shared that.
+
+    What else ran there is not known.
+    """
+    commit, dirty = _git_state()
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": commit,
+        "dirty": dirty,
+        "source_sha256": source_hash(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "driver": _driver() if device.type == "cuda" else None,
+        "concurrent_runs": jobs,
+    }
+
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "lm-eval", "accelerate", "datasets")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@cache
+def _driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, check=True, capture_output=True, text=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+@cache
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+@cache
+def _git_state() -> tuple[str | None, bool | None]:
+    """Commit, and whether the sources differ from it; None where there is no history. `publish` goes by the sources."""
+    try:
+        commit = _git("rev-parse", "HEAD").strip()
+        return commit, bool(_git("status", "--porcelain", "--", *SOURCES).strip())
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+@cache
+def source_hash() -> str:
+    """sha256 over names and contents of the Python sources in the working tree."""
+    paths = sorted(path for name in SOURCES for path in (ROOT / name).rglob("*.py"))
+    return _hash_sources((path.relative_to(ROOT).as_posix(), path.read_text()) for path in paths)
+
+
+@cache
+def source_hash_of(commit: str) -> str | None:
+    """The same over a commit; None if this clone does not have it."""
+    try:
+        names = _git("ls-tree", "-r", "--name-only", commit, "--", *SOURCES).splitlines()
+        names = sorted((n for n in names if n.endswith(".py")), key=lambda name: ROOT / name)
+        return _hash_sources((name, _git("show", f"{commit}:{name}")) for name in names)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _hash_sources(files: Iterable[tuple[str, str]]) -> str:
+    digest = hashlib.sha256()
+    for name, text in files:
+        digest.update(f"{name}\n{len(text)}\n{text}".encode())
+    return digest.hexdigest()

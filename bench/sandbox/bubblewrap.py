@@ -1,0 +1,104 @@
+"""The sandbox as a command line for bubblewrap and a filter of system calls: what a program finds inside."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+from bench.errors import UserError
+
+OR_UNSAFELY = "or run what models write unsafely, on purpose, with --unsafe-code"
+
+
+def interpreter() -> str:
+    """The interpreter behind a virtual environment, by its real path."""
+    return os.path.realpath(sys._base_executable)
+
+
+def command(folder_bytes: int) -> list[str]:
+    """What to put before the interpreter's command line. `--seccomp`, with a descriptor, is the caller's to add.
+
+    Raises:
+        UserError: bubblewrap is not installed.
+    """
+    path = shutil.which("bwrap")
+    if path is None:
+        raise UserError(
+            "What models write runs in a sandbox made by bubblewrap, which is not installed: install it (apt install "
+            f"bubblewrap), {OR_UNSAFELY}."
+        )
+    library, shared = _files()
+    words = [path, "--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--cap-drop", "ALL"]
+    words += ["--hostname", "sandbox", "--new-session", "--die-with-parent", "--clearenv"]
+    words += ["--setenv", "LD_LIBRARY_PATH", ":".join(sorted({os.path.dirname(file) for file in shared}))]
+    # Bubblewrap's own root is a tmpfs without a bound, hence read-only in the end. No /proc: it tells of the host.
+    words += ["--size", str(folder_bytes), "--tmpfs", "/tmp", "--chdir", "/tmp"]
+    for file in (interpreter(), str(library), *shared):
+        words += ["--ro-bind", file, file]
+    for packages in (str(path) for path in library.glob("*-packages")):  # installed within the standard library
+        words += ["--tmpfs", packages, "--remount-ro", packages]
+    for device in ("/dev/null", "/dev/urandom"):
+        words += ["--dev-bind", device, device]
+    return [*words, "--remount-ro", "/"]
+
+
+@cache
+def _files() -> tuple[Path, list[str]]:
+    """Standard library and shared libraries of the interpreter, the latter by the paths that the loader asks for."""
+    library = Path(sysconfig.get_path("stdlib")).resolve()
+    binaries = [interpreter(), *map(str, library.glob("lib-dynload/*.so"))]
+    listing = subprocess.run(["ldd", *binaries], capture_output=True, text=True).stdout
+    return library, sorted(set(re.findall(r"(/.*) \(0x", listing)))
+
+
+# Linux's numbers (asm/unistd.h) by machine. Refused beside new processes: signals to others; sockets, for not all
+# families have namespaces (AF_VSOCK), and io_uring, which would open them unseen; keyrings and the kernel's log, which
+# have none either; memory outside of the address space, whose limit would not count it.
+_SYSTEM_CALLS = {
+    "x86_64": {
+        "fork": 57, "vfork": 58, "kill": 62, "unshare": 272, "socket": 41, "add_key": 248, "request_key": 249,
+        "keyctl": 250, "syslog": 103, "shmget": 29, "msgget": 68, "memfd_create": 319,
+    },
+    "aarch64": {
+        "kill": 129, "unshare": 97, "socket": 198, "add_key": 217, "request_key": 218,
+        "keyctl": 219, "syslog": 116, "shmget": 194, "msgget": 186, "memfd_create": 279,
+    },
+}  # fmt: skip
+_ON_ALL_MACHINES = {"pidfd_send_signal": 424, "io_uring_setup": 425, "memfd_secret": 447}
+_CLONE = {"x86_64": 56, "aarch64": 220}
+_CLONE3 = 435
+_CLONE_THREAD = 0x10000
+_AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+
+
+def one_process_filter() -> bytes:
+    """Threads may be started, processes not: a classic BPF program for seccomp, as `struct sock_filter[]`.
+
+    RLIMIT_NPROC would not do instead: the kernel does not hold root to it, and memory is limited by process.
+
+    Raises:
+        UserError: this machine's system calls are not known here.
+    """
+    machine = platform.machine()
+    if machine not in _SYSTEM_CALLS:
+        known = " and ".join(_SYSTEM_CALLS)
+        raise UserError(f"The sandbox is made for {known}, not {machine}: use such a machine, {OR_UNSAFELY}.")
+    refused = [*_SYSTEM_CALLS[machine].values(), *_ON_ALL_MACHINES.values()]
+    load, if_equal, if_at_least, if_any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
+    allow, kill, not_permitted, not_implemented = 0x7FFF0000, 0x80000000, 0x50001, 0x50026
+    program = [(load, 0, 0, 4), (if_equal, 1, 0, _AUDIT_ARCH[machine]), (answer, 0, 0, kill)]  # a call of another ABI
+    program += [(load, 0, 0, 0), (if_at_least, 0, 1, 0x40000000), (answer, 0, 0, not_permitted)]  # x32's calls
+    for number in refused:
+        program += [(if_equal, 0, 1, number), (answer, 0, 0, not_permitted)]
+    program += [(if_equal, 0, 1, _CLONE3), (answer, 0, 0, not_implemented)]  # its flags are out of sight: use clone
+    program += [(if_equal, 0, 3, _CLONE[machine]), (load, 0, 0, 16), (if_any_bit, 1, 0, _CLONE_THREAD)]
+    program += [(answer, 0, 0, not_permitted), (answer, 0, 0, allow)]
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)

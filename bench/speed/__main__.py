@@ -1,0 +1,8 @@
+"""Run the profiler: `python -m bench.speed`."""
+
+import sys
+
+from bench.speed.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

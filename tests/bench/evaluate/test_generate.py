@@ -1,0 +1,67 @@
+"""Our greedy decoding against transformers' own, to the token."""
+
+import pytest
+import torch
+from peft import get_peft_model
+
+import malora
+from bench.evaluate.generate import CHECK_EVERY, generate
+from tests.conftest import make_model
+
+PROMPTS = [[7, 3, 9, 11, 2, 5], [4], [6, 6, 2, 3, 1, 5, 9, 8, 7, 7, 3], [12, 30], [44, 2, 17, 5]]
+END = 13
+MOST = 40
+
+
+def routed(device="cpu"):
+    model = get_peft_model(make_model(), malora.METHODS["malora"]()).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "malora_B" in name:
+                p.normal_(generator=torch.Generator().manual_seed(1), std=0.3)
+    return model.to(device)
+
+
+def of_transformers(model, prompt, end):
+    ids = torch.tensor([prompt], device=model.device)
+    out = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=MOST, eos_token_id=end,
+        pad_token_id=0,
+    )[0, len(prompt) :].tolist()  # fmt: skip
+    return out[: out.index(end)] if end in out else out
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_it_writes_what_transformers_writes(batch_size):
+    """One prompt at a time in transformers, so that nothing is padded there."""
+    model = routed()
+    ends = {tuple(p): of_transformers(model, p, END) for p in PROMPTS}
+    end = next(t for t in ends[tuple(PROMPTS[0])][CHECK_EVERY + 3 :])  # a token that is written after the first check
+    expected = [of_transformers(model, prompt, end) for prompt in PROMPTS]
+    assert len({len(text) for text in expected}) > 1  # some end early
+    assert generate(model, PROMPTS, most=MOST, batch_size=batch_size, end=[end]) == expected
+
+
+def test_a_batch_ends_when_all_of_it_is_done(monkeypatch):
+    model, steps = routed(), []
+    monkeypatch.setattr("bench.evaluate.generate._Decoder._advance", lambda self: steps.append(1))
+    texts = generate(model, PROMPTS, most=MOST, batch_size=8, end=[], stopped=lambda tokens: True)
+    assert len(steps) == CHECK_EVERY - 1 and {len(text) for text in texts} == {CHECK_EVERY}
+
+
+def test_one_token_and_no_prompt():
+    model = routed()
+    assert [len(text) for text in generate(model, PROMPTS, most=1, batch_size=2, end=[])] == [1] * len(PROMPTS)
+    assert generate(model, [], most=4, batch_size=2, end=[]) == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", [None, "lora", "dora", "malora"])
+def test_a_captured_step_writes_what_the_plain_one_does(method, monkeypatch):
+    """Two batches of one shape, so that a replay follows another batch's, and a rest of its own shape."""
+    model = make_model().to("cuda", torch.bfloat16)  # as `bench.models.base.load` has it there
+    if method:
+        model = get_peft_model(model, malora.METHODS[method]()).cuda().eval()
+    captured = generate(model, PROMPTS, most=MOST, batch_size=2, end=[END])
+    monkeypatch.setattr("bench.evaluate.generate.can_capture", lambda model: False)
+    assert captured == generate(model, PROMPTS, most=MOST, batch_size=2, end=[END])

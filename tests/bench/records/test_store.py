@@ -1,0 +1,173 @@
+"""Records are whole or not there, are read back as they were, and are published only if they can be run again."""
+
+import json
+import subprocess
+from dataclasses import replace
+
+import pytest
+
+from bench.errors import UserError
+from bench.experiments.methods import BASE, method_options
+from bench.experiments.profiles import PROFILES
+from bench.records import provenance, schema, store
+from bench.records.schema import Record, RunConfig
+from tests.bench.conftest import CLEAN
+
+CONFIG = RunConfig(
+    profile="tiny",
+    model="tiny",
+    model_hash="ab" * 32,
+    method="lora",
+    method_options={"r": 16},
+    mixture="procedural",
+    format="letters",
+    data_hash="cd" * 32,
+    seed=0,
+    learning_rate=2e-3,
+    epochs=1,
+    batch_size=32,
+    warmup_ratio=0.1,
+    weight_decay=0.01,
+    balance_factor=0.01,
+    max_grad_norm=1.0,
+    max_length=1024,
+    device_type="cpu",
+)
+
+
+def make(seed=0, status="ok", method="lora", rate=2e-3, right=0.5, n=40, **options) -> Record:
+    usual = {} if method == BASE else method_options(method, PROFILES["tiny"], CONFIG.mixture, {})
+    config = replace(CONFIG, seed=seed, method=method, learning_rate=rate, method_options=usual)
+    items = {task: [int(i < right * n) for i in range(n)] for task in ("lexicon", "majority")}
+    scores = {t: {"metric": "acc", "value": sum(v) / n, "stderr": 0.01, "n": n, "version": 1} for t, v in items.items()}
+    ok = status == "ok"
+    return Record(
+        **{
+            "config": config,
+            "status": status,
+            "provenance": CLEAN,
+            "parameters": {"trainable": 1234, "total": 9, "adapter_bytes": 9},
+            "data": {
+                "sha256": {"test": "t"},
+                "dropped": {"lexicon": 3},
+                "dropped_validation": {"lexicon": 2},
+                "train": {"lexicon": {"examples": 5, "tokens": 9, "label_tokens": 5}},
+            },
+            "train": {
+                "steps": 70,
+                "curve": [{"step": 10, "loss": 1.0, "balance_loss": 0.0, "grad_norm": 2.0}],
+                "router": [],
+            },
+            "validation": scores if ok else None,
+            "test": scores if ok else None,
+            "items": items if ok else None,
+            **options,
+        }
+    )
+
+
+def test_a_record_reads_back_as_it_was_written(tmp_path):
+    written = make()
+    path = store.write(written, tmp_path)
+    assert store.read(path) == written
+    assert store.find(written.config, tmp_path) == written
+    assert {p.name for p in path.parent.iterdir()} == {path.name, f"{written.config.id}.items.csv.gz"}
+    assert json.loads(path.read_text())["config_hash"] == written.config.hash
+
+
+def test_the_name_is_that_of_the_configuration_and_of_no_other():
+    assert CONFIG.id.startswith("procedural-letters-lora-lr0.002-s0-")
+    others = [replace(CONFIG, weight_decay=0.1), replace(CONFIG, method_options={"r": 8}), replace(CONFIG, max_steps=1)]
+    assert len({c.id for c in (CONFIG, *others)}) == 4 and replace(CONFIG).id == CONFIG.id
+
+
+def test_the_same_record_gives_the_same_bytes(tmp_path):
+    first, second = (store.write(make(), tmp_path / name) for name in "ab")
+    for one, other in zip(sorted(first.parent.iterdir()), sorted(second.parent.iterdir()), strict=True):
+        assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.write_text(path.read_text()[:200]),
+        lambda path: path.write_text("{}"),
+        lambda path: path.write_text(path.read_text().replace(f'"schema": {schema.SCHEMA}', '"schema": 99')),
+        lambda path: path.with_name(path.stem + ".items.csv.gz").unlink(),
+        lambda path: path.with_name(path.stem + ".items.csv.gz").write_bytes(b"\x1f\x8b"),
+    ],
+)
+def test_a_broken_record_says_which_and_what_to_do(tmp_path, spoil):
+    path = store.write(make(), tmp_path)
+    spoil(path)
+    before = {p.name: p.read_bytes() for p in path.parent.iterdir()}
+    with pytest.raises(
+        UserError, match=r"procedural-letters-lora-lr0.002-s0-\w+\.json.*(delete or restore|move it away)"
+    ):
+        store.read_all(tmp_path)
+    assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == before
+
+
+def test_an_interrupted_write_leaves_nothing_that_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(store.os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        store.write(make(), tmp_path)
+    assert store.read_all(tmp_path) == []
+
+
+def test_publishing_takes_clean_whole_records_and_replaces_none(tmp_path, history):
+    assert len(store.publish([make(0), make(1)], tmp_path)[0]) == 2
+    before = {p.name: p.read_bytes() for p in (tmp_path / "runs").iterdir()}
+    assert store.publish([make(0, right=0.9)], tmp_path) == ([], [])
+    assert {p.name: p.read_bytes() for p in (tmp_path / "runs").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"provenance": {**CLEAN, "source_sha256": "12" * 32}}, "made from code that no commit here has"),
+        ({"config": replace(CONFIG, max_items=3)}, "was cut short"),
+    ],
+)
+def test_publishing_refuses_the_rest_and_says_why(tmp_path, history, options, message):
+    paths, refused = store.publish([make(1), replace(make(0), **options)], tmp_path)
+    assert len(paths) == 1 and len(refused) == 1 and message in refused[0]
+
+
+def test_publishing_names_the_commit_whose_code_it_was(tmp_path, history):
+    """A machine may have had the tree without its history, or with an older one."""
+    for folder, found in {"a": None, "b": "earlier"}.items():
+        made = replace(make(0), provenance=CLEAN | {"commit": found, "dirty": True})
+        (path,), _ = store.publish([made], tmp_path / folder)
+        published = store.read(path).provenance
+        assert (published["commit"], published["dirty"]) == (CLEAN["commit"], False)
+
+
+def test_a_commit_has_the_hash_of_its_sources():
+    """What `publish` relies on for records from machines that had no history."""
+    try:
+        clean = not subprocess.run(
+            ["git", "status", "--porcelain", "--", *provenance.SOURCES],
+            cwd=provenance.ROOT,
+            capture_output=True,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=provenance.ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert (provenance.source_hash_of(head.strip()) == provenance.source_hash()) == clean
+    assert provenance.source_hash_of("0" * 40) is None
+
+
+def test_outcomes_between_right_and_wrong_are_read_back_as_they_were(tmp_path):
+    items = {"lexicon": [1, 0, 1], "report": [2 / 3, 1e-9, 1.0, 0.1 + 0.2]}
+    written = store.write(make(items=items), tmp_path)
+    assert store.read(written).items == items
+
+
+def test_the_mixture_of_a_single_domain_names_a_file(tmp_path):
+    one = make()
+    path = store.write(replace(one, config=replace(one.config, mixture="inter/code")), tmp_path)
+    assert path.parent == tmp_path / "runs" and store.read(path).config.mixture == "inter/code"

@@ -1,0 +1,204 @@
+"""Tables follow from records, and say no more than the records do."""
+
+from dataclasses import replace
+
+import pytest
+
+from bench.experiments.methods import method_options
+from bench.experiments.profiles import PROFILES
+from bench.experiments.registry import EXPERIMENTS
+from bench.records import store
+from bench.report import readme
+from bench.report.scores import experiment_page
+from bench.report.scores.selection import choose_rates, comparable, tuned_rates
+from tests.bench.records.test_store import make
+
+TABLE2 = EXPERIMENTS["table2"]
+
+
+def records():
+    runs = [
+        make(seed, method="lora", rate=rate, right=right)
+        for rate, right in ((4e-4, 0.4), (2e-3, 0.9))
+        for seed in (0, 1)
+    ]
+    runs += [
+        make(seed, method="molora", rate=rate, right=right)
+        for rate, right in ((4e-4, 0.3), (2e-3, 0.5))
+        for seed in (0, 1)
+    ]
+    runs += [make(0, "diverged", "malora", 2e-3), make(0, method="malora", rate=4e-4, right=0.9)]
+    return [*runs, make(0, method="base", rate=None, right=0.25, validation=None)]
+
+
+def page(runs=None, **options):
+    runs = runs or records()
+    tuned = choose_rates(comparable(runs, TABLE2)[0])
+    return experiment_page.experiment_page(TABLE2, runs, "tiny", tuned, **options)
+
+
+def line(text, start):
+    return next(row for row in text.splitlines() if row.startswith(f"| {start}"))
+
+
+def test_rates_are_chosen_on_validation_and_a_method_that_was_not_swept_has_none():
+    assert choose_rates(records()) == {"lora": 2e-3, "molora": 2e-3, "malora": 4e-4}
+    assert choose_rates([make(0)]) == {}
+
+
+def test_rows_say_which_differences_are_real():
+    text = page()
+    assert "| best " in line(text, "LoRA ") and "90.0 ± 0.0" in line(text, "LoRA ")
+    assert "worse: -40.0 [" in line(text, "MoLoRA ") and "1,234" in line(text, "MoLoRA ")
+    assert "not distinguishable: +0.0 [+0.0, +0.0], p=1" in line(text, "MALoRA ")  # the same answers as LoRA's
+    assert "25.0" in line(text, "base, no adapter")
+    assert "*80.5*" in line(text, "*MALoRA, the paper's*")  # the mean of Table 2, rounded
+    assert "diverged by step 70" in text and "validation or test set: 3 of lexicon." in text
+
+
+def test_other_methods_have_rows_too_and_other_options_do_not_mix():
+    from dataclasses import replace
+
+    extra = make(0, method="malora-small", rate=4e-4)
+    other = make(0, method="lora", rate=2e-3, right=0.1)
+    other.config = replace(other.config, method_options={"r": 3})
+    text = page([*records(), extra, other])
+    assert line(text, "MALoRA-Small ") and line(text, "LoRA ") == line(page(), "LoRA ")
+    assert "1 records of other settings" in text
+
+
+def test_a_sweep_counts_where_all_that_ran_were_swept():
+    """Otherwise Table 2 lends its rates to all, so that no row is tuned and its rival is not."""
+    table3, lent = EXPERIMENTS["table3"], records()
+
+    def on_domains(method, rate, right=0.5):
+        run = make(0, method=method, rate=rate, right=right)
+        usual = method_options(method, PROFILES["tiny"], "procedural-inter", {})
+        return replace(run, config=replace(run.config, mixture="procedural-inter", method_options=usual))
+
+    swept = [on_domains("malora", 5e-4, right=0.4), on_domains("malora", 1e-3, right=0.6)]
+    assert tuned_rates(table3, lent + swept) == ({"malora": 1e-3}, table3)
+    known = lent + swept + [on_domains("molora", 2e-3)]
+    assert tuned_rates(table3, known) == ({"molora": 2e-3, "malora": 4e-4}, TABLE2)
+    known += [on_domains("molora", 1e-3, right=0.7)]
+    assert tuned_rates(table3, known) == ({"malora": 1e-3, "molora": 1e-3}, table3)
+
+
+def test_what_lends_rates_is_named_with_its_format_if_that_is_another():
+    table3, lent = EXPERIMENTS["table3"], records()
+    usual = method_options("malora", PROFILES["tiny"], "procedural-inter", {})
+    run = make(0, method="malora", rate=4e-4)
+    for format, said in (
+        ("letters", "of Table 2: intra-domain, all"),
+        ("cloze", "intra-domain, format `letters`, all"),
+    ):
+        config = replace(run.config, mixture="procedural-inter", method_options=usual, format=format)
+        runs, tuned = [replace(run, config=config)], {"malora": 4e-4}
+        assert said in experiment_page.experiment_page(table3, runs + lent, "tiny", tuned, lender=TABLE2)
+        assert said in experiment_page.experiment_page(table3, runs, "tiny", tuned, lender=TABLE2, published=lent)
+
+
+def test_a_method_that_was_tried_at_fewer_rates_is_marked():
+    assert "**Best of 2 of 3 rates**" in line(page([*records(), make(0, method="lora", rate=1e-3)]), "MoLoRA ")
+    assert "Best of" not in page()
+
+
+def test_a_reproduction_without_a_sweep_does_not_look_like_one():
+    text = page([*records(), make(0, method="lora", rate=1e-3)], swept=False)
+    assert "Best of" not in text and "What each rate gave" not in text and "by the published sweep" in text
+
+
+def test_one_seed_is_a_statement_about_items():
+    runs = [make(0, method="lora", right=0.9), make(0, method="molora", right=0.5)]
+    text = experiment_page.experiment_page(TABLE2, runs, "tiny", {"lora": 2e-3, "molora": 2e-3})
+    assert "worse on these items" in line(text, "MoLoRA ") and "neither it nor the test knows" in text
+
+
+def test_one_seed_beside_rows_of_several_is_a_statement_about_methods():
+    runs = [make(0, method="lora", right=0.9), make(0, method="molora", right=0.5)]
+    for seed, right in enumerate((0.45, 0.5, 0.55)):
+        runs.append(make(seed, method="dora", right=right))
+    text = experiment_page.experiment_page(TABLE2, runs, "tiny", {"lora": 2e-3, "molora": 2e-3, "dora": 2e-3})
+    assert "worse: " in line(text, "MoLoRA ") and "takes that from the rows with several" in text
+
+
+def test_rows_without_two_common_seeds_are_compared_as_a_whole():
+    runs = [make(seed, method="lora", right=right) for seed, right in enumerate((0.6, 0.7, 0.8))]
+    runs += [
+        make(2, method="molora", right=0.5),
+        make(3, method="molora", right=0.6),
+        make(4, method="dora", right=0.1),
+    ]
+    text = experiment_page.experiment_page(TABLE2, runs, "tiny", {"lora": 2e-3, "molora": 2e-3, "dora": 2e-3})
+    assert "-15.0 [" in line(text, "MoLoRA ") and "-60.0 [" in line(text, "DoRA ")
+
+
+def test_a_base_without_a_score_is_a_row():
+    assert "1 of 1 runs oom" in line(
+        page([*records()[:-1], make(0, "oom", "base", None, data=None)]), "base, no adapter"
+    )
+
+
+def test_a_run_that_diverged_is_not_hidden():
+    text = page([*records(), make(1, "diverged", "malora", 4e-4)])
+    assert "1 of 2 runs diverged" in line(text, "MALoRA ")
+
+
+def test_the_same_records_give_the_same_page_in_any_order():
+    assert page(records()) == page(records()[::-1])
+
+
+def test_records_of_another_setting_are_not_mixed_in():
+    other = make(5, method="lora", rate=4e-4, data={"sha256": {"test": "other"}, "dropped": {}})
+    text = page([*records(), other])
+    assert "1 records of other settings" in text
+    assert line(text, "LoRA ") == line(page(), "LoRA ")
+
+
+def test_runs_that_were_cut_short_are_marked():
+    runs = records()
+    for run in runs:
+        run.config = replace(run.config, max_steps=3)
+    assert "were cut short" in page(runs) and "were cut short" not in page()
+
+
+@pytest.mark.parametrize("right, verdict", [(0.9, "reproduced"), (0.5, "not reproduced")])
+def test_a_reproduction_is_laid_beside_what_was_published(right, verdict):
+    mine = [make(seed, method="lora", rate=2e-3, right=right) for seed in (0, 1)]
+    text = experiment_page.experiment_page(TABLE2, mine, "tiny", {"lora": 2e-3}, published=records())
+    assert f"LoRA at its own rate, 0.002: **{verdict}**: {100 * right:.1f} here, 90.0 published" in text
+
+
+def test_a_reproduction_on_another_base_says_so():
+    def text(model_hash):
+        mine = [make(seed, method="lora", rate=2e-3) for seed in (0, 1)]
+        for run in mine:
+            run.config = replace(run.config, model_hash=model_hash)
+        return experiment_page.experiment_page(TABLE2, mine, "tiny", {"lora": 2e-3}, published=records())
+
+    published = records()[0].config.model_hash
+    assert f"another base, `another` for the published `{published[:12]}`" in text("another")
+    assert "another base" not in text(published)
+
+
+def test_no_records_no_table():
+    assert "No whole run is recorded yet" in experiment_page.experiment_page(TABLE2, [], "tiny", {})
+
+
+def test_the_readme_is_filled_between_its_marks_only():
+    readme = "before\n<!-- table2 tiny -->\nold\n<!-- end -->\nafter\n"
+    filled = readme.fill_readme(readme, {"tiny": records()})
+    assert filled.startswith("before\n<!-- table2 tiny -->\n\n| method") and filled.endswith("<!-- end -->\nafter\n")
+    assert "old" not in filled and readme.fill_readme(filled, {"tiny": records()}) == filled
+    assert "No run is published yet" in readme.fill_readme(readme, {})
+
+
+def test_the_published_tables_are_what_their_records_give():
+    """Holds every committed table to its records, byte for byte."""
+    published = {name: store.read_all(store.RESULTS / name) for name in ("tiny", "small", "paper")}
+    published = {name: found for name, found in published.items() if found}
+    for path, text in readme.published_pages(published).items():
+        assert (store.RESULTS / path).read_text() == text, path
+    for name, found in published.items():
+        for run in found:
+            assert run.complete and run.provenance["commit"] and not run.provenance["dirty"], (name, run.config.id)

@@ -1,0 +1,173 @@
+"""Verdicts follow from records; what has none says so."""
+
+from dataclasses import replace
+
+import pytest
+
+from bench.experiments.registry import EXPERIMENTS
+from bench.records.schema import SpeedRecord
+from bench.report.claims import claims, claims_table
+from tests.bench.records.test_store import make
+
+RATE = 1e-3
+
+
+def run(experiment, title, seed=0, right=0.5, n=400, profile="small", trainable=100, wobble=0.0, **options):
+    """A record of a row of the small profile, whose accuracy wobbles with the seed."""
+    entry = next(e for e in EXPERIMENTS[experiment].entries if e.title == title)
+    record = make(seed, method=entry.method, rate=RATE, right=right + wobble * (seed - 1), n=n, **options)
+    mixture = {"table2": "intra", "table12": "intra", "fig2": "intra"}.get(experiment, "inter-open")
+    usual = {"beta": 1.25} if mixture == "intra" and entry.method.startswith("malora") else {}
+    record.config = replace(record.config, profile=profile, mixture=mixture, method_options={**usual, **entry.options})
+    record.parameters = {"trainable": trainable, "total": 9, "adapter_bytes": 9}
+    return record
+
+
+def swept(records):
+    """With a second rate that is worse, so that RATE is each family's own."""
+    more = []
+    for record in records:
+        if record.config.seed == 0:
+            low = {task: {**score, "value": 0.0} for task, score in record.validation.items()}
+            more.append(replace(record, config=replace(record.config, learning_rate=1e-4), validation=low))
+    return [*records, *more]
+
+
+def verdict(found, start):
+    (claim,) = [c for c in found if c.claim.startswith(start)]
+    return claim
+
+
+def test_without_records_nothing_is_run_but_parameters_are_counted():
+    found = claims({}, [])
+    assert {c.verdict for c in found if "parameters than" not in c.claim} == {"not run"}
+    assert len({c.claim for c in found}) == len(found)
+
+
+@pytest.mark.parametrize("other, share", [("MoLoRA r=12", "29.8%"), ("MoLoRA r=16", "47.3%")])
+def test_fewer_parameters_are_counted_on_the_papers_backbone(other, share):
+    """From the paper's totals less its routers: 1 - (158,859,264 - 8,060,928) / (222,756,864 - 8,060,928), and r=16."""
+    (claim,) = [c for c in claims({}, []) if c.claim.endswith(other)]
+    assert claim.ours.startswith(share) and claim.verdict.startswith("holds")
+
+
+@pytest.mark.parametrize(
+    "molora, malora, expected", [(0.5, 0.7, "holds"), (0.7, 0.5, "does not hold"), (0.5, 0.5025, "cannot be told")]
+)
+def test_three_seeds_that_agree_decide(molora, malora, expected):
+    rows = [run("table2", "MoLoRA", s, molora, wobble=0.01) for s in range(3)]
+    rows += [run("table2", "MALoRA", s, malora, wobble=0.015) for s in range(3)]
+    claim = verdict(claims({"small": swept(rows)}, []), "MALoRA > MoLoRA (intra")
+    assert claim.verdict.startswith(expected) and "one seed" not in claim.verdict
+    assert len(claim.records) == 6 and claim.paper == "+0.78" and "small, intra" in claim.ours
+
+
+def test_one_seed_is_limited_to_its_items():
+    rows = [run("table2", "MoLoRA", right=0.5), run("table2", "MALoRA", right=0.7)]
+    claim = verdict(claims({"small": swept(rows)}, []), "MALoRA > MoLoRA (intra")
+    assert claim.verdict == "holds, on these items (one seed)"
+
+
+def test_one_seed_beside_rows_of_several_knows_how_runs_vary():
+    rows = [run("table2", "MoLoRA", right=0.5), run("table2", "MALoRA", right=0.7)]
+    for right, expected in ((0.02, "holds"), (0.2, "cannot be told at this size")):
+        others = [run("table2", "DoRA", seed, 0.5 + right * (seed - 1)) for seed in range(3)]
+        claim = verdict(claims({"small": swept([*rows, *others])}, []), "MALoRA > MoLoRA (intra")
+        assert claim.verdict == expected
+
+
+def test_holm_counts_the_claims_that_were_tested():
+    """A difference that one test would call real is not among two: p = 0.03 and 0.9 become 0.06 and 0.9."""
+    pair = [
+        run("table2", "MoLoRA", right=0.5),
+        run("table2", "MALoRA", right=0.5125),
+    ]  # 5 items more of 400, both tasks
+    alone = verdict(claims({"small": swept(pair)}, []), "MALoRA > MoLoRA (intra")
+    both = verdict(claims({"small": swept([*pair, run("table2", "LoRA", right=0.5125)])}, []), "MALoRA > MoLoRA (intra")
+    p = [float(claim.ours.rpartition("p=")[2]) for claim in (alone, both)]
+    assert p[1] == pytest.approx(2 * p[0], rel=0.1)
+
+
+def test_no_worse_has_a_margin_and_needs_fewer_parameters():
+    rows = [run("table1", "MoLoRA", s, wobble=0.01, trainable=100) for s in range(3)]
+    small = [run("table1", "MALoRA-Small", s, wobble=0.01, trainable=70) for s in range(3)]
+    for record in rows + small:
+        record.config = replace(record.config, learning_rate=5e-4)
+    claim = verdict(claims({"small": rows + small}, []), "MALoRA-Small")
+    assert claim.verdict == "holds" and "with 30% fewer" in claim.ours
+    for record in small:
+        record.parameters["trainable"] = 130
+    assert verdict(claims({"small": rows + small}, []), "MALoRA-Small").verdict == "does not hold"
+
+
+def test_ablations_and_beta():
+    rows = [run("table3", "MALoRA", right=0.7), run("table3", "w/o ft P_t", right=0.5)]
+    gains = [
+        run("table12", e.title, right=0.6 if e.options["beta"] == 1.25 else 0.5)
+        for e in EXPERIMENTS["table12"].entries
+        if e.options["beta"] in (1.0, 1.25)
+    ]
+    found = claims({"small": rows + gains}, [])  # at no swept rate: the paper's
+    assert verdict(found, "the ablation “w/o ft P_t”").verdict == "not run"
+    for record in rows + gains:
+        rate = 5e-4 if record.config.mixture == "inter-open" else 4e-4
+        record.config = replace(record.config, learning_rate=rate)
+    found = claims({"small": rows + gains}, [])
+    assert verdict(found, "the ablation “w/o ft P_t”").verdict == "holds, on these items (one seed)"
+    assert verdict(found, "the ablation “decomposing").verdict == "not run"
+    beta = verdict(found, "β > 1")
+    assert beta.verdict == "holds" and "+10.00" in beta.ours and len(beta.records) == 8
+
+
+def test_the_tiny_profile_is_no_evidence():
+    rows = [run("table2", title, s, profile="tiny", wobble=0.01) for title in ("MoLoRA", "MALoRA") for s in range(3)]
+    assert verdict(claims({"tiny": rows}, []), "MALoRA > MoLoRA (intra").verdict == "not run"
+
+
+@pytest.mark.parametrize("A, expected", [(0.4, "holds"), (0.05, "does not hold")])
+def test_sides_are_alike_or_not_beside_their_chance_level(A, expected):
+    rows = []
+    for seed in range(3):
+        means = {"A": [A + 0.01 * seed, 0.1], "B": [0.2 + 0.01 * seed**2, 0.1]}
+        inside = {"similarity": {"within": {"mean": means, "mean_square": means}}}
+        rows.append(run("fig2", "MoLoRA", seed, inside=inside))
+        rows[-1].config = replace(rows[-1].config, learning_rate=4e-4)
+    claim = verdict(claims({"small": rows}, []), "down sides are alike and up sides are not, MT")
+    assert claim.verdict == expected and claim.paper == "A 0.37, B 0.012" and "(chance 0.100)" in claim.ours
+    assert verdict(claims({"small": rows[:1]}, []), claim.claim).verdict == "cannot be told at this size, one run"
+
+
+def speed(molora, malora, backend="dispatch", rounds=10, steps=1):
+    def row(method, step):
+        samples = [step * (1 + 0.001 * i) for i in range(rounds) for _ in range(steps)]
+        return {"name": f"{method}-{backend}", "method": method, "backend": backend, "status": "ok",
+                "seconds": {"step": samples}}  # fmt: skip
+
+    options, provenance = {"layers": None, "rounds": rounds}, {"time": "2026-01-01T00:00:00Z", "device": "a GPU"}
+    return SpeedRecord("llama2-7b", "train", options, provenance, {}, [row("molora", molora), row("malora", malora)])
+
+
+def test_faster_is_from_records_of_speed():
+    found = claims({}, [speed(12.0, 10.0)])
+    same = verdict(found, "MALoRA's training step is 1.2 times as fast as MoLoRA's, both by dispatch")
+    assert same.ours.startswith("1.20 [1.2") and same.verdict == "holds, on a GPU" and same.profile == "speed"
+    # Steps of one round are one observation, and of one there is no interval.
+    assert verdict(claims({}, [speed(12.0, 10.0, steps=3)]), same.claim).ours == same.ours
+    for other in (speed(10.0, 10.0, "fused"), speed(12.0, 10.0, rounds=1, steps=9)):
+        assert verdict(claims({}, [other]), same.claim).verdict == "not run"
+    fastest = verdict(claims({}, [speed(10.0, 10.0, "fused")]), same.claim.replace("both by dispatch", "each by its"))
+    assert fastest.verdict == "does not hold, on a GPU"
+    of_more = speed(10.0, 10.0, "fused")
+    of_more.rows.append(of_more.rows[0] | {"name": "lora-plain-compiled", "method": "lora"})
+    later = speed(12.0, 10.0)
+    later.provenance = later.provenance | {"time": "2026-01-02T00:00:00Z"}
+    assert verdict(claims({}, [of_more, later]), fastest.claim).records == [of_more.id]
+    assert verdict(claims({}, [of_more, later]), same.claim).records == [later.id]
+
+
+def test_the_table_links_to_its_records():
+    rows = swept([run("table2", "MoLoRA", right=0.5), run("table2", "MALoRA", right=0.7)])
+    found = claims({"small": rows}, [])
+    line = next(line for line in claims_table(found).splitlines() if "MALoRA > MoLoRA (intra" in line)
+    claim = verdict(found, "MALoRA > MoLoRA (intra")
+    assert f"(results/small/runs/{claim.records[0]}.json)" in line and "**holds, on these items (one seed)**" in line

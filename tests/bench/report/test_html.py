@@ -1,0 +1,226 @@
+"""The page that people look at: in a browser it sorts, filters and opens records, and it needs nothing but itself."""
+
+import base64
+import gzip
+import json
+import re
+import shutil
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from bench.cli.parser import main
+from bench.experiments.methods import method_options
+from bench.experiments.profiles import PROFILES
+from bench.experiments.registry import EXPERIMENTS
+from bench.records import schema, store
+from bench.report.claims import Claim
+from tests.bench.conftest import CLEAN
+from tests.bench.records.test_store import make
+
+pytest.importorskip("itables", reason="the extra 'report' is not installed")
+from bench.report import figures
+from bench.report.html import page, step_seconds
+
+TITLE = "Mean score against the time of a training step"
+
+
+def claim(verdict, *records):
+    return Claim("A < B", "Table 2", "+1", "+2", verdict, list(records), "tiny")
+
+
+def runs():
+    made = [
+        make(seed, method=method, rate=rate, right=right, n=20)
+        for seed in (0, 1)
+        for method, rate, right in (
+            ("lora", 4e-4, 0.5),
+            ("lora", 2e-3, 0.95),
+            ("molora", 4e-4, 0.35),
+            ("dora", 4e-4, 0.1),
+        )
+    ]
+    return [
+        *made,
+        make(0, method="base", rate=None, right=0.25, n=20, validation=None),
+        make(0, "diverged", "malora", 4e-4),
+    ]
+
+
+def speed(**seconds):
+    unknown = dict.fromkeys(("backend", "reason", "peak_bytes", "kernels", "launches", "synchronisations"))
+    rows = [
+        {"name": name, "method": method, "status": "ok", "trainable": 1234, "seconds": {"step": [step] * 3}, **unknown}
+        for name, (method, step) in seconds.items()
+    ]
+    options = {"variant": "all", "sweep": None, "batch": 1, "length": 8, "tokens": 8, "dropout": 0.0, "rounds": 1,
+               "layers": None, "flops": 1}  # fmt: skip
+    about = CLEAN | {"packages": dict.fromkeys(("torch", "transformers", "peft")), "cuda": None}
+    ceilings = {"matrix_flops_per_second": 1.0, "copy_bytes_per_second": 1.0}
+    return schema.SpeedRecord("toy", "train", options, about, {"before": ceilings, "after": ceilings}, rows)
+
+
+def svgs(text):
+    found = re.findall(r"<svg.*?</svg>", text[: text.index("<dialog")], re.DOTALL)
+    drawn = [ElementTree.fromstring(svg) for svg in found]
+    return {svg.get("aria-label"): svg for svg in drawn}
+
+
+def links(svg):
+    return {a.get("{http://www.w3.org/1999/xlink}href") for a in svg.iter("{http://www.w3.org/2000/svg}a")}
+
+
+def test_the_same_records_give_the_same_page_and_it_loads_nothing():
+    text = page({"tiny": runs()}, [], [])
+    assert text == page({"tiny": runs()[::-1]}, [], [])
+    own = text[: text.index('id="datatables"')]  # after it comes DataTables, whose strings name its home
+    assert not re.findall(r"""(?:src|href)=["'](?!#|data:,)|url\(\s*["']?(?!#)|@import""", own)
+    nothing = page({}, [], [])
+    assert "None has been held to records yet" in nothing and not svgs(nothing)
+
+
+def test_a_figure_leads_to_the_records_that_it_is_made_of():
+    drawn = svgs(page({"tiny": runs()}, [], []))
+    best = [r.id for r in runs() if (r.config.method, r.config.learning_rate) == ("lora", 2e-3)]
+    base = next(r.id for r in runs() if r.config.method == "base")
+    assert len(best) == 2 and links(drawn["Mean score against trainable parameters"]) == {
+        figures.link(best),
+        figures.link([base]),
+    }
+    assert links(drawn["Training loss"]) == {figures.link([run]) for run in (base, *best)}
+    assert TITLE not in drawn and all(svg.get("role") == "img" for svg in drawn.values())
+
+
+def test_step_times_are_of_the_same_adapter_computed_in_the_fastest_way():
+    measured = speed(floor=(None, 0.1), slow=("lora", 0.9), fast=("peft-lora", 0.3))
+    rows = [SimpleNamespace(method=m, records=[make(method=m)]) for m in ("lora", "molora")]
+    _, _, step = step_seconds(rows, [measured])
+    assert [step(row) for row in rows] == [0.3, None]
+    rows[0].records[0].parameters = {"trainable": 4321}
+    assert step(rows[0]) is None
+    drawn = svgs(page({"tiny": runs()}, [measured], []))
+    assert TITLE in drawn and links(drawn["Seconds of a step"]) == {figures.link([measured.id])}
+
+
+def test_figures_of_insides_and_of_settings_are_drawn_where_records_have_them():
+    inside = {
+        "similarity": {name: {"mean": {"A": [0.4, 0.1], "B": None}, "mean_square": {"A": [0.2, 0.1], "B": None}}
+                       for name in ("within", "start")},
+        "spectra": {side: {"values": [2.0, 1.0], "stable_rank": 1.5, "effective_rank": 1.8} for side in "AB"},
+        "movement": {"factor": "A", "relative": [0.1, 0.2], "angle": 10.0},
+        "routing": {**{kind: {"lexicon": [1.0, 0.5]} for kind in ("entropy", "largest_share", "unused")},
+                    "load": [[0.7, 0.3], [0.6, 0.4]], "task_information": [0.0, 0.1]},
+    }  # fmt: skip
+    routed = [make(0, method=method, rate=4e-4, inside=inside) for method in ("malora", "molora")]
+    drawn, each = svgs(page({"tiny": routed}, [], [])), {figures.link([r.id]) for r in routed}
+    assert links(drawn["How alike experts are (Figure 2)"]) == each
+    assert links(drawn["Singular values of the stacked experts (Figure 3)"]) == each
+    assert "lexicon" in drawn["MALoRA: the busiest expert's share, by layer and task"].itertext()
+
+    entries, tiny = EXPERIMENTS["table12"].entries, PROFILES["tiny"]
+    grid = [make(0, method="malora", rate=4e-4) for _ in entries]
+    for run, entry in zip(grid, entries, strict=True):
+        options = method_options("malora", tiny, "procedural", entry.changes(tiny))
+        run.config = replace(run.config, method_options=options)
+    drawn = svgs(page({"tiny": grid}, [], []))["Mean score against β, for each d (Figure 4b)"]
+    assert links(drawn) == {figures.link([r.id]) for r in grid} and {"d=16", "d=32", "d=48", "d=64"} <= set(
+        drawn.itertext()
+    )
+
+
+def test_a_method_has_one_colour_and_its_variants_too():
+    assert len({colour for colour, _ in figures.STYLES.values()}) == len(figures.STYLES)
+    assert figures.style("malora-fixed-s")[0] == figures.style("malora")[0] != figures.style("molora-r12")[0]
+
+
+def test_the_command_writes_the_page_of_what_is_published(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("bench.cli.commands.LOCAL", tmp_path)
+    assert main(["report"]) == 0 and str(tmp_path / "report.html") in capsys.readouterr().out
+    text = (tmp_path / "report.html").read_text()
+    embedded = json.loads(gzip.decompress(base64.b64decode(re.search(r'id="records">(.*?)</script>', text)[1])))
+    for run in store.read_all(store.RESULTS / "tiny"):
+        there = json.loads(run.path.read_text())
+        shown = embedded[figures.handle(run.id)]
+        assert shown == {k: there.get(k) for k in shown}  # older ones lack what is unknown
+    published = [path.stem for path in store.RESULTS.glob("*/runs/*.json")]
+    assert len({figures.handle(id) for id in published}) == len(published)
+    assert len(text) < 3_000_000
+
+
+@pytest.fixture(scope="module")
+def browser():
+    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with driver.sync_playwright() as engines:
+        try:
+            found = engines.chromium.launch(executable_path=shutil.which("chromium"))
+        except driver.Error as error:
+            pytest.skip(f"no Chromium starts here: {str(error).splitlines()[0]}")
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """Opens a page from a file; at the end nothing may have been asked of a network or said on the console."""
+    said = []
+
+    def open_(text, width=1280):
+        (tmp_path / "report.html").write_text(text)
+        tab = browser.new_page(viewport={"width": width, "height": 800})
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.on("request", lambda request: request.url.startswith(("file:", "blob:")) or said.append(request.url))
+        tab.goto((tmp_path / "report.html").as_uri())
+        tab.wait_for_selector(".leaderboard .dt-container")
+        return tab
+
+    yield open_
+    assert said == []
+
+
+def test_tables_sort_by_number_filter_and_hide_what_is_the_papers(opened):
+    from playwright.sync_api import expect
+
+    tab = opened(page({"tiny": [r for r in runs() if r.config.learning_rate != 2e-3]}, [], []))
+    first = tab.locator(".leaderboard tbody tr:visible > :first-child")
+    base = "base, no adapter"
+    ours_and_theirs = [text for name in ("LoRA", "DoRA", "MoLoRA") for text in (name, f"{name}, the paper's")]
+    expect(first).to_contain_text([base, *ours_and_theirs, "MALoRA"])
+    tab.get_by_label("the paper's rows").uncheck()
+    tab.locator(".leaderboard th", has_text="mean").click()
+    expect(first).to_contain_text(["MALoRA", "DoRA", base, "MoLoRA", "● LoRA"])  # none, 10, 25, 35, 50
+    tab.locator(".leaderboard th", has_text="mean").click()
+    expect(first).to_contain_text(["● LoRA", "MoLoRA", base, "DoRA", "MALoRA"])
+    tab.get_by_label("Filter rows").first.fill("molora")
+    expect(first).to_contain_text(["MoLoRA"])
+
+
+def test_a_cell_opens_the_records_of_its_row_and_nothing_in_one_is_markup(opened):
+    hostile = "</script><img src=x onerror=alert(1)>"
+    broken = make(0, "diverged", "malora", 4e-4)
+    broken.error = hostile
+    tab = opened(
+        page({"tiny": [*runs()[:-1], broken]}, [], [claim(hostile), claim("holds, on these items", broken.id)])
+    )
+    assert tab.locator("img").count() == 0 and tab.locator("[data-verdict=holds]").count() == 1
+    tab.locator(".leaderboard td a", has_text="95.0 ±").first.click()
+    ids = [r.id for r in runs() if r.config.method == "lora" and r.config.learning_rate == 2e-3]
+    assert tab.locator("dialog[open] h3").all_inner_texts() == ids
+    shown = tab.locator("dialog details", has_text="config").first
+    shown.locator("summary").click()
+    config = json.loads(shown.locator("pre").inner_text())
+    assert config["learning_rate"] == 2e-3 and tab.locator("dialog polyline").count() == 2
+    tab.keyboard.press("Escape")
+    assert not tab.locator("dialog").is_visible()
+    tab.goto(tab.url.partition("#")[0] + figures.link([broken.id]))  # a record has an address
+    assert hostile in tab.locator("dialog[open] p").inner_text()
+
+
+def test_a_phone_does_not_scroll_sideways(opened):
+    published = {name: store.read_all(store.RESULTS / name) for name in ("tiny", "small")}
+    tab = opened(page(published, [speed(fast=("lora", 0.3))], [claim("holds")]), width=390)
+    assert tab.evaluate("document.documentElement.scrollWidth") == 390
+    tab.locator(".leaderboard tbody a").first.click()
+    assert tab.locator("dialog[open]").bounding_box()["width"] <= 390

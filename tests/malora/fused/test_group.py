@@ -1,0 +1,267 @@
+"""Layers that the fused backend computes together, inside whole models: nothing but the speed may change."""
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+
+import malora
+from tests.conftest import SHAPES, make_model
+
+# The interpreter computes in float64; a GPU's tensor cores do not.
+ON_GPU = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.float32) if ON_GPU else ("cpu", torch.float64)
+CLOSE = {"rtol": 1e-3, "atol": 1e-5} if ON_GPU else {"rtol": 1e-8, "atol": 1e-10}
+METHODS = ("molora", "malora", "asylora", "malora-fixed-s")
+
+
+@pytest.fixture
+def ids(ids):
+    return ids.to(DEVICE)
+
+
+def adapted(method="malora", shape="llama", **options):
+    torch.manual_seed(0)
+    options = {"backend": "fused", "lora_dropout": 0.0, "target_modules": malora.TARGET_MODULES[shape]} | options
+    model = get_peft_model(make_model(shape), malora.METHODS[method](**options)).to(DEVICE, DTYPE).train()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "malora_" in name:
+                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(p))
+    return model
+
+
+def computed(model, ids, backend, more=malora.balance_loss):
+    """Logits, and gradients of a loss, to which `more` of a routed model is added."""
+    for layer in model.base_model.malora_layers:
+        layer.settings["default"].backend = backend
+    model.zero_grad()
+    logits = model(ids, use_cache=False).logits
+    loss = logits.pow(2).mean()
+    if malora.has_router(model):
+        loss = loss + more(model)
+    loss.backward()
+    return {"logits": logits.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(model, ids, **loss):
+    expected, got = computed(model, ids, "dense", **loss), computed(model, ids, "fused", **loss)
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, **CLOSE, msg=name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_model_computes_the_same(method, shape, ids):
+    assert_same(adapted(method, shape), ids)
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("frozen", ["malora_B", "malora_"])
+def test_siblings_need_not_train_alike(frozen, large, ids, monkeypatch):
+    monkeypatch.setattr("malora.fused.streams.LARGE", 1 if large else 1 << 23)
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        if "q_proj" in name and frozen in name:
+            parameter.requires_grad_(False)
+    assert_same(model, ids)
+    assert not any(p.grad is not None for n, p in model.named_parameters() if "q_proj" in n and frozen in n)
+    assert all(p.grad is not None for n, p in model.named_parameters() if "k_proj" in n and "malora_B" in n)
+
+
+def test_siblings_are_computed_once(ids, monkeypatch):
+    from malora.fused import autograd
+
+    sizes = []
+    outputs = autograd.outputs
+    monkeypatch.setattr(autograd, "outputs", lambda stack, x: sizes.append(len(stack.layers)) or outputs(stack, x))
+    adapted()(ids)
+    assert sizes == [3, 2, 1] * 2  # Q, K, V; Gate, Up; Down; of two layers
+
+
+def test_a_training_pass_copies_all_weights_at_once(ids, monkeypatch):
+    sizes = []
+    copy = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, source: sizes.append(len(to)) or copy(to, source))
+    monkeypatch.setattr("malora.fused.kernels.multi_copy.FEW", 99)  # more would be one kernel of ours on a GPU
+    model = adapted("molora")  # a router, A and B in each of six targets of two layers
+    model(ids)
+    assert sizes == [9, 6, 3] * 2
+    del sizes[:]
+    model(ids)
+    assert sizes == [36]
+
+
+def test_the_gradients_of_a_balance_loss_are_read_where_they_lie(ids, monkeypatch):
+    def computed():
+        """Gradients, and how many tensors were copied to lie side by side, each time."""
+        model, copied = adapted("molora"), []
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "stack", lambda tensors: copied.append(len(tensors)) or stack(tensors))
+            (model(ids).logits.sum() + malora.balance_loss(model)).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, copied
+
+    stack = torch.stack
+    got, copied = computed()
+    assert not {2, 3} & set(copied)  # Gate, Up and Q, K, V
+    monkeypatch.setattr("malora.fused.autograd._side_by_side", lambda _: False)
+    expected, copied = computed()
+    assert copied.count(3) == copied.count(2) == 2  # of two layers
+    assert all(torch.equal(got[name], gradient) for name, gradient in expected.items())
+
+
+def test_a_balance_loss_of_one_sibling(ids):
+    def of_key(model):
+        return model.base_model.model.model.layers[1].self_attn.k_proj.routings["default"].probability.pow(2).sum()
+
+    assert_same(adapted(), ids, more=of_key)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "malora-small"])
+def test_what_is_saved_for_the_backward_pass_may_be_packed(method, ids):
+    """As whoever carries it off the GPU does; it comes back in rows that are not padded."""
+    model = adapted(method)
+
+    def gradients(pack):
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(ids, use_cache=False).logits.pow(2).mean()
+        loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients(lambda tensor: tensor)
+    got = gradients(lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, **CLOSE, msg=name)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizers_step_is_seen(fused, ids):
+    """A fused one does not raise the version of what it changes."""
+    model = adapted()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=fused)
+    for _ in range(2):
+        assert_same(model, ids)
+        optimizer.step()
+    with torch.no_grad():
+        before = model.eval()(ids).logits
+        optimizer.step()
+        after = model.train().eval()(ids).logits
+        assert not torch.equal(before, after)
+        for layer in model.base_model.malora_layers:
+            layer.settings["default"].backend = "dense"
+        torch.testing.assert_close(after, model(ids).logits, **CLOSE)
+
+
+def test_changed_weights_are_seen(ids):
+    model = adapted()
+    assert_same(model, ids)
+    model.load_state_dict({n: p * 0.9 if "malora_" in n else p for n, p in model.state_dict().items()})
+    assert_same(model, ids)
+    model.base_model.malora_layers[0].malora_B["default"].data = torch.ones_like(
+        model.base_model.malora_layers[0].malora_B["default"]
+    )
+    assert_same(model, ids)
+
+
+def test_two_passes_before_one_backward(ids):
+    model = adapted()
+    (model(ids).logits.sum() + model(ids.flip(1)).logits.sum()).backward()
+    got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    for layer in model.base_model.malora_layers:
+        layer.settings["default"].backend = "dense"
+    model.zero_grad()
+    (model(ids).logits.sum() + model(ids.flip(1)).logits.sum()).backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(got[name], p.grad, **CLOSE, msg=name)
+
+
+def test_a_sibling_called_alone_or_again(ids):
+    attention = adapted().base_model.model.model.layers[0].self_attn
+    x = torch.randn(2, 3, attention.q_proj.in_features, dtype=DTYPE, device=DEVICE)
+    y = attention.v_proj(x)
+    torch.testing.assert_close(attention.v_proj(x), y, **CLOSE)
+    x.mul_(2)  # the same tensor with other content
+    twice = attention.v_proj(x)
+    attention.v_proj.settings["default"].backend = "dense"
+    torch.testing.assert_close(twice, attention.v_proj(x), **CLOSE)
+
+
+def test_what_has_no_fused_way_is_said_and_computed_densely(ids, caplog):
+    model = adapted("malora-decomposed-b")
+    assert_same(model, ids)
+    model = adapted()
+    model.add_adapter("second", malora.METHODS["malora"](backend="fused"))
+    model.base_model.set_adapter(["default", "second"])
+    model(ids)
+    assert "several adapters at once" in caplog.text
+
+
+def test_an_adapter_of_the_same_name_and_another_shape(ids):
+    model = adapted()
+    model(ids)
+    model.add_adapter("other", malora.METHODS["molora"](backend="fused", lora_dropout=0.0))
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.add_adapter("default", malora.METHODS["malora"](backend="fused", lora_dropout=0.0, r=4, d=6, num_experts=3))
+    model.set_adapter("default")
+    assert_same(model.to(DEVICE, DTYPE), ids)
+
+
+def test_a_copy_and_generation(ids):
+    model = adapted().eval()
+    again = copy.deepcopy(model)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    with torch.no_grad():
+        autograd = model.generate(ids[:1, :4], max_new_tokens=5, do_sample=False)
+        for layer in model.base_model.malora_layers:
+            layer.settings["default"].backend = "dense"
+        assert torch.equal(autograd, model.generate(ids[:1, :4], max_new_tokens=5, do_sample=False))
+
+
+def test_inference_after_training_sees_weights_that_a_fused_optimizer_changed(ids):
+    """Which leaves their versions; layers are computed one by one there, which training does not do."""
+    model = adapted()
+    with torch.inference_mode():
+        before = model(ids, use_cache=False).logits
+    model(ids, use_cache=False).logits.sum().backward()
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.mul_(1.3)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    with torch.inference_mode():
+        after = model(ids, use_cache=False).logits
+    torch.testing.assert_close(after, expected)
+    assert (after - before).norm() > 0.01 * before.norm()
+
+
+def test_inference_mode_computes_the_same_and_leaves_nothing_that_training_cannot_use(ids):
+    """Its tensors do not say whether they have changed."""
+    model = adapted(lora_dropout=0.3)
+    with torch.inference_mode():
+        model(ids)
+        model.eval()
+        got = model(ids).logits
+        assert torch.equal(got, model(ids).logits)
+    with torch.no_grad():
+        torch.testing.assert_close(got, model(ids).logits, **CLOSE)
+    model.train()(ids).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_gradient_checkpointing_recomputes_the_same(ids):
+    model = adapted(lora_dropout=0.3)
+    torch.manual_seed(3)
+    model(ids, use_cache=False).logits.pow(2).mean().backward()
+    plain = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    torch.manual_seed(3)
+    model(ids, use_cache=False).logits.pow(2).mean().backward()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, **CLOSE, msg=name)
