@@ -12,7 +12,7 @@ from malora.layer import PREFIX, MaloraLayer
 from malora.load_balancing import RouterStats, balance_loss, has_router, router_stats
 from malora.methods import METHODS
 from malora.model import TARGET_MODULES, MaloraModel
-from malora.weight_cache import HeldWeights
+from malora.weight_cache import WeightCache
 
 # PEFT's own `register_peft_method` accepts members of its PeftType enum only, which another package cannot extend.
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = MaloraConfig
@@ -25,11 +25,11 @@ __all__ = [
     "BACKENDS",
     "METHODS",
     "TARGET_MODULES",
-    "HeldWeights",
     "MaloraConfig",
     "MaloraLayer",
     "MaloraModel",
     "RouterStats",
+    "WeightCache",
     "balance_loss",
     "has_router",
     "router_stats",

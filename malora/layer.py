@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from malora.backends import BACKENDS
 from malora.config import MaloraConfig, choose
 from malora.factors import Factors
-from malora.fused.availability import has_triton, interprets_triton, say_once
-from malora.fused.group import Siblings
+from malora.fused.availability import has_triton, interprets_triton, warn_once
+from malora.fused.group import ProjectionGroup
 from malora.initialization import init_factors_, kaiming_uniform
 from malora.routing import Routing, RoutingLog, route
 
@@ -29,14 +29,14 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = tuple(PREFIX + name for name in ("router", *Factors._fields))
     other_param_names = ("malora_dropout",)
 
-    def __init__(self, base_layer: nn.Linear, name: str, log: RoutingLog, siblings: Siblings | None = None) -> None:
+    def __init__(self, base_layer: nn.Linear, name: str, log: RoutingLog, group: ProjectionGroup | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.name = name
         self.routing_log = log
-        self.siblings = siblings or Siblings()
-        self.siblings.layers.append(self)
+        self.group = group or ProjectionGroup()
+        self.group.layers.append(self)
         self.routings: dict[str, Routing] = {}  # of the model's last forward pass, by adapter
         self.settings: dict[str, MaloraConfig] = {}
         for attribute in self.adapter_layer_names:
@@ -47,7 +47,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter: str, config: MaloraConfig) -> None:
         """Add an adapter: create its tensors and start them as the paper does."""
-        self.siblings.release()
+        self.group.release()
         self.settings[adapter] = config
         self.malora_dropout[adapter] = nn.Dropout(config.lora_dropout)
         for name, shape in self._shapes(config).items():
@@ -87,8 +87,8 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if not (args or kwargs) and (adapter := self.fused_adapter()):
-            return self.siblings.output(self, adapter, x)
+        if not (args or kwargs) and (adapter := self.adapter_for_fused_path()):
+            return self.group.output(self, adapter, x)
         y = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return y
@@ -97,7 +97,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
                 y = y + self.delta(adapter, x).to(y.dtype)
         return y
 
-    def fused_adapter(self) -> str | None:
+    def adapter_for_fused_path(self) -> str | None:
         """The adapter to compute together with the base, if there is one that the fused backend can."""
         active = [adapter for adapter in self.active_adapters if adapter in self.settings]
         device = self.base_layer.weight.device
@@ -110,7 +110,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
             obstacle = "several adapters at once"
         elif type(self.base_layer) is not nn.Linear:
             obstacle = f"a {type(self.base_layer).__name__}"
-        elif self.siblings.is_sharded:  # they come and go, and are not copied or moved
+        elif self.group.is_sharded:  # they come and go, and are not copied or moved
             obstacle = "weights that FSDP has sharded"
         elif any(parameter.requires_grad for parameter in self.base_layer.parameters()):
             obstacle = "a base that is trained too"
@@ -122,7 +122,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
             obstacle = f"on {device.type}, with Triton {'' if has_triton() else 'not '}installed"
         if obstacle:
             for asked in {self.settings[adapter].backend for adapter in active} & {"fused", "fp8"}:
-                say_once(asked, obstacle, "the dense backend")
+                warn_once(asked, obstacle, "the dense backend")
         return None if obstacle else active[0]
 
     def delta(self, adapter: str, x: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         return y_Tm.unflatten(0, x.shape[:-1])
 
     def train(self, mode: bool = True) -> MaloraLayer:
-        self.siblings.drop_kept()  # training may have changed the weights
+        self.group.drop_kept()  # training may have changed the weights
         return super().train(mode)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -159,16 +159,16 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
                 getattr(self, PREFIX + name)[adapter].requires_grad_(False)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self.siblings.release(frozen=self.settings.keys() <= {adapter_name})
+        self.group.release(frozen=self.settings.keys() <= {adapter_name})
         self.settings.pop(adapter_name, None)
-        self.siblings.drop_rooms()
+        self.group.drop_rooms()
         super().delete_adapter(adapter_name)
 
     def _apply(self, *args: Any, **kwargs: Any) -> MaloraLayer:
         device = self.base_layer.weight.device
         super()._apply(*args, **kwargs)
         if self.base_layer.weight.device != device:
-            self.siblings.frozen.clear()  # they were where the weights were
+            self.group.frozen.clear()  # they were where the weights were
         return self
 
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 
 from malora.config import MaloraConfig
 from malora.fused import fp8_linear
-from malora.fused.group import SIBLINGS, Siblings, weights_ahead
+from malora.fused.group import PROJECTION_GROUPS, ProjectionGroup, prefetch_packed_weights
 from malora.layer import PREFIX, MaloraLayer
 from malora.routing import RoutingLog
 
@@ -51,8 +51,8 @@ class MaloraModel(BaseTuner):
         return [module for module in self.model.modules() if isinstance(module, MaloraLayer)]
 
     @cached_property
-    def _all_siblings(self) -> list[Siblings]:
-        return list({id(layer.siblings): layer.siblings for layer in self.malora_layers}.values())
+    def _groups(self) -> list[ProjectionGroup]:
+        return list({id(layer.group): layer.group for layer in self.malora_layers}.values())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = inspect.signature(self.model.forward).bind_partial(*args, **kwargs).arguments
@@ -60,16 +60,16 @@ class MaloraModel(BaseTuner):
         is_padding_mask = mask is not None and mask.dim() == 2
         for layer in self.malora_layers:
             layer.routings.clear()
-        with self.routing_log.listen(mask if is_padding_mask else None), weights_ahead(self._all_siblings):
+        with self.routing_log.listen(mask if is_padding_mask else None), prefetch_packed_weights(self._groups):
             return super().forward(*args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         saved = tuple(self.peft_config[adapter_name].modules_to_save or ())
         for name, module in model.named_modules():
             if name.endswith(saved):  # PEFT copies them, with all that they know
-                fp8_linear.leave(module)
+                fp8_linear.restore_linear(module)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        fp8_linear.find(model, self.malora_layers, adapter_name)
+        fp8_linear.convert_unadapted_linears(model, self.malora_layers, adapter_name)
 
     def unload(self) -> nn.Module:
         """The base model, as it came."""
@@ -85,10 +85,10 @@ class MaloraModel(BaseTuner):
 
     def _left(self, model: nn.Module) -> nn.Module:
         """Without what the adapters' layers, which `malora_layers` still has, keep of its weights."""
-        for siblings in self._all_siblings:
-            siblings.release(frozen=True)
+        for group in self._groups:
+            group.release(frozen=True)
         for module in model.modules():
-            fp8_linear.leave(module)
+            fp8_linear.restore_linear(module)
         return model
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -117,14 +117,14 @@ class MaloraModel(BaseTuner):
             )
 
     @cached_property
-    def _families(self) -> dict[tuple[str, int], Siblings]:
+    def _families(self) -> dict[tuple[str, int], ProjectionGroup]:
         return {}
 
-    def _siblings(self, key: str) -> Siblings:
+    def _group_of(self, key: str) -> ProjectionGroup:
         """Those that the module of this name belongs to; its own where it reads an input of its own."""
         parent, _, name = key.rpartition(".")
-        number = next((i for i, names in enumerate(SIBLINGS) if name in names), None)
-        return Siblings() if number is None else self._families.setdefault((parent, number), Siblings())
+        number = next((i for i, names in enumerate(PROJECTION_GROUPS) if name in names), None)
+        return ProjectionGroup() if number is None else self._families.setdefault((parent, number), ProjectionGroup())
 
     def _create_and_replace(
         self,
@@ -138,11 +138,11 @@ class MaloraModel(BaseTuner):
     ) -> None:
         for cached in ("malora_layers", "_all_siblings"):
             self.__dict__.pop(cached, None)
-        fp8_linear.leave(target)
+        fp8_linear.restore_linear(target)
         if isinstance(target, MaloraLayer):
             target.update_layer(adapter_name, peft_config)
         elif isinstance(target, nn.Linear):
-            layer = MaloraLayer(target, current_key, self.routing_log, self._siblings(current_key))
+            layer = MaloraLayer(target, current_key, self.routing_log, self._group_of(current_key))
             layer.set_adapter(self.active_adapters)
             layer.update_layer(adapter_name, peft_config)
             self._replace_module(parent, target_name, layer, target)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from malora.fused.packed_weights import Copies, Form, Stack
 
 
-class HeldWeights:
+class WeightCache:
     """A model's weights as the fused backends read them, made once for several training passes.
 
     These backends read narrow copies, and have B beside the frozen weights. A fused optimizer's step does not raise a
@@ -38,7 +38,7 @@ class HeldWeights:
 
     def __init__(self, model: nn.Module) -> None:
         layers = (module for module in model.modules() if isinstance(module, MaloraLayer))
-        self._families = list(dict.fromkeys(layer.siblings for layer in layers))
+        self._families = list(dict.fromkeys(layer.group for layer in layers))
         self._forms: list[tuple[Stack, Form]] = []
         self._copies: list[Copies] = []
         self._units: dict[Stack, Tensor | None] = {}  # what h is multiplied by in 8 bits
@@ -70,7 +70,7 @@ class HeldWeights:
             for stack, narrow in copies.pairs:
                 stack.held = narrow if holds else None
 
-    def __enter__(self) -> HeldWeights:
+    def __enter__(self) -> WeightCache:
         self._depth += 1
         self._hold(True)
         return self

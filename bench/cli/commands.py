@@ -11,7 +11,7 @@ from bench.errors import UserError
 from bench.evaluate.score import require_scoring, score
 from bench.experiments.methods import BASE
 from bench.experiments.profiles import PROFILES, Profile
-from bench.experiments.registry import families_of, opened
+from bench.experiments.registry import open_data_mixture, tuning_groups_of
 from bench.models.adapters import check_adapter, load_adapter
 from bench.models.base import load, prepare
 from bench.records import provenance, schema, store
@@ -20,21 +20,21 @@ from bench.report.claims import claims
 from bench.report.scores import experiment_page
 from bench.report.scores.selection import records_that_lend_rates, tuned_rates
 from bench.report.speed import goals, tables
-from bench.runs.plan import Runs, final, sweep
+from bench.runs.plan import Runs, plan_runs, sweep
 from bench.runs.pool import run_all
 from bench.runs.run import run, score_options
-from bench.runs.setting import Setting, configure, processes
+from bench.runs.setting import RunSettings, make_run_config, processes
 from tasks import MIXTURES, Folder, build
 
 LOCAL = store.RESULTS / "local"
 SPEED = "speed"  # the folder of bench.speed's records, beside those of the profiles
 
 
-def make_setting_from(options: argparse.Namespace, mixture: str) -> Setting:
+def make_setting_from(options: argparse.Namespace, mixture: str) -> RunSettings:
     profile: Profile = PROFILES[options.profile]
     if options.data and profile.name == "tiny" and not options.model:
         raise UserError("the tiny base knows the words of the procedural tasks only; with --data take --profile small.")
-    setting = Setting(
+    setting = RunSettings(
         profile=profile,
         model=options.model or profile.model,
         source=Folder(options.data) if options.data else profile.source,
@@ -52,25 +52,25 @@ def make_setting_from(options: argparse.Namespace, mixture: str) -> Setting:
 
 def make_table(options: argparse.Namespace) -> int:
     experiment = options.experiment
-    setting = make_setting_from(options, opened(experiment.mixture) if options.data else experiment.mixture)
+    setting = make_setting_from(options, open_data_mixture(experiment.mixture) if options.data else experiment.mixture)
     published = store.read_all(store.RESULTS / setting.profile.name)
     mine = store.read_all(setting.results)  # a broken record is better found before the runs than after
     alone = processes().num_processes == 1
     jobs = (options.jobs or (_cores() if setting.device.type == "cpu" else 1)) if alone else 1
-    like = configure(setting, BASE, 0)
+    like = make_run_config(setting, BASE, 0)
     entries = experiment.chosen(options.methods)
-    families = families_of(entries)
+    tuning_groups = tuning_groups_of(entries)
     store.open_folder(setting.results)
     if options.sweep:
-        known = _run_and_print(sweep(setting, families), jobs, "sweep")
+        known = _run_and_print(sweep(setting, tuning_groups), jobs, "sweep")
     else:
         # Rates are tuned for a model by name: its weights may differ by rounding where they were made.
         known = records_that_lend_rates(published or mine, like)
-    tuned, lender = tuned_rates(experiment, known)
-    if (without := [m for m in families if m not in tuned]) and processes().is_main_process:
+    tuned, rates_from = tuned_rates(experiment, known)
+    if (without := [m for m in tuning_groups if m not in tuned]) and processes().is_main_process:
         print(f"no rate is tuned for {', '.join(without)}: the paper's only; --sweep tunes.", file=sys.stderr)
     runs = []
-    for wave in final(setting, experiment, entries, options.seeds, tuned):
+    for wave in plan_runs(setting, experiment, entries, options.seeds, tuned):
         runs += _run_and_print(wave, jobs, experiment.name)
     if processes().is_main_process:
         page = setting.results / f"{experiment.name}.md"
@@ -83,7 +83,7 @@ def make_table(options: argparse.Namespace) -> int:
                 like=like,
                 swept=options.sweep,
                 published=published,
-                lender=lender,
+                rates_from=rates_from,
             )
         )
         print(f"\n{page.read_text()}\nwritten to {page}")
@@ -110,7 +110,7 @@ def _run_and_print(runs: Runs, jobs: int, what: str) -> list[schema.Record]:
 
 def make_run(options: argparse.Namespace) -> int:
     setting = make_setting_from(options, options.mixture)
-    config = configure(setting, options.method, options.seed, options.learning_rate)
+    config = make_run_config(setting, options.method, options.seed, options.learning_rate)
     if setting.save and setting.save.is_file():
         raise UserError(f"--save {setting.save} is a file; give a folder for the adapter.")
     if setting.save and store.find(config, setting.results):

@@ -23,10 +23,10 @@ from malora.analysis.experts import Experts, experts, saved_experts
 from malora.analysis.similarity import means, movement, similarities, spectra
 
 PROMPTS = 32  # a task; one forward pass, some thousand tokens
-MOST_TOKENS = 512  # of a prompt
+MAX_TOKENS = 512  # of a prompt
 
 
-def look_inside(
+def analyze_adapter(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, start: Experts, prompts: dict[str, list[str]],
     peers: dict[str, Path],
 ) -> dict[str, Any]:  # fmt: skip
@@ -104,7 +104,7 @@ def _routing(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: dict
     model.eval()
     stats = {}
     for task, texts in prompts.items():
-        ids = [torch.tensor(tokenizer(text)["input_ids"][:MOST_TOKENS]) for text in texts[:PROMPTS]]
+        ids = [torch.tensor(tokenizer(text)["input_ids"][:MAX_TOKENS]) for text in texts[:PROMPTS]]
         mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(model.device)
         ids = pad_sequence(ids, batch_first=True).to(model.device)
         nowhere = torch.zeros(1, dtype=torch.long, device=model.device)  # all logits would be gigabytes, and unread

@@ -28,7 +28,7 @@ def generate(
     model: nn.Module,
     prompts: list[list[int]],
     *,
-    most: int,
+    max_new_tokens: int,
     batch_size: int,
     end: Collection[int],
     stopped: Callable[[list[int]], bool] = lambda tokens: False,
@@ -51,14 +51,14 @@ def generate(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         longest = len(prompts[rows[-1]])
-        shape = (len(rows), longest + -longest % WIDTHS, most)
+        shape = (len(rows), longest + -longest % WIDTHS, max_new_tokens)
         if decoder is None or decoder.shape != shape:
             decoder = None  # its cache goes before the next one comes
             decoder = _Decoder(model, shape)
         decoder.start([prompts[i] for i in rows])
         texts, done = [[] for _ in rows], [False] * len(rows)
-        for count in range(1, most + 1):
-            if count % CHECK_EVERY == 0 or count == most:
+        for count in range(1, max_new_tokens + 1):
+            if count % CHECK_EVERY == 0 or count == max_new_tokens:
                 for row, tokens in enumerate(decoder.written[:, :count].tolist()):
                     if not done[row]:
                         ends = [tokens.index(token) for token in end if token in tokens]
@@ -66,7 +66,7 @@ def generate(
                         done[row] = bool(ends) or stopped(texts[row])
                 if all(done):
                     break
-            if count < most:
+            if count < max_new_tokens:
                 decoder.step()
         for row, text in zip(rows, texts, strict=True):
             written[row] = text
@@ -77,16 +77,16 @@ class _Decoder:
     """One batch's state, in tensors that stay where they are, so that a graph can be replayed on them."""
 
     def __init__(self, model: nn.Module, shape: tuple[int, int, int]) -> None:
-        rows, width, most = self.shape = shape
+        rows, width, max_new_tokens = self.shape = shape
         self.model, self.width = model, width
         device = model.device
         assert model.config._attn_implementation == "sdpa", "the masks are made for it"
-        self.cache = StaticCache(config=model.config, max_cache_len=width + most)
-        self.mask = torch.zeros(rows, 1, 1, width + most, dtype=torch.bool, device=device)  # [B, 1, 1, C]
+        self.cache = StaticCache(config=model.config, max_cache_len=width + max_new_tokens)
+        self.mask = torch.zeros(rows, 1, 1, width + max_new_tokens, dtype=torch.bool, device=device)  # [B, 1, 1, C]
         self.token = torch.zeros(rows, 1, dtype=torch.long, device=device)  # [B, 1], the last one written
         self.position = torch.zeros(rows, 1, dtype=torch.long, device=device)  # [B, 1], among those of its row
         self.count = torch.zeros(1, dtype=torch.long, device=device)  # [1], of tokens written
-        self.written = torch.zeros(rows, most, dtype=torch.long, device=device)  # [B, G]
+        self.written = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)  # [B, G]
         self.graph = None
 
     def start(self, prompts: list[list[int]]) -> None:

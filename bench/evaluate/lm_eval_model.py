@@ -16,7 +16,7 @@ from bench.evaluate.generate import generate
 from bench.runtime.logits import label_positions_only
 
 # Label positions whose logits are there at once: for a vocabulary of 49,152, and with their logarithms, 6 GiB.
-MOST_LABELS = 16_384
+MAX_LABELS = 16_384
 
 
 class _LanguageModel(HFLM):
@@ -69,7 +69,7 @@ class _LanguageModel(HFLM):
         """Runs of the inputs, of at most a batch and MOST_LABELS labels."""
         chunk, total = [], 0
         for ids in inputs:
-            if chunk and (len(chunk) == self.batch_size or total + labels(ids) > MOST_LABELS):
+            if chunk and (len(chunk) == self.batch_size or total + labels(ids) > MAX_LABELS):
                 yield chunk
                 chunk, total = [], 0
             chunk.append(ids)
@@ -84,12 +84,12 @@ class _LanguageModel(HFLM):
         for number, request in enumerate(requests):
             how = request.args[1]
             alike[tuple(how["until"]), how["max_gen_toks"]].append(number)
-        for (stop, most), numbers in alike.items():
-            prompts = [self.tok_encode(requests[n].args[0])[-(self.max_length - most) :] for n in numbers]
+        for (stop, max_new_tokens), numbers in alike.items():
+            prompts = [self.tok_encode(requests[n].args[0])[-(self.max_length - max_new_tokens) :] for n in numbers]
             written = generate(
                 self.model,
                 prompts,
-                most=most,
+                max_new_tokens=max_new_tokens,
                 batch_size=self.generation_batch_size,
                 end=[self.eot_token_id],
                 stopped=lambda tokens, stop=stop: _until(stop, text := self.tok_decode(tokens)) != text,

@@ -25,7 +25,7 @@ RANKS = ("r", "lora_alpha", "d")
 
 
 @dataclass(frozen=True)
-class Entry:
+class TableEntry:
     """A row of a table: a method with options.
 
     Attributes:
@@ -48,7 +48,7 @@ class Entry:
         object.__setattr__(self, "title", self.title or TITLES.get(self.method, self.method))
 
     @property
-    def family(self) -> str:
+    def tuning_group(self) -> str:
         """The method whose sweep chooses the rate."""
         if self.own_rate:
             return self.method
@@ -82,7 +82,7 @@ class Experiment:
     name: str
     title: str
     mixture: str
-    entries: tuple[Entry, ...]
+    entries: tuple[TableEntry, ...]
     reference: str | None = None
     both_rates: bool = False
     figure: str | None = None
@@ -92,34 +92,34 @@ class Experiment:
         return tuple(dict.fromkeys(entry.method for entry in self.entries))
 
     @property
-    def families(self) -> list[str]:
+    def tuning_groups(self) -> list[str]:
         """The methods to sweep, in the order of the rows."""
-        return families_of(self.entries)
+        return tuning_groups_of(self.entries)
 
     @property
     def mixtures(self) -> set[str]:
         """Its own and what may stand for it."""
         stand_ins = {profile.mixtures.get(self.mixture) for profile in PROFILES.values()} - {None}
-        return {self.mixture, opened(self.mixture), *stand_ins}
+        return {self.mixture, open_data_mixture(self.mixture), *stand_ins}
 
-    def has(self, entry: Entry, config: RunConfig) -> bool:
+    def has(self, entry: TableEntry, config: RunConfig) -> bool:
         """Whether a run is one of a row's, or of its parts."""
         mixture = config.mixture.rpartition("/")[0] if entry.single_task else config.mixture
         return mixture in self.mixtures and entry.matches(config)
 
-    def chosen(self, methods: list[str] | None) -> list[Entry]:
+    def chosen(self, methods: list[str] | None) -> list[TableEntry]:
         """The rows of some methods, by default all; a method that the table does not have becomes a row."""
         if methods is None:
             return list(self.entries)
-        more = [Entry(method, own_rate=True) for method in methods if method not in self.methods]
+        more = [TableEntry(method, own_rate=True) for method in methods if method not in self.methods]
         return [entry for entry in self.entries if entry.method in methods] + more
 
 
-def families_of(entries: Iterable[Entry]) -> list[str]:
-    return list(dict.fromkeys(entry.family for entry in entries))
+def tuning_groups_of(entries: Iterable[TableEntry]) -> list[str]:
+    return list(dict.fromkeys(entry.tuning_group for entry in entries))
 
 
-def opened(mixture: str) -> str:
+def open_data_mixture(mixture: str) -> str:
     whole, slash, part = mixture.partition("/")
     return OPEN.get(whole, whole) + slash + part
 
@@ -131,50 +131,50 @@ def _sized(method: str, r: int, d: int | None = None, **options: Any) -> dict[st
     return options | ({} if d is None or d == usual.d else {"d": d})
 
 
-def _entries() -> dict[str, tuple[Entry, ...]]:
+def _entries() -> dict[str, tuple[TableEntry, ...]]:
     one = {"seeds": 1}
-    intra = tuple(Entry(method) for method in SWEPT)
+    intra = tuple(TableEntry(method) for method in SWEPT)
     single = {"single_task": True, **one}
     table1 = (
-        Entry("lora", "LoRA (ST)", **single),
-        Entry("asylora", "AsyLoRA (ST)", **single),
-        Entry("lora"),
-        *(Entry(method, **one) for method in ("asylora", "dora", "moasylora")),
-        *(Entry(method) for method in ("molora", "malora-small", "malora")),
+        TableEntry("lora", "LoRA (ST)", **single),
+        TableEntry("asylora", "AsyLoRA (ST)", **single),
+        TableEntry("lora"),
+        *(TableEntry(method, **one) for method in ("asylora", "dora", "moasylora")),
+        *(TableEntry(method) for method in ("molora", "malora-small", "malora")),
     )
     table3 = (
-        Entry("molora"),
-        Entry("molora-r12", "MoLoRA r=12", **one),
-        Entry("molora-same-a", "MoLoRA same A_t r=12", **one),
-        Entry("malora"),
-        Entry("malora-fixed-s", "fixed S_A r=16", **one),
-        Entry("malora-symmetric", "w/o asymmetry", **one),
-        Entry("malora-unshared-s", "w/o shared S_A", **one),
-        Entry("malora-frozen-p", "w/o ft P_t", **one),
-        Entry("malora-decomposed-b", "decomposing B_t", **one),
+        TableEntry("molora"),
+        TableEntry("molora-r12", "MoLoRA r=12", **one),
+        TableEntry("molora-same-a", "MoLoRA same A_t r=12", **one),
+        TableEntry("malora"),
+        TableEntry("malora-fixed-s", "fixed S_A r=16", **one),
+        TableEntry("malora-symmetric", "w/o asymmetry", **one),
+        TableEntry("malora-unshared-s", "w/o shared S_A", **one),
+        TableEntry("malora-frozen-p", "w/o ft P_t", **one),
+        TableEntry("malora-decomposed-b", "decomposing B_t", **one),
     )
     table11 = (
-        *(Entry("molora", f"MoLoRA r={r}", _sized("molora", r), **one) for r in (4, 8, 16, 32)),
+        *(TableEntry("molora", f"MoLoRA r={r}", _sized("molora", r), **one) for r in (4, 8, 16, 32)),
         *(
-            Entry(
+            TableEntry(
                 "malora", f"MALoRA r={r} d={d} β={β:g}", _sized("malora", r, d) | ({} if β == 1 else {"beta": β}), **one
             )
             for r, d, β in ((6, 16, 0.3), (12, 32, 1.0), (24, 64, 3.5), (48, 128, 5.0))
         ),
     )
     table12 = tuple(
-        Entry("malora", f"MALoRA r={r} d={d} β={β:g}", _sized("malora", r, d, beta=β), **one)
+        TableEntry("malora", f"MALoRA r={r} d={d} β={β:g}", _sized("malora", r, d, beta=β), **one)
         for r, d in ((14, 16), (12, 32), (10, 48), (8, 64))
         for β in (0.5, 1.0, 1.25, 2.0)
     )
     # AsyLoRA at twice LoRA's rank has about as many trainable parameters: 18 to 288 million at LLaMA-2 7B.
     fig5 = tuple(
-        Entry(method, f"{TITLES[method]} r={r * times}", _sized(method, r * times), **one)
+        TableEntry(method, f"{TITLES[method]} r={r * times}", _sized(method, r * times), **one)
         for r in (8, 16, 32, 64, 128)
         for method, times in (("lora", 1), ("asylora", 2))
     )
-    routed = tuple(Entry(method) for method in ("molora", "malora"))
-    apart = tuple(Entry(e.method, f"{e.title} (ST)", single_task=True, seeds=2) for e in routed)
+    routed = tuple(TableEntry(method) for method in ("molora", "malora"))
+    apart = tuple(TableEntry(e.method, f"{e.title} (ST)", single_task=True, seeds=2) for e in routed)
     return {"table1": table1, "table2": intra, "table3": table3, "table11": table11, "table12": table12,
             "fig2": routed + apart, "fig3": routed, "fig5": fig5}  # fmt: skip
 

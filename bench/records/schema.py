@@ -52,7 +52,7 @@ class RunConfig:
         rate = "" if self.learning_rate is None else f"-lr{self.learning_rate:g}"
         return f"{self.mixture.replace('/', '-')}-{self.format}-{self.method}{rate}-s{self.seed}-{self.hash[:8]}"
 
-    def but(self, *fields: str) -> tuple:
+    def config_key_without(self, *fields: str) -> tuple:
         """The configuration without the named fields: runs that agree in it differ only there."""
         return tuple((k, repr(v)) for k, v in dataclasses.asdict(self).items() if k not in fields)
 

@@ -29,7 +29,7 @@ from bench.models.backbone import SHAPES, backbone
 from bench.records.schema import Record, SpeedRecord
 from bench.report.paper import paper
 from bench.report.scores.adapter_tables import readings
-from bench.report.scores.selection import Row, comparable, difference, entries_of, rows, spread, tuned_rates
+from bench.report.scores.selection import TableRow, difference, entries_of, rows, select_comparable, spread, tuned_rates
 from bench.report.speed.summary import by_round, compared, exact_rows, seconds
 from bench.report.stats import LEVEL, Difference, compare, holm
 
@@ -72,7 +72,7 @@ def claims(records_by_profile: dict[str, list[Record]], speeds: list[SpeedRecord
     """Every claim that we test, in the paper's order of importance, with its verdict."""
     tables = _Tables(records_by_profile)
     intra, inter = (partial(_better, tables, name) for name in ("table2", "table1"))
-    ablations = [entry.title for entry in EXPERIMENTS["table3"].entries if entry.family == "malora"]
+    ablations = [entry.title for entry in EXPERIMENTS["table3"].entries if entry.tuning_group == "malora"]
     found = [
         inter("MoLoRA", "MALoRA"),
         intra("MoLoRA", "MALoRA"),
@@ -109,16 +109,16 @@ class _Tables:
         self.records = records
 
     @cache  # noqa: B019  (it lives as long as one call of `claims`)
-    def rows(self, name: str, profile: str) -> dict[str, Row]:
+    def rows(self, name: str, profile: str) -> dict[str, TableRow]:
         experiment = EXPERIMENTS[name]
-        mine, _ = comparable(self.records.get(profile, []), experiment)
+        mine, _ = select_comparable(self.records.get(profile, []), experiment)
         tuned, _ = tuned_rates(experiment, self.records.get(profile, []))
         entries = entries_of(experiment, mine)
         rate = PROFILES[profile].on(experiment.mixture).paper_rate
-        rates = dict.fromkeys((entry.family for entry in entries), rate) | tuned
+        rates = dict.fromkeys((entry.tuning_group for entry in entries), rate) | tuned
         return {row.title: row for row in rows(mine, entries, rates, experiment)}
 
-    def find(self, name: str, titles: list[str]) -> tuple[str, list[Row]] | None:
+    def find(self, name: str, titles: list[str]) -> tuple[str, list[TableRow]] | None:
         """The profile and these rows of an experiment, if a profile has scores of all of them."""
         for profile in EVIDENCE:
             found = self.rows(name, profile)
@@ -152,7 +152,7 @@ def _better(
 
 
 def _tested(
-    claim: Claim, d: Difference, bound: float, profile: str, mixture: str, of: list[Row], more: str = ""
+    claim: Claim, d: Difference, bound: float, profile: str, mixture: str, of: list[TableRow], more: str = ""
 ) -> _Tested:
     margin = f"; worse only beyond {bound:+g}" if bound else ""
     ours = f"{d.value:+.2f} [{d.low:+.2f}, {d.high:+.2f}] on {profile}, {mixture}{more}{margin}"

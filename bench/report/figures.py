@@ -20,7 +20,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from bench.experiments.methods import BASE
 from bench.records.schema import Record, SpeedRecord
-from bench.report.scores.selection import Row
+from bench.report.scores.selection import TableRow
 from bench.report.speed.summary import seconds
 
 # After Okabe and Ito's colours (https://jfly.uni-koeln.de/color/), which the colour-blind can tell apart; those too
@@ -85,8 +85,8 @@ def _rounded(places: str) -> str:
 
 
 def means(
-    title: str, label: str, found: list[Row], x: Callable[[Row], float | None], unit: str | None = "",
-    series: Callable[[Row], str] | None = None,
+    title: str, label: str, found: list[TableRow], x: Callable[[TableRow], float | None], unit: str | None = "",
+    series: Callable[[TableRow], str] | None = None,
 ) -> str | None:  # fmt: skip
     """Each row's mean, with its interval, against something of the row; None where that is known of none.
 

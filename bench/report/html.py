@@ -33,8 +33,8 @@ from bench.report.claims import NOTES, Claim
 from bench.report.figures import Line, handle, link
 from bench.report.readme import published_parts
 from bench.report.scores.adapter_tables import readings
-from bench.report.scores.document import Board, Part
-from bench.report.scores.selection import Row
+from bench.report.scores.document import Leaderboard, Section
+from bench.report.scores.selection import TableRow
 from bench.report.speed.goals import goal_table
 from bench.report.speed.summary import exact_rows, seconds, shown
 from bench.report.speed.tables import section
@@ -73,11 +73,11 @@ def page(records: dict[str, list[Record]], speeds: list[SpeedRecord], claims: li
     )
 
 
-def _experiment(experiment: Experiment, parts: list[Part], speeds: list[SpeedRecord]) -> dict[str, Any]:
+def _experiment(experiment: Experiment, parts: list[Section], speeds: list[SpeedRecord]) -> dict[str, Any]:
     """Its parts, with the figures after the leaderboards, or before the long tables of a figure's page."""
     tables = [number for number, part in enumerate(parts) if not isinstance(part, str)]
     rows = parts[tables[0]].rows if tables else []
-    shown = [_leaderboard(part) if isinstance(part, Board) else _markdown(str(part)) for part in parts]
+    shown = [_leaderboard(part) if isinstance(part, Leaderboard) else _markdown(str(part)) for part in parts]
     split = tables[0] if experiment.figure and tables else tables[-1] + 1 if tables else len(parts)
     return {
         "before": shown[:split],
@@ -126,7 +126,7 @@ def _cells(texts: Iterable[Any], to: str = "", order: dict[int, Any] | None = No
     return cells
 
 
-def _leaderboard(board: Board) -> Table:
+def _leaderboard(board: Leaderboard) -> Table:
     scored = [row.mean for row in board.rows if row.records]
     low = min((mean.value - mean.half_width for mean in scored), default=0.0)
     high = max((mean.value + mean.half_width for mean in scored), default=1.0)
@@ -173,7 +173,7 @@ def _made(*wanted: tuple) -> list[tuple[str, Markup]]:
     return [(title, Markup(svg)) for title, svg in made if svg]
 
 
-def _scores(experiment: Experiment, rows: list[Row], speeds: list[SpeedRecord]) -> list[tuple[str, Markup]]:
+def _scores(experiment: Experiment, rows: list[TableRow], speeds: list[SpeedRecord]) -> list[tuple[str, Markup]]:
     runs = [r for row in rows for r in row.sources if r.train]
 
     def over_steps(part: str, key: str) -> list[Line]:
@@ -192,7 +192,7 @@ def _scores(experiment: Experiment, rows: list[Row], speeds: list[SpeedRecord]) 
     )  # fmt: skip
 
 
-def _inside(experiment: Experiment, rows: list[Row], speeds: list[SpeedRecord]) -> list[tuple[str, Markup]]:
+def _inside(experiment: Experiment, rows: list[TableRow], speeds: list[SpeedRecord]) -> list[tuple[str, Markup]]:
     """What is inside trained adapters: Figures 2 and 3, and what the paper does not show."""
     if experiment.figure == "similarity":
         return _made((figures.alike, "How alike experts are (Figure 2)", readings(rows, "mean")))
@@ -220,25 +220,27 @@ def _inside(experiment: Experiment, rows: list[Row], speeds: list[SpeedRecord]) 
     )  # fmt: skip
 
 
-def _beta(row: Row) -> float | None:
+def _beta(row: TableRow) -> float | None:
     return None if row.method == BASE else malora.METHODS[row.method](**row.entry.options).beta
 
 
-def _d(row: Row) -> str:
+def _d(row: TableRow) -> str:
     return f"d={malora.METHODS[row.method](**row.entry.options).d}"
 
 
-def _trainable(row: Row) -> int | None:
+def _trainable(row: TableRow) -> int | None:
     return row.records[0].parameters and row.records[0].parameters["trainable"]
 
 
-def step_seconds(found: list[Row], speeds: list[SpeedRecord]) -> tuple[str, list[Row], Callable[[Row], float | None]]:
+def step_seconds(
+    found: list[TableRow], speeds: list[SpeedRecord]
+) -> tuple[str, list[TableRow], Callable[[TableRow], float | None]]:
     """Seconds of a training step, of the fastest way to compute an adapter, known by its method and size.
 
     They are of the one measurement that has most of the rows. The runs' own seconds are no speed: runs share a machine.
     """
 
-    def step(row: Row, record: SpeedRecord) -> float | None:
+    def step(row: TableRow, record: SpeedRecord) -> float | None:
         adapter = row.method, _trainable(row)
         rows = exact_rows(record)
         same = [s for s in rows if ((s["method"] or BASE).removeprefix("peft-"), s["trainable"]) == adapter]

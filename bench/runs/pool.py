@@ -12,10 +12,10 @@ from accelerate.utils.memory import clear_device_cache
 
 from bench.records.schema import Record, RunConfig
 from bench.runs.run import find_record, run
-from bench.runs.setting import Setting
+from bench.runs.setting import RunSettings
 
 
-def run_all(runs: list[tuple[RunConfig, Setting]], jobs: int) -> Iterator[Record]:
+def run_all(runs: list[tuple[RunConfig, RunSettings]], jobs: int) -> Iterator[Record]:
     """Make the runs that the results folder does not have, `jobs` at a time; yields each as it is there.
 
     What finds no memory beside others is made again when they are done, by itself.
@@ -46,7 +46,7 @@ def run_all(runs: list[tuple[RunConfig, Setting]], jobs: int) -> Iterator[Record
         yield run(config, setting)
 
 
-def _run_beside(config: RunConfig, setting: Setting, jobs: int) -> Record | None:
+def _run_beside(config: RunConfig, setting: RunSettings, jobs: int) -> Record | None:
     """A run among several at a time; None if it found no memory beside the others."""
     try:
         return run(config, setting, jobs)

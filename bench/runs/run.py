@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 import malora
 from bench.errors import UserError
-from bench.evaluate.adapter_analysis import look_inside
+from bench.evaluate.adapter_analysis import analyze_adapter
 from bench.evaluate.score import require_scoring, score
 from bench.experiments.methods import BASE
 from bench.models.adapters import add_adapter, count_parameters
@@ -22,14 +22,14 @@ from bench.models.base import load, prepare, targets
 from bench.records import provenance
 from bench.records import store as records
 from bench.records.schema import Record, RunConfig
-from bench.runs.setting import Setting, blend_seed, load_data, processes
+from bench.runs.setting import RunSettings, blend_seed, load_data, processes
 from bench.train.batching import Encoded, encode, label_tokens
 from bench.train.loop import DivergedError, train
 from malora.analysis.experts import experts
 from tasks import MIXTURES
 
 
-def run(config: RunConfig, setting: Setting, jobs: int = 1) -> Record:
+def run(config: RunConfig, setting: RunSettings, jobs: int = 1) -> Record:
     """Make a run, or give back its record if the results folder has it. Failures of a run are recorded, not raised.
 
     Every process of `accelerate launch` gives back the record that the first one wrote.
@@ -71,7 +71,7 @@ def run(config: RunConfig, setting: Setting, jobs: int = 1) -> Record:
     return record
 
 
-def _train_and_score(record: Record, setting: Setting, checkpoint: Path) -> None:
+def _train_and_score(record: Record, setting: RunSettings, checkpoint: Path) -> None:
     config, profile = record.config, setting.profile
     data = load_data(setting, config.seed)
     model, tokenizer = load(prepare(setting.model), setting.device)
@@ -102,7 +102,7 @@ def _train_and_score(record: Record, setting: Setting, checkpoint: Path) -> None
         torch.cuda.empty_cache()  # of training's graphs; other runs may share the GPU
     if fresh:
         prompts = {task: [e.prompt for e in items] for task, items in _limited(data.validation, config).items()}
-        record.inside = _rounded(look_inside(model, tokenizer, fresh, prompts, setting.peers))
+        record.inside = _rounded(analyze_adapter(model, tokenizer, fresh, prompts, setting.peers))
     start = time.perf_counter()
     score_with = score_options(setting)
     if config.method != BASE:
@@ -112,7 +112,7 @@ def _train_and_score(record: Record, setting: Setting, checkpoint: Path) -> None
         record.train["seconds"]["evaluation"] = time.perf_counter() - start
 
 
-def score_options(setting: Setting) -> dict[str, Any]:
+def score_options(setting: RunSettings) -> dict[str, Any]:
     """How the setting has `score` work."""
     profile = setting.profile
     return {
@@ -145,7 +145,7 @@ def _limited(examples: dict[str, list], config: RunConfig) -> dict[str, list]:
 _ENCODED: dict[tuple, list[Encoded]] = {}  # of the last run, since the next one mostly trains on the same
 
 
-def _encoded(setting: Setting, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+def _encoded(setting: RunSettings, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
     seed = blend_seed(setting, config.seed)
     key = (config.model_hash, setting.mixture_name, setting.source, setting.profile.format, seed, config.max_length)
     if key not in _ENCODED:
@@ -154,7 +154,7 @@ def _encoded(setting: Setting, config: RunConfig, tokenizer: PreTrainedTokenizer
     return _ENCODED[key]
 
 
-def find_record(config: RunConfig, setting: Setting) -> Record | None:
+def find_record(config: RunConfig, setting: RunSettings) -> Record | None:
     """The run's record, unless it is to leave an adapter and has not: then the run is made again."""
     found = records.find(config, setting.results)
     return None if found and found.status == "ok" and setting.save and not setting.save.is_dir() else found

@@ -25,7 +25,7 @@ def processes() -> PartialState:
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunSettings:
     """What the runs of an experiment have in common, and where their records go."""
 
     profile: Profile
@@ -50,7 +50,7 @@ class Setting:
         return processes().device
 
 
-def configure(setting: Setting, method: str, seed: int, learning_rate: float | None = None) -> RunConfig:
+def make_run_config(setting: RunSettings, method: str, seed: int, learning_rate: float | None = None) -> RunConfig:
     """The configuration of a run; `learning_rate` None is the paper's."""
     profile = setting.profile
     if method == BASE:
@@ -84,11 +84,11 @@ def configure(setting: Setting, method: str, seed: int, learning_rate: float | N
     )
 
 
-def load_data(setting: Setting, seed: int) -> MixtureData:
+def load_data(setting: RunSettings, seed: int) -> MixtureData:
     return _build(setting.mixture_name, setting.source, setting.profile.format, blend_seed(setting, seed))
 
 
-def blend_seed(setting: Setting, seed: int) -> int:
+def blend_seed(setting: RunSettings, seed: int) -> int:
     """The seed of a mixture's draw; one that takes everything is the same for all."""
     return 0 if MIXTURES[setting.mixture_name].blend == "size" else seed
 

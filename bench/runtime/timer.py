@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-class Stopwatch:
+class PhaseTimer:
     """Seconds by part of a step, without making the host wait: on a GPU, events that are read at the end."""
 
     def __init__(self, device: torch.device) -> None:
@@ -18,7 +18,7 @@ class Stopwatch:
     def start(self) -> None:
         self._mark(None)
 
-    def done(self, part: str) -> None:
+    def end_phase(self, part: str) -> None:
         """What ran since the last mark was `part`."""
         self._mark(part)
 

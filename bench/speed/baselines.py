@@ -18,16 +18,16 @@ from malora.routing import Routing
 
 
 @contextmanager
-def registered() -> Iterator[None]:
+def registered_baselines() -> Iterator[None]:
     """Inside it, MaloraConfig(backend=...) takes "loop" too."""
-    BACKENDS["loop"] = loop
+    BACKENDS["loop"] = expert_loop
     try:
         yield
     finally:
         del BACKENDS["loop"]
 
 
-def loop(x_Tn: Tensor, routing: Routing | None, factors: Factors, scaling: float) -> Tensor:
+def expert_loop(x_Tn: Tensor, routing: Routing | None, factors: Factors, scaling: float) -> Tensor:
     """Expert by expert: find its tokens, gather them, apply its LoRA, weigh, add into the output.
 
     The behaviour of `MolaSparseMoe.forward` in TUDB-Labs/MoE-PEFT, moe_peft/adapters/mola/model.py at commit

@@ -25,11 +25,11 @@ from bench.records import store
 from bench.records.provenance import provenance
 from bench.records.schema import SpeedRecord
 from bench.report.speed import tables
-from bench.speed.baselines import registered
+from bench.speed.baselines import registered_baselines
 from bench.speed.layer_sweep import SWEEPS, sweep_rows
 from bench.speed.profiler import backbone_flops, ceilings
 from bench.speed.rounds import ModelRow, measure
-from bench.speed.steps import STEPS, Work
+from bench.speed.steps import STEPS, Workload
 from bench.speed.variants import ROUTED, choose
 
 # More variants share one decoder layer's code than torch.compile expects. Where it would give up and run a row eagerly
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries, to their developers
     try:
-        with registered():
+        with registered_baselines():
             return _speed(options)
     except UserError as error:
         print(f"bench.speed: {error}", file=sys.stderr)
@@ -157,7 +157,7 @@ def _check_nothing_is_ignored(options: argparse.Namespace) -> None:
         raise UserError(f"--layers {options.layers} cuts nothing: {options.shape} has {depth} layers.")
 
 
-def _work(options: argparse.Namespace) -> Work:
+def _work(options: argparse.Namespace) -> Workload:
     shape, mode = SHAPES[options.shape], options.mode
     decode = mode == "decode"
     batch = options.batch or (1 if decode else shape.batch)
@@ -169,4 +169,4 @@ def _work(options: argparse.Namespace) -> Work:
         raise UserError("--length 1 leaves no next token to train on; take 2 or more.")
     if mode == "train" and not options.sweep and tokens % (batch * length):
         raise UserError(f"--tokens {tokens} is no multiple of --batch {batch} × --length {length}: micro-batches.")
-    return Work(mode, batch, length, tokens, options.dropout, shape.config["vocab_size"])
+    return Workload(mode, batch, length, tokens, options.dropout, shape.config["vocab_size"])

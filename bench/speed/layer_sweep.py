@@ -17,7 +17,7 @@ from torch import nn
 
 import malora
 from bench.speed.rounds import Step
-from bench.speed.steps import Done, Work
+from bench.speed.steps import PhaseCallback, Workload
 from bench.speed.variants import CONFIGS, DEFAULT_BACKENDS, Variant
 from malora.backbone.cuda_graphs import capture
 from malora.backends import WAIT_FOR_THE_HOST
@@ -31,10 +31,12 @@ SWEEPS: dict[str, tuple[int, ...]] = {
 }
 
 
-class LayerRow:
+class SingleLayerRow:
     """A method on one frozen linear map: forward, and backward to its input and its factors."""
 
-    def __init__(self, variant: Variant, value: int, linear: nn.Linear, options: dict[str, Any], work: Work) -> None:
+    def __init__(
+        self, variant: Variant, value: int, linear: nn.Linear, options: dict[str, Any], work: Workload
+    ) -> None:
         self.variant, self.linear, self.options, self.work, self.batch = variant, linear, options, work, work.batch
         self.layer: malora.MaloraLayer | None = None
         self.about: dict[str, Any] = dataclasses.asdict(variant) | {"value": value}
@@ -58,12 +60,12 @@ class LayerRow:
         x.requires_grad_()
         gradient = torch.randn(1, self.work.tokens, self.linear.out_features, device=device, dtype=x.dtype)
 
-        def step(done: Done) -> None:
+        def step(end_phase: PhaseCallback) -> None:
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 y = self.layer(x)
-            done("forward")
+            end_phase("forward")
             y.backward(gradient)
-            done("backward")
+            end_phase("backward")
             self.layer.zero_grad()
             x.grad = None
 
@@ -72,14 +74,14 @@ class LayerRow:
             return
         graph = capture(lambda: step(lambda part: None))
 
-        def replay(done: Done) -> None:
+        def replay(end_phase: PhaseCallback) -> None:
             graph.replay()
-            done("forward_backward")
+            end_phase("forward_backward")
 
         yield replay
 
 
-def sweep_rows(sweep: str, methods: list[str], linear: nn.Linear, work: Work) -> list[LayerRow]:
+def sweep_rows(sweep: str, methods: list[str], linear: nn.Linear, work: Workload) -> list[SingleLayerRow]:
     """A row a value of the sweep, method and backend: experts at rank 8, ranks at 8 experts, tokens, or top-k."""
     on_gpu = linear.weight.device.type == "cuda"
     found = []
@@ -100,5 +102,5 @@ def sweep_rows(sweep: str, methods: list[str], linear: nn.Linear, work: Work) ->
                 if on_gpu and backend not in WAIT_FOR_THE_HOST:
                     name, run = f"{name}-captured", "captured"
                 variant = Variant(name, method, backend, run)
-                found.append(LayerRow(variant, value, linear, options | {"backend": backend}, at))
+                found.append(SingleLayerRow(variant, value, linear, options | {"backend": backend}, at))
     return found

@@ -11,16 +11,16 @@ from torch import nn
 from torch.autograd import DeviceType
 from transformers import PreTrainedModel
 
-from bench.runtime.timer import Stopwatch
-from bench.speed.steps import Done, Work
+from bench.runtime.timer import PhaseTimer
+from bench.speed.steps import PhaseCallback, Workload
 
 
-def time_steps(step: Callable[[Done], Any], samples: int, device: torch.device) -> list[dict[str, float]]:
+def time_steps(step: Callable[[PhaseCallback], Any], samples: int, device: torch.device) -> list[dict[str, float]]:
     """Seconds by part, and of the whole as "step", of steps that follow each other without a wait."""
-    watches = [Stopwatch(device) for _ in range(samples)]
+    watches = [PhaseTimer(device) for _ in range(samples)]
     for watch in watches:
         watch.start()
-        step(watch.done)
+        step(watch.end_phase)
     found: list[dict[str, float]] = []
     for watch in watches:
         seconds: dict[str, float] = {}
@@ -36,7 +36,7 @@ _RANGE = "bench.speed: one step"
 LONGEST_KERNELS, KERNEL_NAME = 16, 100  # how many are named in a record, and how much of a name says what it is
 
 
-def count(step: Callable[[Done], Any], device: torch.device) -> dict[str, Any]:
+def count(step: Callable[[PhaseCallback], Any], device: torch.device) -> dict[str, Any]:
     """Kernels that ran in a step, launches by the host (a graph is one), and times that the host waited.
 
     "where" has the kernels that took longest, as [name, calls, seconds]. All are None on a CPU. A copy to the host of
@@ -67,7 +67,7 @@ def count(step: Callable[[Done], Any], device: torch.device) -> dict[str, Any]:
     }
 
 
-def backbone_flops(base: PreTrainedModel, work: Work) -> int | None:
+def backbone_flops(base: PreTrainedModel, work: Workload) -> int | None:
     """Matrix operations of the frozen backbone in a step; None for decode, which is bound by memory.
 
     A token costs 2 operations a weight of the linear maps, and 2·S·h a layer for causal attention over S tokens of
@@ -94,7 +94,7 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     }
 
 
-def heat(device: torch.device, seconds: float) -> None:
+def warm_device(device: torch.device, seconds: float) -> None:
     """Has a GPU make products for so long; nothing elsewhere."""
     if device.type == "cuda":
         a, b = (torch.randn(4096, 4096, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -110,9 +110,9 @@ def _best(run: Callable[[], Any], device: torch.device) -> float:
     for _ in range(3):
         run()
 
-    def step(done: Done) -> None:
+    def step(end_phase: PhaseCallback) -> None:
         run()
-        done("run")
+        end_phase("run")
 
     return min(sample["step"] for sample in time_steps(step, 20, device))
 

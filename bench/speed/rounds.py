@@ -17,9 +17,9 @@ from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedModel
 
 from bench.errors import UserError
-from bench.speed.profiler import count, heat, time_steps, wall_seconds
+from bench.speed.profiler import count, time_steps, wall_seconds, warm_device
 from bench.speed.sensors import Sensors
-from bench.speed.steps import STEPS, Done, Work
+from bench.speed.steps import STEPS, PhaseCallback, Workload
 from bench.speed.subject import Subject
 from bench.speed.variants import Variant
 
@@ -29,10 +29,10 @@ SLOW_SECONDS = 10.0  # a step; such a row is warm from its first pass, and gets 
 HEAT_SECONDS, WARM_SECONDS, ROUND_SECONDS = 2.0, 1.0, 3.0
 MOST_STEPS = 10  # of either kind, a round
 
-Step = Callable[[Done], Any]
+Step = Callable[[PhaseCallback], Any]
 
 
-class Measured(Protocol):
+class BenchmarkRow(Protocol):
     """A row that can be entered as often as there are rounds. What it compiled it keeps, its memory it gives back."""
 
     about: dict[str, Any]  # what the record says of it
@@ -44,7 +44,7 @@ class Measured(Protocol):
 class ModelRow:
     """A variant on the whole backbone."""
 
-    def __init__(self, variant: Variant, base: PreTrainedModel, work: Work) -> None:
+    def __init__(self, variant: Variant, base: PreTrainedModel, work: Workload) -> None:
         self.variant, self.base, self.work, self.batch = variant, base, work, work.batch
         self.subject: Subject | None = None
         self.about: dict[str, Any] = dataclasses.asdict(variant)
@@ -62,7 +62,7 @@ class ModelRow:
 
 
 def measure(
-    rows: list[Measured], rounds: int, device: torch.device, seconds: float = math.inf
+    rows: list[BenchmarkRow], rounds: int, device: torch.device, seconds: float = math.inf
 ) -> tuple[list[dict[str, Any]], int]:
     """Warms every row up, then times all of them in `rounds` rounds. A row that cannot run says why; the others go on.
 
@@ -90,7 +90,7 @@ def measure(
     return found, done
 
 
-def _first_pass(row: Measured, device: torch.device) -> dict[str, Any]:
+def _first_pass(row: BenchmarkRow, device: torch.device) -> dict[str, Any]:
     """Builds, compiles and counts. Training that does not fit is tried with half the micro-batch, until one fits."""
     result: dict[str, Any] = {"status": "ok", "reason": None, "seconds": {}, "sensors": {}, "peak_bytes": None}
     while True:
@@ -105,7 +105,7 @@ def _first_pass(row: Measured, device: torch.device) -> dict[str, Any]:
     return result
 
 
-def _warm_up(row: Measured, result: dict[str, Any], device: torch.device) -> None:
+def _warm_up(row: BenchmarkRow, result: dict[str, Any], device: torch.device) -> None:
     def first() -> None:
         with row.session() as step:
             result["first_seconds"] = result["warm_seconds"] = wall_seconds(lambda: step(_ignore), device)
@@ -119,11 +119,11 @@ def _warm_up(row: Measured, result: dict[str, Any], device: torch.device) -> Non
     result["build_seconds"] = wall_seconds(first, device)  # compiling included
 
 
-def _round(row: Measured, result: dict[str, Any], rounds: int, device: torch.device) -> None:
+def _round(row: BenchmarkRow, result: dict[str, Any], rounds: int, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with row.session() as step:
-        heat(device, HEAT_SECONDS)
+        warm_device(device, HEAT_SECONDS)
         if result["warm_seconds"] <= SLOW_SECONDS:
             for _ in range(_steps_in(WARM_SECONDS, result)):  # the allocator starts empty, too
                 step(_ignore)

@@ -17,14 +17,14 @@ from transformers import StaticCache
 import malora
 from bench.runtime.attention import no_attention_mask
 from bench.speed.subject import Subject
-from malora.backbone.cuda_graphs import add_up, capture, refreshing, warm_up
+from malora.backbone.cuda_graphs import accumulate_grads, capture, capture_refresh, warm_up
 
 BALANCE_FACTOR = 0.01  # of the profiles' training
-Done = Callable[[str], None]  # called as each part of a step is done
+PhaseCallback = Callable[[str], None]  # called as each part of a step is done
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What every variant does in a step. In decode, `length` is the prompt's and `tokens` those that are made."""
 
     mode: str
@@ -45,7 +45,7 @@ class Work:
 class TrainStep:
     """Forward and backward over micro-batches, then AdamW: next-token cross entropy, plus the balance loss."""
 
-    def __init__(self, subject: Subject, work: Work, batch: int) -> None:
+    def __init__(self, subject: Subject, work: Workload, batch: int) -> None:
         self.subject = subject
         self.ids = work.ids(batch, subject.device)
         self.routed = malora.has_router(subject.model)
@@ -58,13 +58,13 @@ class TrainStep:
         if self.captured:
             self.static_ids = self.ids[0].clone()
             warm_up(self._gradients_of_static_ids)
-            self.weights = malora.HeldWeights(subject.model)
-            self.refresh = refreshing(self.weights)
+            self.weights = malora.WeightCache(subject.model)
+            self.refresh = capture_refresh(self.weights)
             with self.weights:
                 self.graph = capture(self._gradients_of_static_ids, passes=0)
             self.gradients = [parameter.grad for parameter in self.parameters]
 
-    def __call__(self, done: Done) -> None:
+    def __call__(self, end_phase: PhaseCallback) -> None:
         sums = None
         if self.captured:
             self.refresh()
@@ -72,20 +72,20 @@ class TrainStep:
             if self.captured:
                 self.static_ids.copy_(ids)
                 self.graph.replay()
-                sums = add_up(sums, self.gradients, alone=len(self.ids) == 1)
-                done("forward_backward")
+                sums = accumulate_grads(sums, self.gradients, alone=len(self.ids) == 1)
+                end_phase("forward_backward")
                 continue
             loss = self._forward(ids)
-            done("forward")
+            end_phase("forward")
             loss.backward()
-            done("backward")
+            end_phase("backward")
         if self.captured:
             for parameter, gradient in zip(self.parameters, sums, strict=True):
                 parameter.grad = gradient
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
-        done("optimizer")
+        end_phase("optimizer")
 
     def _gradients_of_static_ids(self) -> None:
         for parameter in self.parameters:
@@ -103,16 +103,16 @@ class TrainStep:
 class PrefillStep:
     """One forward pass without gradients; logits of the last position, as before a generation."""
 
-    def __init__(self, subject: Subject, work: Work, batch: int) -> None:
+    def __init__(self, subject: Subject, work: Workload, batch: int) -> None:
         self.model = subject.model
         self.ids = work.ids(batch, subject.device)[0]
         self.run = self._forward
         if subject.variant.run == "captured":
             self.run = capture(self._forward).replay
 
-    def __call__(self, done: Done) -> None:
+    def __call__(self, end_phase: PhaseCallback) -> None:
         self.run()
-        done("forward")
+        end_phase("forward")
 
     @torch.no_grad()
     def _forward(self) -> None:
@@ -127,7 +127,7 @@ class DecodeStep:
     static cache; the prompt's pass is not in the graph.
     """
 
-    def __init__(self, subject: Subject, work: Work, batch: int) -> None:
+    def __init__(self, subject: Subject, work: Workload, batch: int) -> None:
         self.model, self.tokens = subject.model, work.tokens
         self.prompt = work.ids(batch, subject.device)[0]
         self.static = subject.variant.run != "eager"
@@ -142,11 +142,11 @@ class DecodeStep:
                 self._forward(self.prompt)
                 self.next = capture(self.next).replay
 
-    def __call__(self, done: Done) -> Tensor:
+    def __call__(self, end_phase: PhaseCallback) -> Tensor:
         if not self.static:
             new = {"min_new_tokens": self.tokens, "max_new_tokens": self.tokens, "do_sample": False}
             ids = self.model.generate(input_ids=self.prompt, attention_mask=torch.ones_like(self.prompt), **new)
-            done("generate")
+            end_phase("generate")
             return ids[:, self.prompt.shape[1] :]
         self.cache.reset()
         self._forward(self.prompt)
@@ -154,7 +154,7 @@ class DecodeStep:
         for _ in range(self.tokens - 1):
             self.next()
             made.append(self.token.clone())
-        done("generate")
+        end_phase("generate")
         return torch.cat(made, dim=1)
 
     @torch.no_grad()
@@ -163,7 +163,7 @@ class DecodeStep:
         self.token.copy_(logits.argmax(-1))
 
 
-STEPS: dict[str, Callable[[Subject, Work, int], Callable[[Done], Any]]] = {
+STEPS: dict[str, Callable[[Subject, Workload, int], Callable[[PhaseCallback], Any]]] = {
     "train": TrainStep,
     "prefill": PrefillStep,
     "decode": DecodeStep,

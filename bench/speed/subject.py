@@ -35,8 +35,8 @@ class Subject:
         if variant.liger:
             if not has_liger():
                 raise UserError("liger_kernel is not installed")
-            self.kernels = LigerKernels(self.model, as_it_comes=variant.backend is None)
-        narrow = variant.plain or not (training or variant.as_it_comes)
+            self.kernels = LigerKernels(self.model, out_of_the_box=variant.backend is None)
+        narrow = variant.plain or not (training or variant.out_of_the_box)
         dtype = base.dtype if narrow else torch.float32
         if variant.method is not None:
             self.model = self._adapt(variant, dropout, dtype)
@@ -88,7 +88,7 @@ class Subject:
             tensor.data = tensor.data.to("cpu")
         for module in self.model.modules():
             if isinstance(module, malora.MaloraLayer):
-                module.siblings.release(frozen=True)
+                module.group.release(frozen=True)
 
 
 def _compile_loss(model: nn.Module) -> None:

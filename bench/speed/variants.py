@@ -48,7 +48,7 @@ class Variant:
         return self.run == "captured" or self.backend in ("fused", "fp8") or self.liger
 
     @property
-    def as_it_comes(self) -> bool:
+    def out_of_the_box(self) -> bool:
         return self.method is not None and self.backend is None and self.run == "eager" and not self.plain
 
 

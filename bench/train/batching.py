@@ -16,13 +16,13 @@ from tasks import Example, WrittenExample
 # A batch is drawn at random, so that it holds all tasks: one of like lengths would hold mostly one task, and a balance
 # loss would press the routers to be even within each. Its examples are laid into rows one after the other, which leaves
 # about a tenth for padding, and none sees another. A row is at least as long as the longest.
-ROW = {"cuda": 512, "cpu": 128}
+PACKED_ROW_LENGTH = {"cuda": 512, "cpu": 128}
 PAD_TO_MULTIPLE = 64  # tokens of a batch that does not fill a row
 ROWS_MULTIPLE, FEW_ROWS = 2, 4  # where a step is captured once for each shape, few shapes; of few rows every one counts
 # What a device holds the activations of; 64 examples of 1,024 tokens need 70 GiB at once. The paper's step has as many.
 # It bounds the logits too, since no example has more labels than tokens: of 16,384 labels and a vocabulary of 49,152
 # they are 1.5 GiB in bfloat16 and 3 GiB in float32, and their gradients as much again.
-MOST_TOKENS = {"cuda": 16_384, "cpu": 4_096}
+MAX_TOKENS = {"cuda": 16_384, "cpu": 4_096}
 
 
 class Encoded(NamedTuple):
@@ -109,9 +109,9 @@ def collate(
     encoded: list[Encoded],
     pad_id: int,
     *,
-    row: int = ROW["cuda"],
-    most_tokens: int = MOST_TOKENS["cuda"],
-    recur: bool = False,
+    row: int = PACKED_ROW_LENGTH["cuda"],
+    max_tokens: int = MAX_TOKENS["cuda"],
+    fixed_shapes: bool = False,
 ) -> list[Batch]:
     """A batch in parts of at most `most_tokens` ids, or a row, and examples of all lengths in each.
 
@@ -124,16 +124,16 @@ def collate(
     total, longest = sum(lengths), max(lengths)
     width = math.ceil(longest / row) * row if total > row else math.ceil(total / PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE
     rows = _rows(lengths, width)
-    if recur and len(rows) > FEW_ROWS and most_tokens >= 2 * width:  # no part is of padding alone
+    if fixed_shapes and len(rows) > FEW_ROWS and max_tokens >= 2 * width:  # no part is of padding alone
         rows += [[]] * (-len(rows) % ROWS_MULTIPLE)
     labels = torch.tensor(float(sum(code.label_length for code in encoded)))
-    parts = math.ceil(len(rows) / max(1, most_tokens // width))
+    parts = math.ceil(len(rows) / max(1, max_tokens // width))
     size = None
-    if recur:
+    if fixed_shapes:
         single = all(code.label_length == 1 for code in encoded)
         size = len(encoded) if single else math.ceil(len(rows) / parts) * width
     return [
-        _part([[encoded[i] for i in one] for one in rows[first::parts]], pad_id, width, labels, size)
+        _make_micro_batch([[encoded[i] for i in one] for one in rows[first::parts]], pad_id, width, labels, size)
         for first in range(parts)
     ]
 
@@ -152,7 +152,7 @@ def _rows(lengths: list[int], width: int) -> list[list[int]]:
     return rows
 
 
-def _part(rows: list[list[Encoded]], pad_id: int, width: int, labels: Tensor, size: int | None) -> Batch:
+def _make_micro_batch(rows: list[list[Encoded]], pad_id: int, width: int, labels: Tensor, size: int | None) -> Batch:
     """With `size` labels, where it is given."""
     ids, position, example = (torch.full((len(rows), width), fill) for fill in (pad_id, 0, 0))
     places = []

@@ -23,8 +23,8 @@ from transformers import get_linear_schedule_with_warmup
 import malora
 from bench.records.provenance import source_hash
 from bench.records.schema import RunConfig
-from bench.runtime.timer import Stopwatch
-from bench.train.batching import MOST_TOKENS, ROW, Encoded, collate, schedule
+from bench.runtime.timer import PhaseTimer
+from bench.train.batching import MAX_TOKENS, PACKED_ROW_LENGTH, Encoded, collate, schedule
 from bench.train.checkpoint import TrainLog, _Checkpoint
 from bench.train.step import EagerStep, GraphedStep
 from malora.backbone.cuda_graphs import can_capture
@@ -75,16 +75,16 @@ def train(
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     state = _Checkpoint(checkpoint, config.hash + source_hash(), model, optimizer, scheduler)
     log = state.load() or TrainLog()
-    watch = Stopwatch(accelerator.device)
+    watch = PhaseTimer(accelerator.device)
     step = EagerStep(model, wrapped, accelerator, config.balance_factor, kernels)
     if capture:
         step = GraphedStep(step)
     else:
-        step.mark = watch.done
+        step.mark = watch.end_phase
     routed = malora.has_router(model)
     # Processes must do the same number of passes, so a batch that they share is not split further.
-    most_tokens = MOST_TOKENS[config.device_type] if alone else sys.maxsize
-    row = ROW[config.device_type]
+    max_tokens = MAX_TOKENS[config.device_type] if alone else sys.maxsize
+    row = PACKED_ROW_LENGTH[config.device_type]
     pending: list[Tensor] = []
     last = min(len(batches), config.max_steps or len(batches))
 
@@ -104,23 +104,23 @@ def train(
     # One bar on a terminal (None: only there); workers beside each other would tear one another's.
     hidden = True if parent_process() or not accelerator.is_main_process else None
     bar = tqdm(total=last, initial=log.steps, unit="step", desc=config.id, disable=hidden, leave=False)
-    with bar, narrow_inputs(model, accelerator.device):
+    with bar, keep_input_dtype(model, accelerator.device):
         while log.steps < last:
             watch.start()
             chosen = batches[log.steps][accelerator.process_index :: accelerator.num_processes]
             chosen = chosen or batches[log.steps][:1]  # a short last batch may not reach every process
             batch = [encoded[i] for i in chosen]
-            parts = collate(batch, pad_id, row=row, most_tokens=most_tokens, recur=capture)
+            parts = collate(batch, pad_id, row=row, max_tokens=max_tokens, fixed_shapes=capture)
             parts = [part.to(accelerator.device) for part in parts]
-            watch.done("data")
+            watch.end_phase("data")
             loss, balance = step(parts)
             if capture:
-                watch.done("forward_backward")
+                watch.end_phase("forward_backward")
             norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            watch.done("optimizer")
+            watch.end_phase("optimizer")
 
             log.steps += 1
             log.tokens += sum(len(encoded[i].ids) for i in batches[log.steps - 1])
@@ -144,7 +144,7 @@ def train(
     return log
 
 
-def narrow_inputs(model: nn.Module, device: torch.device) -> AbstractContextManager:
+def keep_input_dtype(model: nn.Module, device: torch.device) -> AbstractContextManager:
     """Inside it PEFT's LoRA reads inputs as they come, on a GPU: PEFT would widen them to the adapter's float32, and
     autocast narrow them again. DoRA takes the norms of its weights in the dtype of its inputs, so it is left alone."""
     loras = [module for module in model.modules() if isinstance(module, LoraLayer)]

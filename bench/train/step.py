@@ -21,7 +21,7 @@ import malora
 from bench.runtime.attention import exact_with_masks
 from bench.runtime.logits import label_positions_only
 from bench.train.batching import Batch
-from malora.backbone.cuda_graphs import add_up, capture, refreshing, warm_up
+from malora.backbone.cuda_graphs import accumulate_grads, capture, capture_refresh, warm_up
 from malora.routing import Routing
 
 Losses = tuple[Tensor, Tensor]  # task loss, balance loss
@@ -92,7 +92,7 @@ class GraphedStep:
         self.parameters = [p for p in eager.model.parameters() if p.requires_grad]
         self.routed_layers = [m for m in eager.model.modules() if isinstance(m, malora.MaloraLayer) and m.routes]
         self.captured: dict[tuple, _Captured] = {}
-        self.weights = malora.HeldWeights(eager.model)  # they change after a batch, not between its parts
+        self.weights = malora.WeightCache(eager.model)  # they change after a batch, not between its parts
         self.refresh: Callable[[], None] | None = None
 
     def __call__(self, parts: list[Batch]) -> Losses:
@@ -102,7 +102,7 @@ class GraphedStep:
         for part, step in zip(parts, captured, strict=True):
             step.replay(part)
             losses.append(torch.stack(step.losses))
-            gradients = add_up(gradients, step.gradients, alone=len(parts) == 1)
+            gradients = accumulate_grads(gradients, step.gradients, alone=len(parts) == 1)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         for layer, routings in zip(self.routed_layers, captured[-1].routings, strict=True):
@@ -130,7 +130,7 @@ class GraphedStep:
         pool = next(iter(self.captured.values())).graph.pool() if self.captured else None
         if self.refresh is None:
             warm_up(run, passes=1)
-            self.refresh = refreshing(self.weights)
+            self.refresh = capture_refresh(self.weights)
         with self.weights:
             graph = capture(run, passes=1, pool=pool)
         gradients = [parameter.grad for parameter in self.parameters]

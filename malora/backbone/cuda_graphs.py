@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from malora import HeldWeights
+from malora import WeightCache
 from malora.backends import WAIT_FOR_THE_HOST
 
 
@@ -41,13 +41,13 @@ def capture(run: Callable[[], Any], passes: int = 2, pool: Any = None) -> torch.
     return graph
 
 
-def refreshing(weights: HeldWeights) -> Callable[[], None]:
+def capture_refresh(weights: WeightCache) -> Callable[[], None]:
     """What refreshes the weights of a model that has run, as a graph: to be called before graphs of its passes."""
     weights.refresh()
     return capture(weights.refresh, passes=0).replay if weights else lambda: None
 
 
-def add_up(sums: list[Tensor] | None, replayed: list[Tensor], alone: bool) -> list[Tensor]:
+def accumulate_grads(sums: list[Tensor] | None, replayed: list[Tensor], alone: bool) -> list[Tensor]:
     """The gradients of a part of a batch added to those of the parts before it.
 
     They are copied first, unless the part is `alone`: the next replay writes where they stand.

@@ -24,14 +24,14 @@ class LigerKernels:
     device, or are to be measured without it. So the module has Liger's names inside `with` only.
     """
 
-    def __init__(self, model: nn.Module, as_it_comes: bool = False) -> None:
+    def __init__(self, model: nn.Module, out_of_the_box: bool = False) -> None:
         """As it comes Liger also does the norms, and the loss, which saves memory and makes the host wait."""
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
         self.names = vars(sys.modules[type(model).__module__])
         before = dict(self.names)
-        _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=as_it_comes, cross_entropy=False)
-        self.norms = [] if as_it_comes else [module for module in model.modules() if _is_ligers(module)]
+        _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=out_of_the_box, cross_entropy=False)
+        self.norms = [] if out_of_the_box else [module for module in model.modules() if _is_ligers(module)]
         for norm in self.norms:
             norm.forward = MethodType(_rms_norm, norm)
         if self.norms and isinstance(model, LlamaForCausalLM):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from malora.backends.dense import dense
 from malora.backends.dispatch import dispatch
-from malora.backends.grouped import sorted_dispatch
+from malora.backends.grouped import grouped_gemm
 from malora.backends.reference import reference
 from malora.factors import Factors
 from malora.routing import Routing
@@ -29,7 +29,7 @@ BACKENDS: dict[str, Backend] = {
     "fp8": dense,
     "fused": dense,
     "reference": reference,
-    "sorted": sorted_dispatch,
+    "sorted": grouped_gemm,
 }
 # They ask the device how many tokens an expert got, so they cannot be captured in a CUDA graph.
 WAIT_FOR_THE_HOST = frozenset({"dispatch"})

@@ -18,7 +18,7 @@ from malora.factors import Factors
 from malora.routing import Routing
 
 
-def sorted_dispatch(x_Tn: Tensor, routing: Routing | None, factors: Factors, scaling: float) -> Tensor:
+def grouped_gemm(x_Tn: Tensor, routing: Routing | None, factors: Factors, scaling: float) -> Tensor:
     """See `malora.backends` for shapes."""
     if routing is None:
         return dense(x_Tn, None, factors, scaling)

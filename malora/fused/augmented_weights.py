@@ -17,25 +17,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from malora.fused.kernels.down_tiling import rows_of
-from malora.fused.streams import side_by_side
+from malora.fused.kernels.down_tiling import aligned_rows
+from malora.fused.streams import run_on_parallel_streams
 from malora.fused.tensor_utils import is_captured
 
 if TYPE_CHECKING:
     from malora.layer import MaloraLayer
 
 
-LEAST = 1 << 23  # elements of siblings' weights; steps of models with smaller ones are bound by launches
+MIN_ELEMENTS = 1 << 23  # elements of siblings' weights; steps of models with smaller ones are bound by launches
 
 
-def pays(layers: list[MaloraLayer]) -> bool:
+def is_profitable(layers: list[MaloraLayer]) -> bool:
     """Whether passes over the outputs that are saved outweigh the one that writes x anew, by sizes alone.
 
     Not by numbers of tokens: what a CUDA graph has captured must not move when a larger batch comes.
     """
     n, outputs = layers[0].in_features, sum(layer.out_features for layer in layers)
-    is_family = len(layers) == len(layers[0].siblings.layers)
-    return is_family and n % 8 == 0 and outputs >= 2 * n and n * outputs >= LEAST
+    is_family = len(layers) == len(layers[0].group.layers)
+    return is_family and n % 8 == 0 and outputs >= 2 * n and n * outputs >= MIN_ELEMENTS
 
 
 def weights(layers: list[MaloraLayer], H: int, dtype: torch.dtype) -> list[Tensor] | None:
@@ -43,7 +43,7 @@ def weights(layers: list[MaloraLayer], H: int, dtype: torch.dtype) -> list[Tenso
 
     Room is made once, for one H. Where somebody moves or exchanges a weight afterwards, the family does without.
     """
-    rooms = layers[0].siblings.rooms
+    rooms = layers[0].group.rooms
     if not rooms and all(_can_move(layer, dtype) for layer in layers):
         for g, layer in enumerate(layers):
             _move(layer.base_layer.weight, (g + 1) * H)
@@ -74,7 +74,7 @@ def _move(W: nn.Parameter, columns: int) -> None:
 
 def whole(layer: MaloraLayer) -> Tensor | None:
     """A weight and the columns beside it, while it lies where it was moved."""
-    W, columns = layer.base_layer.weight, layer.siblings.rooms.get(id(layer), 0)
+    W, columns = layer.base_layer.weight, layer.group.rooms.get(id(layer), 0)
     m, n = W.shape
     stays = W.stride() == (n + columns, 1) and W.untyped_storage().nbytes() == m * (n + columns) * W.element_size()
     return W.data.as_strided((m, n + columns), W.stride()) if columns and stays else None
@@ -84,7 +84,7 @@ def take_back(layer: MaloraLayer) -> None:
     """Its weight is plain again, and may get room anew."""
     if whole(layer) is not None:
         _move(layer.base_layer.weight, 0)
-    layer.siblings.rooms.pop(id(layer), None)
+    layer.group.rooms.pop(id(layer), None)
 
 
 def input_with_room(reader: MaloraLayer, like: Tensor) -> Tensor | None:
@@ -93,10 +93,10 @@ def input_with_room(reader: MaloraLayer, like: Tensor) -> Tensor | None:
     For what `reader` and its siblings are called with next. Whoever makes it there saves them a copy. They take the
     room once, of this tensor itself and not of another that shares its memory.
     """
-    columns = reader.siblings.columns_beside_input(like)
+    columns = reader.group.columns_beside_input(like)
     if not columns:
         return None
-    rows = rows_of(like.flatten(0, -2), like.shape[-1] + columns)
+    rows = aligned_rows(like.flatten(0, -2), like.shape[-1] + columns)
     made = _over(rows, rows.unflatten(0, like.shape[:-1])[..., : like.shape[-1]])
     made.has_room = True
     return made
@@ -121,4 +121,4 @@ def outputs(xh: Tensor, wholes: list[Tensor], biases: list[Tensor | None]) -> li
     def output(whole: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(xh[:, : whole.shape[1]], whole, None if bias is None else bias.to(xh.dtype))
 
-    return side_by_side(xh, [partial(output, *of_each) for of_each in zip(wholes, biases, strict=True)])
+    return run_on_parallel_streams(xh, [partial(output, *of_each) for of_each in zip(wholes, biases, strict=True)])

@@ -30,7 +30,7 @@ from malora.fused.kernels import (
     up_backward,
 )
 from malora.fused.packed_weights import Narrow, Stack
-from malora.fused.streams import fills_device, side_by_side
+from malora.fused.streams import run_on_parallel_streams, saturates_device
 from malora.fused.tensor_utils import dtype_of_products, flat
 from malora.routing import Routing
 
@@ -71,20 +71,22 @@ class _Experts(torch.autograd.Function):
         if frozen:
             units, puts = (there.units, []) if there else frozen.beside(narrow.B, alpha)
             routed = partial(_routed, stack, x, bits, narrow)
-            (zl, h, probabilities), *_ = side_by_side(x, [routed, *puts])
-            ys = frozen.outputs(x, biases, quantize_fp8.Up(h, units))
+            (zl, h, probabilities), *_ = run_on_parallel_streams(x, [routed, *puts])
+            ys = frozen.outputs(x, biases, quantize_fp8.UpOperand(h, units))
         elif wholes := stack.wholes(x) if bits is not None else None:
-            made = down_tiling.rows_of(x, n + len(wholes) * stack.H8) if xh is None else xh
+            made = down_tiling.aligned_rows(x, n + len(wholes) * stack.H8) if xh is None else xh
             routed = partial(_routed, stack, x, bits, narrow, made, copies=xh is None)
-            fills = [] if there else [partial(transpose_copy.fill, wholes, narrow.B, alpha)]
-            (zl, h, probabilities), *_ = side_by_side(x, [routed, *fills])
+            fills = [] if there else [partial(transpose_copy.write_up_proj, wholes, narrow.B, alpha)]
+            (zl, h, probabilities), *_ = run_on_parallel_streams(x, [routed, *fills])
             ys = augmented_weights.outputs(made, wholes, biases)
             if xh is None:
                 x = made[:, :n]
         else:
             zl, h, probabilities = _routed(stack, x, bits, narrow)
             of_each = zip(weights, biases, h, narrow.B, strict=True)
-            ys = side_by_side(x, [partial(_output, x, W, bias, h_g, B, alpha) for W, bias, h_g, B in of_each])
+            ys = run_on_parallel_streams(
+                x, [partial(_output, x, W, bias, h_g, B, alpha) for W, bias, h_g, B in of_each]
+            )
         ctx.stack, ctx.frozen, ctx.beside = stack, frozen, there
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, bits, zl, h if config.has_router else None, *narrow[:2], *narrow.B, *weights)
@@ -105,7 +107,7 @@ class _Experts(torch.autograd.Function):
         needs = {kind: any(wanted[i :: len(stack.kinds)]) for i, kind in enumerate(stack.kinds)}  # of any sibling
 
         frozen = ctx.frozen if ctx.needs_input_grad[0] else None
-        dzl = down_tiling.rows_of(x, len(down))
+        dzl = down_tiling.aligned_rows(x, len(down))
         if stack.has_gaps:
             dzl.zero_()
         if config.has_router:
@@ -119,19 +121,19 @@ class _Experts(torch.autograd.Function):
 
         dBs, base = [], None
         if frozen:
-            is_there = ctx.beside is not None and stack.siblings.beside is ctx.beside
+            is_there = ctx.beside is not None and stack.group.beside is ctx.beside
             if not is_there:
-                stack.siblings.beside = None
+                stack.group.beside = None
             base, of_each = frozen.gradients(dys, Bs, alpha, puts=not is_there)
             dh = of_each if config.has_router else dh.copy_(of_each)
         elif (
-            fills_device(x)
+            saturates_device(x)
             and needs["B"]
-            and all(up_backward.pays(dy, h_g, stack.H8) for dy, h_g in zip(dys, h, strict=True))
+            and all(up_backward.is_profitable(dy, h_g, stack.H8) for dy, h_g in zip(dys, h, strict=True))
         ):
             dBs = up_backward.gradients(dys, h, Bs, alpha, dh)
         else:  # what follows waits for h's alone
-            side_by_side(x, [partial(of_h, g) for g in range(G)])
+            run_on_parallel_streams(x, [partial(of_h, g) for g in range(G)])
         if config.has_router:
             e = gate.gate_backward(zl, P, dh, _stacked(gradients[G:], x, s.N), dzl, s)
 
@@ -151,12 +153,12 @@ class _Experts(torch.autograd.Function):
         def of_ups() -> list[Tensor]:
             if dBs or not needs["B"]:
                 return dBs
-            made = [down_tiling.summed(h[g], dys[g]) for g in range(G)]
+            made = [down_tiling.matmul_tn_fp32(h[g], dys[g]) for g in range(G)]
             if alpha != 1:
                 torch._foreach_mul_(made, alpha)
             return made
 
-        (dx, ddown, dP), dBs = side_by_side(x, [of_x, of_ups])
+        (dx, ddown, dP), dBs = run_on_parallel_streams(x, [of_x, of_ups])
         # What is not trained gets its weights for gradients, which are then left out.
         ddown, dBs, dP = down if ddown is None else ddown, dBs or Bs, P if dP is None else stack.of_each(dP)
         found = [part for g in range(G) for part in stack.parts(ddown, dP, dBs[g], g)]
@@ -183,9 +185,9 @@ def _routed(
     x_there = x_there if copies else None
     parts = None
     if bits is None:
-        zl = torch.mm(x, down.T, out=down_tiling.rows_of(x, len(down)))
+        zl = torch.mm(x, down.T, out=down_tiling.aligned_rows(x, len(down)))
     elif config.has_router:
-        zl, parts = down_forward.down_in_parts(x, bits, down, s.logits_at, config.lora_dropout, x_there)
+        zl, parts = down_forward.dropout_matmul_split_k(x, bits, down, s.logits_at, config.lora_dropout, x_there)
     else:
         zl = down_forward.down(x, bits, down, s.logits_at, config.lora_dropout, x_there, h_there)
     if not config.has_router:

@@ -26,5 +26,5 @@ def interprets_triton() -> bool:
 
 
 @cache
-def say_once(backend: str, reason: str, instead: str) -> None:
+def warn_once(backend: str, reason: str, instead: str) -> None:
     logger.warning("backend %r cannot compute %s; %s does.", backend, reason, instead)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from malora.fused.availability import say_once
-from malora.fused.fp8_weights import Frozen
+from malora.fused.availability import warn_once
+from malora.fused.fp8_weights import Float8Weights
 from malora.fused.tensor_utils import flat
 
 if TYPE_CHECKING:
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 from malora.fused import fp8_linear
 
 
-class Alone(torch.autograd.Function):
+class Float8LinearFunction(torch.autograd.Function):
     """(x [T, n], bias or None, rounded weight of one frozen map) -> x Wᵀ + bias [T, m]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Frozen) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Float8Weights) -> Tensor:
         ctx.weight = weight
         return weight.outputs(x, [bias])[0]
 
@@ -35,7 +35,7 @@ class Alone(torch.autograd.Function):
         return ctx.weight.input_gradient(dy), None, None
 
 
-class Neighbour(nn.Linear):
+class Float8Linear(nn.Linear):
     """An `nn.Linear` that had its class exchanged: name, parameters and hooks are as before."""
 
     # Layers with adapters. In a tuple, or they would count as parts of this; there only while it is a neighbour, since
@@ -44,7 +44,7 @@ class Neighbour(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         for layer in vars(self).get("_adapted", ()):
-            adapter = layer.fused_adapter()
+            adapter = layer.adapter_for_fused_path()
             if adapter is not None and layer.settings[adapter].backend == "fp8":
                 y = self._in_8_bits(input, layer)
                 if y is not None:
@@ -59,12 +59,12 @@ class Neighbour(nn.Linear):
         if any(parameter.requires_grad for parameter in self.parameters()):
             return None
         backward = torch.is_grad_enabled() and x.requires_grad
-        if (weight := fp8_weights.frozen([self], layer.siblings.frozen, backward, instead="nn.Linear")) is None:
+        if (weight := fp8_weights.frozen([self], layer.group.frozen, backward, instead="nn.Linear")) is None:
             return None
-        return fp8_linear.Alone.apply(flat(x), self.bias, weight).view(*x.shape[:-1], self.out_features)
+        return fp8_linear.Float8LinearFunction.apply(flat(x), self.bias, weight).view(*x.shape[:-1], self.out_features)
 
 
-def find(model: nn.Module, layers: list[MaloraLayer], adapter: str) -> None:
+def convert_unadapted_linears(model: nn.Module, layers: list[MaloraLayer], adapter: str) -> None:
     """Makes neighbours of the plain linear maps that share a parent with layers of an adapter in 8 bits."""
     by_parent: dict[str, list[MaloraLayer]] = {}
     for layer in layers:
@@ -72,17 +72,17 @@ def find(model: nn.Module, layers: list[MaloraLayer], adapter: str) -> None:
     for parent, adapted in by_parent.items():
         in_8_bits = any(adapter in x.settings and x.settings[adapter].backend == "fp8" for x in adapted)
         for module in model.get_submodule(parent).children() if parent and in_8_bits else ():
-            if type(module) not in (nn.Linear, Neighbour):
+            if type(module) not in (nn.Linear, Float8Linear):
                 continue
             if "forward" in vars(module):  # accelerate's hooks hide the class's
-                say_once("fp8", "a frozen map whose forward was exchanged", "that")
+                warn_once("fp8", "a frozen map whose forward was exchanged", "that")
                 continue
-            module.__class__, module._adapted = Neighbour, tuple(adapted)
+            module.__class__, module._adapted = Float8Linear, tuple(adapted)
 
 
-def leave(module: nn.Module) -> None:
+def restore_linear(module: nn.Module) -> None:
     """A plain `nn.Linear` again, if it is a neighbour."""
     for layer in vars(module).pop("_adapted", ()):
-        layer.siblings.frozen.pop((id(module), 0), None)
-    if type(module) is Neighbour:
+        layer.group.frozen.pop((id(module), 0), None)
+    if type(module) is Float8Linear:
         module.__class__ = nn.Linear

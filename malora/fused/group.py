@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 # Layers of one parent that read the same input, under the names that model families use.
-SIBLINGS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+PROJECTION_GROUPS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
 
 @contextmanager
-def weights_ahead(families: list[Siblings]) -> Iterator[None]:
+def prefetch_packed_weights(families: list[ProjectionGroup]) -> Iterator[None]:
     """For one training pass of a model: the weights of all its fused layers are copied at once, before the first runs.
 
     A layer that runs again, as under gradient checkpointing, copies its own. Layers that FSDP has sharded are found
@@ -54,7 +54,7 @@ def _are_sharded(layers: list[MaloraLayer]) -> bool:
     return any(isinstance(parameter, DTensor) for layer in layers for parameter in layer.parameters())
 
 
-class Siblings:
+class ProjectionGroup:
     """Layers that read the same input. The first that is called computes for all, the others fetch their part."""
 
     def __init__(self) -> None:
@@ -73,9 +73,9 @@ class Siblings:
         self._state: tuple = ()
         self._outputs: dict[int, Tensor] = {}
 
-    def __deepcopy__(self, memo: dict) -> Siblings:
+    def __deepcopy__(self, memo: dict) -> ProjectionGroup:
         """A copy has the copied layers, and no part of a pass that the original is in the middle of."""
-        copied = memo[id(self)] = Siblings()
+        copied = memo[id(self)] = ProjectionGroup()
         copied.layers = copy.deepcopy(self.layers, memo)
         return copied
 
@@ -91,7 +91,7 @@ class Siblings:
         return [
             packed_weights
             for packed_weights in self._stacks.values()
-            if all(layer.fused_adapter() == packed_weights.adapter for layer in packed_weights.layers)
+            if all(layer.adapter_for_fused_path() == packed_weights.adapter for layer in packed_weights.layers)
         ]
 
     def columns_beside_input(self, like: Tensor) -> int:
@@ -142,7 +142,7 @@ class Siblings:
         state = (adapter, x._version, torch.is_grad_enabled(), layer.training)
         if x is not self._input or state != self._state or id(layer) not in self._outputs:
             self._forget()
-            together = [other for other in self.layers if other.fused_adapter() == adapter]
+            together = [other for other in self.layers if other.adapter_for_fused_path() == adapter]
             if together == [layer] or layer not in together:
                 return self._compute([layer], adapter, x)[0]
             self._outputs = {id(o): y for o, y in zip(together, self._compute(together, adapter, x), strict=True)}

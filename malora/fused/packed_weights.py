@@ -16,8 +16,8 @@ from torch import Tensor
 
 from malora.fused import augmented_weights, fp8_weights
 from malora.fused.kernels import down_backward, transpose_copy
-from malora.fused.kernels.gate import GateShape
-from malora.fused.kernels.multi_copy import copy_all
+from malora.fused.kernels.gate import GateLayout
+from malora.fused.kernels.multi_copy import multi_tensor_copy
 from malora.fused.tensor_utils import is_captured
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Beside(NamedTuple):
     """Whose B lies beside the frozen weights of siblings, for as long as weights are held."""
 
     narrow: Narrow
-    frozen: fp8_weights.Frozen | None  # the weights, where they are in 8 bits
+    frozen: fp8_weights.Float8Weights | None  # the weights, where they are in 8 bits
     units: Tensor | None  # what h is then multiplied by
 
 
@@ -61,7 +61,7 @@ class Stack:
         # The gate's kernels write what pads the gradient of a z that experts share; other gaps come with those in the
         # logits. Without a router there is no gate, and a product writes all of z.
         self.has_gaps = routers != N8
-        self.shape = GateShape(
+        self.shape = GateLayout(
             N=N, top_k=config.top_k, r=r, D=D, z_step=0 if shared else D, z_group=R8, l_group=N8, logits_at=G * R8,
             has_p=f.P is not None, scaling=config.scaling,
         )  # fmt: skip
@@ -71,7 +71,7 @@ class Stack:
         self._form: Form | None = None  # of the last pass with gradients
         self._ahead: Narrow | None = None  # copied by `copy_ahead`, for one pass
         self.held: Narrow | None = None  # for the passes inside `HeldWeights`
-        self.siblings = layers[0].siblings
+        self.group = layers[0].group
         # A router scales each token's experts; without one the product of the up side does it.
         self.alpha = 1.0 if config.has_router else config.scaling
 
@@ -88,7 +88,7 @@ class Stack:
         """
         form = (x.dtype, x.device)
         if torch.is_grad_enabled():
-            self.siblings.drop_kept()  # who makes gradients will change weights
+            self.group.drop_kept()  # who makes gradients will change weights
             self._form, ahead, self._ahead = form, self._ahead, None
             made = (
                 narrow for narrow in (self.held, ahead) if narrow and (narrow.down.dtype, narrow.down.device) == form
@@ -110,7 +110,7 @@ class Stack:
 
     def wholes(self, x: Tensor) -> list[Tensor] | None:
         """Weights with room for B, for base and up side as one product; None where that does not pay or cannot be."""
-        if self.config.backend == "fp8" or not augmented_weights.pays(self.layers):
+        if self.config.backend == "fp8" or not augmented_weights.is_profitable(self.layers):
             return None
         return augmented_weights.weights(self.layers, self.H8, x.dtype)
 
@@ -119,12 +119,12 @@ class Stack:
         """Of the next pass with gradients, if it is like the last; None before one, or if weights have moved since."""
         return self._form if self._form and self._form[1] == self.layers[0].base_layer.weight.device else None
 
-    def frozen(self, backward: bool) -> fp8_weights.Frozen | None:
+    def frozen(self, backward: bool) -> fp8_weights.Float8Weights | None:
         """The base weights in 8 bits, of the backend that has them."""
         if self.config.backend != "fp8":
             return None
         bases = [layer.base_layer for layer in self.layers]
-        return fp8_weights.frozen(bases, self.siblings.frozen, backward, self.H8)
+        return fp8_weights.frozen(bases, self.group.frozen, backward, self.H8)
 
     def lay_beside(self, narrow: Narrow, units: Tensor | None) -> Tensor | None:
         """Puts B beside the frozen weights, for all passes that read these copies, if an earlier one made room.
@@ -135,20 +135,20 @@ class Stack:
         if frozen:
             units, works = frozen.beside(narrow.B, self.alpha, units)
             works += frozen.below(narrow.B, self.alpha)
-        elif self.siblings.rooms and (wholes := self.wholes(narrow.down)):
-            works = [partial(transpose_copy.fill, wholes, narrow.B, self.alpha)]
+        elif self.group.rooms and (wholes := self.wholes(narrow.down)):
+            works = [partial(transpose_copy.write_up_proj, wholes, narrow.B, self.alpha)]
         else:
             return None
         for work in works:
             work()
-        self.siblings.beside = Beside(narrow, frozen, units)
+        self.group.beside = Beside(narrow, frozen, units)
         return units
 
-    def beside(self, narrow: Narrow, frozen: fp8_weights.Frozen | None) -> Beside | None:
+    def beside(self, narrow: Narrow, frozen: fp8_weights.Float8Weights | None) -> Beside | None:
         """What lies beside these weights if it is of these copies. If not, a pass puts its own there, for itself."""
-        found = self.siblings.beside
+        found = self.group.beside
         if found is None or found.narrow is not narrow or found.frozen is not frozen:
-            found = self.siblings.beside = None
+            found = self.group.beside = None
         return found
 
     def counts(self, x: Tensor) -> Tensor:
@@ -156,11 +156,11 @@ class Stack:
 
         They are the siblings', and outlive a stack, for graphs count in them.
         """
-        found = self.siblings.counts
+        found = self.group.counts
         if found is None or found.device != x.device:
-            found = down_backward.counts_for(x)
+            found = down_backward.split_k_counters(x)
             if not is_captured(x):
-                self.siblings.counts = found
+                self.group.counts = found
         return found
 
     def drop_ahead(self) -> None:
@@ -192,10 +192,10 @@ class Stack:
         G = len(self.layers)
         return zl[:, : G * self.shape.z_group].unflatten(1, (G, self.shape.z_group)).transpose(0, 1)
 
-    def of_p(self, e: Tensor, zl: Tensor) -> down_backward.OfP:
+    def of_p(self, e: Tensor, zl: Tensor) -> down_backward.SubspaceGrad:
         """What the gradients of P are made of: e of all experts, and all of z."""
         s = self.shape
-        return down_backward.OfP(e, self.by_sibling(zl), s.N * s.r, s.N * s.D if s.z_step else s.D)
+        return down_backward.SubspaceGrad(e, self.by_sibling(zl), s.N * s.r, s.N * s.D if s.z_step else s.D)
 
     def of_each(self, dP: Tensor) -> Tensor:
         """[G, N, r, D] of dP [G, H, D], or of [G, H, N·D], where an expert's rows beside another's z do not count."""
@@ -235,7 +235,7 @@ class Copies(NamedTuple):
     @torch.no_grad()
     def make(self) -> None:
         weights = [p.detach() for stack in self.stacks for layer in stack.layers for p in stack.parameters(layer)]
-        copy_all(weights, self.views, self.flat, self.stacks[0].siblings.tables)
+        multi_tensor_copy(weights, self.views, self.flat, self.stacks[0].group.tables)
 
 
 def room_for_copies(of: list[tuple[Stack, Form]]) -> list[Copies]:

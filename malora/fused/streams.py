@@ -16,7 +16,7 @@ from torch import Tensor
 
 from malora.fused.tensor_utils import is_captured
 
-LARGE = 1 << 23  # elements of an input
+MIN_SATURATING_ELEMENTS = 1 << 23  # elements of an input
 
 
 @cache
@@ -25,21 +25,21 @@ def _streams(device: torch.device) -> list[torch.cuda.Stream]:
     return []
 
 
-def fills_device(like: Tensor) -> bool:
+def saturates_device(like: Tensor) -> bool:
     """Whether kernels over so large an input leave no room beside them; their works stay in one row.
 
     So do small works between them: a graph with a lane to the side takes longer from each kernel to the next.
     """
-    return like.numel() >= LARGE
+    return like.numel() >= MIN_SATURATING_ELEMENTS
 
 
-def side_by_side(like: Tensor, works: list[Callable[[], Any]]) -> list[Any]:
+def run_on_parallel_streams(like: Tensor, works: list[Callable[[], Any]]) -> list[Any]:
     """What works give that neither write to the same tensors nor read what another writes; on `like`'s device.
 
     Memory is the stream's that it was allocated on, and comes back to it: every stream waits for this one before it
     begins, and this one for all of them, so nobody can write to it while it is still read.
     """
-    if fills_device(like) or not is_captured(like):
+    if saturates_device(like) or not is_captured(like):
         return [work() for work in works]
     here, streams = torch.cuda.current_stream(), _streams(like.device)
     streams += [torch.cuda.Stream(like.device) for _ in range(len(works) - 1 - len(streams))]

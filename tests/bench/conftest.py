@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bench.experiments.profiles import PROFILES
 from bench.models import tiny
 from bench.records import provenance
-from bench.runs.setting import Setting
+from bench.runs.setting import RunSettings
 from bench.speed import rounds
 from tasks import Generator
 
@@ -40,7 +40,7 @@ def make_setting(base_folder, results, **options):
     profile = replace(
         PROFILES["tiny"], source=SOURCE, rates=(1e-3, 1e-2), seeds=2, batch_size=8, checkpoint_every=5, warmup_ratio=0.0
     )
-    return Setting(profile, str(base_folder), SOURCE, "intra", results, **options)
+    return RunSettings(profile, str(base_folder), SOURCE, "intra", results, **options)
 
 
 def stand_in_for_liger(monkeypatch, apply):

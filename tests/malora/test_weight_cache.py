@@ -13,7 +13,7 @@ CASES = [("malora", "fused"), ("asylora", "fused"), ("malora-small", "fused"), (
 
 @pytest.fixture(autouse=True)
 def of_any_size(monkeypatch):
-    monkeypatch.setattr(augmented_weights, "LEAST", 1)
+    monkeypatch.setattr(augmented_weights, "MIN_ELEMENTS", 1)
 
 
 @pytest.fixture
@@ -55,9 +55,9 @@ class Works:
 
     def __init__(self, monkeypatch):
         self.counts = {}
-        for where, name in (("malora.fused.packed_weights", "copy_all"),
-                            ("malora.fused.kernels.transpose_copy", "fill"),
-                            ("malora.fused.fp8_weights", "put_beside")):  # fmt: skip
+        for where, name in (("malora.fused.packed_weights", "multi_tensor_copy"),
+                            ("malora.fused.kernels.transpose_copy", "write_up_proj"),
+                            ("malora.fused.fp8_weights", "quantize_up_proj")):  # fmt: skip
             self.watch(monkeypatch, where, name)
 
     def watch(self, monkeypatch, where, name):
@@ -78,13 +78,13 @@ class Works:
 def test_passes_that_find_weights_held_compute_the_same(method, backend, ids, monkeypatch):
     """Before the first pass nothing is held; after that each refresh is all the work there is."""
     held_model, model = (adapted(method, backend=backend, lora_dropout=0.3) for _ in range(2))
-    held, works = malora.HeldWeights(held_model), Works(monkeypatch)
+    held, works = malora.WeightCache(held_model), Works(monkeypatch)
     # In 8 bits each of six maps has room, else two families of a layer have: Down's outputs are too few.
-    puts = {"put_beside": 2 * 6} if backend == "fp8" else {"fill": 2 * 2}
+    puts = {"quantize_up_proj": 2 * 6} if backend == "fp8" else {"write_up_proj": 2 * 2}
     for step in range(2):
         held.refresh()
         assert bool(held) is (step > 0)
-        assert works.since() == ({"copy_all": 1} | puts if step else {})
+        assert works.since() == ({"multi_tensor_copy": 1} | puts if step else {})
         with held:
             got = gradients(held_model, ids)
         assert bool(works.since()) is (step == 0)
@@ -94,7 +94,7 @@ def test_passes_that_find_weights_held_compute_the_same(method, backend, ids, mo
     if backend == "fused":
         assert rooms(held_model)
     gradients(held_model, ids)
-    assert works.since()["copy_all"] == 2  # outside of `with` each pass makes its own
+    assert works.since()["multi_tensor_copy"] == 2  # outside of `with` each pass makes its own
 
 
 @pytest.mark.parametrize("backend", ["fused", "fp8"])
@@ -103,7 +103,7 @@ def test_what_another_adapter_put_there_is_not_taken_for_ones_own(backend, ids):
     models = [of_two_adapters(backend) for _ in range(2)]
     for model in models:
         gradients(model, ids)
-    held = malora.HeldWeights(models[0])
+    held = malora.WeightCache(models[0])
     held.refresh()
     found = []
     for model in models:
@@ -124,7 +124,7 @@ def test_what_another_adapter_put_there_is_not_taken_for_ones_own(backend, ids):
 def test_a_backward_pass_of_before_a_refresh_fails(ids):
     model = adapted(lora_dropout=0.3)
     gradients(model, ids)
-    held = malora.HeldWeights(model)
+    held = malora.WeightCache(model)
     held.refresh()
     with held:
         loss = model(ids, use_cache=False).logits.sum()
@@ -136,7 +136,7 @@ def test_a_backward_pass_of_before_a_refresh_fails(ids):
 def test_a_model_without_copies_has_nothing_to_refresh(ids):
     model = adapted(backend="dense")
     gradients(model, ids)
-    held = malora.HeldWeights(model)
+    held = malora.WeightCache(model)
     held.refresh()
     with held:
         assert not held
@@ -148,7 +148,7 @@ def test_frozen_weights_that_change_are_seen(ids):
     models = [adapted(backend="fp8", lora_dropout=0.3) for _ in range(2)]
     for model in models:
         gradients(model, ids)
-    held = malora.HeldWeights(models[0])
+    held = malora.WeightCache(models[0])
     held.refresh()
     for model in models:
         with torch.no_grad():
@@ -161,8 +161,8 @@ def test_what_graphs_read_and_write_outlives_passes_of_other_kinds(ids):
     """Copies, B's units and the counts of sums stay where they are through evaluation and back."""
     model, fresh = (adapted(backend="fp8", lora_dropout=0.3) for _ in range(2))
     gradients(model, ids)
-    held = malora.HeldWeights(model)
-    family = model.base_model.malora_layers[0].siblings
+    held = malora.WeightCache(model)
+    family = model.base_model.malora_layers[0].group
 
     def read():
         held.refresh()
@@ -188,13 +188,13 @@ def test_counts_that_a_graph_would_make_are_not_kept(ids, monkeypatch):
     model = adapted(lora_dropout=0.3)
     monkeypatch.setattr(packed_weights, "is_captured", lambda like: True)
     gradients(model, ids)
-    assert all(layer.siblings.counts is None for layer in model.base_model.malora_layers)
+    assert all(layer.group.counts is None for layer in model.base_model.malora_layers)
 
 
 @pytest.mark.parametrize("backend", ["fused", "fp8"])
 def test_a_refresh_within_with_after_adapters_were_switched_leaves_nothing_held(backend, ids):
     models = [of_two_adapters(backend) for _ in range(2)]
-    held = malora.HeldWeights(models[0])
+    held = malora.WeightCache(models[0])
     gradients(models[0], ids)
     held.refresh()
     with held:
@@ -216,7 +216,7 @@ def test_a_refresh_while_an_adapter_is_merged_changes_nothing(backend, ids):
         gradients(model, ids)
         model.merge_adapter()
         if refreshes:
-            malora.HeldWeights(model).refresh()
+            malora.WeightCache(model).refresh()
         model.unmerge_adapter()
         outputs.append(gradients(model, ids))
     assert_close(*outputs)
@@ -226,7 +226,7 @@ def test_a_weight_that_was_away_during_a_refresh_does_not_find_an_old_up_side(id
     models = [adapted(lora_dropout=0.3) for _ in range(2)]
     for model in models:
         gradients(model, ids)
-    held = malora.HeldWeights(models[0])
+    held = malora.WeightCache(models[0])
     held.refresh()
     weight = models[0].base_model.malora_layers[0].base_layer.weight
     there, weight.data = weight.data, weight.data.clone()
@@ -240,7 +240,7 @@ def test_a_weight_that_was_away_during_a_refresh_does_not_find_an_old_up_side(id
 def test_passes_in_another_dtype_are_held_after_the_next_refresh(ids, monkeypatch):
     model = adapted(lora_dropout=0.3).bfloat16()
     gradients(model, ids)
-    held, works = malora.HeldWeights(model), Works(monkeypatch)
+    held, works = malora.WeightCache(model), Works(monkeypatch)
     held.refresh()
     model.float()
     with held:
@@ -258,9 +258,9 @@ def test_a_refresh_is_of_what_trains_alone(ids, monkeypatch):
     gradients(model, ids)
     with torch.inference_mode():
         model(ids, use_cache=False)
-    held, works = malora.HeldWeights(model), Works(monkeypatch)
+    held, works = malora.WeightCache(model), Works(monkeypatch)
     held.refresh()
-    assert works.since() == {"copy_all": 1, "put_beside": 2 * 6}
+    assert works.since() == {"multi_tensor_copy": 1, "quantize_up_proj": 2 * 6}
     with held:
         gradients(model, ids)
     assert not works.since()
@@ -283,7 +283,7 @@ def test_graphs_of_passes_read_what_a_graph_of_a_refresh_left(method, backend, i
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randint", lambda *_, **__: seed)  # one mask for all
         warm_up(lambda: step(0))
-        held, captured = malora.HeldWeights(models[0]), []
+        held, captured = malora.WeightCache(models[0]), []
         refresh = refreshing(held)
         with held:
             graph = capture(lambda: captured.append(step(0)), passes=0)

@@ -12,7 +12,7 @@ from bench.experiments.methods import TITLES
 from bench.experiments.registry import Experiment
 from bench.records.schema import Record
 from bench.report.paper import paper
-from bench.report.scores.selection import Row
+from bench.report.scores.selection import TableRow
 from bench.report.stats import half_width
 from tasks import TASKS
 
@@ -20,14 +20,14 @@ START = "MT, at the start"
 SETTINGS = ("ST(S)", "ST(D)", "MT", START)
 
 
-def section(experiment: Experiment, rows: list[Row]) -> str:
+def section(experiment: Experiment, rows: list[TableRow]) -> str:
     """The tables of a figure's page."""
     if not any(record.inside for row in rows for record in row.sources):
         return "No record here says what is inside."
     return _similarity(rows) if experiment.figure == "similarity" else _inside(rows)
 
 
-def readings(rows: list[Row], statistic: str) -> dict[tuple[str, str, str], list[tuple[Record, float, float]]]:
+def readings(rows: list[TableRow], statistic: str) -> dict[tuple[str, str, str], list[tuple[Record, float, float]]]:
     """By method, setting and side, each run's mean correlation and its chance level.
 
     ST(S) compares two runs of one task, ST(D) of two tasks, MT the experts of one multi-task run.
@@ -43,14 +43,14 @@ def readings(rows: list[Row], statistic: str) -> dict[tuple[str, str, str], list
     return found
 
 
-def _similarity(rows: list[Row]) -> str:
+def _similarity(rows: list[TableRow]) -> str:
     by_mean, by_square = readings(rows, "mean"), readings(rows, "mean_square")
     theirs, body = paper()["figure2"], []
     for method, setting, side in sorted(by_mean, key=lambda key: (key[0], SETTINGS.index(key[1]), key[2])):
         cells = []
         for found in (by_mean, by_square):
             _, values, chances = zip(*found[method, setting, side], strict=True)
-            cells += [_with_interval(values), _n(np.mean(chances))]
+            cells += [_with_interval(values), show(np.mean(chances))]
         seen = theirs[side].get(setting) if method == "molora" else None
         cells += [len(values), "" if seen is None else f"*{seen:g}*"]
         body.append([TITLES[method], setting, side, *cells])
@@ -75,7 +75,7 @@ def _similarity(rows: list[Row]) -> str:
     )
 
 
-def _inside(rows: list[Row]) -> str:
+def _inside(rows: list[TableRow]) -> str:
     seen = [
         (row, insides)
         for row in rows
@@ -87,18 +87,26 @@ def _inside(rows: list[Row]) -> str:
             values = _over(insides, "spectra", side, "values")
             at = [values[round(share * (len(values) - 1))] for share in (0, 0.25, 0.5, 0.75, 1)]
             ranks = [_over(insides, "spectra", side, rank) for rank in ("stable_rank", "effective_rank")]
-            spectra.append([row.title, side, len(values), *map(_n, at), *map(_n, ranks)])
+            spectra.append([row.title, side, len(values), *map(show, at), *map(show, ranks)])
         relative, angles = _over(insides, "movement", "relative"), [one["movement"]["angle"] for one in insides]
         factor = {"S": "S_A", "A": "A_t"}[insides[0]["movement"]["factor"]]
-        moved.append([row.title, factor, _n(relative.mean()), _n(relative.min()), _n(relative.max()),
-                      _n(np.mean(angles)), len(insides)])  # fmt: skip
+        moved.append([row.title, factor, show(relative.mean()), show(relative.min()), show(relative.max()),
+                      show(np.mean(angles)), len(insides)])  # fmt: skip
         for task in insides[0]["routing"]["entropy"]:
             kinds = ("entropy", "largest_share", "unused")
             tasks.append([row.title, TASKS[task].title if task in TASKS else task,
-                          *(_n(_over(insides, "routing", kind, task).mean()) for kind in kinds)])  # fmt: skip
+                          *(show(_over(insides, "routing", kind, task).mean()) for kind in kinds)])  # fmt: skip
         load, told = (_over(insides, "routing", what) for what in ("load", "task_information"))
         layers += [
-            [row.title, i, _n(load[i][0]), _n(load[i][-1]), _n(told[i]), _n(relative[i])] for i in range(len(load))
+            [
+                row.title,
+                i,
+                show(load[i][0]),
+                show(load[i][-1]),
+                show(told[i]),
+                show(relative[i]),
+            ]
+            for i in range(len(load))
         ]
     return "\n\n".join([
         "## Spectra",
@@ -130,12 +138,12 @@ def _over(insides: list[dict[str, Any]], *path: str) -> np.ndarray | None:
 
 
 def _with_interval(values: tuple[float, ...]) -> str:
-    return _n(np.mean(values)) + (f" ± {half_width(values):.2g}" if len(values) > 1 else "")
+    return show(np.mean(values)) + (f" ± {half_width(values):.2g}" if len(values) > 1 else "")
 
 
 def _table(body: list[list[Any]], head: list[str]) -> str:
     return tabulate(body, head, tablefmt="pipe", disable_numparse=True)
 
 
-def _n(value: float | None) -> str:
+def show(value: float | None) -> str:
     return "" if value is None else f"{value if abs(value) > 1e-9 else 0:.3g}"  # float64's rounding is no value

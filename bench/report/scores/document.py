@@ -6,19 +6,19 @@ from dataclasses import dataclass
 
 from tabulate import tabulate
 
-from bench.report.scores.selection import Row
+from bench.report.scores.selection import TableRow
 
 
 @dataclass(frozen=True)
-class Board:
+class Leaderboard:
     """A leaderboard; as a string, Markdown."""
 
     head: list[str]
-    lines: list[tuple[Row | None, list[str]]]  # None: the paper's own
+    lines: list[tuple[TableRow | None, list[str]]]  # None: the paper's own
     notes: str
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[TableRow]:
         return [row for row, _ in self.lines if row]
 
     def __str__(self) -> str:
@@ -27,18 +27,18 @@ class Board:
 
 
 @dataclass(frozen=True)
-class Insides:
+class AdapterSection:
     """What `bench.inside_report` says of rows, in Markdown."""
 
     text: str
-    rows: list[Row]
+    rows: list[TableRow]
 
     def __str__(self) -> str:
         return self.text
 
 
-Part = str | Board | Insides
+Section = str | Leaderboard | AdapterSection
 
 
-def page_of(parts: list[Part]) -> str:
+def render_page(parts: list[Section]) -> str:
     return "\n\n".join(map(str, parts)) + "\n"

@@ -10,15 +10,15 @@ from bench.experiments.profiles import PROFILES
 from bench.experiments.registry import Experiment
 from bench.records.schema import Record, RunConfig
 from bench.report.scores import adapter_tables
-from bench.report.scores.document import Insides, Part, page_of
+from bench.report.scores.document import AdapterSection, Section, render_page
 from bench.report.scores.leaderboard import leaderboard
 from bench.report.scores.reproduction import reproduction
 from bench.report.scores.run_tables import options_table, router_table, sweep_table
 from bench.report.scores.selection import (
-    comparable,
     entries_of,
-    families_that_ran,
+    groups_with_runs,
     rows,
+    select_comparable,
     spread,
 )
 from tasks import MIXTURES, TASKS
@@ -26,7 +26,7 @@ from tasks import MIXTURES, TASKS
 
 def experiment_page(*arguments, **options) -> str:
     """The page of one experiment and profile; see `experiment_parts`."""
-    return page_of(experiment_parts(*arguments, **options))
+    return render_page(experiment_parts(*arguments, **options))
 
 
 def experiment_parts(
@@ -38,8 +38,8 @@ def experiment_parts(
     like: RunConfig | None = None,
     swept: bool = True,
     published: list[Record] | None = None,
-    lender: Experiment | None = None,
-) -> list[Part]:
+    rates_from: Experiment | None = None,
+) -> list[Section]:
     """What the page of one experiment and profile has, in its order.
 
     Args:
@@ -49,21 +49,21 @@ def experiment_parts(
         published: records to compare with, for the page of a reproduction.
         lender: the experiment whose sweep chose the rates; None for this one.
     """
-    mine, others = comparable(records, experiment, like)
+    mine, others = select_comparable(records, experiment, like)
     if not mine:
         return [f"# {experiment.title}, profile {profile}", "No whole run is recorded yet."]
     some = mine[0].config
-    lender = None if lender == experiment else lender
+    rates_from = None if rates_from == experiment else rates_from
     size = PROFILES[profile].on(experiment.mixture)
     entries = entries_of(experiment, mine)
-    at_paper = dict.fromkeys((entry.family for entry in entries), size.paper_rate)
+    at_paper = dict.fromkeys((entry.tuning_group for entry in entries), size.paper_rate)
     parts = [f"# {experiment.title}, profile {profile}", _intro(mine, some, others)]
     if not experiment.both_rates:
-        chose = _chooser(lender, published or records, some.format)
-        parts.append(_policy(families_that_ran(experiment, mine), tuned, at_paper, size.rank_divisor, chose))
+        chose = _chooser(rates_from, published or records, some.format)
+        parts.append(_policy(groups_with_runs(experiment, mine), tuned, at_paper, size.rank_divisor, chose))
         if experiment.figure:
             found = rows(mine, entries, at_paper | tuned, experiment)
-            parts.append(Insides(adapter_tables.section(experiment, found), found))
+            parts.append(AdapterSection(adapter_tables.section(experiment, found), found))
         else:
             parts.append(leaderboard(experiment, mine, at_paper | tuned))
     elif tuned:
@@ -74,7 +74,7 @@ def experiment_parts(
     if experiment.both_rates:
         parts += [f"## Every method at the paper's rate, {size.paper_rate:g}",
                   leaderboard(experiment, mine, at_paper)]  # fmt: skip
-    if tuned and swept and lender is None and not experiment.figure:
+    if tuned and swept and rates_from is None and not experiment.figure:
         parts += ["## What each rate gave", sweep_table(experiment, mine, tuned)]
     if experiment.both_rates and (routers := router_table(experiment, mine)):
         parts += ["## What the routers did", routers]
@@ -87,24 +87,24 @@ def experiment_parts(
     return parts
 
 
-def _chooser(lender: Experiment | None, records: list[Record], format: str) -> str:
+def _chooser(rates_from: Experiment | None, records: list[Record], format: str) -> str:
     """What chose the rates of rows whose questions are put in this format."""
-    if lender is None:
+    if rates_from is None:
         return "sweeps on this mixture"
-    others = {r.config.format for r in comparable(records, lender)[0]} - {format}
-    return f"the sweeps of {lender.title}" + "".join(f", format `{other}`" for other in sorted(others))
+    others = {r.config.format for r in select_comparable(records, rates_from)[0]} - {format}
+    return f"the sweeps of {rates_from.title}" + "".join(f", format `{other}`" for other in sorted(others))
 
 
 def _policy(
-    families: list[str], tuned: dict[str, float], paper_rate: dict[str, float], divisor: int, chose: str
+    tuning_groups: list[str], tuned: dict[str, float], paper_rate: dict[str, float], divisor: int, chose: str
 ) -> str:
     """Which rates the rows have and what chose them, and what else is not the paper's."""
-    rates = ", ".join(f"{TITLES.get(f, f)} {(paper_rate | tuned)[f]:g}" for f in families)
+    rates = ", ".join(f"{TITLES.get(f, f)} {(paper_rate | tuned)[f]:g}" for f in tuning_groups)
     lines = [
         f"A row takes the rate of the method that it is a variant of, chosen on validation by {chose}, all at the same "
         f"rates: {rates}."
     ]
-    if untuned := [TITLES.get(f, f) for f in families if f not in tuned]:
+    if untuned := [TITLES.get(f, f) for f in tuning_groups if f not in tuned]:
         lines.append(f"**Not tuned, at the paper's rate: {', '.join(untuned)}.**")
     if divisor > 1:
         lines.append(f"Ranks are those of the titles divided by {divisor}, for a smaller model.")

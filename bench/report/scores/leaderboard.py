@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 
 from bench.experiments.methods import BASE
-from bench.experiments.registry import SWEEP_SEED, Entry, Experiment
+from bench.experiments.registry import SWEEP_SEED, Experiment, TableEntry
 from bench.records.schema import Record
 from bench.report.paper import paper
-from bench.report.scores.document import Board
+from bench.report.scores.document import Leaderboard
 from bench.report.scores.selection import (
-    Row,
+    TableRow,
     difference,
     entries_of,
     rows,
@@ -22,7 +22,7 @@ from tasks import TASKS
 
 def leaderboard(
     experiment: Experiment, records: list[Record], rates: dict[str, float], mark_partial_sweeps: bool = False
-) -> Board:
+) -> Leaderboard:
     """Methods by rows, tasks by columns, and each tested against the experiment's reference or the best mean.
 
     With `mark_partial_sweeps`, a method that was tried at fewer rates than the others says so.
@@ -39,7 +39,7 @@ def leaderboard(
     figures = paper().get(experiment.name, {})
     titles = [TASKS[t].title for t in tasks]
     lines = []
-    for row in [*rows(records, [Entry(BASE)], {BASE: None}, experiment), *found]:
+    for row in [*rows(records, [TableEntry(BASE)], {BASE: None}, experiment), *found]:
         if not row.records:
             lines.append(
                 (row, [row.title, "" if row.rate is None else f"{row.rate:g}", *[""] * (len(tasks) + 3), _broken(row)])
@@ -78,7 +78,7 @@ def leaderboard(
             f"h is Cohen's effect size; ≥ the smallest difference that so many seeds and items show in {POWER:.0%} of "
             "such experiments, before Holm's correction."
         )
-    return Board(head, lines, " ".join(notes))
+    return Leaderboard(head, lines, " ".join(notes))
 
 
 def _partly_swept(records: list[Record]) -> dict[str, str]:
@@ -93,12 +93,12 @@ def _partly_swept(records: list[Record]) -> dict[str, str]:
     }
 
 
-def _broken(row: Row) -> str:
+def _broken(row: TableRow) -> str:
     counts = Counter(record.status for record in row.broken)
     return ", ".join(f"{n} of {n + len(row.records)} runs {status}" for status, n in sorted(counts.items()))
 
 
-def _verdicts(scored: list[Row], best: Row | None, name: str, detailed: bool) -> dict[str, str]:
+def _verdicts(scored: list[TableRow], best: TableRow | None, name: str, detailed: bool) -> dict[str, str]:
     others = [row for row in scored if row is not best]
     runs_vary = spread(scored)
     differences = [difference(best, row, runs_vary) for row in others]

@@ -6,21 +6,23 @@ from bench.experiments.profiles import PROFILES
 from bench.experiments.registry import Experiment
 from bench.records.schema import Record
 from bench.report.scores.selection import (
-    comparable,
     entries_of,
     rows,
+    select_comparable,
     tuned_rates,
 )
 
 
 def reproduction(experiment: Experiment, mine: list[Record], published: list[Record], profile: str) -> str:
     """One line a method and rate: whether this machine's mean is where another run of the published one would fall."""
-    theirs, _ = comparable(published, experiment)
+    theirs, _ = select_comparable(published, experiment)
     if not theirs:
         return "Nothing is published for this profile yet."
     entries = entries_of(experiment, theirs)
     own, _ = tuned_rates(experiment, published)
-    at_paper = dict.fromkeys((entry.family for entry in entries), PROFILES[profile].on(experiment.mixture).paper_rate)
+    at_paper = dict.fromkeys(
+        (entry.tuning_group for entry in entries), PROFILES[profile].on(experiment.mixture).paper_rate
+    )
     lines = []
     for label, rates in (
         ("its own rate", own if experiment.both_rates else at_paper | own),

@@ -7,7 +7,7 @@ import json
 from tabulate import tabulate
 
 from bench.experiments.methods import TITLES
-from bench.experiments.registry import SWEEP_SEED, Entry, Experiment
+from bench.experiments.registry import SWEEP_SEED, Experiment, TableEntry
 from bench.records.schema import Record
 from bench.report.scores.selection import entries_of
 from bench.report.stats import Spread, compare, compare_apart
@@ -18,11 +18,11 @@ def sweep_table(experiment: Experiment, records: list[Record], tuned: dict[str, 
     runs = {
         (r.config.method, r.config.learning_rate): r
         for r in records
-        if r.config.seed == SWEEP_SEED and experiment.has(Entry(r.config.method), r.config)
+        if r.config.seed == SWEEP_SEED and experiment.has(TableEntry(r.config.method), r.config)
     }
     rates = sorted({rate for _, rate in runs if rate is not None})
     body = []
-    for method in dict.fromkeys(entry.family for entry in entries_of(experiment, records)):
+    for method in dict.fromkeys(entry.tuning_group for entry in entries_of(experiment, records)):
         cells = []
         for rate in rates:
             record = runs.get((method, rate))
@@ -51,12 +51,19 @@ def router_table(experiment: Experiment, records: list[Record]) -> str:
         if r.config.seed == SWEEP_SEED and r.train and r.train["router"]:
             first, last = r.train["router"][0], r.train["router"][-1]
             norms = [point["grad_norm"] for point in r.train["curve"] if point["grad_norm"] is not None]
-            body.append([
-                TITLES.get(r.config.method, r.config.method), f"{r.config.learning_rate:g}", r.status,
-                f"{_n(first['gate_sum'])} → {_n(last['gate_sum'])}", f"{_n(first['entropy'])} → {_n(last['entropy'])}",
-                _n(last["largest_share"]), last["unused_experts"],
-                _n(max(norms, default=None)), _n(norms[-1] if norms else None),
-            ])  # fmt: skip
+            body.append(
+                [
+                    TITLES.get(r.config.method, r.config.method),
+                    f"{r.config.learning_rate:g}",
+                    r.status,
+                    f"{show(first['gate_sum'])} → {show(last['gate_sum'])}",
+                    f"{show(first['entropy'])} → {show(last['entropy'])}",
+                    show(last["largest_share"]),
+                    last["unused_experts"],
+                    show(max(norms, default=None)),
+                    show(norms[-1] if norms else None),
+                ]
+            )
     if not body:
         return ""
     head = [
@@ -83,8 +90,10 @@ def options_table(records: list[Record], mine: list[Record], runs_vary: Spread |
     """Runs with other options of a method than the page's, each beside its twin without them."""
     body = []
     for record in sorted((r for r in records if r not in mine and r.test), key=lambda r: r.config.id):
-        alike = record.config.but("method_options", "data_hash")
-        twin = next((r for r in mine if r.test and r.config.but("method_options", "data_hash") == alike), None)
+        alike = record.config.config_key_without("method_options", "data_hash")
+        twin = next(
+            (r for r in mine if r.test and r.config.config_key_without("method_options", "data_hash") == alike), None
+        )
         if twin is None or record.data["sha256"]["test"] != twin.data["sha256"]["test"]:
             continue
         usual = twin.config.method_options
@@ -106,5 +115,5 @@ def options_table(records: list[Record], mine: list[Record], runs_vary: Spread |
     return f"{table}\n\nPaired over items; how much a run varies {known}."
 
 
-def _n(value: float | None) -> str:
+def show(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"

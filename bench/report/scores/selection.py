@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from bench.experiments.methods import BASE
-from bench.experiments.registry import EXPERIMENTS, SWEEP_SEED, Entry, Experiment, families_of, parts
+from bench.experiments.registry import EXPERIMENTS, SWEEP_SEED, Experiment, TableEntry, parts, tuning_groups_of
 from bench.records import schema
 from bench.records.schema import Record, RunConfig
 from bench.report.stats import Difference, Mean, Spread, compare, compare_apart, mean_over_seeds, spread_over_seeds
@@ -21,7 +21,7 @@ def records_that_lend_rates(records: list[schema.Record], like: schema.RunConfig
     """
     free = ("model_hash", "method", "method_options", "mixture", "learning_rate", "seed", "data_hash", "max_steps",
             "max_items", "epochs", "batch_size", "format")  # fmt: skip
-    alike = [r for r in records if r.config.but(*free) == like.but(*free)]
+    alike = [r for r in records if r.config.config_key_without(*free) == like.config_key_without(*free)]
     known = [r for r in alike if r.config.format == like.format]
     if MIXTURES[like.mixture].domains and all(MIXTURES[r.config.mixture].domains for r in known):
         known += [r for r in alike if not MIXTURES[r.config.mixture].domains]
@@ -37,7 +37,7 @@ def choose_rates(records: list[Record]) -> dict[str, float]:
     tried: dict[str, dict[float, float]] = {}
     for record in records:
         config = record.config
-        if config.method != BASE and config.seed == SWEEP_SEED and Entry(config.method).matches(config):
+        if config.method != BASE and config.seed == SWEEP_SEED and TableEntry(config.method).matches(config):
             score = record.mean("validation") if record.status == "ok" else None
             tried.setdefault(config.method, {})[config.learning_rate] = float("-inf") if score is None else score
     return {
@@ -48,10 +48,10 @@ def choose_rates(records: list[Record]) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A method with its options at one rate, all its seeds."""
 
-    entry: Entry
+    entry: TableEntry
     rate: float | None
     records: list[Record]  # status ok, by seed; those of a single-task row are joined from their parts
     broken: list[Record]  # diverged or out of memory
@@ -73,7 +73,7 @@ class Row:
         return 100 * sum(record.test[task]["value"] for record in self.records) / len(self.records)
 
 
-def comparable(
+def select_comparable(
     records: list[Record], experiment: Experiment, like: RunConfig | None = None
 ) -> tuple[list[Record], int]:
     """The records of an experiment that agree in everything but row, rate and seed, and how many do not.
@@ -81,7 +81,7 @@ def comparable(
     Without `like`, a configuration that they must agree with, the largest such group of the folder; the latest of
     equals. Of a method with other options than the experiment's rows have, none count.
     """
-    entries = [Entry(BASE), *entries_of(experiment, records)]
+    entries = [TableEntry(BASE), *entries_of(experiment, records)]
     of_suite = [r for r in records if _mixture(r.config, experiment)]
     groups: dict[tuple, list[Record]] = {}
     for record in of_suite:
@@ -116,15 +116,15 @@ def _same_test(records: list[Record]) -> list[Record]:
 def _setting(config: RunConfig, experiment: Experiment) -> tuple:
     # The data's hash covers the training blend, which depends on the seed.
     free = ("method", "method_options", "learning_rate", "seed", "data_hash", "mixture")
-    return _mixture(config, experiment), *config.but(*free)
+    return _mixture(config, experiment), *config.config_key_without(*free)
 
 
-def entries_of(experiment: Experiment, records: list[Record]) -> list[Entry]:
+def entries_of(experiment: Experiment, records: list[Record]) -> list[TableEntry]:
     """The paper's rows in the paper's order and, in Table 2, a row for every other method that was run."""
     if not experiment.both_rates:
         return list(experiment.entries)
     others = {r.config.method for r in records if r.config.mixture in experiment.mixtures}
-    return [*experiment.entries, *(Entry(m, own_rate=True) for m in sorted(others - {*experiment.methods, BASE}))]
+    return [*experiment.entries, *(TableEntry(m, own_rate=True) for m in sorted(others - {*experiment.methods, BASE}))]
 
 
 def tuned_rates(
@@ -135,31 +135,43 @@ def tuned_rates(
     That is this experiment if all families that ran on its mixture were swept there; else Table 2 lends its choice to
     all of them, for the same model and size.
     """
-    own, _ = comparable(records, experiment, like)
+    own, _ = select_comparable(records, experiment, like)
     own = [r for r in own if r.config.mixture in experiment.mixtures]
     rates = choose_rates(own)
-    lender = EXPERIMENTS["table2"]
-    if experiment == lender or (rates and rates.keys() >= set(families_that_ran(experiment, own))):
+    rates_from = EXPERIMENTS["table2"]
+    if experiment == rates_from or (rates and rates.keys() >= set(groups_with_runs(experiment, own))):
         return rates, experiment
-    lent = choose_rates(comparable(records, lender)[0])
-    return {family: lent[family] for family in experiment.families if family in lent}, lender
+    lent = choose_rates(select_comparable(records, rates_from)[0])
+    return {
+        tuning_group: lent[tuning_group] for tuning_group in experiment.tuning_groups if tuning_group in lent
+    }, rates_from
 
 
-def families_that_ran(experiment: Experiment, records: list[Record]) -> list[str]:
+def groups_with_runs(experiment: Experiment, records: list[Record]) -> list[str]:
     """The families of the rows that have runs."""
-    return families_of(e for e in experiment.entries if any(experiment.has(e, r.config) for r in records))
+    return tuning_groups_of(e for e in experiment.entries if any(experiment.has(e, r.config) for r in records))
 
 
-def rows(records: list[Record], entries: list[Entry], rates: dict[str, float], experiment: Experiment) -> list[Row]:
+def rows(
+    records: list[Record], entries: list[TableEntry], rates: dict[str, float], experiment: Experiment
+) -> list[TableRow]:
     """A row an entry, at the rate given for its family."""
     found = []
     for entry in entries:
-        runs = sorted((r for r in records if experiment.has(entry, r.config)
-                       and r.config.learning_rate == rates.get(entry.family)), key=lambda r: r.config.seed)  # fmt: skip
+        runs = sorted(
+            (
+                r
+                for r in records
+                if experiment.has(entry, r.config) and r.config.learning_rate == rates.get(entry.tuning_group)
+            ),
+            key=lambda r: r.config.seed,
+        )
         if runs:
             whole = _joined(runs) if entry.single_task else runs
             ok = [r for r in whole if r.status == "ok"]
-            found.append(Row(entry, rates.get(entry.family), ok, [r for r in runs if r.status != "ok"], runs))
+            found.append(
+                TableRow(entry, rates.get(entry.tuning_group), ok, [r for r in runs if r.status != "ok"], runs)
+            )
     return found
 
 
@@ -176,12 +188,12 @@ def _joined(runs: list[Record]) -> list[Record]:
     return joined
 
 
-def spread(table: Iterable[Row]) -> Spread | None:
+def spread(table: Iterable[TableRow]) -> Spread | None:
     """How runs of a table vary from seed to seed, by its rows of several; a single-task row's parts vary otherwise."""
     return spread_over_seeds([r.items for r in row.records] for row in table if not row.entry.single_task)
 
 
-def difference(first: Row, second: Row, runs_vary: Spread | None) -> Difference | None:
+def difference(first: TableRow, second: TableRow, runs_vary: Spread | None) -> Difference | None:
     """Second less first: paired over the seeds that both have, if there are two, else over all seeds of each.
 
     For the latter `runs_vary` says how runs vary. Where it does not, one common seed is compared, and without one there

@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 from bench.records.schema import SpeedRecord
 from bench.report.speed.summary import (
-    Row,
+    SpeedRow,
     by_work,
     compared,
     fastest,
@@ -65,19 +65,19 @@ class Goal:
         return None if None in values else RELATIONS[self.relation][1](values)
 
 
-def _over(row: Callable[[SpeedRecord], Row | None], other: Callable[[SpeedRecord], Row | None]) -> Measure:
+def _over(row: Callable[[SpeedRecord], SpeedRow | None], other: Callable[[SpeedRecord], SpeedRow | None]) -> Measure:
     """A row's step over another's."""
     return lambda record: ratio(seconds(row(record)), seconds(other(record)))
 
 
-def _row(name: str) -> Callable[[SpeedRecord], Row | None]:
+def _row(name: str) -> Callable[[SpeedRecord], SpeedRow | None]:
     return lambda record: named(record, name)
 
 
 FLOOR = _row("floor-compiled")
 
 
-def _good_dispatch(record: SpeedRecord) -> Row | None:
+def _good_dispatch(record: SpeedRecord) -> SpeedRow | None:
     return fastest(record, lambda row: row["name"].startswith("molora-sorted"))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from bench.records.schema import SpeedRecord
 from malora.backends import INEXACT
 
-Row = dict[str, Any]
+SpeedRow = dict[str, Any]
 # Rows of a large model's training that MALoRA is compared with.
 COMPARED = ("peft-lora", "lora-plain-compiled", "molora-loop", "molora-sorted-compiled", "malora-fp8-liger-captured")
 
@@ -24,19 +24,19 @@ def summary(samples: list[float]) -> tuple[float, float]:
     return middle, high - low
 
 
-def seconds(row: Row | None, part: str = "step") -> float | None:
+def seconds(row: SpeedRow | None, part: str = "step") -> float | None:
     """Median of a row's samples; None if it was not measured."""
     samples = row["seconds"].get(part) if row and row["status"] == "ok" else None
     return summary(samples)[0] if samples else None
 
 
-def by_round(record: SpeedRecord, row: Row) -> np.ndarray:
+def by_round(record: SpeedRecord, row: SpeedRow) -> np.ndarray:
     """Mean seconds of a step in each round: steps that follow each other are alike in what the device was like."""
     samples = np.array(row["seconds"]["step"])
     return samples.reshape(-1, max(1, len(samples) // record.options["rounds"])).mean(1)
 
 
-def tokens_per_second(record: SpeedRecord, row: Row | None) -> float | None:
+def tokens_per_second(record: SpeedRecord, row: SpeedRow | None) -> float | None:
     sequences = record.options["batch"] if record.mode == "decode" else 1
     return ratio(sequences * record.options["tokens"], seconds(row))
 
@@ -45,16 +45,16 @@ def ratio(above: float | None, below: float | None) -> float | None:
     return None if above is None or below is None else above / below
 
 
-def named(record: SpeedRecord, name: str) -> Row | None:
+def named(record: SpeedRecord, name: str) -> SpeedRow | None:
     return next((row for row in record.rows if row["name"] == name), None)
 
 
-def exact_rows(record: SpeedRecord) -> list[Row]:
+def exact_rows(record: SpeedRecord) -> list[SpeedRow]:
     """Those that compute what their method says, within rounding."""
     return [row for row in record.rows if row["backend"] not in INEXACT]
 
 
-def fastest(record: SpeedRecord, choose: Callable[[Row], bool]) -> Row | None:
+def fastest(record: SpeedRecord, choose: Callable[[SpeedRow], bool]) -> SpeedRow | None:
     """Of the exact rows that ran."""
     ran = [r for r in exact_rows(record) if seconds(r) is not None and choose(r)]
     return min(ran, key=seconds, default=None)
@@ -102,7 +102,7 @@ def shown(records: list[SpeedRecord]) -> list[SpeedRecord]:
     return found
 
 
-def malora_row(record: SpeedRecord) -> Row | None:
+def malora_row(record: SpeedRecord) -> SpeedRow | None:
     """MALoRA's fastest exact row."""
     return fastest(record, lambda row: row["method"] == "malora")
 

@@ -15,10 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from malora.fused.kernels import down_tiling
-from malora.fused.kernels.down_tiling import bytes_of, constants_of, fitting, prefers_plain_matmul, split_count, summed
-from malora.fused.kernels.dropout import dropped, left_of
-from malora.fused.kernels.tiling import LEAST_RIGHT, finished, pad, shared
+from malora.fused.kernels import down_tiling, tiling
+from malora.fused.kernels.down_tiling import (
+    bytes_of,
+    constants_of,
+    fitting,
+    matmul_tn_fp32,
+    prefers_plain_matmul,
+    split_count,
+)
+from malora.fused.kernels.dropout import apply_dropout, mask_tile
+from malora.fused.kernels.tiling import MIN_RIGHT_COLUMNS, tile_size, wait_for_dot
 
 
 @triton.jit
@@ -35,7 +42,7 @@ def _of_p(
         row_inside = (rows + start < T)[:, None] | EVEN_T
         e = tl.load(e_ptr, mask=row_inside & (ranks < H)[None, :], other=0.0)
         z = tl.load(z_ptr, mask=row_inside & (columns < D)[None, :], other=0.0)
-        total = finished(tl.dot(tl.trans(e), z, total, input_precision="ieee", out_dtype=WIDE), PTX)
+        total = wait_for_dot(tl.dot(tl.trans(e), z, total, input_precision="ieee", out_dtype=WIDE), PTX)
         e_ptr += BLOCK_T * e_stride
         z_ptr += BLOCK_T * z_stride
     tl.store(dp_ptr + ranks[:, None] * D + columns[None, :], total, mask=(ranks < H)[:, None] & (columns < D)[None, :])
@@ -53,14 +60,14 @@ def _is_last(count_ptr, parts):
 
 @triton.jit
 def _add_up(parts_ptr, total_ptr, columns, column_inside, row_stride, part_stride, parts, ROWS: tl.constexpr,
-            MOST_PARTS: tl.constexpr):  # fmt: skip
+            MAX_SPLITS: tl.constexpr):  # fmt: skip
     """The sum of the parts of so many rows, in the order of the parts, which are loaded side by side."""
     for first in range(0, ROWS, 16):
         rows = first + tl.arange(0, 16)
         place = rows[:, None] * row_stride + columns[None, :]
         inside = (rows < ROWS)[:, None] & column_inside
         total = tl.load(parts_ptr + place, mask=inside, other=0.0, cache_modifier=".cg")  # as others have left it
-        for part in tl.static_range(1, MOST_PARTS):
+        for part in tl.static_range(1, MAX_SPLITS):
             there = (rows < tl.where(part < parts, ROWS, 0))[:, None] & column_inside
             total += tl.load(parts_ptr + part * part_stride + place, mask=there, other=0.0, cache_modifier=".cg")
         tl.store(total_ptr + place, total, mask=inside)
@@ -70,7 +77,7 @@ def _add_up(parts_ptr, total_ptr, columns, column_inside, row_stride, part_strid
 def _gradients_kernel(
     dzl_ptr, x_ptr, bits_ptr, down_ptr, base_ptr, dx_ptr, parts_ptr, total_ptr, count_ptr, e_ptr, z_ptr, T, n, W,
     zl_stride, x_stride, base_stride, e_stride, e_group, z_stride, z_group, part_stride, G: tl.constexpr,
-    H: tl.constexpr, D: tl.constexpr, PAD_H: tl.constexpr, PAD_D: tl.constexpr, MOST_PARTS: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, PAD_H: tl.constexpr, PAD_D: tl.constexpr, MAX_SPLITS: tl.constexpr,
     T_EACH: tl.constexpr, OF_INPUT: tl.constexpr, OF_WEIGHTS: tl.constexpr, ADDS: tl.constexpr, EVEN_T: tl.constexpr,
     EVEN_N: tl.constexpr, SCALE: tl.constexpr, Z: tl.constexpr, REST: tl.constexpr, L: tl.constexpr,
     PAD_Z: tl.constexpr, PAD_REST: tl.constexpr, PAD_L: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -92,14 +99,14 @@ def _gradients_kernel(
             if g % (tl.num_programs(0) - blocks) == tl.program_id(0) - blocks:
                 _of_p(e_ptr + g * e_group, z_ptr + g * z_group, out_ptr + g * H * D, rows, T, e_stride, z_stride,
                       T_EACH, EVEN_T, H, D, PAD_H, PAD_D, WIDE, BLOCK_T, PTX)  # fmt: skip
-        if MOST_PARTS > 1:  # noqa: SIM102 (Triton would count before it knew of how many)
+        if MAX_SPLITS > 1:  # noqa: SIM102 (Triton would count before it knew of how many)
             if _is_last(count_ptr + tl.program_id(0), parts):
                 subspace = tl.arange(0, PAD_D)
                 for g in range(G):
                     if g % (tl.num_programs(0) - blocks) == tl.program_id(0) - blocks:
                         at = g * H * D
                         _add_up(parts_ptr + at, total_ptr + at, subspace, (subspace < D)[None, :], D, part_stride,
-                                parts, H, MOST_PARTS)  # fmt: skip
+                                parts, H, MAX_SPLITS)  # fmt: skip
         return
     z_rows = tl.arange(0, PAD_Z)
     rest_rows = PAD_Z + tl.arange(0, PAD_REST)
@@ -135,23 +142,23 @@ def _gradients_kernel(
             dx = tl.dot(dz, d, input_precision="ieee", out_dtype=WIDE)
             if REST > 0:
                 dx = tl.dot(drest, r, dx, input_precision="ieee", out_dtype=WIDE)
-            dx = left_of(dx * SCALE, word, BLOCK_T, BLOCK_N, PTX)
+            dx = mask_tile(dx * SCALE, word, BLOCK_T, BLOCK_N, PTX)
             if L > 0:
                 dx = tl.dot(dl, g, dx, input_precision="ieee", out_dtype=WIDE)
             if ADDS:
                 dx += tl.load(base_ptr, mask=row_inside & column_inside)
             tl.store(dx_ptr, dx, mask=row_inside & column_inside)
         if OF_WEIGHTS:
-            left = tl.trans(left_of(x, word, BLOCK_T, BLOCK_N, PTX))
+            left = tl.trans(mask_tile(x, word, BLOCK_T, BLOCK_N, PTX))
             z_sum = tl.dot(left, dz, z_sum, input_precision="ieee", out_dtype=WIDE)
             if REST > 0:
                 rest_sum = tl.dot(left, drest, rest_sum, input_precision="ieee", out_dtype=WIDE)
             if L > 0:
                 l_sum = tl.dot(tl.trans(x), dl, l_sum, input_precision="ieee", out_dtype=WIDE)
-                l_sum = finished(l_sum, PTX)
+                l_sum = wait_for_dot(l_sum, PTX)
             if REST > 0:
-                rest_sum = finished(rest_sum, PTX)
-            z_sum = finished(z_sum, PTX)
+                rest_sum = wait_for_dot(rest_sum, PTX)
+            z_sum = wait_for_dot(z_sum, PTX)
         dzl_ptr += BLOCK_T * zl_stride
         bits_ptr += BLOCK_T * W
         x_ptr += BLOCK_T * x_stride
@@ -165,16 +172,16 @@ def _gradients_kernel(
                      mask=(rest_rows < Z)[:, None] & column_inside)  # fmt: skip
         if L > 0:
             tl.store(out_ptr + l_rows[:, None] * n, tl.trans(l_sum), mask=(l_rows < Z + L)[:, None] & column_inside)
-        if MOST_PARTS > 1:  # noqa: SIM102 (Triton would count before it knew of how many)
+        if MAX_SPLITS > 1:  # noqa: SIM102 (Triton would count before it knew of how many)
             if _is_last(count_ptr + tl.program_id(0), parts):
-                _add_up(parts_ptr, total_ptr, columns, column_inside, n, part_stride, parts, Z + L, MOST_PARTS)
+                _add_up(parts_ptr, total_ptr, columns, column_inside, n, part_stride, parts, Z + L, MAX_SPLITS)
 
 
-MOST_FOR_P = 2  # programs
-MOST_OF_P = 128 * 64  # elements of a gradient of P that one program sums up
+MAX_SUBSPACE_PROGRAMS = 2  # programs
+MAX_SUBSPACE_ELEMENTS = 128 * 64  # elements of a gradient of P that one program sums up
 
 
-class OfP(NamedTuple):
+class SubspaceGrad(NamedTuple):
     """What the gradients of P are made of: dP [G, H, D] = eᵀ z, of e [G, T, ≥H] and z [G, T, ≥D]."""
 
     e: Tensor
@@ -185,15 +192,15 @@ class OfP(NamedTuple):
     @property
     def is_small(self) -> bool:
         """Whether its sums stay in the registers of one program."""
-        return pad(self.H) * pad(self.D) <= MOST_OF_P
+        return tile_size(self.H) * tile_size(self.D) <= MAX_SUBSPACE_ELEMENTS
 
-    def summed(self) -> Tensor:
-        return summed(self.e, self.z)[:, : self.H, : self.D]
+    def matmul_tn_fp32(self) -> Tensor:
+        return matmul_tn_fp32(self.e, self.z)[:, : self.H, : self.D]
 
 
 def gradients(
     dzl: Tensor, x: Tensor, bits: Tensor | None, weights: Tensor, Z: int, p: float, base: Tensor | None = None,
-    of_input: bool = True, of_weights: bool = True, of_p: OfP | None = None, counts: Tensor | None = None,
+    of_input: bool = True, of_weights: bool = True, of_p: SubspaceGrad | None = None, counts: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """dropout(dz D) + dl G + base, [T, n]; [dzᵀ dropout(x); dlᵀ x], [Z + L, n], and dP in float32 or wider; or None.
 
@@ -206,14 +213,14 @@ def gradients(
     if bits is None:
         if of_input:
             dx = dzl @ weights if base is None else torch.addmm(base, dzl, weights)
-        return dx, summed(dzl, x) if of_weights else None, of_p and of_p.summed()
+        return dx, matmul_tn_fp32(dzl, x) if of_weights else None, of_p and of_p.matmul_tn_fp32()
     if prefers_plain_matmul(x, Z, len(weights) - Z):
         if of_input:
-            dx = dropped(dzl[:, :Z] @ weights[:Z], bits, p)
+            dx = apply_dropout(dzl[:, :Z] @ weights[:Z], bits, p)
             dx = (dx if base is None else dx.add_(base)).addmm_(dzl[:, Z:], weights[Z:])
         if of_weights:
-            dweights = torch.cat([summed(dzl[:, :Z], dropped(x, bits, p)), summed(dzl[:, Z:], x)])
-        return dx, dweights, of_p and of_p.summed()
+            dweights = torch.cat([matmul_tn_fp32(dzl[:, :Z], apply_dropout(x, bits, p)), matmul_tn_fp32(dzl[:, Z:], x)])
+        return dx, dweights, of_p and of_p.matmul_tn_fp32()
     (T, n), rows = x.shape, len(weights)
     joins = of_p is not None and of_p.is_small
     e, z, H, D = of_p if joins else (dzl[None], dzl[None], 1, 1)
@@ -223,7 +230,9 @@ def gradients(
         triton.cdiv(n, down_tiling.GRADIENTS["BLOCK_N"]),
         triton.cdiv(T, down_tiling.GRADIENTS["BLOCK_T"]),
     )
-    fits_twice = 2 * bytes_of(down_tiling.GRADIENTS, Z, rows - Z, tuned["num_stages"]) <= shared(x.device)
+    fits_twice = 2 * bytes_of(down_tiling.GRADIENTS, Z, rows - Z, tuned["num_stages"]) <= tiling.shared_memory_bytes(
+        x.device
+    )
     each = triton.cdiv(
         blocks_T, split_count(blocks, blocks_T, down_tiling.PROGRAMS if fits_twice else down_tiling.PROGRAMS // 2)
     )
@@ -237,13 +246,14 @@ def gradients(
     sums = torch.empty(parts, sum(sizes), **wide)
     total = torch.empty(sum(sizes), **wide) if parts > 1 else sums[0]
     if counts is None and parts > 1:
-        counts = counts_for(x)
+        counts = split_k_counters(x)
     # Two for the gradients of P: one of three siblings would be the last to end.
-    _gradients_kernel[blocks + min(MOST_FOR_P, len(e) * joins), parts](
+    _gradients_kernel[blocks + min(MAX_SUBSPACE_PROGRAMS, len(e) * joins), parts](
         dzl, x, bits, weights, x if base is None else base, x if dx is None else dx, sums, total, counts, e, z, T, n,
         bits.shape[1], dzl.stride(0), x.stride(0), 0 if base is None else base.stride(0), e.stride(1), e.stride(0),
-        z.stride(1), z.stride(0), sum(sizes), G=len(e) * joins, H=H, D=D, PAD_H=pad(H), PAD_D=pad(D, LEAST_RIGHT),
-        MOST_PARTS=triton.next_power_of_2(parts), T_EACH=T_each, OF_INPUT=of_input, OF_WEIGHTS=of_weights,
+        z.stride(1), z.stride(0), sum(sizes), G=len(e) * joins, H=H, D=D, PAD_H=tile_size(H),
+        PAD_D=tile_size(D, MIN_RIGHT_COLUMNS),
+        MAX_SPLITS=triton.next_power_of_2(parts), T_EACH=T_each, OF_INPUT=of_input, OF_WEIGHTS=of_weights,
         ADDS=base is not None, EVEN_T=T % T_each == 0,
         EVEN_N=n % down_tiling.GRADIENTS["BLOCK_N"] == 0, **constants_of(weights, Z, p),
         **tuned,
@@ -252,13 +262,15 @@ def gradients(
     if of_weights:
         dweights = of_rows.view(rows, n)
     if of_p is not None:
-        dP = of_ranks.view(-1, H, D) if joins else of_p.summed()
+        dP = of_ranks.view(-1, H, D) if joins else of_p.matmul_tn_fp32()
     return dx, dweights, dP
 
 
-def counts_for(x: Tensor) -> Tensor:
+def split_k_counters(x: Tensor) -> Tensor:
     """Zeros, by which the programs of `gradients` know who of them adds up the parts of a sum; they are zero after it.
 
     Of x [T, n].
     """
-    return x.new_zeros(triton.cdiv(x.shape[1], down_tiling.GRADIENTS["BLOCK_N"]) + MOST_FOR_P, dtype=torch.int32)
+    return x.new_zeros(
+        triton.cdiv(x.shape[1], down_tiling.GRADIENTS["BLOCK_N"]) + MAX_SUBSPACE_PROGRAMS, dtype=torch.int32
+    )

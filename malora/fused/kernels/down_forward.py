@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from malora.fused.kernels import down_tiling
-from malora.fused.kernels.down_tiling import constants_of, fitting, prefers_plain_matmul, rows_of, split_count
-from malora.fused.kernels.dropout import dropped, left_of
-from malora.fused.kernels.tiling import finished
+from malora.fused.kernels.down_tiling import aligned_rows, constants_of, fitting, prefers_plain_matmul, split_count
+from malora.fused.kernels.dropout import apply_dropout, mask_tile
+from malora.fused.kernels.tiling import wait_for_dot
 
 
 @triton.jit
@@ -43,17 +43,17 @@ def _down_kernel(
         if COPIES:
             tl.store(copy_ptr, x, mask=row_inside & column_inside)
             copy_ptr += BLOCK_N
-        left = left_of(x, word, BLOCK_T, BLOCK_N, PTX)
+        left = mask_tile(x, word, BLOCK_T, BLOCK_N, PTX)
         z = tl.dot(left, tl.trans(d), z, input_precision="ieee", out_dtype=WIDE)
         if REST > 0:
             d = tl.load(down_ptr + rest_rows[:, None] * n, mask=(rest_rows < Z)[:, None] & column_inside, other=0.0)
             rest = tl.dot(left, tl.trans(d), rest, input_precision="ieee", out_dtype=WIDE)
         if L > 0:
             g = tl.load(down_ptr + l_rows[:, None] * n, mask=(l_rows < Z + L)[:, None] & column_inside, other=0.0)
-            logits = finished(tl.dot(x, tl.trans(g), logits, input_precision="ieee", out_dtype=WIDE), PTX)
+            logits = wait_for_dot(tl.dot(x, tl.trans(g), logits, input_precision="ieee", out_dtype=WIDE), PTX)
         if REST > 0:
-            rest = finished(rest, PTX)
-        z = finished(z, PTX)
+            rest = wait_for_dot(rest, PTX)
+        z = wait_for_dot(z, PTX)
         x_ptr += BLOCK_N
         bits_ptr += BLOCK_N // 32
         down_ptr += BLOCK_N
@@ -72,13 +72,13 @@ def down(
 
     Where there is a `copy` [T, n], x is written into it: it is read anyway. Its rows and those of `out` lie anywhere.
     """
-    zl, parts = down_in_parts(x, bits, weights, Z, p, copy)
+    zl, parts = dropout_matmul_split_k(x, bits, weights, Z, p, copy)
     if out is None:
         return zl if parts is None else zl.copy_(parts.sum(0))
     return out.copy_(zl if parts is None else parts.sum(0))
 
 
-def down_in_parts(
+def dropout_matmul_split_k(
     x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float, copy: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """What `down` gives and None; or room for that, unwritten, and what it is the sum of.
@@ -86,16 +86,17 @@ def down_in_parts(
     The latter is [parts, T, Z + L] in float32 or wider. Rows are as far apart in both.
     """
     (T, n), columns = x.shape, len(weights)
-    zl = rows_of(x, columns)
+    zl = aligned_rows(x, columns)
     if prefers_plain_matmul(x, Z, columns - Z):
-        torch.mm(dropped(x, bits, p), weights[:Z].T, out=zl[:, :Z])
+        torch.mm(apply_dropout(x, bits, p), weights[:Z].T, out=zl[:, :Z])
         torch.mm(x, weights[Z:].T, out=zl[:, Z:])
         if copy is not None:
             copy.copy_(x)
         return zl, None
     blocks, blocks_n = triton.cdiv(T, down_tiling.DOWN["BLOCK_T"]), triton.cdiv(n, down_tiling.DOWN["BLOCK_N"])
     n_each = (
-        triton.cdiv(blocks_n, split_count(blocks, blocks_n // down_tiling.LEAST_BLOCKS)) * down_tiling.DOWN["BLOCK_N"]
+        triton.cdiv(blocks_n, split_count(blocks, blocks_n // down_tiling.MIN_BLOCKS_PER_SPLIT))
+        * down_tiling.DOWN["BLOCK_N"]
     )
     count, parts = triton.cdiv(n, n_each), None
     if count > 1:

@@ -9,22 +9,23 @@ import torch
 import triton
 from torch import Tensor
 
+from malora.fused.kernels import tiling
 from malora.fused.kernels.dropout import scale
-from malora.fused.kernels.tiling import blocks_of, has_ptx, pad, shared, wide_of
+from malora.fused.kernels.tiling import accumulator_dtype, has_ptx, split_tile, tile_size
 
 # The fastest of those tried on an H100 at 4,096 tokens and inputs of 4,096 and 11,008.
 DOWN = {"BLOCK_T": 64, "BLOCK_N": 64, "num_stages": 3}
 GRADIENTS = {"BLOCK_T": 64, "BLOCK_N": 64, "num_stages": 3}
 PROGRAMS = 264  # two for each multiprocessor of an H100
-LEAST_BLOCKS = 16  # of columns in a part of a sum; not tuned again since the gate's kernel adds up the parts
-MOST_ROWS = 256  # of down sides, and of routers beside them; the sums of a block of tokens stay in registers
+MIN_BLOCKS_PER_SPLIT = 16  # of columns in a part of a sum; not tuned again since the gate's kernel adds up the parts
+MAX_ROWS = 256  # of down sides, and of routers beside them; the sums of a block of tokens stay in registers
 
 
 def prefers_plain_matmul(x: Tensor, Z: int, L: int) -> bool:
     """Whether plain products of a dropped input are better: of many rows a block does not fit, nor of wide elements,
     and the arithmetic, which tensor cores do not do in full float32, then outweighs the passes over the input. Of no
     tokens there are no blocks."""
-    if Z > MOST_ROWS or L > MOST_ROWS or not x.numel() or (x.is_cuda and x.element_size() > 2):
+    if Z > MAX_ROWS or L > MAX_ROWS or not x.numel() or (x.is_cuda and x.element_size() > 2):
         return True
     return not (_stages(DOWN, Z, L, x.device) and _stages(GRADIENTS, Z, L, x.device))
 
@@ -37,7 +38,7 @@ def split_count(blocks: int, others: int, programs: int = PROGRAMS) -> int:
     return min(2 ** max(0, round(math.log2(programs / blocks))), triton.next_power_of_2(max(1, others)))
 
 
-def summed(left: Tensor, right: Tensor) -> Tensor:
+def matmul_tn_fp32(left: Tensor, right: Tensor) -> Tensor:
     """leftᵀ right of [..., T, a] and [..., T, b], summed and kept in float32 or wider."""
     if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
         multiply = torch.mm if left.dim() == 2 else torch.bmm
@@ -45,7 +46,7 @@ def summed(left: Tensor, right: Tensor) -> Tensor:
     return (left.mT @ right).to(torch.promote_types(left.dtype, torch.float32))
 
 
-def rows_of(x: Tensor, columns: int) -> Tensor:
+def aligned_rows(x: Tensor, columns: int) -> Tensor:
     """Like x.new_empty(len(x), columns), in rows that begin at multiples of 16 elements.
 
     Otherwise Triton reads and writes an element at a time; the products were four times slower.
@@ -58,15 +59,19 @@ def bytes_of(tuned: dict[str, int], Z: int, L: int, stages: int) -> int:
 
     Loads have a block for each stage. The gradients keep a block of the weights, and lay out one of x anew.
     """
-    T, n, z = tuned["BLOCK_T"], tuned["BLOCK_N"], blocks_of(Z)
-    rows = z["first"] + (z["pad_rest"] if z["rest"] else 0) + (pad(L) if L else 0)
+    T, n, z = tuned["BLOCK_T"], tuned["BLOCK_N"], split_tile(Z)
+    rows = z["first"] + (z["pad_rest"] if z["rest"] else 0) + (tile_size(L) if L else 0)
     kept, loaded = (2 * (T + rows) * n, T) if tuned is GRADIENTS else (0, n)
     return 1024 + kept + stages * 2 * (T * n + rows * loaded)
 
 
 def _stages(tuned: dict[str, int], Z: int, L: int, device: torch.device) -> int:
     """Stages of loads that shared memory has room for, at most those of `tuned`; 0 if for none."""
-    return max(s for s in range(tuned["num_stages"] + 1) if not s or bytes_of(tuned, Z, L, s) <= shared(device))
+    return max(
+        s
+        for s in range(tuned["num_stages"] + 1)
+        if not s or bytes_of(tuned, Z, L, s) <= tiling.shared_memory_bytes(device)
+    )
 
 
 def fitting(tuned: dict[str, int], Z: int, L: int, device: torch.device) -> dict[str, int]:
@@ -75,8 +80,8 @@ def fitting(tuned: dict[str, int], Z: int, L: int, device: torch.device) -> dict
 
 
 def constants_of(weights: Tensor, Z: int, p: float) -> dict[str, Any]:
-    L, z = len(weights) - Z, blocks_of(Z)
+    L, z = len(weights) - Z, split_tile(Z)
     return {
         "SCALE": scale(p), "Z": Z, "L": L, "PAD_Z": z["first"], "REST": z["rest"], "PAD_REST": z["pad_rest"],
-        "PAD_L": pad(L), "WIDE": wide_of(weights.dtype), "PTX": has_ptx(weights),
+        "PAD_L": tile_size(L), "WIDE": accumulator_dtype(weights.dtype), "PTX": has_ptx(weights),
     }  # fmt: skip

@@ -56,7 +56,7 @@ def _kept_of(word, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def left_of(x, word, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.constexpr):
+def mask_tile(x, word, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.constexpr):
     """A tile x [BLOCK_T, BLOCK_N], of 16 or 32 bits an element where PTX, with zeros where dropout takes one."""
     if PTX:
         # A shift brings the bits of four elements to the fronts of the word's bytes; prmt spreads a front over its
@@ -97,7 +97,7 @@ def _dropout_kernel(
     tl.store(out_ptr + place, tl.where(kept, x * SCALE, 0.0), mask=inside)
 
 
-def dropped(x: Tensor, bits: Tensor, p: float) -> Tensor:
+def apply_dropout(x: Tensor, bits: Tensor, p: float) -> Tensor:
     """x [T, n] with elements dropped and the rest scaled up."""
     out = x.new_empty(x.shape)
     grid = (triton.cdiv(len(x), 32), triton.cdiv(x.shape[1], 128))

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from malora.fused.kernels.tiling import pad, wide_of
+from malora.fused.kernels.tiling import accumulator_dtype, tile_size
 
 BLOCK_T = 32
 COLUMNS = 64  # of h at once, of as many whole experts: the fastest tried on an H100
@@ -185,7 +185,7 @@ def _gate_backward_kernel(
 
 
 @dataclass(frozen=True)
-class GateShape:
+class GateLayout:
     """Sizes of siblings that are gated together, and where things stand in a row of `zl`.
 
     Attributes:
@@ -215,18 +215,18 @@ class GateShape:
             "SCALING": self.scaling, "Z_GROUP": self.z_group, "L_GROUP": self.l_group,
             "LOGITS_AT": self.logits_at, "Z_STEP": self.z_step, "HAS_P": self.has_p,
             "N": self.N, "K": self.top_k, "R": self.r, "D": self.D,
-            "EACH": each, "PAD_N": triton.next_power_of_2(self.N), "PAD_H": pad(each * self.r),
-            "PAD_D": pad(each * self.D if self.z_step else self.D),
-            "WIDE": wide_of(dtype), "BLOCK_T": BLOCK_T,
+            "EACH": each, "PAD_N": triton.next_power_of_2(self.N), "PAD_H": tile_size(each * self.r),
+            "PAD_D": tile_size(each * self.D if self.z_step else self.D),
+            "WIDE": accumulator_dtype(dtype), "BLOCK_T": BLOCK_T,
         }  # fmt: skip
 
 
-def stages(shape: GateShape, parts: int) -> int:
+def stages(shape: GateLayout, parts: int) -> int:
     """Stages of the forward kernel's loads. Ahead of a loop over experts' own z they would all be parts of z, many."""
     return 1 if parts and shape.z_step else 3
 
 
-def gate(zl: Tensor, P: Tensor | None, h: Tensor, shape: GateShape, parts: Tensor | None = None) -> Tensor:
+def gate(zl: Tensor, P: Tensor | None, h: Tensor, shape: GateLayout, parts: Tensor | None = None) -> Tensor:
     """Route and gate: writes h [G, T, ≥H], in rows anywhere; returns the probabilities [G, T, N], float32 or wider.
 
     Args:
@@ -247,7 +247,7 @@ def gate(zl: Tensor, P: Tensor | None, h: Tensor, shape: GateShape, parts: Tenso
 
 
 def gate_backward(
-    zl: Tensor, P: Tensor | None, dh: Tensor, dprobability: Tensor | None, dzl: Tensor, shape: GateShape
+    zl: Tensor, P: Tensor | None, dh: Tensor, dprobability: Tensor | None, dzl: Tensor, shape: GateLayout
 ) -> Tensor | None:
     """Writes the gradients of zl into dzl [T, ...]; returns e [G, T, ≥H], of which dP is eᵀ z, or None without P.
 

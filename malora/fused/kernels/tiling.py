@@ -14,12 +14,12 @@ from torch import Tensor
 
 # Columns of a product's right side that lie as they do in memory. Triton 3.6 made a wrong product of 16, 128 rows deep,
 # where it could not copy them ahead: their rows began at odd places.
-LEAST_RIGHT = 32
-HOPPERS = 227 << 10  # bytes of shared memory that a block of threads can have on an H100
+MIN_RIGHT_COLUMNS = 32
+HOPPER_SHARED_BYTES = 227 << 10  # bytes of shared memory that a block of threads can have on an H100
 
 
 @triton.jit
-def finished(sums, PTX: tl.constexpr):
+def wait_for_dot(sums, PTX: tl.constexpr):
     """The sums of a product, float32, once it has ended."""
     # On Hopper a product may run on while its loop writes the registers (Triton 3.6, its issue 9433) or the buffer that
     # it still reads, and AsyLoRA trained to NaN. Whoever reads the sums waits for them; ptxas drops the mov.
@@ -28,23 +28,27 @@ def finished(sums, PTX: tl.constexpr):
     return sums
 
 
-def blocks_of(rows: int, least: int = 16) -> dict[str, int]:
+def split_tile(rows: int, least: int = 16) -> dict[str, int]:
     """Rows as one block, padded to a power of two, or as two, padded each, where those are fewer."""
-    whole = pad(rows, least)
-    first, pad_rest = whole // 2, pad(rows - whole // 2, least)
+    whole = tile_size(rows, least)
+    first, pad_rest = whole // 2, tile_size(rows - whole // 2, least)
     if first >= least and first + pad_rest < whole:
         return {"first": first, "rest": rows - first, "pad_rest": pad_rest}
     return {"first": whole, "rest": 0, "pad_rest": least}
 
 
-def pad(size: int, least: int = 16) -> int:
+def tile_size(size: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(size))  # tl.dot takes no less than 16
 
 
 @cache
-def shared(device: torch.device) -> int:
+def shared_memory_bytes(device: torch.device) -> int:
     """Bytes of shared memory that a block of threads can have."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else HOPPERS
+    return (
+        torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        if device.type == "cuda"
+        else HOPPER_SHARED_BYTES
+    )
 
 
 def has_ptx(x: Tensor) -> bool:
@@ -52,6 +56,6 @@ def has_ptx(x: Tensor) -> bool:
     return x.is_cuda and not torch.version.hip
 
 
-def wide_of(dtype: torch.dtype) -> tl.dtype:
+def accumulator_dtype(dtype: torch.dtype) -> tl.dtype:
     """What kernels sum in."""
     return tl.float64 if dtype == torch.float64 else tl.float32

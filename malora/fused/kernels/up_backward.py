@@ -15,13 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from malora.fused.kernels.tiling import LEAST_RIGHT, blocks_of, shared, wide_of
+from malora.fused.kernels import tiling
+from malora.fused.kernels.tiling import MIN_RIGHT_COLUMNS, accumulator_dtype, split_tile
 
 TUNED = {"BLOCK": 64, "BLOCK_SUM": 128, "num_stages": 4, "num_warps": 4}  # the fastest tried on an H100
-MOST_RANKS = 128  # of more, the sums of a block do not stay in registers
+MAX_RANK = 128  # of more, the sums of a block do not stay in registers
 
 
-def pays(dy: Tensor, h: Tensor, H: int) -> bool:
+def is_profitable(dy: Tensor, h: Tensor, H: int) -> bool:
     """Whether for a sibling one kernel is faster than two products.
 
     With few ranks, elements of 16 bits, rows that begin at multiples of 16 of them, which are copied ahead, and shared
@@ -29,7 +30,7 @@ def pays(dy: Tensor, h: Tensor, H: int) -> bool:
     """
     is_narrow = not dy.is_cuda or dy.element_size() == 2
     is_aligned = not (dy.stride(0) % 16 or h.stride(-2) % 16 or any(t.data_ptr() % 16 for t in (dy, h)))
-    return is_narrow and is_aligned and H <= MOST_RANKS and dy.numel() > 0 and _stages(H, dy.device) >= 2
+    return is_narrow and is_aligned and H <= MAX_RANK and dy.numel() > 0 and _stages(H, dy.device) >= 2
 
 
 def _stages(H: int, device: torch.device) -> int:
@@ -37,9 +38,9 @@ def _stages(H: int, device: torch.device) -> int:
 
     In bytes, for elements of two, as Triton 3.6 lays them out for Hopper.
     """
-    ranks = blocks_of(H, LEAST_RIGHT)
+    ranks = split_tile(H, MIN_RIGHT_COLUMNS)
     rows = TUNED["BLOCK"] + ranks["first"] + (ranks["pad_rest"] if ranks["rest"] else 0)
-    return min(TUNED["num_stages"], shared(device) // (2 * rows * TUNED["BLOCK_SUM"]))
+    return min(TUNED["num_stages"], tiling.shared_memory_bytes(device) // (2 * rows * TUNED["BLOCK_SUM"]))
 
 
 @triton.jit
@@ -149,12 +150,12 @@ def gradients(dys: list[Tensor], h: Tensor, Bs: list[Tensor], alpha: float, dh: 
 def _of_one_width(dys: list[Tensor], h: Tensor, Bs: list[Tensor], alpha: float, dh: Tensor) -> tuple[Tensor, ...]:
     (T, m), G, H = dys[0].shape, len(dys), len(Bs[0])
     dBs = torch.empty(G, H, m, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
-    ranks, block, block_sum = blocks_of(H, LEAST_RIGHT), TUNED["BLOCK"], TUNED["BLOCK_SUM"]
+    ranks, block, block_sum = split_tile(H, MIN_RIGHT_COLUMNS), TUNED["BLOCK"], TUNED["BLOCK_SUM"]
     T_up, M_up = _up(T, block_sum), triton.cdiv(m, block_sum) * block_sum
     _up_kernel[(G * (triton.cdiv(T, block) + triton.cdiv(m, block)),)](
         tuple(dys), tuple(h), tuple(Bs), tuple(dh), dBs, T, m, h.stride(1), dh.stride(1), T_up, M_up, ALPHA=alpha,
         EVEN_T=(T_up == T), EVEN_M=(m == M_up), H=H, PAD_H=ranks["first"], REST=ranks["rest"],
-        PAD_REST=ranks["pad_rest"], WIDE=wide_of(h.dtype), **TUNED | {"num_stages": _stages(H, h.device)},
+        PAD_REST=ranks["pad_rest"], WIDE=accumulator_dtype(h.dtype), **TUNED | {"num_stages": _stages(H, h.device)},
     )  # fmt: skip
     return dBs.unbind()
 

@@ -19,7 +19,7 @@ from bench.models.adapters import add_adapter
 from bench.models.base import load, prepare
 from bench.records import provenance, store
 from bench.report.scores.selection import records_that_lend_rates
-from bench.runs.setting import configure
+from bench.runs.setting import make_run_config
 from tests import inter_folder
 from tests.bench.records.test_store import make
 
@@ -304,7 +304,7 @@ def test_tasks_lend_domains_their_rates_whatever_the_format(setting):
 
     def run(**changes):
         one = make(0)
-        one.config = replace(configure(setting, "malora", 0), **changes)
+        one.config = replace(make_run_config(setting, "malora", 0), **changes)
         return one
 
     like = run(mixture="inter-open", format="cloze").config

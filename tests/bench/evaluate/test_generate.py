@@ -39,20 +39,22 @@ def test_it_writes_what_transformers_writes(batch_size):
     end = next(t for t in ends[tuple(PROMPTS[0])][CHECK_EVERY + 3 :])  # a token that is written after the first check
     expected = [of_transformers(model, prompt, end) for prompt in PROMPTS]
     assert len({len(text) for text in expected}) > 1  # some end early
-    assert generate(model, PROMPTS, most=MOST, batch_size=batch_size, end=[end]) == expected
+    assert generate(model, PROMPTS, max_new_tokens=MOST, batch_size=batch_size, end=[end]) == expected
 
 
 def test_a_batch_ends_when_all_of_it_is_done(monkeypatch):
     model, steps = routed(), []
     monkeypatch.setattr("bench.evaluate.generate._Decoder._advance", lambda self: steps.append(1))
-    texts = generate(model, PROMPTS, most=MOST, batch_size=8, end=[], stopped=lambda tokens: True)
+    texts = generate(model, PROMPTS, max_new_tokens=MOST, batch_size=8, end=[], stopped=lambda tokens: True)
     assert len(steps) == CHECK_EVERY - 1 and {len(text) for text in texts} == {CHECK_EVERY}
 
 
 def test_one_token_and_no_prompt():
     model = routed()
-    assert [len(text) for text in generate(model, PROMPTS, most=1, batch_size=2, end=[])] == [1] * len(PROMPTS)
-    assert generate(model, [], most=4, batch_size=2, end=[]) == []
+    assert [len(text) for text in generate(model, PROMPTS, max_new_tokens=1, batch_size=2, end=[])] == [1] * len(
+        PROMPTS
+    )
+    assert generate(model, [], max_new_tokens=4, batch_size=2, end=[]) == []
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -62,6 +64,6 @@ def test_a_captured_step_writes_what_the_plain_one_does(method, monkeypatch):
     model = make_model().to("cuda", torch.bfloat16)  # as `bench.models.base.load` has it there
     if method:
         model = get_peft_model(model, malora.METHODS[method]()).cuda().eval()
-    captured = generate(model, PROMPTS, most=MOST, batch_size=2, end=[END])
+    captured = generate(model, PROMPTS, max_new_tokens=MOST, batch_size=2, end=[END])
     monkeypatch.setattr("bench.evaluate.generate.can_capture", lambda model: False)
-    assert captured == generate(model, PROMPTS, most=MOST, batch_size=2, end=[END])
+    assert captured == generate(model, PROMPTS, max_new_tokens=MOST, batch_size=2, end=[END])

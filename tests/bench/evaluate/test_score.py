@@ -63,8 +63,8 @@ def test_written_answers_are_those_of_transformers(inter):
     by_hand = []
     for example in tests["counting"]:
         ids = tokenizer(example.prompt, return_tensors="pt", return_token_type_ids=False)
-        most = TASKS["counting"].writing.max_new_tokens
-        out = model.generate(**ids, do_sample=False, max_new_tokens=most)[0, ids["input_ids"].shape[1] :]
+        max_new_tokens = TASKS["counting"].writing.max_new_tokens
+        out = model.generate(**ids, do_sample=False, max_new_tokens=max_new_tokens)[0, ids["input_ids"].shape[1] :]
         text = tokenizer.decode(out, skip_special_tokens=True)
         by_hand.append(int(last_number(text) == last_number(example.references[0])))
     assert outcomes["counting"] == by_hand
@@ -73,7 +73,7 @@ def test_written_answers_are_those_of_transformers(inter):
 
 @pytest.mark.parametrize("most_labels", [1, 16, 16_384])
 def test_the_likelihood_is_the_geometric_mean_over_the_labels_tokens(most_labels, inter, monkeypatch):
-    monkeypatch.setattr(lm_eval_model, "MOST_LABELS", most_labels)  # whatever the parts
+    monkeypatch.setattr(lm_eval_model, "MAX_LABELS", most_labels)  # whatever the parts
     model, tokenizer, data = inter
     examples = {name: items[:6] for name, items in data.validation.items()}
     scores, outcomes = score(model, tokenizer, examples, format="letters", batch_size=5)

@@ -8,10 +8,10 @@ import malora
 from bench.cli.parser import main
 from bench.experiments.methods import BASE
 from bench.experiments.profiles import PROFILES
-from bench.experiments.registry import EXPERIMENTS, Entry, parts
+from bench.experiments.registry import EXPERIMENTS, TableEntry, parts
 from bench.records import store
 from bench.report.paper import paper
-from bench.runs.plan import final
+from bench.runs.plan import plan_runs
 from tests.bench.conftest import SOURCE, make_setting
 
 
@@ -41,15 +41,15 @@ def test_the_rows_have_the_papers_sizes():
 def test_each_run_is_of_one_row(experiment, base_folder, tmp_path):
     """At the tiny profile's ranks too, where some might fall together."""
     setting = replace(make_setting(base_folder, tmp_path), mixture=experiment.mixture)
-    for wave in final(setting, experiment, list(experiment.entries), 1, {}):
+    for wave in plan_runs(setting, experiment, list(experiment.entries), 1, {}):
         for config, _ in wave:
             of = [entry.title for entry in experiment.entries if experiment.has(entry, config)]
             assert len(of) == (config.method != BASE), (config.id, of)
 
 
 def test_a_row_has_the_rate_of_its_family():
-    assert Entry("malora-frozen-p").family == "malora" and Entry("moasylora").family == "molora"
-    assert Entry("malora-small", own_rate=True).family == "malora-small"
+    assert TableEntry("malora-frozen-p").tuning_group == "malora" and TableEntry("moasylora").tuning_group == "molora"
+    assert TableEntry("malora-small", own_rate=True).tuning_group == "malora-small"
 
 
 def test_every_mixture_has_its_parts():

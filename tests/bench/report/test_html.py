@@ -162,7 +162,7 @@ def browser():
 
 
 @pytest.fixture
-def opened(browser, tmp_path):
+def open_data_mixture(browser, tmp_path):
     """Opens a page from a file; at the end nothing may have been asked of a network or said on the console."""
     said = []
 
@@ -180,10 +180,10 @@ def opened(browser, tmp_path):
     assert said == []
 
 
-def test_tables_sort_by_number_filter_and_hide_what_is_the_papers(opened):
+def test_tables_sort_by_number_filter_and_hide_what_is_the_papers(open_data_mixture):
     from playwright.sync_api import expect
 
-    tab = opened(page({"tiny": [r for r in runs() if r.config.learning_rate != 2e-3]}, [], []))
+    tab = open_data_mixture(page({"tiny": [r for r in runs() if r.config.learning_rate != 2e-3]}, [], []))
     first = tab.locator(".leaderboard tbody tr:visible > :first-child")
     base = "base, no adapter"
     ours_and_theirs = [text for name in ("LoRA", "DoRA", "MoLoRA") for text in (name, f"{name}, the paper's")]
@@ -197,11 +197,11 @@ def test_tables_sort_by_number_filter_and_hide_what_is_the_papers(opened):
     expect(first).to_contain_text(["MoLoRA"])
 
 
-def test_a_cell_opens_the_records_of_its_row_and_nothing_in_one_is_markup(opened):
+def test_a_cell_opens_the_records_of_its_row_and_nothing_in_one_is_markup(open_data_mixture):
     hostile = "</script><img src=x onerror=alert(1)>"
     broken = make(0, "diverged", "malora", 4e-4)
     broken.error = hostile
-    tab = opened(
+    tab = open_data_mixture(
         page({"tiny": [*runs()[:-1], broken]}, [], [claim(hostile), claim("holds, on these items", broken.id)])
     )
     assert tab.locator("img").count() == 0 and tab.locator("[data-verdict=holds]").count() == 1
@@ -218,9 +218,9 @@ def test_a_cell_opens_the_records_of_its_row_and_nothing_in_one_is_markup(opened
     assert hostile in tab.locator("dialog[open] p").inner_text()
 
 
-def test_a_phone_does_not_scroll_sideways(opened):
+def test_a_phone_does_not_scroll_sideways(open_data_mixture):
     published = {name: store.read_all(store.RESULTS / name) for name in ("tiny", "small")}
-    tab = opened(page(published, [speed(fast=("lora", 0.3))], [claim("holds")]), width=390)
+    tab = open_data_mixture(page(published, [speed(fast=("lora", 0.3))], [claim("holds")]), width=390)
     assert tab.evaluate("document.documentElement.scrollWidth") == 390
     tab.locator(".leaderboard tbody a").first.click()
     assert tab.locator("dialog[open]").bounding_box()["width"] <= 390

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from bench.speed.baselines import registered
+from bench.speed.baselines import registered_baselines
 from malora import BACKENDS, METHODS, MaloraConfig
 from tests.malora.backends.test_backends import assert_agrees, layer, methods, run
 
 
 @pytest.fixture(autouse=True)
 def rivals():
-    with registered():
+    with registered_baselines():
         yield
 
 
@@ -31,7 +31,7 @@ def test_an_expert_without_tokens_gets_a_zero_gradient():
 def test_it_is_registered_only_inside():
     assert MaloraConfig(backend="loop", d=4).backend == "loop"
     before = dict(BACKENDS)
-    with pytest.raises(RuntimeError), registered():
+    with pytest.raises(RuntimeError), registered_baselines():
         raise RuntimeError
     assert set(before) - set(BACKENDS) == {"loop"}
     BACKENDS.update(before)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.speed import rounds, sensors
-from bench.speed.steps import Work
+from bench.speed.steps import Workload
 
 pytestmark = pytest.mark.usefixtures("short_rounds")
 CPU = torch.device("cpu")
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 class Fake:
     """A row that writes down when it runs, and fails where it is told to."""
 
-    work = Work("train", batch=4, length=8, tokens=64, dropout=0.0, vocab_size=8)
+    work = Workload("train", batch=4, length=8, tokens=64, dropout=0.0, vocab_size=8)
 
     def __init__(self, name, log, fits=4, error=None):
         self.about, self.log, self.batch, self.fits, self.error = {"name": name}, log, 4, fits, error
@@ -66,7 +66,7 @@ def test_a_turn_begins_with_heat_and_what_the_sensors_say_is_kept(monkeypatch):
             return {"watts": 700.0}
 
     monkeypatch.setattr(rounds, "Sensors", Read)
-    monkeypatch.setattr(rounds, "heat", lambda device, seconds: log.append(seconds))
+    monkeypatch.setattr(rounds, "warm_device", lambda device, seconds: log.append(seconds))
     (found,), _ = rounds.measure([Fake("a", log := [])], 2, CPU)
     assert log == ["a", *["a", rounds.HEAT_SECONDS] * 2] and found["sensors"] == {"watts": [700.0, 700.0]}
 
@@ -123,9 +123,9 @@ def test_a_row_that_compiles_in_its_first_pass_is_not_a_slow_one(monkeypatch):
 
     monkeypatch.setattr(rounds, "wall_seconds", wall_seconds)
 
-    class Row:
+    class TableRow:
         about, session = {"run": "eager"}, staticmethod(lambda: nullcontext(lambda done: None))
 
     result = {}
-    rounds._warm_up(Row(), result, torch.device("cuda"))
+    rounds._warm_up(TableRow(), result, torch.device("cuda"))
     assert result == {"first_seconds": 14.0, "warm_seconds": 0.5, "build_seconds": 20.0}

@@ -15,9 +15,9 @@ from bench.records import provenance, store
 from bench.records.schema import SpeedRecord
 from bench.speed import cli
 from bench.speed import variants as bench_variants
-from bench.speed.baselines import registered
+from bench.speed.baselines import registered_baselines
 from bench.speed.profiler import backbone_flops
-from bench.speed.steps import DecodeStep, TrainStep, Work
+from bench.speed.steps import DecodeStep, TrainStep, Workload
 from bench.speed.subject import Subject
 from bench.speed.variants import DEFAULT_BACKENDS, OURS, Variant, choose, variants
 from malora.backbone.liger import LigerKernels
@@ -95,7 +95,7 @@ def test_ligers_functions_are_there_only_while_its_row_runs(monkeypatch):
 
 
 @pytest.mark.parametrize("as_it_comes", [False, True])
-def test_norms_are_torchs_own_where_liger_is_ours(as_it_comes, monkeypatch):
+def test_norms_are_torchs_own_where_liger_is_ours(out_of_the_box, monkeypatch):
     model = backbone(TOY, 1, CPU).float()
     norm, x = model.model.norm, torch.randn(3, 5, model.config.hidden_size)
     expected = norm(x)
@@ -104,8 +104,8 @@ def test_norms_are_torchs_own_where_liger_is_ours(as_it_comes, monkeypatch):
         norm.casting_mode, norm.forward = "llama", torch.relu
 
     stand_in_for_liger(monkeypatch, apply)
-    LigerKernels(model.bfloat16(), as_it_comes)
-    if as_it_comes:
+    LigerKernels(model.bfloat16(), out_of_the_box)
+    if out_of_the_box:
         assert norm.forward is torch.relu
     else:
         with torch.autocast("cpu", torch.bfloat16):
@@ -116,7 +116,7 @@ def test_norms_are_torchs_own_where_liger_is_ours(as_it_comes, monkeypatch):
 def test_all_variants_share_one_set_of_frozen_weights():
     base = backbone(TOY, 1, CPU)
     before = {name: p.clone() for name, p in base.named_parameters()}
-    with registered():
+    with registered_baselines():
         rows = variants()
         for name in ("floor", "peft-lora", "peft-dora", "malora-dense", "asylora-dense-compiled", "molora-loop"):
             subject = Subject(replace(rows[name], run="eager"), base, "train", 0.05)
@@ -132,7 +132,7 @@ def test_all_variants_share_one_set_of_frozen_weights():
 
 
 def test_decoding_over_a_static_cache_makes_the_tokens_of_generate():
-    work = Work("decode", batch=2, length=5, tokens=6, dropout=0.0, vocab_size=512)
+    work = Workload("decode", batch=2, length=5, tokens=6, dropout=0.0, vocab_size=512)
     eager = Variant("malora-dense", "malora", "dense")
     subject = Subject(eager, backbone(TOY, None, CPU), "decode", 0.0)
     expected = DecodeStep(subject, work, 2)(lambda part: None)
@@ -162,8 +162,8 @@ class FakeGraph:
 def test_a_captured_step_trains_on_all_micro_batches(tokens, backend, monkeypatch):
     monkeypatch.setattr("bench.speed.steps.capture", FakeGraph)
     monkeypatch.setattr("bench.speed.steps.warm_up", lambda run: run())
-    monkeypatch.setattr("bench.speed.steps.refreshing", lambda weights: weights.refresh() or weights.refresh)
-    work = Work("train", batch=2, length=4, tokens=tokens, dropout=0.0, vocab_size=512)
+    monkeypatch.setattr("bench.speed.steps.capture_refresh", lambda weights: weights.refresh() or weights.refresh)
+    work = Workload("train", batch=2, length=4, tokens=tokens, dropout=0.0, vocab_size=512)
     eager = Variant("malora", "malora", backend)
     trained = []
     for run in ("eager", "captured"):
@@ -182,7 +182,7 @@ def test_the_backbone_s_operations():
     """Written out for one layer of the toy: q, k, v, o of 128 × 128, three of the MLP of 128 × 256, a head of 512."""
     base = backbone(TOY, 1, CPU)
     linear, attention = 2 * (4 * 128 * 128 + 3 * 128 * 256 + 128 * 512), 2 * 64 * 128
-    work = Work("train", batch=4, length=64, tokens=256, dropout=0.0, vocab_size=512)
+    work = Workload("train", batch=4, length=64, tokens=256, dropout=0.0, vocab_size=512)
     assert backbone_flops(base, work) == 256 * (2 * linear + 3 * attention)
     assert backbone_flops(base, replace(work, mode="prefill")) == 256 * (linear + attention)
     assert backbone_flops(base, replace(work, mode="decode")) is None

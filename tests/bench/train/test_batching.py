@@ -59,14 +59,14 @@ def test_rows_have_little_padding_and_large_batches_come_in_parts():
     tokens = sum(len(code.ids) - 1 for code in encoded)
     (whole,) = collate(encoded, pad_id=0, row=512)
     assert whole.ids.shape[1] == 512 and whole.mask.sum() == tokens > 0.9 * whole.ids.numel()
-    (even,) = collate(encoded, pad_id=0, row=512, recur=True)
+    (even,) = collate(encoded, pad_id=0, row=512, fixed_shapes=True)
     assert len(whole.ids) % 2 == 1 and len(even.ids) == len(whole.ids) + 1 and even.mask.sum() == tokens
-    parts = collate(encoded, pad_id=0, row=512, most_tokens=4096)
+    parts = collate(encoded, pad_id=0, row=512, max_tokens=4096)
     assert all(part.ids.numel() <= 4096 and part.labels.item() == 64 for part in parts) and len(parts) > 1
     assert sum(len(part.target) for part in parts) == 64
     longest = [max(part.position.max().item() for part in parts), min(part.position.max().item() for part in parts)]
     assert longest[0] - longest[1] < 40  # parts are alike
-    recurring = collate(encoded, pad_id=0, row=512, most_tokens=4096, recur=True)
+    recurring = collate(encoded, pad_id=0, row=512, max_tokens=4096, fixed_shapes=True)
     assert {len(part.target) for part in recurring} == {64} and len({part.ids.shape for part in recurring}) == 1
     (long,) = collate([Encoded(list(range(600)), 1), *encoded], pad_id=0, row=512)
     assert long.ids.shape[1] == 1024
@@ -91,11 +91,11 @@ def test_a_label_that_is_too_long_leaves_half_of_the_room_to_its_prompt():
 
 def test_where_shapes_must_recur_labels_are_padded_to_every_position():
     encoded = [Encoded([5, 6, 7, 8], 2), Encoded([9, 10], 1)]
-    (plain,), (padded,) = collate(encoded, 0), collate(encoded, 0, recur=True)
+    (plain,), (padded,) = collate(encoded, 0), collate(encoded, 0, fixed_shapes=True)
     assert len(padded.target) == padded.ids.numel()
     real = padded.target != -100
     for name in ("row", "column", "target"):
         assert getattr(padded, name)[real].tolist() == getattr(plain, name).tolist()
     assert padded.labels == plain.labels == 3
-    (one,) = collate([Encoded([9, 10], 1)] * 2, 0, recur=True)
+    (one,) = collate([Encoded([9, 10], 1)] * 2, 0, fixed_shapes=True)
     assert len(one.target) == 2  # a label of one token each is of one shape as it is

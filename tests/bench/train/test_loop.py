@@ -11,15 +11,16 @@ from accelerate.state import AcceleratorState
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+import bench.runs.pool
 import bench.runs.run
 import malora
 from bench.experiments.methods import BASE
 from bench.records import store
 from bench.runs.pool import run_all
 from bench.runs.run import run
-from bench.runs.setting import configure
+from bench.runs.setting import make_run_config
 from bench.train.batching import Encoded, collate
-from bench.train.loop import narrow_inputs
+from bench.train.loop import keep_input_dtype
 from bench.train.step import EagerStep, GraphedStep
 from malora.backbone.liger import LigerKernels
 from tests.bench.conftest import make_setting
@@ -36,7 +37,7 @@ def a_precision_of_its_own():
 ENCODED = [Encoded([7, 3, 9, 11, 2, 5], 2), Encoded([4, 8, 1], 1), Encoded([6, 6, 2, 3], 1)]
 
 
-def step(shape="llama", most_tokens=10_000, method="malora", recur=False, balance=0.0, row=512, encoded=ENCODED):
+def step(shape="llama", max_tokens=10_000, method="malora", fixed_shapes=False, balance=0.0, row=512, encoded=ENCODED):
     torch.manual_seed(0)
     targets = malora.TARGET_MODULES[shape]
     model = get_peft_model(make_model(shape), malora.METHODS[method](lora_dropout=0.0, target_modules=targets)).train()
@@ -45,7 +46,7 @@ def step(shape="llama", most_tokens=10_000, method="malora", recur=False, balanc
             if "malora_B" in name:
                 p.normal_(generator=torch.Generator().manual_seed(1), std=0.1)
     accelerator = Accelerator()
-    parts = collate(encoded, 0, row=row, most_tokens=most_tokens, recur=recur)
+    parts = collate(encoded, 0, row=row, max_tokens=max_tokens, fixed_shapes=fixed_shapes)
     losses = EagerStep(model, model, accelerator, balance_factor=balance)(parts)
     return model, losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -68,8 +69,8 @@ def test_the_head_on_label_positions_only_gives_the_whole_heads_loss(shape):
 
 
 def test_a_batch_in_parts_is_the_same_batch():
-    _, whole, gradients = step(most_tokens=10_000)
-    _, parts, added = step(row=6, most_tokens=6)  # a row a part
+    _, whole, gradients = step(max_tokens=10_000)
+    _, parts, added = step(row=6, max_tokens=6)  # a row a part
     torch.testing.assert_close(whole[0], parts[0], rtol=1e-5, atol=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(added[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
@@ -79,7 +80,7 @@ def test_a_batch_in_parts_is_the_same_batch():
 def test_padding_of_labels_and_rows_changes_nothing(encoded):
     """Of five rows a sixth is made, of padding alone."""
     _, plain, gradients = step(balance=0.1, row=6, encoded=encoded)
-    _, padded, of_padded = step(balance=0.1, row=6, encoded=encoded, recur=True)
+    _, padded, of_padded = step(balance=0.1, row=6, encoded=encoded, fixed_shapes=True)
     torch.testing.assert_close(torch.stack(padded), torch.stack(plain), rtol=1e-5, atol=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(of_padded[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
@@ -95,7 +96,7 @@ def test_a_killed_run_ends_bitwise_where_the_unbroken_one_does(method, base_fold
 
     def adapter(folder):
         setting = make_setting(base_folder, tmp_path / folder, save=tmp_path / folder / "adapter")
-        result = run(configure(setting, method, seed=0, learning_rate=1e-2), setting)
+        result = run(make_run_config(setting, method, seed=0, learning_rate=1e-2), setting)
         assert result.status == "ok", result.error
         return (tmp_path / folder / "adapter" / "adapter_model.safetensors").read_bytes(), result
 
@@ -119,7 +120,7 @@ def test_a_killed_run_ends_bitwise_where_the_unbroken_one_does(method, base_fold
 
 
 def test_a_run_that_is_recorded_is_not_run_again(setting, monkeypatch):
-    config = configure(setting, "lora", seed=0)
+    config = make_run_config(setting, "lora", seed=0)
     first = run(config, setting)
     monkeypatch.setattr(bench.runs.run, "train", lambda *a, **k: pytest.fail("trained again"))
     assert run(config, setting).items == first.items
@@ -133,7 +134,7 @@ def test_a_loss_that_is_not_finite_is_recorded_as_diverged(setting, monkeypatch)
         return (loss * float("nan") if next(calls) >= 12 else loss), balance
 
     monkeypatch.setattr(EagerStep, "__call__", exploding)
-    result = run(configure(setting, "malora", seed=0), setting)
+    result = run(make_run_config(setting, "malora", seed=0), setting)
     assert result.status == "diverged" and "step 15" in result.error  # the 13th is read at the checkpoint
     written = json.loads(result.path.read_text())
     assert written["train"]["steps"] == 15 and written["train"]["curve"][-1]["loss"] is None and written["test"] is None
@@ -141,7 +142,7 @@ def test_a_loss_that_is_not_finite_is_recorded_as_diverged(setting, monkeypatch)
 
 
 def test_a_run_that_breaks_is_recorded_as_failed_and_made_again(setting, monkeypatch):
-    config = configure(setting, "lora", seed=0)
+    config = make_run_config(setting, "lora", seed=0)
     with monkeypatch.context() as patched:
         patched.setattr(bench.runs.run, "score", lambda *a, **k: 1 / 0)
         broken = run(config, setting)
@@ -155,7 +156,7 @@ def test_out_of_memory_is_recorded_as_such(setting, monkeypatch):
         raise torch.OutOfMemoryError("60 GiB wanted")
 
     monkeypatch.setattr(bench.runs.run, "train", greedy)
-    assert run(configure(setting, "lora", seed=0), setting).status == "oom"
+    assert run(make_run_config(setting, "lora", seed=0), setting).status == "oom"
 
 
 def test_what_finds_no_memory_beside_other_runs_is_made_again_alone(setting, monkeypatch):
@@ -168,9 +169,9 @@ def test_what_finds_no_memory_beside_other_runs_is_made_again_alone(setting, mon
         return trained(*args, **kwargs)
 
     # Threads, because a patch does not reach other processes.
-    monkeypatch.setattr(bench.runs.run, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(bench.runs.pool, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(1))
     monkeypatch.setattr(bench.runs.run, "train", crowded)
-    runs = [(configure(setting, method, seed=0), setting) for method in ("lora", "asylora", "malora")]
+    runs = [(make_run_config(setting, method, seed=0), setting) for method in ("lora", "asylora", "malora")]
     made = list(run_all(runs, jobs=2))
     assert [(one.config.method, one.status) for one in made] == [("malora", "ok"), ("lora", "ok"), ("asylora", "ok")]
     assert [one.provenance["concurrent_runs"] for one in made] == [2, 1, 1]
@@ -178,7 +179,7 @@ def test_what_finds_no_memory_beside_other_runs_is_made_again_alone(setting, mon
 
 @pytest.mark.parametrize("method", ["lora", "malora"])
 def test_training_lowers_the_loss_and_says_what_it_did(method, setting):
-    result = run(configure(setting, method, seed=0, learning_rate=1e-2), setting)
+    result = run(make_run_config(setting, method, seed=0, learning_rate=1e-2), setting)
     curve = [point["loss"] for point in result.train["curve"]]
     assert curve[-1] < curve[0] - 0.1
     given = result.data["train"].values()
@@ -193,20 +194,20 @@ def test_training_lowers_the_loss_and_says_what_it_did(method, setting):
 
 
 def test_the_base_is_scored_and_not_trained(setting):
-    result = run(configure(setting, BASE, 0), setting)
+    result = run(make_run_config(setting, BASE, 0), setting)
     assert result.train is None and result.validation is None and set(result.test) == set(result.items)
 
 
 def test_a_limit_on_steps_ends_a_run(base_folder, tmp_path):
     setting = make_setting(base_folder, tmp_path, max_steps=3, max_items=4)
-    result = run(configure(setting, "lora", seed=0), setting)
+    result = run(make_run_config(setting, "lora", seed=0), setting)
     assert result.train["steps"] == 3 and {len(v) for v in result.items.values()} == {4} and not result.complete
 
 
 def test_seeds_change_the_run_and_the_same_seed_repeats_it(base_folder, tmp_path):
     def curve(folder, seed):
         setting = make_setting(base_folder, tmp_path / folder, max_steps=10, max_items=2)
-        return run(configure(setting, "malora", seed), setting).train["curve"]
+        return run(make_run_config(setting, "malora", seed), setting).train["curve"]
 
     assert curve("a", 0) == curve("b", 0) != curve("c", 1)
 
@@ -221,7 +222,7 @@ def test_lora_reads_inputs_as_they_come_and_computes_the_same(method, active, id
             for name, p in model.named_parameters():
                 if "lora_B" in name:
                     p.normal_(generator=torch.Generator().manual_seed(0))
-        with narrow_inputs(model, torch.device(device)), torch.autocast("cpu", torch.bfloat16):
+        with keep_input_dtype(model, torch.device(device)), torch.autocast("cpu", torch.bfloat16):
             layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
             reads = [layer.cast_input_dtype_enabled for layer in layers]
             loss = model(input_ids=ids, labels=ids).loss
@@ -247,11 +248,12 @@ def test_a_captured_step_is_the_plain_step(method):
             step = GraphedStep(step)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         losses = []
-        for width, most_tokens, label in ((5, 10_000, 1), (20, 10_000, 1), (5, 10_000, 1), (20, 32, 1), (20, 32, 7)):
+        for width, max_tokens, label in ((5, 10_000, 1), (20, 10_000, 1), (5, 10_000, 1), (20, 32, 1), (20, 32, 7)):
             generator = torch.Generator().manual_seed(width)
             batch = [Encoded(torch.randint(1, 60, (width,), generator=generator).tolist(), label) for _ in range(4)]
             parts = [
-                part.to(torch.device("cuda")) for part in collate(batch, 0, row=32, most_tokens=most_tokens, recur=True)
+                part.to(torch.device("cuda"))
+                for part in collate(batch, 0, row=32, max_tokens=max_tokens, fixed_shapes=True)
             ]
             losses.append(torch.stack(step(parts)).tolist())
             optimizer.step()
@@ -275,6 +277,6 @@ def test_every_replay_draws_dropout_anew(method):
                 p.normal_(std=0.3)
     step = GraphedStep(EagerStep(model, model, Accelerator(), balance_factor=0.0, kernels=None))
     batch = [Encoded(list(range(1, 9)), 1)] * 4
-    parts = [part.to(torch.device("cuda")) for part in collate(batch, 0, recur=True)]
+    parts = [part.to(torch.device("cuda")) for part in collate(batch, 0, fixed_shapes=True)]
     losses = [torch.stack(step(parts))[0].item() for _ in range(5)]
     assert len(set(losses)) == 5

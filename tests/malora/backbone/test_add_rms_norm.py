@@ -114,10 +114,12 @@ def test_norms_are_made_where_siblings_want_their_input(method, with_kernels, mo
     """From the second pass on, when weights have room; the first norm, which has no sum before it, is copied."""
     from malora.fused import augmented_weights
 
-    monkeypatch.setattr(augmented_weights, "LEAST", 1)
+    monkeypatch.setattr(augmented_weights, "MIN_ELEMENTS", 1)
     copies = []
     down = down_forward.down_in_parts
-    monkeypatch.setattr(down_forward, "down_in_parts", lambda *a, f=down: copies.append(a[5] is not None) or f(*a))
+    monkeypatch.setattr(
+        down_forward, "dropout_matmul_split_k", lambda *a, f=down: copies.append(a[5] is not None) or f(*a)
+    )
 
     def passed(kernels):
         options = {"lora_dropout": 0.3, "backend": "fused"}

@@ -56,7 +56,7 @@ def run(made: MaloraLayer, backend: str, x: torch.Tensor):
 
 def assert_agrees(made: MaloraLayer, backend: str, x: torch.Tensor):
     got = run(made, backend, x)
-    if backend == "fused" and made.fused_adapter():
+    if backend == "fused" and made.adapter_for_fused_path():
         made.malora_dropout["default"] = FusedMask(made.settings["default"].lora_dropout)
     expected = run(made, "reference", x)
     assert expected.keys() == got.keys()
@@ -85,7 +85,7 @@ odd = [("malora", {"num_experts": 3}), ("molora", {"num_experts": 3}), ("malora"
 @pytest.mark.parametrize("method, options", [(method, {}) for method in methods] + odd)
 def test_a_down_side_summed_in_parts_agrees_with_the_reference(method, options, monkeypatch):
     """With a router the gate's kernel adds them up."""
-    monkeypatch.setattr(down_tiling, "LEAST_BLOCKS", 1)
+    monkeypatch.setattr(down_tiling, "MIN_BLOCKS_PER_SPLIT", 1)
     monkeypatch.setattr(down_tiling, "DOWN", down_tiling.DOWN | {"BLOCK_N": 32})
     gated, real_gate = [], gate.gate
     monkeypatch.setattr(gate, "gate", lambda *args: gated.append(args[-1]) or real_gate(*args))
@@ -100,9 +100,9 @@ def test_a_down_side_summed_in_parts_agrees_with_the_reference(method, options, 
 @pytest.mark.parametrize("method", ["asylora", "molora", "malora"])
 def test_large_inputs_agree_with_the_reference(method, frozen, monkeypatch):
     """Theirs is another order of the products."""
-    monkeypatch.setattr(streams, "LARGE", 1)
+    monkeypatch.setattr(streams, "MIN_SATURATING_ELEMENTS", 1)
     alone = []
-    monkeypatch.setattr(autograd, "fills_device", lambda x: alone.append(streams.fills_device(x)) or alone[-1])
+    monkeypatch.setattr(autograd, "saturates_device", lambda x: alone.append(streams.saturates_device(x)) or alone[-1])
     made = layer(METHODS[method](lora_dropout=0.3))
     if frozen:
         getattr(made, frozen)["default"].requires_grad_(False)
@@ -183,7 +183,7 @@ def test_a_layer_is_what_auto_chose(backend, monkeypatch):
     choices = {"auto": backend, "reference": "reference"}
     monkeypatch.setattr("malora.layer.choose", lambda config, device: choices[config.backend])
     made = layer(METHODS["molora"](num_experts=9, lora_dropout=0.0))
-    assert made.fused_adapter() == ("default" if backend == "fused" and interprets_triton() else None)
+    assert made.adapter_for_fused_path() == ("default" if backend == "fused" and interprets_triton() else None)
     assert_agrees(made, "auto", torch.randn(2, 6, 72, dtype=torch.float64))
 
 

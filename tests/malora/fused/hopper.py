@@ -34,7 +34,7 @@ def compiled(kernel, constants, types=(), aligned=(), **options):
         {place: [["tt.divisibility", 16]] for place in places},
     )
     made = triton.compile(source, triton.backends.compiler.GPUTarget("cuda", 90, 32), options)
-    assert made.metadata.shared <= tiling.HOPPERS, (kernel.__name__, constants, made.metadata.shared)
+    assert made.metadata.shared <= tiling.HOPPER_SHARED_BYTES, (kernel.__name__, constants, made.metadata.shared)
     return made.asm["ttgir"]
 
 

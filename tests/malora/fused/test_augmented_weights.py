@@ -21,8 +21,8 @@ QKV, GATE_UP, DOWN = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), (
 
 
 @pytest.fixture(autouse=True)
-def of_any_size(monkeypatch):
-    monkeypatch.setattr(augmented_weights, "LEAST", 1)
+def without_size_limit(monkeypatch):
+    monkeypatch.setattr(augmented_weights, "MIN_ELEMENTS", 1)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def pair(method="malora", **options):
     """Twice the same, of which one has no room."""
     models = [adapted(method, lora_dropout=0.3, **options) for _ in range(2)]
     for made in models[1].base_model.malora_layers:
-        made.siblings.rooms = dict.fromkeys(map(id, made.siblings.layers), 0)
+        made.group.rooms = dict.fromkeys(map(id, made.group.layers), 0)
     return models
 
 
@@ -107,7 +107,7 @@ def test_room_is_for_training_with_dropout_where_there_is_enough_to_gain(ids, mo
     with torch.inference_mode():  # a weight of its own could not be trained with
         model.train()(ids)
     assert not rooms(model)
-    monkeypatch.setattr(augmented_weights, "LEAST", 64 * 192)
+    monkeypatch.setattr(augmented_weights, "MIN_ELEMENTS", 64 * 192)
     trained(model, ids)
     assert set(rooms(model)) == set(GATE_UP)
 
@@ -230,8 +230,8 @@ def outputs(layers, x):
 
 def test_an_input_that_has_room_is_not_copied(ids, monkeypatch):
     """But once only: a second pass over it would write over what the first has saved."""
-    copies, down = [], down_forward.down_in_parts
-    monkeypatch.setattr(down_forward, "down_in_parts", lambda *a: copies.append(a[5] is not None) or down(*a))
+    copies, down = [], down_forward.dropout_matmul_split_k
+    monkeypatch.setattr(down_forward, "dropout_matmul_split_k", lambda *a: copies.append(a[5] is not None) or down(*a))
     model = adapted(lora_dropout=0.3)
     layers, plain = readers(model)
     assert augmented_weights.input_with_room(layers[0], plain) is None  # before weights have moved

@@ -9,8 +9,8 @@ from peft import get_peft_model
 from torch import nn
 
 from malora import METHODS, MaloraLayer
-from malora.fused.availability import say_once
-from malora.fused.fp8_linear import Neighbour
+from malora.fused.availability import warn_once
+from malora.fused.fp8_linear import Float8Linear
 from tests.conftest import make_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,7 +34,7 @@ def in_8_bits(x):
 
 def test_attentions_outputs_are_in_8_bits_and_are_plain_maps_in_all_else():
     model, plain = adapted(), adapted("fused")
-    assert {type(module) for module in outputs(model)} == {Neighbour}
+    assert {type(module) for module in outputs(model)} == {Float8Linear}
     assert {type(module) for module in outputs(plain)} == {nn.Linear}
     assert model.state_dict().keys() == plain.state_dict().keys()
     assert type(model.get_output_embeddings()) is nn.Linear
@@ -64,7 +64,7 @@ def test_without_the_adapter_the_model_is_as_it_came(ids):
 @pytest.mark.parametrize("leave, method", [("unload", "malora"), ("merge_and_unload", "asylora")])
 def test_a_model_that_is_left_has_plain_maps(leave, method, ids):
     model = get_peft_model(make_model(), METHODS[method](backend="fp8")).to(DEVICE)
-    families = {layer.siblings for layer in model.base_model.malora_layers}
+    families = {layer.group for layer in model.base_model.malora_layers}
     with torch.no_grad():
         model(ids.to(DEVICE))
     assert any((id(outputs(model)[0]), 0) in family.frozen for family in families)
@@ -93,9 +93,9 @@ def test_what_trains_is_computed_in_full():
     o_proj.weight.requires_grad_()
     assert torch.equal(o_proj(x), nn.functional.linear(x, o_proj.weight))
     saved = adapted(modules_to_save=["o_proj"])
-    assert not any(type(module) is Neighbour for module in saved.modules())
+    assert not any(type(module) is Float8Linear for module in saved.modules())
     model.add_adapter("second", METHODS["malora"](backend="fp8", modules_to_save=["o_proj"]))
-    assert not any(type(module) is Neighbour for module in model.modules())
+    assert not any(type(module) is Float8Linear for module in model.modules())
 
 
 def test_they_take_what_linear_maps_take():
@@ -115,7 +115,7 @@ def test_a_forward_that_somebody_keeps_or_has_exchanged_is_let_be(caplog):
     assert torch.equal(kept(x), nn.functional.linear(x, outputs(left)[0].weight))
     for module in outputs(left):
         module.forward = module.forward
-    say_once.cache_clear()
+    warn_once.cache_clear()
     again = get_peft_model(left, METHODS["malora"](backend="fp8"))
     assert {type(module) for module in outputs(again)} == {nn.Linear}
     assert caplog.text.count("'fp8' cannot compute a frozen map whose forward was exchanged; that does.") == 1
@@ -128,11 +128,11 @@ def test_any_adapter_of_the_parent_makes_them_neighbours():
     o_proj = outputs(model)[0]
     x = torch.randn(2, o_proj.in_features, device=DEVICE)
     exact = nn.functional.linear(x, o_proj.weight)
-    rounded = {}
+    quantize_rows = {}
     for adapter in ("default", "second", "exact"):
         model.set_adapter(adapter)
-        rounded[adapter] = not torch.equal(o_proj(x), exact)
-    assert rounded == {"default": True, "second": True, "exact": False}
+        quantize_rows[adapter] = not torch.equal(o_proj(x), exact)
+    assert quantize_rows == {"default": True, "second": True, "exact": False}
 
 
 def test_a_head_is_none():
@@ -143,7 +143,7 @@ def test_a_head_is_none():
 
 def test_a_second_adapter_may_target_them():
     model = adapted()
-    o_proj, family = outputs(model)[0], model.base_model.malora_layers[0].siblings
+    o_proj, family = outputs(model)[0], model.base_model.malora_layers[0].group
     x = torch.randn(2, o_proj.in_features, device=DEVICE)
     o_proj(x)
     assert (id(o_proj), 0) in family.frozen

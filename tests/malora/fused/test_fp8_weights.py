@@ -8,8 +8,8 @@ from peft import get_peft_model
 
 import malora
 from malora import METHODS, MaloraLayer
-from malora.fused.availability import say_once
-from malora.fused.group import Siblings
+from malora.fused.availability import warn_once
+from malora.fused.group import ProjectionGroup
 from malora.fused.kernels import quantize_fp8
 from malora.routing import RoutingLog
 from tests.conftest import make_model
@@ -26,9 +26,9 @@ CASES = {
 }
 
 
-def siblings(method="malora", sizes=(48, 16, 16), n=64, bias=True, **options) -> list[MaloraLayer]:
+def group(method="malora", sizes=(48, 16, 16), n=64, bias=True, **options) -> list[MaloraLayer]:
     torch.manual_seed(0)
-    family, made = Siblings(), []
+    family, made = ProjectionGroup(), []
     for m in sizes:
         layer = MaloraLayer(torch.nn.Linear(n, m, bias).requires_grad_(False), "layer", RoutingLog(), family)
         layer.update_layer("default", METHODS[method](**{"backend": "fp8", "lora_dropout": 0.0} | options))
@@ -112,7 +112,7 @@ def expected_gradients(layers, x, dys):
 
 @pytest.mark.parametrize("case", CASES)
 def test_products_with_frozen_weights_and_with_B_are_rounded_and_no_others(case):
-    layers = siblings(sizes=(160, 128, 128), **CASES[case])
+    layers = group(sizes=(160, 128, 128), **CASES[case])
     x, dys = data(layers)
     exact = run(layers, x, dys, "fused")[2]
     ys, dx, gradients = run(layers, x, dys, "fp8")
@@ -160,12 +160,12 @@ def test_the_kernel_rounds_rows(parts, H, alpha, least):
         unit = powers_of_two(2, -(-H // 16) * 16, seed=3)
         h = numbers_of_the_format(2 * 9, H, seed=4).view(2, 9, H) * powers_of_two(2, 9, 1, seed=5, of=3)
         h = noisy_on_a_gpu(h * (x.abs().amax(1) / 448)[:, None], 6) / unit[:, None, :H]
-        up, gpu_up = quantize_fp8.Up(h, unit), quantize_fp8.Up(h.to(DEVICE), unit.to(DEVICE))
+        up, gpu_up = quantize_fp8.UpOperand(h, unit), quantize_fp8.UpOperand(h.to(DEVICE), unit.to(DEVICE))
     widths = {1: [96], 2: [80, 16], 3: [16, 48, 32]}[parts]
-    expected = quantize_fp8.rounded([x], up, None, alpha, least)
+    expected = quantize_fp8.quantize_rows([x], up, None, alpha, least)
     parts = x.to(DEVICE).split(widths, 1)  # whose rows lie apart
-    got = quantize_fp8.Rows(*(torch.empty_like(t, device=DEVICE) for t in expected))
-    quantize_fp8.round_by_kernel(parts, gpu_up, got, alpha, None if least is None else least.to(DEVICE))
+    got = quantize_fp8.Float8Rows(*(torch.empty_like(t, device=DEVICE) for t in expected))
+    quantize_fp8.quantize_rows_triton(parts, gpu_up, got, alpha, None if least is None else least.to(DEVICE))
     assert torch.equal(got.scale.cpu(), expected.scale)
     assert torch.equal(got.values.cpu().float(), expected.values.float())
     assert (got.wide(torch.float32)[4] == 0).all()
@@ -178,9 +178,9 @@ def test_the_kernel_puts_B_beside_a_weight(H, m):
     B = noisy_on_a_gpu(numbers_of_the_format(H, m, seed=2), 2) * scale.T * powers_of_two(H, 1, seed=3)
     B[5] = 0
     found = {}
-    for device, put in (("cpu", quantize_fp8.put_beside), (DEVICE, quantize_fp8.put_beside_by_kernel)):
+    for device, put in (("cpu", quantize_fp8.quantize_up_proj), (DEVICE, quantize_fp8.quantize_up_proj_triton)):
         values = torch.full((m, n + room), 3.0).to(torch.float8_e4m3fn)
-        W, unit = quantize_fp8.Rows(values.to(device), scale.to(device)), torch.empty(room, device=device)
+        W, unit = quantize_fp8.Float8Rows(values.to(device), scale.to(device)), torch.empty(room, device=device)
         put(W, B.to(device), 0.5, unit)
         found[put] = W.values.cpu().float(), unit.cpu()
     (expected, of_expected), (got, of_got) = found.values()
@@ -192,8 +192,8 @@ def test_the_kernel_puts_B_beside_a_weight(H, m):
 
 
 def test_weights_are_rounded_once_and_again_when_they_changed():
-    layers = siblings()
-    family, (x, dys) = layers[0].siblings, data(layers)
+    layers = group()
+    family, (x, dys) = layers[0].group, data(layers)
 
     def kept():
         run(layers, x, dys, "fp8")
@@ -223,7 +223,7 @@ def test_weights_are_rounded_once_and_again_when_they_changed():
 @pytest.mark.parametrize("share", [1e-3, 1e-8, 0.0])
 def test_small_weights_leave_their_siblings_and_their_other_rows_as_they_are(share):
     """What B is in scales of W would else be so much that x beside it is rounded to zero."""
-    layers = siblings(sizes=(160, 128, 128))
+    layers = group(sizes=(160, 128, 128))
     with torch.no_grad():
         layers[1].base_layer.weight.mul_(share)
         layers[2].base_layer.weight[7].mul_(share)
@@ -233,7 +233,7 @@ def test_small_weights_leave_their_siblings_and_their_other_rows_as_they_are(sha
 
 
 def test_a_row_of_a_weight_that_is_not_finite_is_lost_alone():
-    layers = siblings(sizes=(160,))
+    layers = group(sizes=(160,))
     with torch.no_grad():
         layers[0].base_layer.weight[7, 3] = torch.inf
     ((y,), *_) = run(layers, *data(layers), "fp8")
@@ -241,8 +241,8 @@ def test_a_row_of_a_weight_that_is_not_finite_is_lost_alone():
 
 
 def test_copies_go_with_the_last_adapter_of_their_size_and_with_the_device():
-    layers = siblings(r=4)
-    family, (x, _) = layers[0].siblings, data(layers)
+    layers = group(r=4)
+    family, (x, _) = layers[0].group, data(layers)
     for layer in layers:
         layer.update_layer("larger", METHODS["malora"](backend="fp8", r=16))
         layer.to(DEVICE, DTYPE)
@@ -262,7 +262,7 @@ def test_copies_go_with_the_last_adapter_of_their_size_and_with_the_device():
 
 
 def test_an_adapter_may_be_switched_between_the_passes():
-    layers = siblings(r=4, sizes=(160, 128))
+    layers = group(r=4, sizes=(160, 128))
     for layer in layers:
         layer.update_layer("other", METHODS["malora"](backend="fp8", r=4))
         layer.to(DEVICE, DTYPE)
@@ -282,8 +282,8 @@ def test_an_adapter_may_be_switched_between_the_passes():
 
 
 def test_a_layer_that_does_not_fit_is_said_and_computed_in_full(caplog):
-    say_once.cache_clear()
-    layers = siblings(sizes=(48, 24))
+    warn_once.cache_clear()
+    layers = group(sizes=(48, 24))
     x, dys = data(layers)
     ys, dx, _ = run(layers, x, dys, "fp8")
     fused, fused_dx, _ = run(layers, x, dys, "fused")
@@ -293,10 +293,10 @@ def test_a_layer_that_does_not_fit_is_said_and_computed_in_full(caplog):
 
 
 def test_where_no_kernel_runs_it_is_said_and_computed_densely(caplog, monkeypatch):
-    say_once.cache_clear()
+    warn_once.cache_clear()
     monkeypatch.setattr("malora.layer.interprets_triton", lambda: False)
     monkeypatch.setattr("malora.layer.has_triton", lambda: False)
-    layers = siblings()
+    layers = group()
     x, dys = data(layers)
     ys, *_ = run(layers, x, dys, "fp8")
     dense, *_ = run(layers, x, dys, "dense")
@@ -327,7 +327,7 @@ def test_a_model_is_near_the_fused_one(ids):
 @pytest.mark.skipif(not ON_GPU, reason="a GPU multiplies in 8 bits and captures graphs")
 @pytest.mark.parametrize("sizes, n", [((4096,) * 3, 4096), ((11008,) * 2, 4096), ((4096,), 11008), ((576, 192), 576)])
 def test_a_graph_replays_what_is_near_the_fused_one(sizes, n):
-    layers = siblings(sizes=sizes, n=n, bias=False, lora_dropout=0.05)
+    layers = group(sizes=sizes, n=n, bias=False, lora_dropout=0.05)
     x, dys = data(layers, T=1000)
     fused, fused_dx, _ = run(layers, x, dys, "fused")
     ys, dx, _ = run(layers, x, dys, "fp8")

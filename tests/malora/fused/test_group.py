@@ -61,7 +61,7 @@ def test_a_model_computes_the_same(method, shape, ids):
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("frozen", ["malora_B", "malora_"])
 def test_siblings_need_not_train_alike(frozen, large, ids, monkeypatch):
-    monkeypatch.setattr("malora.fused.streams.LARGE", 1 if large else 1 << 23)
+    monkeypatch.setattr("malora.fused.streams.MIN_SATURATING_ELEMENTS", 1 if large else 1 << 23)
     model = adapted()
     for name, parameter in model.named_parameters():
         if "q_proj" in name and frozen in name:
@@ -85,7 +85,7 @@ def test_a_training_pass_copies_all_weights_at_once(ids, monkeypatch):
     sizes = []
     copy = torch._foreach_copy_
     monkeypatch.setattr(torch, "_foreach_copy_", lambda to, source: sizes.append(len(to)) or copy(to, source))
-    monkeypatch.setattr("malora.fused.kernels.multi_copy.FEW", 99)  # more would be one kernel of ours on a GPU
+    monkeypatch.setattr("malora.fused.kernels.multi_copy.MIN_TENSORS", 99)  # more would be one kernel of ours on a GPU
     model = adapted("molora")  # a router, A and B in each of six targets of two layers
     model(ids)
     assert sizes == [9, 6, 3] * 2

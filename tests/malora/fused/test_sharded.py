@@ -7,7 +7,7 @@ from peft import get_peft_model
 from torch.distributed.fsdp import fully_shard
 
 import malora
-from malora.fused.availability import say_once
+from malora.fused.availability import warn_once
 from tests.conftest import make_model
 
 
@@ -40,7 +40,7 @@ def test_a_sharded_model_trains_as_a_dense_one_does_and_says_so(unit, backend, o
             optimizer.zero_grad()
         return torch.stack(found)
 
-    say_once.cache_clear()
+    warn_once.cache_clear()
     sharded = losses(backend, shards=True)
     assert "weights that FSDP has sharded; the dense backend does" in caplog.text
     torch.testing.assert_close(sharded, losses("dense", shards=False))

@@ -1,12 +1,14 @@
 import pytest
 import torch
 
-from malora.fused.streams import side_by_side
+from malora.fused.streams import run_on_parallel_streams
 
 
 def test_outside_of_a_graph_works_run_in_their_order():
     done = []
-    found = side_by_side(torch.ones(1), [lambda place=place: done.append(place) or place for place in range(3)])
+    found = run_on_parallel_streams(
+        torch.ones(1), [lambda place=place: done.append(place) or place for place in range(3)]
+    )
     assert found == done == [0, 1, 2]
 
 
@@ -19,7 +21,7 @@ def test_a_graph_with_works_side_by_side_computes_as_a_row_of_them_does():
     def chain() -> torch.Tensor:
         y = x
         for _ in range(times):
-            parts = side_by_side(y, [lambda y=y, w=w: (y @ w).tanh() @ w for w in weights])
+            parts = run_on_parallel_streams(y, [lambda y=y, w=w: (y @ w).tanh() @ w for w in weights])
             y = sum(parts).tanh()
         return y
 
@@ -47,9 +49,9 @@ def test_a_work_that_fails_in_a_capture_says_so_itself():
     x @ x  # the library of matrix products is set up outside of a capture
     torch.cuda.synchronize()
     with pytest.raises(torch.cuda.OutOfMemoryError, match="no room"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        side_by_side(x, [lambda: x @ x, lambda: x + x, fails])
+        run_on_parallel_streams(x, [lambda: x @ x, lambda: x + x, fails])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        product, _ = side_by_side(x, [lambda: x @ x, lambda: x + x])
+        scaled_matmul, _ = run_on_parallel_streams(x, [lambda: x @ x, lambda: x + x])
     graph.replay()
-    assert product.eq(8).all()
+    assert scaled_matmul.eq(8).all()

@@ -10,7 +10,7 @@ from bench.experiments.registry import EXPERIMENTS
 from bench.records import store
 from bench.report import readme
 from bench.report.scores import experiment_page
-from bench.report.scores.selection import choose_rates, comparable, tuned_rates
+from bench.report.scores.selection import choose_rates, select_comparable, tuned_rates
 from tests.bench.records.test_store import make
 
 TABLE2 = EXPERIMENTS["table2"]
@@ -33,7 +33,7 @@ def records():
 
 def page(runs=None, **options):
     runs = runs or records()
-    tuned = choose_rates(comparable(runs, TABLE2)[0])
+    tuned = choose_rates(select_comparable(runs, TABLE2)[0])
     return experiment_page.experiment_page(TABLE2, runs, "tiny", tuned, **options)
 
 
@@ -94,8 +94,8 @@ def test_what_lends_rates_is_named_with_its_format_if_that_is_another():
     ):
         config = replace(run.config, mixture="procedural-inter", method_options=usual, format=format)
         runs, tuned = [replace(run, config=config)], {"malora": 4e-4}
-        assert said in experiment_page.experiment_page(table3, runs + lent, "tiny", tuned, lender=TABLE2)
-        assert said in experiment_page.experiment_page(table3, runs, "tiny", tuned, lender=TABLE2, published=lent)
+        assert said in experiment_page.experiment_page(table3, runs + lent, "tiny", tuned, rates_from=TABLE2)
+        assert said in experiment_page.experiment_page(table3, runs, "tiny", tuned, rates_from=TABLE2, published=lent)
 
 
 def test_a_method_that_was_tried_at_fewer_rates_is_marked():

@@ -31,10 +31,10 @@ def kept(bits: torch.Tensor, n: int) -> torch.Tensor:
 @pytest.mark.parametrize("T, n, Z, L", ODD + USED if ON_GPU else ODD)
 def test_products_equal_those_of_masked_tensors(T, n, Z, L, p, least_blocks, monkeypatch):
     """With sums in parts and in one."""
-    monkeypatch.setattr(down_tiling, "LEAST_BLOCKS", least_blocks)
+    monkeypatch.setattr(down_tiling, "MIN_BLOCKS_PER_SPLIT", least_blocks)
     torch.manual_seed(0)
     x, weights = (torch.randn(rows, n, device=DEVICE).to(DTYPE) for rows in (T, Z + L))
-    dzl = down_tiling.rows_of(x, Z + L).copy_(torch.randn(T, Z + L))
+    dzl = down_tiling.aligned_rows(x, Z + L).copy_(torch.randn(T, Z + L))
     bits = dropout.mask(T, n, torch.tensor([5], device=DEVICE), p)
     wide = torch.float32 if ON_GPU else torch.float64
     left = kept(bits, n).to(wide) / (1 - round(dropout.LEVELS * p) / dropout.LEVELS)
@@ -55,7 +55,7 @@ def test_products_equal_those_of_masked_tensors(T, n, Z, L, p, least_blocks, mon
     assert torch.equal(rows[:, :n], x) and rows[:, n:].isnan().all()
     e, z, narrow_z = (torch.randn(3, T, size, device=DEVICE).to(DTYPE) for size in (40, 24, 8))
     expected["of P"] = e[..., :36].to(wide).mT @ z[..., :20].to(wide)
-    of_p = down_backward.OfP(e, z, 36, 20)
+    of_p = down_backward.SubspaceGrad(e, z, 36, 20)
     got["of input"], got["of weights"], got["of P"] = down_backward.gradients(dzl, x, bits, weights, Z, p, of_p=of_p)
     got["of input, added"], *others = down_backward.gradients(dzl, x, bits, weights, Z, p, base, of_weights=False)
     assert others == [None, None]
@@ -63,7 +63,7 @@ def test_products_equal_those_of_masked_tensors(T, n, Z, L, p, least_blocks, mon
     assert dx is dP is None
     expected["of P alone"], of_p = (
         e[..., :36].to(wide).mT @ narrow_z[..., :6].to(wide),
-        down_backward.OfP(e, narrow_z, 36, 6),
+        down_backward.SubspaceGrad(e, narrow_z, 36, 6),
     )
     *others, got["of P alone"] = down_backward.gradients(
         dzl, x, bits, weights, Z, p, of_input=False, of_weights=False, of_p=of_p
@@ -78,7 +78,7 @@ def test_products_equal_those_of_masked_tensors(T, n, Z, L, p, least_blocks, mon
     [(8, 16, 0, 16), (24, 32, 0, 16), (40, 32, 8, 16), (64, 64, 0, 16), (96, 64, 32, 32), (192, 128, 64, 64)],
 )
 def test_rows_are_two_blocks_where_those_are_smaller(rows, first, rest, pad_rest):
-    assert tiling.blocks_of(rows) == {"first": first, "rest": rest, "pad_rest": pad_rest}
+    assert tiling.split_tile(rows) == {"first": first, "rest": rest, "pad_rest": pad_rest}
 
 
 def test_loads_have_the_stages_that_fit_and_products_for_which_none_do_are_plain(monkeypatch):
@@ -90,7 +90,7 @@ def test_loads_have_the_stages_that_fit_and_products_for_which_none_do_are_plain
 
     assert stages(down_tiling.DOWN) == [3, 3, 3, 3] and stages(down_tiling.GRADIENTS) == [3, 3, 3, 2]
     assert not any(down_tiling._plainly(x, Z, L) for Z, L in sizes) and down_tiling._plainly(x, 96, 264)
-    monkeypatch.setattr(down_backward, "shared", lambda device: 99 << 10)  # of a GPU at home
+    monkeypatch.setattr(tiling, "shared_memory_bytes", lambda device: 99 << 10)  # of a GPU at home
     assert stages(down_tiling.DOWN) == [3, 2, 1, 1] and stages(down_tiling.GRADIENTS) == [3, 1, 0, 0]
     assert [down_tiling._plainly(x, Z, L) for Z, L in sizes] == [False, False, True, True]
 
@@ -112,18 +112,18 @@ def test_a_mask_drops_the_share_it_should_and_no_pattern(p):
 def test_a_product_is_the_same_every_time(T, n, Z, L):
     torch.manual_seed(0)
     x, weights = (torch.randn(rows, n, device=DEVICE).to(DTYPE) for rows in (T, Z + L))
-    dzl = down_tiling.rows_of(x, Z + L).copy_(torch.randn(T, Z + L))
+    dzl = down_tiling.aligned_rows(x, Z + L).copy_(torch.randn(T, Z + L))
     bits = dropout.mask(T, n, torch.tensor([5], device=DEVICE), 0.05)
-    of_p = down_backward.OfP(*(torch.randn(3, T, size, device=DEVICE).to(DTYPE) for size in (96, 32)), 96, 32)
+    of_p = down_backward.SubspaceGrad(*(torch.randn(3, T, size, device=DEVICE).to(DTYPE) for size in (96, 32)), 96, 32)
     products = {
         "down": lambda: down_forward.down(x, bits, weights, Z, 0.05),
         "gradients": lambda: torch.cat(
             [g.flatten() for g in down_backward.gradients(dzl, x, bits, weights, Z, 0.05, of_p=of_p)]
         ),
     }
-    for name, product in products.items():
-        first = product()
-        others = torch.stack([(product() != first).any() for _ in range(3000)])
+    for name, scaled_matmul in products.items():
+        first = scaled_matmul()
+        others = torch.stack([(scaled_matmul() != first).any() for _ in range(3000)])
         assert not others.any(), f"{name}: {others.sum().item()} of 3000 differ"
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from malora.fused.kernels import down_forward, down_tiling, dropout, gate
-from malora.fused.kernels.gate import GateShape
+from malora.fused.kernels.gate import GateLayout
 from tests.malora.fused.hopper import printed
 
 ON_GPU = torch.cuda.is_available()
@@ -12,10 +12,10 @@ DEVICE, DTYPES = ("cuda", [torch.bfloat16]) if ON_GPU else ("cpu", [torch.float6
 G, T = 2, 37  # siblings, and tokens of two blocks
 
 
-def gate_shape(N: int, r: int, D: int, z_step: int, has_p: bool) -> GateShape:
+def gate_shape(N: int, r: int, D: int, z_step: int, has_p: bool) -> GateLayout:
     """As of a stack of `G` siblings: rounded up to eights."""
     z, logits = (-(-size // 8) * 8 for size in (N * D if z_step else D, N))
-    return GateShape(N, 2, r, D, z_step, z_group=z, l_group=logits, logits_at=G * z, has_p=has_p, scaling=2.0)
+    return GateLayout(N, 2, r, D, z_step, z_group=z, l_group=logits, logits_at=G * z, has_p=has_p, scaling=2.0)
 
 
 SHAPES = {
@@ -30,7 +30,7 @@ all_shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 
-def columns(shape: GateShape, padded_z: bool = False) -> torch.Tensor:
+def columns(shape: GateLayout, padded_z: bool = False) -> torch.Tensor:
     """Which columns of zl, or of its gradient, are no padding; or, where experts share z, what pads it too."""
     z = shape.z_group if padded_z and not shape.z_step else shape.N * shape.D if shape.z_step else shape.D
     starts = [(g * shape.z_group, z) for g in range(G)]
@@ -38,7 +38,7 @@ def columns(shape: GateShape, padded_z: bool = False) -> torch.Tensor:
     return torch.cat([torch.arange(start, start + size) for start, size in starts])
 
 
-def tensors(shape: GateShape, dtype: torch.dtype, parts: int = 3):
+def tensors(shape: GateLayout, dtype: torch.dtype, parts: int = 3):
     """Parts of zl, with rows wider than what is in them; P; h."""
     torch.manual_seed(0)
     width = shape.logits_at + G * shape.l_group
@@ -122,21 +122,21 @@ def test_gradients_are_those_of_autograd(shape):
 
 
 def test_parts_of_a_down_side_are_its_sum(monkeypatch):
-    monkeypatch.setattr(down_tiling, "LEAST_BLOCKS", 1)
+    monkeypatch.setattr(down_tiling, "MIN_BLOCKS_PER_SPLIT", 1)
     n, Z, L, p = 200, 24, 8, 0.3
     torch.manual_seed(0)
     x, weights = (torch.randn(rows, n).to(DEVICE, DTYPES[0]) for rows in (T, Z + L))
     bits = dropout.mask(T, n, torch.tensor([5], device=DEVICE), p)
-    zl, parts = down_forward.down_in_parts(x, bits, weights, Z, p)
+    zl, parts = down_forward.dropout_matmul_split_k(x, bits, weights, Z, p)
     assert parts.shape == (4, T, Z + L) and parts.dtype == torch.promote_types(DTYPES[0], torch.float32)
     assert zl.shape == (T, Z + L) and zl.stride() == parts.stride()[1:]
-    left, wide = dropout.dropped(x, bits, p).to(parts), weights.to(parts)
+    left, wide = dropout.apply_dropout(x, bits, p).to(parts), weights.to(parts)
     whole = torch.cat([left @ wide[:Z].T, x.to(parts) @ wide[Z:].T], 1)
     close = {"rtol": 1e-2, "atol": 0.1} if ON_GPU else {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(parts.sum(0), whole, **close)
     assert torch.equal(down_forward.down(x, bits, weights, Z, p), parts.sum(0).to(x.dtype))
-    monkeypatch.setattr(down_tiling, "LEAST_BLOCKS", 99)
-    zl, parts = down_forward.down_in_parts(x, bits, weights, Z, p)
+    monkeypatch.setattr(down_tiling, "MIN_BLOCKS_PER_SPLIT", 99)
+    zl, parts = down_forward.dropout_matmul_split_k(x, bits, weights, Z, p)
     assert parts is None
     torch.testing.assert_close(zl.to(whole), whole, **close)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from malora.fused.kernels.multi_copy import BLOCK, copy_all, copy_by_table, rows_of_table
+from malora.fused.kernels.multi_copy import BLOCK, copy_with_table, multi_tensor_copy, table_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(8, 64), (3, 16), (2, BLOCK), (5, 16), (BLOCK + 16,), (7, 3), (1, 16)]
@@ -23,7 +23,7 @@ def made():
 def test_a_table_copies_each_source_to_its_place():
     sources, targets, flat = made()
     fitting = [pair for pair in zip(sources, targets, strict=True) if pair[0].numel() % 16 == 0]
-    copy_by_table(torch.tensor(rows_of_table(fitting), device=DEVICE), flat)
+    copy_with_table(torch.tensor(table_rows(fitting), device=DEVICE), flat)
     for source, target in fitting:
         assert torch.equal(target, source.half())
     assert flat.count_nonzero() == sum(source.half().count_nonzero() for source, _ in fitting)
@@ -42,7 +42,7 @@ def test_all_are_copied_however_many_and_whatever_their_shape(times):
         start += -(-source.numel() // 16) * 16
     tables = {}
     for _ in range(2):
-        copy_all(sources, targets, flat, tables)
+        multi_tensor_copy(sources, targets, flat, tables)
         assert all(torch.equal(target, source.bfloat16()) for source, target in zip(sources, targets, strict=True))
         flat.zero_()
     assert len(tables) == (DEVICE == "cuda" and times > 1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from malora.fused.kernels import up_backward
+from malora.fused.kernels import tiling, up_backward
 from tests.malora.fused.hopper import printed
 
 ON_GPU = torch.cuda.is_available()
@@ -24,7 +24,7 @@ def test_equals_two_products(T, m, H, narrower):
     rooms = torch.full((2, len(widths), T, -(-H // 16) * 16 + 16), torch.nan, dtype=DTYPE, device=DEVICE)
     h, dh = rooms[..., :H]
     h.copy_(torch.randn(h.shape))
-    assert all(up_backward.pays(dy, h_g, H) for dy, h_g in zip(dys, h, strict=True))
+    assert all(up_backward.is_profitable(dy, h_g, H) for dy, h_g in zip(dys, h, strict=True))
     dBs = up_backward.gradients(dys, h, Bs, 2.0, dh)
     wide = torch.float32 if ON_GPU else torch.float64
     assert len(dBs) == len(dys) and rooms[..., H:].isnan().all()
@@ -36,17 +36,25 @@ def test_equals_two_products(T, m, H, narrower):
 
 def test_rows_that_do_not_begin_at_multiples_are_left_to_two_products():
     dy, h = torch.randn(20, 32), torch.randn(20, 16)
-    assert up_backward.pays(dy, h, 16) and not up_backward.pays(dy, h, 136) and not up_backward.pays(dy[:0], h[:0], 16)
-    assert not up_backward.pays(torch.randn(20, 24), h, 16) and not up_backward.pays(dy, torch.randn(20, 24), 16)
+    assert (
+        up_backward.is_profitable(dy, h, 16)
+        and not up_backward.is_profitable(dy, h, 136)
+        and not up_backward.is_profitable(dy[:0], h[:0], 16)
+    )
+    assert not up_backward.is_profitable(torch.randn(20, 24), h, 16) and not up_backward.is_profitable(
+        dy, torch.randn(20, 24), 16
+    )
 
 
 def test_loads_have_the_stages_that_fit(monkeypatch):
     device, dy = torch.device("cpu"), torch.randn(20, 32)
     assert [up_backward._stages(H, device) for H in (16, 64, 96, 128)] == [4, 4, 4, 4]
-    monkeypatch.setattr(up_backward, "shared", lambda device: 99 << 10)  # of a GPU at home
-    assert [up_backward._stages(H, device) for H in (16, 64, 96, 128)] == [4, 3, 2, 2] and up_backward.pays(dy, dy, 128)
-    monkeypatch.setattr(up_backward, "shared", lambda device: 64 << 10)
-    assert up_backward.pays(dy, dy, 64) and not up_backward.pays(dy, dy, 96)
+    monkeypatch.setattr(tiling, "shared_memory_bytes", lambda device: 99 << 10)  # of a GPU at home
+    assert [up_backward._stages(H, device) for H in (16, 64, 96, 128)] == [4, 3, 2, 2] and up_backward.is_profitable(
+        dy, dy, 128
+    )
+    monkeypatch.setattr(tiling, "shared_memory_bytes", lambda device: 64 << 10)
+    assert up_backward.is_profitable(dy, dy, 64) and not up_backward.is_profitable(dy, dy, 96)
 
 
 COMPILE = """
@@ -87,10 +95,10 @@ def test_is_the_same_every_time(T, m, H):
     torch.manual_seed(0)
     dys, h, Bs = (torch.randn(2, *size, device=DEVICE).to(DTYPE) for size in ((T, m), (T, H), (H, m)))
 
-    def product():
+    def scaled_matmul():
         dh = torch.empty_like(h)
         return torch.cat([t.flatten() for t in (*up_backward.gradients([*dys], h, [*Bs], 2.0, dh), dh)])
 
-    first = product()
-    differ = torch.stack([(product() != first).any() for _ in range(1000)]).sum().item()
+    first = scaled_matmul()
+    differ = torch.stack([(scaled_matmul() != first).any() for _ in range(1000)]).sum().item()
     assert not differ, f"{differ} of 1000 differ"
