@@ -1,5 +1,5 @@
-"""Errors that are told to the user in one line."""
+"""The error that command lines tell the user in one line."""
 
+from tasks.errors import UserError
 
-class UserError(ValueError):
-    """Something the user asked for cannot be done; the message says what, where and what to do. Exit code 2."""
+__all__ = ["UserError"]

@@ -137,7 +137,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
                 self.routings[adapter] = routing
             routed = routing._replace(probability=routing.probability.flatten(0, -2))
         x_Tn = self.malora_dropout[adapter](x).flatten(0, -2)
-        y_Tm = BACKENDS[choose(config, x.device)](x_Tn, routed, factors, config.scaling)
+        y_Tm = BACKENDS[choose(config, x.device)].compute(x_Tn, routed, factors, config.scaling)
         return y_Tm.unflatten(0, x.shape[:-1])
 
     def train(self, mode: bool = True) -> MaloraLayer:

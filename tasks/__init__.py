@@ -19,7 +19,6 @@ from typing import Literal
 from tasks.arc import ARC_CHALLENGE, ARC_EASY
 from tasks.base import (
     FORMATS,
-    DataError,
     DataRef,
     Domain,
     Example,
@@ -34,6 +33,7 @@ from tasks.base import (
 from tasks.boolq import BOOLQ
 from tasks.domains import OPEN, OPEN_SIZE, PAPER
 from tasks.e2e import E2E
+from tasks.errors import DataError, UserError
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HUMANEVAL
 from tasks.medmcqa import MEDMCQA
@@ -190,6 +190,7 @@ __all__ = [
     "Question",
     "Source",
     "Task",
+    "UserError",
     "WrittenExample",
     "build",
 ]

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from tasks.errors import DataError
+
 
 class _Item:
     @property
@@ -110,10 +112,6 @@ def _opening(item: Item) -> str:
 
 
 FORMATS: dict[str, Callable[[str, Question], Example]] = {"letters": letters, "cloze": cloze}
-
-
-class DataError(ValueError):
-    """Data that a task needs is missing or broken; the message says what, where and what to do."""
 
 
 @dataclass(frozen=True)

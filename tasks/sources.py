@@ -8,7 +8,8 @@ import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tasks.base import DataError, DataRef
+from tasks.base import DataRef
+from tasks.errors import DataError
 from tasks.procedural import GENERATORS
 from tasks.procedural_inter import WRITERS
 

@@ -23,7 +23,7 @@ from bench.command_line import Help, folder, one_of, positive
 from bench.errors import UserError
 from bench.experiments.profiles import PROFILES, default_profile
 from bench.experiments.registry import EXPERIMENTS
-from tasks import FORMATS, MIXTURES, DataError
+from tasks import FORMATS, MIXTURES
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries, to their developers
     try:
         return options.command(options) or 0
-    except (UserError, DataError) as error:
+    except UserError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

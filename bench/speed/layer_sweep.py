@@ -20,7 +20,6 @@ from bench.speed.rounds import Step
 from bench.speed.steps import PhaseCallback, Workload
 from bench.speed.variants import CONFIGS, DEFAULT_BACKENDS, Variant
 from malora.backbone.cuda_graphs import capture
-from malora.backends import WAIT_FOR_THE_HOST
 from malora.routing import RoutingLog
 
 SWEEPS: dict[str, tuple[int, ...]] = {
@@ -99,7 +98,7 @@ def sweep_rows(sweep: str, methods: list[str], linear: nn.Linear, work: Workload
                 if backend == "fused" and not on_gpu:
                     continue  # elsewhere it is the dense one
                 name, run = f"{method}-{backend}", "eager"
-                if on_gpu and backend not in WAIT_FOR_THE_HOST:
+                if on_gpu and malora.BACKENDS[backend].graph_safe:
                     name, run = f"{name}-captured", "captured"
                 variant = Variant(name, method, backend, run)
                 found.append(SingleLayerRow(variant, value, linear, options | {"backend": backend}, at))

@@ -21,7 +21,6 @@ from peft import PeftConfig
 
 import malora
 from bench.errors import UserError
-from malora.backends import INEXACT, WAIT_FOR_THE_HOST
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,9 @@ CONFIGS: dict[str, Callable[..., PeftConfig]] = {
 OURS = tuple(name for name in CONFIGS if not name.startswith("peft-"))
 ROUTED = tuple(name for name in OURS if CONFIGS[name]().has_router)
 # Without the oracle, what is not exact, and `sorted`, which few have rows of. "auto" is one of the others.
-DEFAULT_BACKENDS = tuple(name for name in malora.BACKENDS if name not in ("auto", "reference", "sorted", *INEXACT))
+DEFAULT_BACKENDS = tuple(
+    name for name, backend in malora.BACKENDS.items() if backend.exact and name not in ("auto", "reference", "sorted")
+)
 MAIN = ("lora", "molora", "malora")  # they run in every way; the others in that which trains them fastest, and plainly
 RUNS = ("eager", "compiled", "captured")
 # With them a method's row can be read: they are measured whenever a method is asked for by its name.
@@ -80,7 +81,7 @@ def variants() -> dict[str, Variant]:
     rows += [Variant("lora-plain-compiled", "lora", "dense", "compiled", plain=True)]
     for method in OURS:
         for backend in DEFAULT_BACKENDS:
-            if backend in WAIT_FOR_THE_HOST:
+            if not malora.BACKENDS[backend].graph_safe:
                 rows += [Variant(f"{method}-{backend}", method, backend)] if method in ROUTED else []
                 continue
             others = ("eager", "compiled") if backend == "dense" else ("compiled",)  # one that a CPU has

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from malora import WeightCache
-from malora.backends import WAIT_FOR_THE_HOST
+from malora.backends import BACKENDS
 
 
 def warm_up(run: Callable[[], Any], passes: int = 2) -> None:
@@ -66,4 +66,4 @@ def accumulate_grads(sums: list[Tensor] | None, replayed: list[Tensor], alone: b
 def can_capture(model: nn.Module) -> bool:
     """Whether a CUDA graph can hold a pass: on a GPU, by backends that never wait for its results."""
     backends = {getattr(config, "backend", None) for config in getattr(model, "peft_config", {}).values()}
-    return model.device.type == "cuda" and backends.isdisjoint(WAIT_FOR_THE_HOST)
+    return model.device.type == "cuda" and all(BACKENDS[name].graph_safe for name in backends - {None})

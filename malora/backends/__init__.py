@@ -9,6 +9,7 @@ Shapes here and below: T tokens, n in, m out, N experts, r rank, d rank of the s
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -19,19 +20,31 @@ from malora.backends.reference import reference
 from malora.factors import Factors
 from malora.routing import Routing
 
-Backend = Callable[[Tensor, Routing | None, Factors, float], Tensor]
-# "fused" computes whole layers, base and routers included (malora/siblings.py), and "fp8" does so with base and
-# up sides in 8 bits; the function here is what they do where that cannot run. "auto" takes one of them: see `choose`.
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute the sum over experts.
+
+    Attributes:
+        compute: `(x_Tn, routing, factors, scaling) -> y_Tm`.
+        graph_safe: whether a CUDA graph can hold it. A backend that asks the device how many tokens each expert got
+            makes the host wait, which a graph cannot.
+        exact: whether it agrees with the others up to rounding of the input's dtype.
+    """
+
+    compute: Callable[[Tensor, Routing | None, Factors, float], Tensor]
+    graph_safe: bool = True
+    exact: bool = True
+
+
+# "fused" and "fp8" compute whole layers, base and routers included (`malora.fused`). `compute` is what they fall back
+# to where that path cannot run. "auto" stands for one of the others: see `malora.config.choose`.
 BACKENDS: dict[str, Backend] = {
-    "auto": dense,
-    "dense": dense,
-    "dispatch": dispatch,
-    "fp8": dense,
-    "fused": dense,
-    "reference": reference,
-    "sorted": grouped_gemm,
+    "auto": Backend(dense),
+    "dense": Backend(dense),
+    "dispatch": Backend(dispatch, graph_safe=False),
+    "fp8": Backend(dense, exact=False),
+    "fused": Backend(dense),
+    "reference": Backend(reference),
+    "sorted": Backend(grouped_gemm),
 }
-# They ask the device how many tokens an expert got, so they cannot be captured in a CUDA graph.
-WAIT_FOR_THE_HOST = frozenset({"dispatch"})
-# They round more than the others, so their results and speeds do not stand for their method's.
-INEXACT = frozenset({"fp8"})

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bench.records.schema import SpeedRecord
-from malora.backends import INEXACT
+from malora.backends import BACKENDS
 
 SpeedRow = dict[str, Any]
 # Rows of a large model's training that MALoRA is compared with.
@@ -51,7 +51,7 @@ def named(record: SpeedRecord, name: str) -> SpeedRow | None:
 
 def exact_rows(record: SpeedRecord) -> list[SpeedRow]:
     """Those that compute what their method says, within rounding."""
-    return [row for row in record.rows if row["backend"] not in INEXACT]
+    return [row for row in record.rows if row["backend"] not in BACKENDS or BACKENDS[row["backend"]].exact]
 
 
 def fastest(record: SpeedRecord, choose: Callable[[SpeedRow], bool]) -> SpeedRow | None:

@@ -179,16 +179,16 @@ def test_bombs_go_off_unheard(program, sandboxed):
 
 
 @pytest.mark.parametrize("family", ["AF_INET", "AF_INET6", "AF_UNIX"])
-def test_no_connection_leaves(tuning_group, sandboxed, tmp_path):
-    address = {"AF_INET": ("127.0.0.1", 0), "AF_INET6": ("::1", 0), "AF_UNIX": f"\0{uuid.uuid4().hex}"}[tuning_group]
-    with socket.socket(getattr(socket, tuning_group)) as listener:
+def test_no_connection_leaves(family, sandboxed, tmp_path):
+    address = {"AF_INET": ("127.0.0.1", 0), "AF_INET6": ("::1", 0), "AF_UNIX": f"\0{uuid.uuid4().hex}"}[family]
+    with socket.socket(getattr(socket, family)) as listener:
         try:
             listener.bind(address)
         except OSError as error:
-            pytest.skip(f"this machine has no {tuning_group} to listen on: {error}")
+            pytest.skip(f"this machine has no {family} to listen on: {error}")
         listener.listen()
         listener.setblocking(False)
-        program = f"import socket\nsocket.socket(socket.{tuning_group}).connect({listener.getsockname()!r})"
+        program = f"import socket\nsocket.socket(socket.{family}).connect({listener.getsockname()!r})"
         assert run_program(program, "").reason == "failed"
         with pytest.raises(BlockingIOError):
             listener.accept()
@@ -197,8 +197,8 @@ def test_no_connection_leaves(tuning_group, sandboxed, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["AF_VSOCK", "AF_NETLINK", "AF_ALG"])
-def test_no_socket_is_opened_that_has_no_namespace(tuning_group, sandboxed):
-    outcome = run_program(f"import socket\nsocket.socket(socket.{tuning_group}, socket.SOCK_RAW)", "")
+def test_no_socket_is_opened_that_has_no_namespace(family, sandboxed):
+    outcome = run_program(f"import socket\nsocket.socket(socket.{family}, socket.SOCK_RAW)", "")
     assert outcome.detail.startswith("PermissionError")
 
 

@@ -94,7 +94,7 @@ def test_ligers_functions_are_there_only_while_its_row_runs(monkeypatch):
     assert modeling_llama.rotate_half is original
 
 
-@pytest.mark.parametrize("as_it_comes", [False, True])
+@pytest.mark.parametrize("out_of_the_box", [False, True])
 def test_norms_are_torchs_own_where_liger_is_ours(out_of_the_box, monkeypatch):
     model = backbone(TOY, 1, CPU).float()
     norm, x = model.model.norm, torch.randn(3, 5, model.config.hidden_size)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from malora import BACKENDS, METHODS, MaloraConfig, MaloraLayer
-from malora.backends import INEXACT
 from malora.config import choose
 from malora.fused import autograd, streams
 from malora.fused.availability import interprets_triton
@@ -65,7 +64,7 @@ def assert_agrees(made: MaloraLayer, backend: str, x: torch.Tensor):
         torch.testing.assert_close(got[name], value, rtol=1e-10, atol=1e-12, msg=f"{backend}: {name}")
 
 
-EXACT = [name for name in BACKENDS if name not in INEXACT]  # test_fp8.py has the other
+EXACT = [name for name, backend in BACKENDS.items() if backend.exact]  # test_fp8.py has the other
 others = pytest.mark.parametrize("backend", [name for name in EXACT if name != "reference"])
 
 
