@@ -30,9 +30,11 @@ _PROCEDURAL_DOMAINS = tuple(
     Domain(f"{task.name}_train", task.title, (task,), (task.name,)) for task in _PROCEDURAL_INTER
 )
 
-TASKS: dict[str, Task | Domain] = {
-    task.name: task for task in (*_INTRA, *_INTER, *PROCEDURAL, *PROCEDURAL_WRITTEN, *PAPER, *_PROCEDURAL_DOMAINS)
-}
+_ALL_TASKS: tuple[Task | Domain, ...] = (
+    *(*_INTRA, *_INTER, *PROCEDURAL, *PROCEDURAL_WRITTEN),
+    *(*PAPER, *_PROCEDURAL_DOMAINS),
+)
+TASKS: dict[str, Task | Domain] = {task.name: task for task in _ALL_TASKS}
 
 
 @dataclass(frozen=True)
