@@ -10,6 +10,7 @@ d       rank of the shared subspace
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,11 +70,11 @@ def backbone(shape: Shape, layers: int | None, device: torch.device) -> PreTrain
         device: Device of the weights. On a GPU they are bfloat16, on other devices float32.
     """
     config = _llama_config(shape, layers)
+    from_config: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config  # untyped there
     torch.manual_seed(0)
     with torch.device(device):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.requires_grad_(False)
+        return from_config(config, dtype=dtype).requires_grad_(False)
 
 
 def _llama_config(shape: Shape, layers: int | None = None) -> LlamaConfig:
@@ -133,9 +134,7 @@ def _count_on_linear(config: PeftConfig, n: int, m: int, routers: bool) -> int:
         return _count_malora(config, n, m, routers)
     if isinstance(config, LoraConfig):
         return config.r * (n + m) + (m if config.use_dora else 0)  # DoRA also trains a magnitude per output
-    raise ValueError(
-        f"the parameters of a {type(config).__name__} cannot be counted; add it to bench/models/backbone.py."
-    )
+    raise ValueError(f"a {type(config).__name__} cannot be counted; add its formula to bench/models/backbone.py.")
 
 
 def _count_malora(config: malora.MaloraConfig, n: int, m: int, routers: bool) -> int:

@@ -76,7 +76,8 @@ def load(base: BaseModel, device: torch.device) -> tuple[PreTrainedModel, PreTra
     Raises:
         UserError: The folder is not a complete causal language model.
     """
-    transformers.utils.logging.disable_progress_bar()
+    disable_progress_bar: Callable[[], None] = transformers.utils.logging.disable_progress_bar  # untyped there
+    disable_progress_bar()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+
+class _CausalLM(Protocol):
+    """A language model of transformers, or a PEFT model, which passes this method on to its base model."""
+
+    def get_output_embeddings(self) -> nn.Linear: ...
 
 
 @contextmanager
@@ -33,7 +36,7 @@ def label_positions_only(model: nn.Module, row: Tensor, column: Tensor, in_float
         column: [L], position within the sequence.
         in_float32: Compute the head's matmul in float32, whatever the dtype of the weights and of autocast.
     """
-    head = cast("PreTrainedModel", model).get_output_embeddings()  # PEFT's models pass this on to their base model
+    head = cast(_CausalLM, model).get_output_embeddings()
 
     def select_positions(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         hidden_BSh = inputs[0]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
 Mark = torch.cuda.Event | float  # a GPU event, or the host's clock in seconds
+_make_event: Callable[..., torch.cuda.Event] = torch.cuda.Event  # its arguments are untyped in torch
 
 
 class PhaseTimer:
@@ -39,7 +41,7 @@ class PhaseTimer:
     def _now(self) -> Mark:
         if not self._on_gpu:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = _make_event(enable_timing=True)
         event.record()
         return event
 
@@ -48,4 +50,5 @@ def _seconds_between(before: Mark, now: Mark) -> float:
     if isinstance(before, float) or isinstance(now, float):
         assert isinstance(before, float) and isinstance(now, float), "marks of one timer have one type"
         return now - before
-    return before.elapsed_time(now) / 1000  # milliseconds
+    milliseconds: float = before.elapsed_time(now)
+    return milliseconds / 1000

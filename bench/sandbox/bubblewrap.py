@@ -20,7 +20,8 @@ OR_UNSAFELY = "or run what models write unsafely, on purpose, with --unsafe-code
 
 def interpreter() -> str:
     """Return the real path of the interpreter, also in a virtual environment."""
-    return os.path.realpath(sys._base_executable)
+    executable: str = sys._base_executable  # type: ignore[attr-defined]  # undocumented, and nothing public has it
+    return os.path.realpath(executable)
 
 
 def command(folder_bytes: int) -> list[str]:
