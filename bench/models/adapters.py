@@ -15,7 +15,7 @@ from bench.errors import UserError
 
 
 def add_adapter(model: PreTrainedModel, method: str, options: dict[str, Any], seed: int) -> PeftModel:
-    """Add a new adapter to a base model.
+    """Add a new adapter to a base model, whose frozen layers are then optimized for speed.
 
     Args:
         model: The base model.
@@ -28,9 +28,11 @@ def add_adapter(model: PreTrainedModel, method: str, options: dict[str, Any], se
     """
     torch.manual_seed(seed)
     try:
-        return get_peft_model(model, malora.METHODS[method](**options))
+        adapted = get_peft_model(model, malora.METHODS[method](**options))
     except ValueError as error:
         raise UserError(f"{method} does not fit {model.name_or_path}: {error}") from error
+    malora.optimize_backbone(adapted)
+    return adapted
 
 
 def check_adapter(folder: Path) -> None:
@@ -58,7 +60,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     if "@" in trained_on and trained_on != model.name_or_path:
         raise UserError(f"{folder} was trained on {trained_on}, not on {model.name_or_path}; give its base as --model.")
     try:
-        return PeftModel.from_pretrained(model, folder)
+        adapted = PeftModel.from_pretrained(model, folder)
     except SafetensorError as error:
         raise UserError(f"{folder / 'adapter_model.safetensors'} is broken ({error}); save it again.") from error
     except (RuntimeError, ValueError) as error:
@@ -66,6 +68,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         raise UserError(
             f"{folder} does not fit {model.name_or_path}: it was trained on another base ({first})."
         ) from error
+    malora.optimize_backbone(adapted)
+    return adapted
 
 
 def count_parameters(model: PeftModel) -> dict[str, int]:

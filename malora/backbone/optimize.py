@@ -21,8 +21,8 @@ def optimize_backbone(model: nn.Module) -> None:
       become `Float8Linear`. Their outputs are rounded to float8, which changes them by a few percent. The printed
       model shows them.
 
-    Call it once the model is on its device and has its adapters; call it again after adding one. It does nothing on a
-    CPU. `restore_backbone` undoes it.
+    Call it once the model is on its device and has its adapters; call it again after adding one. On a CPU nothing runs
+    differently. `restore_backbone` undoes it.
 
     Args:
         model: what `get_peft_model` returned, or any model with adapters of this package.
