@@ -54,6 +54,7 @@ def test_the_wheel_holds_malora_alone(wheel):
 def test_the_metadata_names_the_version_and_few_dependencies(metadata):
     (line,) = (line for line in (ROOT / "malora/__init__.py").read_text().splitlines() if "__version__ =" in line)
     assert metadata.version == line.split('"')[1]
+    assert f"\nversion: {metadata.version}\n" in (ROOT / "CITATION.cff").read_text()
     assert names_of(metadata) == {"torch", "transformers", "peft", "safetensors"}
     assert names_of(metadata, "analysis") - names_of(metadata) == {"numpy", "scipy"}
 
