@@ -22,9 +22,10 @@ def test_malora_needs_neither_triton_nor_liger_nor_scipy():
 
 def test_reports_load_no_trainer_and_no_evaluation():
     heavy = ["lm_eval", "datasets", "bench.train", "bench.evaluate", "bench.runs", "bench.speed"]
-    assert "[]" == run(
+    loaded = run(
         "import importlib, pkgutil, sys, bench.report as report\n"
         "for module in pkgutil.walk_packages(report.__path__, 'bench.report.'):\n"
         "    importlib.import_module(module.name)\n"
         f"print([name for name in {heavy} if name in sys.modules])"
     )
+    assert loaded == "[]"
