@@ -1,46 +1,65 @@
-# Everything runs in .venv, which is made when first needed.
+# Everything runs in .venv, which the first target that needs it makes.
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-# Installed first and by itself, so that nothing else decides which build comes.
+# The lock leaves torch out, so that its build (CPU, CUDA) can be chosen. It is installed first and by itself.
 TORCH ?= torch==2.13.0
+# Exact versions of all other packages. LOCK=/dev/null takes the newest that pyproject.toml allows.
+LOCK ?= requirements.lock
+PIP := $(BIN)/pip --quiet --disable-pip-version-check
 
-.PHONY: test lint leaderboard report check-tables reproduce-table10 reproduce-fig4 clean
+.PHONY: help test lint docs examples lock leaderboard report check-tables reproduce-table10 reproduce-fig4 clean
 .DEFAULT_GOAL := help
 
-help: ## what there is
+help: ## this list
 	@grep -E '^[a-z0-9%-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
 
-.venv/ready: pyproject.toml
+.venv/ready: pyproject.toml $(LOCK)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(PIP) install --constraint $(LOCK) $(TORCH)
+	$(PIP) install --constraint $(LOCK) --editable '.[dev]'
 	touch $@
 
-test: .venv/ready ## the whole test suite
+test: .venv/ready ## run the test suite
 	$(BIN)/python -m pytest -n 2 -q $(ARGS)
 
-lint: .venv/ready ## style and formatting
+lint: .venv/ready ## check style, formatting, types, spelling and which package imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/typos
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy
 
-reproduce-%: .venv/ready ## table1, 2, 3, 11, 12, fig2, 3, 5 at the size this machine can do, into results/local
+docs: .venv/ready ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+examples: .venv/ready ## run each example with two steps
+	$(BIN)/python -m pytest -q tests/examples $(ARGS)
+
+reproduce-%: .venv/ready ## run table1, 2, 3, 11, 12, fig2, 3 or 5 at this machine's size, into results/local
 	$(BIN)/python -m bench $* $(ARGS)
 
-reproduce-table10: .venv/ready ## Table 10 and Figure 4c on this machine, into results/local/speed
+reproduce-table10: .venv/ready ## measure Table 10 and Figure 4c on this machine, into results/local/speed
 	$(BIN)/python -m bench.speed --variant all $(ARGS)
 
-reproduce-fig4: reproduce-table11 reproduce-table12 ## Figures 4a and 4b; 4c is reproduce-table10
+reproduce-fig4: reproduce-table11 reproduce-table12 ## run Figures 4a and 4b; 4c is reproduce-table10
 
-leaderboard: .venv/ready ## tables and the README's leaderboard, from the published records
+leaderboard: .venv/ready ## write the tables and the README's leaderboard from the published records
 	$(BIN)/python -m bench leaderboard
 
-report: .venv/ready ## one HTML page of all published records, into results/local
+report: .venv/ready ## write one HTML page of all published records, into results/local
 	$(BIN)/python -m bench report
 
-check-tables: .venv/ready ## whether they are what the records give
+check-tables: .venv/ready ## check that the tables match the records
 	$(BIN)/python -m bench leaderboard --check
 
-clean: ## the virtual environment and what this machine has run
-	rm -rf .venv results/local
+lock: ## resolve requirements.lock again, with the newest versions that pyproject.toml allows
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip --quiet --disable-pip-version-check install $(TORCH)
+	.venv-lock/bin/pip --quiet --disable-pip-version-check install --editable '.[dev]'
+	.venv-lock/bin/python .ci/lock.py >$(LOCK)
+	rm -rf .venv-lock
+
+clean: ## remove the virtual environment and this machine's results
+	rm -rf .venv .venv-lock results/local site

@@ -1,14 +1,16 @@
-"""Small models of several shapes, made on the spot; nothing is downloaded."""
+"""Small models of several architectures, built in memory. No test downloads anything."""
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: a test that would reach out fails at once
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it, so that a test that would download fails at once
 
 import pytest
 import torch
 
+from tests.skip_report import SkipReport
+
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels are tested without a GPU
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, so that its kernels are tested without a GPU
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 torch.set_num_threads(1)
@@ -26,6 +28,10 @@ SHAPES = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SHAPE, num_key_value_heads=2)),
     "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**_SHAPE)),
 }
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(SkipReport(config), "skip-report")
 
 
 def make_model(shape: str = "llama"):

@@ -1,0 +1,31 @@
+"""Imports that must work without optional packages, and imports that must stay light.
+
+Which module may import which is the business of the contracts in pyproject.toml, which `make lint` checks.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_malora_needs_neither_triton_nor_liger_nor_scipy():
+    run("import sys; sys.modules |= dict.fromkeys(['triton', 'liger_kernel', 'scipy']); import malora")
+
+
+def test_reports_load_no_trainer_and_no_evaluation():
+    heavy = ["lm_eval", "datasets", "bench.train", "bench.evaluate", "bench.runs", "bench.speed"]
+    loaded = run(
+        "import importlib, pkgutil, sys, bench.report as report\n"
+        "for module in pkgutil.walk_packages(report.__path__, 'bench.report.'):\n"
+        "    importlib.import_module(module.name)\n"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    assert loaded == "[]"
