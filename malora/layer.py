@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from malora.backends import BACKENDS
-from malora.config import MaloraConfig, choose
+from malora.config import MaloraConfig, resolve_backend
 from malora.factors import Factors
 from malora.fused.availability import has_triton, interprets_triton, warn_once
 from malora.fused.group import ProjectionGroup
@@ -80,7 +80,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         return Factors(*(by_adapter[adapter] if adapter in by_adapter else None for by_adapter in tensors))
 
     @property
-    def routes(self) -> bool:
+    def has_active_router(self) -> bool:
         """Whether an active adapter of this layer has a router."""
         return any(name in self.malora_router for name in self.active_adapters)
 
@@ -101,7 +101,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         """The adapter to compute together with the base, if there is one that the fused backend can."""
         active = [adapter for adapter in self.active_adapters if adapter in self.settings]
         device = self.base_layer.weight.device
-        backends = {choose(self.settings[adapter], device) for adapter in active}
+        backends = {resolve_backend(self.settings[adapter], device) for adapter in active}
         if self.disable_adapters or self.merged or not backends & {"fused", "fp8"}:
             return None
         config = self.settings[active[0]]
@@ -133,11 +133,11 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         routed = None
         if config.has_router:
             routing = route(x, self.malora_router[adapter], config.top_k)
-            if self.routing_log.listening:
+            if self.routing_log.recording:
                 self.routings[adapter] = routing
             routed = routing._replace(probability=routing.probability.flatten(0, -2))
         x_Tn = self.malora_dropout[adapter](x).flatten(0, -2)
-        y_Tm = BACKENDS[choose(config, x.device)].compute(x_Tn, routed, factors, config.scaling)
+        y_Tm = BACKENDS[resolve_backend(config, x.device)].compute(x_Tn, routed, factors, config.scaling)
         return y_Tm.unflatten(0, x.shape[:-1])
 
     def train(self, mode: bool = True) -> MaloraLayer:

@@ -48,7 +48,7 @@ def outputs(stack: Stack, x: Tensor) -> list[Tensor]:
     if config.has_router:
         ys, probabilities = ys[: len(stack.layers)], ys[len(stack.layers) :]
         for layer, probability in zip(stack.layers, probabilities, strict=True):
-            if layer.routing_log.listening:
+            if layer.routing_log.recording:
                 layer.routings[stack.adapter] = Routing(probability.unflatten(0, x.shape[:-1]), config.top_k)
     return [y.unflatten(0, x.shape[:-1]) for y in ys]
 
