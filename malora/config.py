@@ -118,7 +118,7 @@ class MaloraConfig(PeftConfig):
 
     @property
     def has_router(self) -> bool:
-        """Whether a router picks experts, which one expert does not need."""
+        """True if a router picks the experts. A single expert needs none."""
         return self.num_experts > 1
 
     def _check_choices(self) -> None:
@@ -159,7 +159,9 @@ class MaloraConfig(PeftConfig):
             raise ValueError(f"same_start=True is for down='A_t'; with down={self.down!r} it has no effect.")
         factors = ({"A"} if self.down == "A_t" else {"P", "S"}) | ({"router"} if self.has_router else set())
         if unknown := set(self.freeze) - factors:
-            raise ValueError(f"freeze={sorted(unknown)}: there is {sorted(factors)} to freeze here.")
+            raise ValueError(
+                f"freeze={sorted(unknown)} has no effect with these options; choose from {sorted(factors)}."
+            )
 
 
 def stored_value(option: str, value: Any) -> Any:

@@ -111,7 +111,7 @@ def chance_level(p: int, q: int, n: int, statistic: str = "mean") -> float:
     """
     _check_statistic(statistic)
     if not 1 <= min(p, q) <= max(p, q) <= n:
-        raise ValueError(f"ranks p={p} and q={q} must be from 1 to n={n}, the dimensions that hold them.")
+        raise ValueError(f"ranks p={p} and q={q} must be from 1 to n={n}, the number of dimensions.")
     if statistic == "mean_square":
         return max(p, q) / n
     # Rotate so that the rows of Y are the first q axes. Of the other n - q coordinates of a Gaussian X only the QR
@@ -153,7 +153,7 @@ def similarities(
                 correlations = _singular_values(X @ Y.T).tolist()
                 records.append(Similarity(module, projection, i, j, correlations, (len(X), len(Y)), dimensions))
     if not records:
-        raise ValueError(f"adapter {adapter!r} has one expert a module; give another model to compare it with.")
+        raise ValueError(f"adapter {adapter!r} has one expert per module; give another model to compare it with.")
     return records
 
 

@@ -39,7 +39,7 @@ def _down_proj(x_Tn: Tensor, factors: Factors) -> Tensor:
 
 def _matmul_experts(x_Ti: Tensor, weight_Noi: Tensor) -> Tensor:
     """Multiply x by the matrix of every expert in one matmul: [T, N, o]."""
-    return (x_Ti @ weight_Noi.flatten(0, 1).T).reshape(len(x_Ti), *weight_Noi.shape[:2])
+    return torch.unflatten(x_Ti @ weight_Noi.flatten(0, 1).T, -1, weight_Noi.shape[:2])
 
 
 def _up_proj(h_TH: Tensor, factors: Factors) -> Tensor:

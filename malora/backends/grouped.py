@@ -79,8 +79,7 @@ class _SumOverExperts(torch.autograd.Function):
     def forward(ctx: Any, y_K: Tensor, order_K: Tensor, inverse_K: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(order_K, inverse_K)
         ctx.k = k
-        y_K = y_K.index_select(0, inverse_K)
-        return y_K.reshape(len(y_K) // k, k, *y_K.shape[1:]).sum(1)
+        return torch.unflatten(y_K.index_select(0, inverse_K), 0, (-1, k)).sum(1)
 
     @staticmethod
     def backward(ctx: Any, dy_T: Tensor) -> tuple[Tensor, None, None, None]:

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import malora
 from malora import METHODS, TARGET_MODULES, MaloraConfig, make_config
 from malora.method_options import LoraOptions, MaloraOptions
+from malora.methods import Methods
 from tests.conftest import SHAPES, make_model
 
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -257,7 +258,7 @@ def test_a_target_that_is_not_linear_is_refused():
     ({"down": "A_t"}, "d=32 has no effect"),
     ({"down": "A_t", "d": None, "beta": 2.0}, "beta=2.0 has no effect"),
     ({"same_start": True}, "same_start=True is for down='A_t'"),
-    ({"freeze": ["A"]}, r"freeze=\['A'\]: there is \['P', 'S', 'router'\] to freeze here"),
+    ({"freeze": ["A"]}, r"freeze=\['A'\] has no effect with these options; choose from \['P', 'S', 'router'\]"),
     ({"top_k": 9}, "top_k=9 is more than num_experts=8"),
     ({"backend": "warp"}, "backend='warp' is unknown; choose one of 'auto', 'dense'"),
     ({"down": "A"}, "down='A' is unknown"),
@@ -308,6 +309,10 @@ def test_an_unknown_method_is_an_error_that_names_the_nearest_one():
 @every_method
 def test_a_method_can_be_named_at_run_time(method):
     assert make_config(method, lora_dropout=0.3) == METHODS[method](lora_dropout=0.3)
+
+
+def test_every_method_has_a_type():
+    assert list(METHODS) == list(Methods.__annotations__)
 
 
 @pytest.mark.parametrize("config_class, options", [(MaloraConfig, MaloraOptions), (LoraConfig, LoraOptions)])

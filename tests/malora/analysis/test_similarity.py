@@ -170,7 +170,7 @@ def test_bfloat16_adapters_are_analysed_in_float64():
 
 
 def test_inputs_that_cannot_be_compared_are_errors():
-    with pytest.raises(ValueError, match="one expert a module; give another model"):
+    with pytest.raises(ValueError, match="one expert per module; give another model"):
         similarities(adapted("lora", r=4))
     with pytest.raises(ValueError, match="statistic='median' is unknown; choose one of 'mean', 'mean_square'"):
         means(similarities(adapted()), "median")
