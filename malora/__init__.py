@@ -1,8 +1,21 @@
-"""MALoRA (arXiv 2410.22782) and its rivals as PEFT adapters.
+"""MALoRA (arXiv 2410.22782) and the methods that it is compared with, as PEFT adapters.
 
-Importing this package registers the tuner with PEFT; from then on `get_peft_model`, `save_pretrained` and
-`PeftModel.from_pretrained` know it.
+Pick a method by name; everything else is PEFT as usual:
+
+    from peft import get_peft_model
+    import malora
+
+    model = get_peft_model(model, malora.METHODS["malora"](beta=1.25))
+    loss = model(**batch).loss + 0.01 * malora.balance_loss(model)
+    model.save_pretrained("adapter")
+
+Importing the package registers the adapters with PEFT, so `PeftModel.from_pretrained` can load them.
 """
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
@@ -11,14 +24,14 @@ from malora.backends import BACKENDS
 from malora.config import PEFT_TYPE, MaloraConfig
 from malora.layer import PREFIX, MaloraLayer
 from malora.load_balancing import RouterStats, balance_loss, has_router, router_stats
-from malora.methods import METHODS
+from malora.methods import METHODS, make_config
 from malora.model import TARGET_MODULES, MaloraModel
 from malora.weight_cache import WeightCache, release_caches
 
-# PEFT's own `register_peft_method` accepts members of its PeftType enum only, which another package cannot extend.
-PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = MaloraConfig
-PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = MaloraModel
-PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PREFIX
+# PEFT's `register_peft_method` accepts members of its PeftType enum only, and another package cannot extend an enum.
+PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = MaloraConfig  # type: ignore[index]  # the key is a str, as above
+PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = MaloraModel  # type: ignore[index]
+PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PREFIX  # type: ignore[index]
 
 __version__ = "0.1.0"
 
@@ -33,8 +46,22 @@ __all__ = [
     "WeightCache",
     "balance_loss",
     "has_router",
+    "make_config",
     "optimize_backbone",
     "release_caches",
     "restore_backbone",
     "router_stats",
 ]
+
+if not TYPE_CHECKING:  # a type checker would take it as a reason to accept every name
+
+    def __getattr__(name: str) -> Any:
+        """Return an object under its former name, with a warning, for one version."""
+        if name == "HeldWeights":
+            warnings.warn(
+                "malora.HeldWeights is now malora.WeightCache; the old name goes in the next version.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            return WeightCache
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,124 +1,136 @@
-"""MaloraConfig: which of the paper's adapters a model gets. Every method of the paper is a setting of this class."""
+"""MaloraConfig: the adapter that a model gets. Every method of the paper is a setting of this class."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
-
-if TYPE_CHECKING:
-    from malora.config import MaloraConfig
-from dataclasses import dataclass, field
-from typing import Literal
-
 from peft import PeftConfig
 
 from malora.backends import BACKENDS
 
-# What carrying a token to an expert and back costs, in ranks that it could be multiplied by meanwhile. On an H100,
-# sparse work was behind up to the largest N·r tried, 2,048 with k = 2; this is where both would meet (docs/speed.md).
-RANKS_TO_CARRY = 2048
-
-
-def choose(config: MaloraConfig, device: torch.device) -> str:
-    """The backend that a config means: its own, or for "auto" the one expected to be fastest on the device.
-
-    Side by side, experts cost N·r a token; sorted, k·r and the carrying, `RANKS_TO_CARRY`. A CPU stays dense. GPUs
-    before Hopper stay fused: torch's grouped product waits for the host there, so a CUDA graph could not hold it.
-    """
-    if config.backend != "auto":
-        return config.backend
-    if device.type != "cuda":
-        return "dense"
-    is_sparse = config.num_experts * config.r > config.top_k * (config.r + RANKS_TO_CARRY)
-    return "sorted" if is_sparse and torch.cuda.get_device_properties(device).major >= 9 else "fused"
-
-
 PEFT_TYPE = "MALORA"
-DOWN_SIDES = ("A_t", "P_t S", "P_t S_t")
-UP_SIDES = ("B_t", "S_B Q_t")
+
+Down = Literal["A_t", "P_t S", "P_t S_t", "per_expert", "shared_subspace", "per_expert_subspace"]
+Up = Literal["B_t", "S_B Q_t", "per_expert", "shared_subspace"]
+
+# Values of the options as the paper writes them; configs and records store these.
+DOWN_FORMS = ("A_t", "P_t S", "P_t S_t")
+UP_FORMS = ("B_t", "S_B Q_t")
+
+# Readable names for some values, by option. They are replaced when a config is made.
+ALIASES: dict[str, dict[str, str]] = {
+    "down": {"per_expert": "A_t", "shared_subspace": "P_t S", "per_expert_subspace": "P_t S_t"},
+    "up": {"per_expert": "B_t", "shared_subspace": "S_B Q_t"},
+    "backend": {"grouped": "sorted"},
+}
+
+# Cost of moving a token to an expert and back, in ranks: a dense backend could multiply the token by this many more
+# ranks in the same time. The value is extrapolated from measurements on an H100 (docs/speed.md): with k = 2, sparse
+# backends were slower up to the largest N·r measured, which was 2,048.
+DISPATCH_COST_IN_RANKS = 2048
 
 
 @dataclass
 class MaloraConfig(PeftConfig):
-    """Configuration of a mixture of low-rank experts on frozen linear maps.
+    """Configuration of a mixture of low-rank experts on frozen linear layers.
 
-    A layer computes `y = W x + (lora_alpha / r) Σ_t g_t(x) U_t D_t x` (eq. 1, 5), with D_t the down side and U_t
-    the up side of expert t. Letters are the paper's; names that PEFT's LoRA has too mean the same here.
+    A layer computes (equations 1 and 5)
+
+        y = W x + (lora_alpha / r) Σ_t g_t(x) U_t D_t x
+
+    with the down projection D_t and the up projection U_t of expert t, and the gate g_t. Letters are the paper's.
+    Options that PEFT's `LoraConfig` has too mean the same here.
 
     Args:
-        r: rank of each expert (the paper's r, or r̄ for MALoRA).
-        lora_alpha: numerator of the scaling `lora_alpha / r`.
-        lora_dropout: probability of dropping an input of the down side in training. The router sees all inputs.
-        target_modules: names (or a regular expression) of the `nn.Linear` modules to adapt. None takes the
-            paper's Q, K, V, Up, Down, Gate under the names that the model's type uses.
-        exclude_modules: names (or a regular expression) to leave out.
-        layers_to_transform, layers_pattern: adapt these decoder layers only, as in PEFT.
-        modules_to_save: modules besides the adapter to train and save, as in PEFT.
-        num_experts: N. One expert has no router, and is LoRA.
-        top_k: k, how many experts serve a token. Their gates are not renormalised (eq. 4).
-        down: "A_t" a matrix an expert (eq. 3); "P_t S" coefficients over a subspace that the layer's experts share
-            (eq. 6, 7); "P_t S_t" the same with a subspace of d / N an expert.
-        up: "B_t" a matrix an expert, or "S_B Q_t" coefficients over a shared subspace.
-        d: rank of the subspace; only where a side has one.
-        beta: β of the initialisation (eq. 8 to 10): moves gradient from S (β < 1) to P_t (β > 1).
-        same_start: every A_t starts as the same random matrix (an ablation).
-        freeze: what stays as it starts: down-side factors, of "A", "P", "S", and "router".
-        backend: how the sum over experts is computed; any of `malora.BACKENDS` but "fp8" gives the same result within
-            rounding. "auto" is "dense" on a CPU, and on a GPU "fused", or "sorted" where experts are so many and
-            wide that it should be faster (`malora.backends.choose`). The fused one computes in the dtype of the input,
-            or autocast's, with sums and weight gradients in float32; the others in the adapter's dtype. "fp8" is the
-            fused one whose products with frozen weights, and the up sides with them, round their factors to 8 bits
-            (float8_e4m3fn, a scale for each row), as does every other frozen `nn.Linear` of the same parent, such as
-            attention's outputs. That changes the result by a few percent of it.
+        r: Rank of each expert (the paper's r, or r̄ for MALoRA).
+        lora_alpha: Numerator of the scaling `lora_alpha / r`.
+        lora_dropout: Dropout probability of the down projection's input in training. The router uses the input
+            without dropout.
+        target_modules: Names (or a regular expression) of the `nn.Linear` modules to adapt. By default the paper's Q,
+            K, V, Up, Down and Gate, under the names that the model's type uses.
+        exclude_modules: Names (or a regular expression) of modules to leave out.
+        layers_to_transform: Indices of the decoder layers to adapt, as in PEFT. By default all.
+        layers_pattern: Name of the list of decoder layers, as in PEFT.
+        modules_to_save: Modules to train and save besides the adapter, as in PEFT.
+        num_experts: Number of experts, N. One expert has no router, and is LoRA.
+        top_k: Number of experts per token, k. Their gates are not renormalised (equation 4).
+        down: Form of the down projections. "per_expert" ("A_t") is a matrix per expert (equation 3).
+            "shared_subspace" ("P_t S") is coefficients per expert over a subspace that all experts of the layer share
+            (equations 6 and 7). "per_expert_subspace" ("P_t S_t") gives each expert a subspace of d / N dimensions.
+            The paper's notation in parentheses is accepted too, and is the value that is stored.
+        up: Form of the up projections. "per_expert" ("B_t") is a matrix per expert. "shared_subspace" ("S_B Q_t") is
+            coefficients per expert over a shared subspace.
+        d: Rank of the subspace. Required if `down` or `up` has a subspace, an error otherwise.
+        beta: β of the initialization (equations 8 to 10). β < 1 gives S more of the gradient, β > 1 gives it to P_t.
+        same_start: Whether all A_t start as the same random matrix (an ablation).
+        freeze: Factors that are not trained: any of "A", "P", "S" (down projections) and "router".
+        backend: Implementation of the expert sum. All backends except "fp8" agree up to rounding. "auto" picks
+            "dense" on a CPU; on a GPU it picks "fused", or "sorted" for many and large experts (`resolve_backend`).
+            "fused" computes in the dtype of the input, or that of autocast, with sums and weight gradients in float32;
+            the others compute in the dtype of the adapter. "fp8" is "fused" with the frozen matmuls and the up
+            projections in float8 (float8_e4m3fn, one scale per row). It also converts the other frozen `nn.Linear`
+            modules of the same parent, such as the attention output projection, and changes outputs by a few percent.
+            "grouped" is another name of "sorted". `malora.BACKENDS` lists all.
 
     Raises:
-        ValueError: a value out of range, or an option that the other options leave without effect.
+        ValueError: A value is out of range, or an option has no effect together with the others.
     """
 
     r: int = field(default=8, metadata={"help": "Rank of each expert."})
     lora_alpha: float = field(default=16, metadata={"help": "Numerator of the scaling lora_alpha / r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the down side's input."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the down projection's input."})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "The nn.Linear modules to adapt."})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Decoder layers to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
     num_experts: int = field(default=8, metadata={"help": "Number of experts N; one expert has no router."})
-    top_k: int = field(default=2, metadata={"help": "Experts that serve a token."})
-    down: Literal["A_t", "P_t S", "P_t S_t"] = field(default="P_t S", metadata={"help": "Form of the down side."})
-    up: Literal["B_t", "S_B Q_t"] = field(default="B_t", metadata={"help": "Form of the up side."})
+    top_k: int = field(default=2, metadata={"help": "Number of experts per token."})
+    down: Down = field(default="P_t S", metadata={"help": "Form of the down projections."})
+    up: Up = field(default="B_t", metadata={"help": "Form of the up projections."})
     d: int | None = field(default=None, metadata={"help": "Rank of the subspace that experts share."})
-    beta: float = field(default=1.0, metadata={"help": "Balance of P_t and S at the start."})
-    same_start: bool = field(default=False, metadata={"help": "All A_t start alike."})
-    freeze: list[str] = field(default_factory=list, metadata={"help": "What is not trained."})
-    backend: str = field(default="auto", metadata={"help": "How the sum over experts is computed."})
+    beta: float = field(default=1.0, metadata={"help": "Balance of P_t and S at initialization."})
+    same_start: bool = field(default=False, metadata={"help": "Start all A_t as the same matrix."})
+    freeze: list[str] = field(default_factory=list, metadata={"help": "Factors that are not trained."})
+    backend: str = field(default="auto", metadata={"help": "Implementation of the expert sum."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT's has no annotations
         self.peft_type = PEFT_TYPE
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))  # PEFT matches names against a set
+        for name in ALIASES:
+            setattr(self, name, stored_value(name, getattr(self, name)))
         self.freeze = sorted(self.freeze)
-        self._check_values()
+        self._check_choices()
+        self._check_ranges()
+        self._check_subspace()
         self._check_nothing_is_ignored()
 
     @property
     def scaling(self) -> float:
+        """Factor of the experts' sum, `lora_alpha / r`."""
         return self.lora_alpha / self.r
 
     @property
     def has_router(self) -> bool:
+        """True if a router picks the experts. A single expert needs none."""
         return self.num_experts > 1
 
-    def _check_values(self) -> None:
-        _choose("down", self.down, DOWN_SIDES)
-        _choose("up", self.up, UP_SIDES)
-        _choose("backend", self.backend, BACKENDS)
+    def _check_choices(self) -> None:
+        _check_choice("down", self.down, DOWN_FORMS)
+        _check_choice("up", self.up, UP_FORMS)
+        _check_choice("backend", self.backend, BACKENDS)
+
+    def _check_ranges(self) -> None:
         for name in ("r", "num_experts", "top_k"):
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number from 1.")
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name}={value!r} must be a whole number, at least 1.")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} is more than num_experts={self.num_experts}; choose at most all.")
         if not 0 <= self.lora_dropout < 1:
@@ -128,23 +140,51 @@ class MaloraConfig(PeftConfig):
         if self.beta <= 0:
             raise ValueError(f"beta={self.beta} must be positive: S is scaled by it and P_t by its inverse.")
 
-    def _check_nothing_is_ignored(self) -> None:
-        has_subspace = self.down != "A_t" or self.up == "S_B Q_t"
-        if has_subspace and not (isinstance(self.d, int) and self.d >= 1):
+    def _check_subspace(self) -> None:
+        if self.down == "A_t" and self.up == "B_t":
+            if self.d is not None:
+                raise ValueError(f"d={self.d} has no effect with down='A_t' and up='B_t'; leave it out.")
+        elif not (isinstance(self.d, int) and self.d >= 1):
             raise ValueError(f"down={self.down!r}, up={self.up!r} has a subspace; give its rank as d=, not {self.d!r}.")
-        if not has_subspace and self.d is not None:
-            raise ValueError(f"d={self.d} has no effect with down='A_t' and up='B_t'; leave it out.")
-        if self.down == "P_t S_t" and self.d % self.num_experts:
-            raise ValueError(f"down='P_t S_t' gives each expert d / N dimensions: {self.d} / {self.num_experts}.")
+        elif self.down == "P_t S_t" and self.d % self.num_experts:
+            raise ValueError(
+                f"down='P_t S_t' gives each expert d / N dimensions, and {self.d} / {self.num_experts} is not a whole "
+                "number; choose d as a multiple of num_experts."
+            )
+
+    def _check_nothing_is_ignored(self) -> None:
         if self.down == "A_t" and self.beta != 1:
             raise ValueError(f"beta={self.beta} has no effect with down='A_t'; leave it out.")
         if self.same_start and self.down != "A_t":
-            raise ValueError(f"same_start=True is for down='A_t', not {self.down!r}, whose experts share S as it is.")
-        parts = ({"A"} if self.down == "A_t" else {"P", "S"}) | ({"router"} if self.has_router else set())
-        if unknown := set(self.freeze) - parts:
-            raise ValueError(f"freeze={sorted(unknown)}: there is {sorted(parts)} to freeze here.")
+            raise ValueError(f"same_start=True is for down='A_t'; with down={self.down!r} it has no effect.")
+        factors = ({"A"} if self.down == "A_t" else {"P", "S"}) | ({"router"} if self.has_router else set())
+        if unknown := set(self.freeze) - factors:
+            raise ValueError(
+                f"freeze={sorted(unknown)} has no effect with these options; choose from {sorted(factors)}."
+            )
 
 
-def _choose(name: str, value: str, choices) -> None:
+def stored_value(option: str, value: Any) -> Any:
+    """Return the value that a config stores for an option: the paper's notation of an alias, or the value itself."""
+    return ALIASES.get(option, {}).get(value, value) if isinstance(value, str) else value
+
+
+def resolve_backend(config: MaloraConfig, device: torch.device) -> str:
+    """Return the backend that a config uses on a device.
+
+    That is the config's own backend. For "auto" it is the one that we expect to be fastest. A token costs N·r with all
+    experts in one matmul, and k·(r + `DISPATCH_COST_IN_RANKS`) with sorted assignments. "auto" uses "sorted" only from
+    Hopper on. On older GPUs PyTorch's grouped GEMM synchronises with the host, so a CUDA graph could not capture it.
+    """
+    if config.backend != "auto":
+        return config.backend
+    if device.type != "cuda":
+        return "dense"
+    is_sparse = config.num_experts * config.r > config.top_k * (config.r + DISPATCH_COST_IN_RANKS)
+    return "sorted" if is_sparse and torch.cuda.get_device_properties(device).major >= 9 else "fused"
+
+
+def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    choices = (*choices, *ALIASES[name])
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}.")

@@ -1,42 +1,96 @@
-"""Stacked expert matrices of one layer."""
+"""Stacked expert matrices of one layer.
+
+The layer computes `y = W x + scaling · Σ_t g_t U_t D_t x`. D_t is the down projection of expert t and U_t its up
+projection. Each is either a matrix of its own or a product with a shared matrix:
+
+    D_t = A_t, P_t S or P_t S_t
+    U_t = B_t or S_B Q_t
+
+| symbol | meaning |
+| --- | --- |
+| n, m | inputs and outputs of the linear layer |
+| N | experts |
+| r | rank of an expert |
+| d | rank of the shared subspace |
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
-
 
 class Factors(NamedTuple):
-    """The experts of one layer, stacked. What a method does not have is None.
+    """Expert matrices of one layer, stacked over the experts. A factor that the method does not have is None.
 
-    Up-side factors are kept transposed, so that all experts side by side are a view and not a copy:
-    `B.flatten(0, 1)` is the [N·r, m] matrix of one product for all of them.
+    The up projections are stored transposed. `B.flatten(0, 1)` is then a view, [N·r, m], and one matmul with it
+    applies all experts.
+
+    Attributes:
+        A: Down projections A_t, [N, r, n].
+        P: Coefficients P_t, [N, r, d], or [N, r, d/N] if each expert has a subspace of its own.
+        S: Subspace of the down projections: [d, n] if shared, [N, d/N, n] if each expert has its own.
+        B: Up projections, [N, r, m]: B_t transposed.
+        Q: Coefficients, [N, r, d]: Q_t transposed.
+        S_B: Shared subspace of the up projections, [d, m]: S_B transposed.
     """
 
-    A: Tensor | None  # [N, r, n]
-    P: Tensor | None  # [N, r, d], or [N, r, d/N] with a subspace an expert
-    S: Tensor | None  # [d, n] shared, or [N, d/N, n]
-    B: Tensor | None  # [N, r, m]: B_t transposed
-    Q: Tensor | None  # [N, r, d]: Q_t transposed
-    S_B: Tensor | None  # [d, m]: S_B transposed
+    A: Tensor | None
+    P: Tensor | None
+    S: Tensor | None
+    B: Tensor | None
+    Q: Tensor | None
+    S_B: Tensor | None
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the factors."""
         return next(tensor.dtype for tensor in self if tensor is not None)
 
+    @property
+    def shared_S(self) -> Tensor | None:
+        """S if all experts share it, [d, n]; None otherwise."""
+        return self.S if self.S is not None and self.S.dim() == 2 else None
+
+    @property
+    def expert_down(self) -> Tensor:
+        """Down projection of each expert after the shared S, if there is one: [N, r, d], otherwise [N, r, n]."""
+        return self.down() if self.shared_S is None else self.subspace()[0]
+
+    @property
+    def expert_up(self) -> Tensor:
+        """Transposed up projection of each expert before the shared S_B, if there is one: [N, r, d] or [N, r, m]."""
+        return self.up_subspace()[0] if self.B is None else self.B
+
+    def subspace(self) -> tuple[Tensor, Tensor]:
+        """Return P and S of a method whose down projections are `P_t S` or `P_t S_t`."""
+        assert self.P is not None and self.S is not None
+        return self.P, self.S
+
+    def up_subspace(self) -> tuple[Tensor, Tensor]:
+        """Return Q and S_B of a method whose up projections are `S_B Q_t`."""
+        assert self.Q is not None and self.S_B is not None
+        return self.Q, self.S_B
+
     def down(self) -> Tensor:
-        """D_t of every expert, multiplied out: [N, r, n]."""
-        return self.A if self.A is not None else self.P @ self.S
+        """Compute the down projections D_t, [N, r, n]."""
+        if self.A is not None:
+            return self.A
+        P, S = self.subspace()
+        return P @ S
 
     def up(self) -> Tensor:
-        """U_t of every expert, transposed and multiplied out: [N, r, m]."""
-        return self.B if self.B is not None else self.Q @ self.S_B
+        """Compute the transposed up projections U_t, [N, r, m]."""
+        if self.B is not None:
+            return self.B
+        Q, S_B = self.up_subspace()
+        return Q @ S_B
 
     def delta_weight(self, scaling: float) -> Tensor:
-        """Σ_t U_t D_t · scaling: [m, n]. The layer's whole change where there is no router."""
+        """Compute `scaling · Σ_t U_t D_t`, [m, n].
+
+        Without a router this is the change of W. With a router the change depends on the token.
+        """
         return scaling * (self.up().flatten(0, 1).T @ self.down().flatten(0, 1))

@@ -1,4 +1,8 @@
-"""How the experts start: the up side at zero, the down side as the paper's equations 8 to 10 say."""
+"""Initialization of the experts: equations 8 to 10 of the paper.
+
+The up projections start at zero, so a new adapter does not change the model. The down projections start random.
+Shapes are those of `malora.factors`.
+"""
 
 from __future__ import annotations
 
@@ -11,42 +15,53 @@ from malora.factors import Factors
 
 
 def init_factors_(factors: Factors, *, beta: float, same_start: bool) -> None:
-    """Fill the factors of one layer in place, from torch's default generator.
+    """Initialize the factors of one layer in place, with PyTorch's default random generator.
 
-    After it the layer's change is exactly zero: B = 0 (8), or S_B = 0 where the up side is decomposed, so that the
-    shared matrix learns first and from all experts, as B does.
+    The layer's change is exactly zero afterwards: B = 0 (equation 8). If the up projections are `S_B Q_t`, then
+    S_B = 0. The shared matrix then learns first, and from all experts, as B does.
+
+    Args:
+        factors: Factors to write to.
+        beta: β of equation 10. It scales S, and its inverse scales P_t.
+        same_start: Whether all A_t start as the same random matrix.
     """
     with torch.no_grad():
         if factors.A is not None:
             draw = kaiming_uniform(factors.A[:1].shape if same_start else factors.A.shape)
             factors.A.copy_(draw.expand_as(factors.A))
         else:
-            _init_subspace_(factors.P, factors.S, beta)
+            _init_subspace_(*factors.subspace(), beta)
         if factors.B is not None:
             factors.B.zero_()
         else:
-            factors.Q.copy_(kaiming_uniform(factors.Q.shape))
-            factors.S_B.zero_()
+            Q, S_B = factors.up_subspace()
+            Q.copy_(kaiming_uniform(Q.shape))
+            S_B.zero_()
 
 
 def kaiming_uniform(shape: torch.Size) -> Tensor:
-    """Matrices [..., rows, n] with entries uniform in ±1/√n: Kaiming-uniform with a=√5, as PEFT starts LoRA's A."""
+    """Draw float32 matrices [..., n] with entries uniform in ±1/√n.
+
+    This is Kaiming-uniform with a = √5, the initialization of LoRA's A in PEFT.
+    """
     bound = 1 / math.sqrt(shape[-1])
     return torch.empty(shape).uniform_(-bound, bound)
 
 
 def _init_subspace_(P: Tensor, S: Tensor, beta: float) -> None:
-    """Equations 8 to 10: K_t Kaiming-uniform, K_t = U_t Σ_t V_t, P_t = (U_t Σ_t)[:r] / β, S = β V_0.
+    """Initialize P and S in place by equations 8 to 10.
 
-    P_t S then has the norm of a Kaiming-uniform [r, n] matrix, whatever β is.
+        K_t Kaiming-uniform, K_t = U_t Σ_t V_t, P_t = (U_t Σ_t)[:r] / β, S = β V_0
 
-    The equations need d ≥ r rows. Where an expert's own subspace is narrower (the ablation without a shared S has
-    d/N = 4 < r = 12), K_t gets r rows, the leading d of its directions are kept, and P_t is scaled up to K_t's norm.
-    That reading is ours; the paper does not give one.
+    P_t S then has the norm of a Kaiming-uniform [r, n] matrix for every β.
+
+    The equations assume d ≥ r. Without a shared S an expert has only d/N = 4 < r = 12 dimensions. There we draw K_t
+    with r rows, keep its leading directions, and scale P_t up to the norm of K_t. The paper does not describe this
+    case; this reading is ours.
     """
     N, r, d = P.shape
     n = S.shape[-1]
     U, sigma, V = torch.linalg.svd(kaiming_uniform(torch.Size((N, max(r, d), n))), full_matrices=False)
-    keep_norm = sigma.norm(dim=1) / sigma[:, :d].norm(dim=1)  # 1 where all directions are kept
+    keep_norm = sigma.norm(dim=1) / sigma[:, :d].norm(dim=1)  # 1 if all directions are kept
     P.copy_((U * sigma[:, None, :])[:, :r, :d] * (keep_norm[:, None, None] / beta))
     S.copy_(beta * (V[0, :d] if S.dim() == 2 else V[:, :d]))

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from malora.backends import BACKENDS
-from malora.config import MaloraConfig, choose
+from malora.config import MaloraConfig, resolve_backend
 from malora.factors import Factors
 from malora.fused.eligibility import find_fused_adapter
 from malora.fused.group import ProjectionGroup
@@ -109,7 +109,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         return routers[adapter] if adapter in routers else None
 
     @property
-    def routes(self) -> bool:
+    def has_active_router(self) -> bool:
         """Whether an active adapter of this layer has a router."""
         return any(self.router(name) is not None for name in self.active_adapters)
 
@@ -140,11 +140,11 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         router = self.router(adapter)
         if router is not None:
             routing = route(x, router, config.top_k)
-            if self.routing_log.listening:
+            if self.routing_log.recording:
                 self.routings[adapter] = routing
             routed = routing._replace(probability=routing.probability.flatten(0, -2))
         x_Tn = self.malora_dropout[adapter](x).flatten(0, -2)
-        y_Tm = BACKENDS[choose(config, x.device)].compute(x_Tn, routed, factors, config.scaling)
+        y_Tm = BACKENDS[resolve_backend(config, x.device)].compute(x_Tn, routed, factors, config.scaling)
         return y_Tm.unflatten(0, x.shape[:-1])
 
     def train(self, mode: bool = True) -> MaloraLayer:

@@ -1,50 +1,62 @@
-"""Load-balancing loss and router statistics of a model."""
+"""Load-balancing loss and router statistics of a model.
+
+Shapes: B batch, S sequence length, N experts, L layers whose routings have the same shape.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from malora.layer import MaloraLayer
+from malora.layer import MaloraLayer
 from malora.routing import Routing
 
 
 @dataclass(frozen=True)
 class RouterStats:
-    """How one layer's router spread its tokens. Lists have an entry an expert."""
+    """Statistics of one layer's router over the tokens of a forward pass.
 
-    share: list[float]  # of all assignments; sums to 1
-    probability: list[float]  # mean over tokens; sums to 1
-    entropy: float  # mean over tokens, in nats; log(N) for a router that does not choose
-    gate_sum: float  # mean over tokens of the top k's probability: what the update is scaled by
+    Attributes:
+        share: Share of each expert in all top-k assignments, N values that sum to 1.
+        probability: Mean probability of each expert, N values that sum to 1.
+        entropy: Mean entropy of the probabilities in nats; log(N) for a uniform router.
+        gate_sum: Mean sum of a token's top-k probabilities, by which its update is scaled.
+    """
+
+    share: list[float]
+    probability: list[float]
+    entropy: float
+    gate_sum: float
 
     @property
     def unused(self) -> list[int]:
+        """Indices of the experts that got no token."""
         return [t for t, share in enumerate(self.share) if share == 0]
 
 
 def balance_loss(model: nn.Module, attention_mask: Tensor | None = None) -> Tensor:
-    """N Σ_t f_t p_t, mean over the routed layers of the last forward pass (Switch Transformer, arXiv 2101.03961).
+    """Compute the load-balancing loss of the last forward pass, a float32 scalar.
 
-    f_t is expert t's share of the top-k assignments and p_t its mean probability, over tokens that are not padding; a
-    perfectly even router has 1, whatever N and k. The paper gives the factor (0.01 or 0.001) and not the formula. The
-    mean, not the sum, over layers keeps that factor's meaning for any depth.
+        N Σ_t f_t p_t
+
+    f_t is the share of expert t in the top-k assignments, p_t its mean probability, both over tokens that are not
+    padding. A perfectly even router has a loss of 1 for every N and k. The formula is that of Switch Transformer
+    (arXiv 2101.03961, equation 4). The MALoRA paper gives only the weight of the loss (0.01 or 0.001). We take the
+    mean over layers, not the sum, so that the same weight works for every depth.
 
     Args:
-        model: what `get_peft_model` returned, after a forward pass.
-        attention_mask: [B, S], nonzero for tokens that count; by default the mask of that forward pass.
+        model: Model from `get_peft_model`, after a forward pass.
+        attention_mask: [B, S], nonzero for tokens that count. Defaults to the mask of that forward pass.
 
     Raises:
-        ValueError: there is no routed layer, no forward pass, or its routing carries no gradient.
+        ValueError: The model has no router, has not run yet, or its routing carries no gradient.
     """
     losses, layers = [], 0
-    for routing, _, mask in _stacked(model, attention_mask):
+    for routing, _, mask in _stacked_routings(model, attention_mask):
         if torch.is_grad_enabled() and model.training and not routing.probability.requires_grad:
             raise ValueError(
                 "the routing of the last forward pass carries no gradient, so a balance loss would train nothing; "
@@ -58,33 +70,43 @@ def balance_loss(model: nn.Module, attention_mask: Tensor | None = None) -> Tens
 
 @torch.no_grad()
 def router_stats(model: nn.Module, attention_mask: Tensor | None = None) -> dict[str, RouterStats]:
-    """Statistics of every routed layer in the last forward pass, by module name; arguments as in `balance_loss`."""
+    """Compute the statistics of every router in the last forward pass, by module name.
+
+    Args:
+        model: Model from `get_peft_model`, after a forward pass.
+        attention_mask: [B, S], nonzero for tokens that count. Defaults to the mask of that forward pass.
+
+    Raises:
+        ValueError: The model has no router, or has not run yet.
+    """
     stats = {}
-    for routing, modules, mask in _stacked(model, attention_mask):
+    for routing, modules, mask in _stacked_routings(model, attention_mask):
         p = routing.probability
         entropy = _mean(torch.special.entr(p).sum(-1, keepdim=True), mask)[:, 0]
         gate_sum = _mean(routing.gate.sum(-1, keepdim=True), mask)[:, 0]
-        columns = (_share(routing, mask), _mean(p, mask), entropy, gate_sum)
-        for module, *row in zip(modules, *(column.tolist() for column in columns), strict=True):
-            stats[module] = RouterStats(*row)
+        fields = (_share(routing, mask), _mean(p, mask), entropy, gate_sum)
+        for module, *values in zip(modules, *(field.tolist() for field in fields), strict=True):
+            stats[module] = RouterStats(*values)
     return stats
 
 
 def has_router(model: nn.Module) -> bool:
-    """Whether an active adapter of the model routes tokens, so that `balance_loss` has something to balance."""
-    return any(layer.routes for layer in _layers(model))
+    """Return whether an active adapter of the model has a router, as `balance_loss` needs."""
+    return any(layer.has_active_router for layer in _layers(model))
 
 
 def _layers(model: nn.Module) -> Iterator[MaloraLayer]:
-    from malora.layer import MaloraLayer  # it imports this module
-
     return (module for module in model.modules() if isinstance(module, MaloraLayer))
 
 
-def _stacked(model: nn.Module, attention_mask: Tensor | None) -> Iterator[tuple[Routing, list[str], Tensor]]:
-    """Routings of like shape, stacked to [layers, B, S, N], their modules, and weights [B, S, 1] of their tokens.
+def _stacked_routings(model: nn.Module, attention_mask: Tensor | None) -> Iterator[tuple[Routing, list[str], Tensor]]:
+    """Yield the routings of equal shape as one, with their module names and the weights of their tokens.
 
-    A model has hundreds of routed layers; asking each by itself would cost hundreds of small kernels a step.
+    The probabilities are [L, B, S, N] and the weights [B, S, 1]. A model has hundreds of routers. Statistics of each
+    router by itself would cost hundreds of small kernels per step.
+
+    Raises:
+        ValueError: Nothing was routed, or the mask does not fit the tokens.
     """
     groups = defaultdict(list)
     for layer in _layers(model):
@@ -92,8 +114,8 @@ def _stacked(model: nn.Module, attention_mask: Tensor | None) -> Iterator[tuple[
         for routing in layer.routings.values():
             groups[routing.probability.shape, routing.top_k].append((layer.name, routing.probability, mask))
     if not groups:
-        why = "run a forward pass first" if has_router(model) else "it has no adapter with more than one expert"
-        raise ValueError(f"nothing was routed in this model: {why}.")
+        reason = "run a forward pass first" if has_router(model) else "it has no adapter with more than one expert"
+        raise ValueError(f"nothing was routed in this model: {reason}.")
     for (shape, top_k), group in groups.items():
         modules, probabilities, (mask, *_) = zip(*group, strict=True)
         stacked = Routing(torch.stack(probabilities), top_k)
@@ -101,9 +123,10 @@ def _stacked(model: nn.Module, attention_mask: Tensor | None) -> Iterator[tuple[
 
 
 def _token_weights(mask: Tensor | None, shape: torch.Size, like: Tensor) -> Tensor:
+    """Return the weight of each token, [B, S, 1] in the dtype of `like`: 1 if it counts, 0 if it is padding."""
     if mask is None:
         return like.new_ones(*shape[:-1], 1)
-    # With a key-value cache the mask covers the past as well; the tokens of this pass are its last ones.
+    # With a key-value cache the mask covers earlier passes too. The tokens of this pass are the last ones.
     mask = mask[:, -shape[1] :]
     if mask.shape != shape[:-1]:
         raise ValueError(f"attention_mask is {tuple(mask.shape)}, but the tokens routed are {tuple(shape[:-1])}.")
@@ -111,10 +134,11 @@ def _token_weights(mask: Tensor | None, shape: torch.Size, like: Tensor) -> Tens
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:
-    """Mean over batch and sequence of [layers, B, S, C], weighted by [B, S, 1]: [layers, C]."""
+    """Compute the mean over batch and sequence of [L, B, S, C], weighted by [B, S, 1]: [L, C]."""
     return (values * weights).sum((1, 2)) / weights.sum()
 
 
 def _share(routing: Routing, weights: Tensor) -> Tensor:
+    """Compute the share of each expert in the weighted assignments: [L, N]."""
     counts = (routing.chosen * weights).sum((1, 2))
     return counts / counts.sum(-1, keepdim=True)

@@ -1,49 +1,125 @@
 """METHODS: the adapters that are compared, by name. The one place to add a method.
 
-Each entry makes a PEFT config with the paper's settings; keyword arguments override them:
+Each entry makes a PEFT config with the paper's settings. Keyword arguments override them:
 
     from peft import get_peft_model
     import malora
 
     model = get_peft_model(model, malora.METHODS["malora"](beta=1.25))
 
-Sizes are those of the paper at LLaMA-2 7B (sections 3 and 4, Table 3), where all methods have about as many trainable
-parameters. All scale their update by lora_alpha / r = 2.
+The sizes are the paper's for LLaMA-2 7B (sections 3 and 4, Table 3). There all methods have about the same number of
+trainable parameters. Every method scales its update by lora_alpha / r = 2.
+
+To add a method, add an entry to METHODS and its name to `Methods`. The tests then run for it too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Generic, TypedDict, TypeVar, cast
 
 from peft import LoraConfig, PeftConfig
 
 from malora.config import MaloraConfig
+from malora.method_options import LoraMethod, MaloraMethod
 from malora.model import TARGET_MODULES
+
+Config = TypeVar("Config", bound=PeftConfig)
+
+Methods = TypedDict(
+    "Methods",
+    {
+        "lora": LoraMethod,
+        "dora": LoraMethod,
+        "asylora": MaloraMethod,
+        "molora": MaloraMethod,
+        "moasylora": MaloraMethod,
+        "malora": MaloraMethod,
+        "malora-small": MaloraMethod,
+        "molora-r12": MaloraMethod,
+        "molora-same-a": MaloraMethod,
+        "malora-fixed-s": MaloraMethod,
+        "malora-symmetric": MaloraMethod,
+        "malora-unshared-s": MaloraMethod,
+        "malora-frozen-p": MaloraMethod,
+        "malora-decomposed-b": MaloraMethod,
+    },
+)
+
+
+@dataclass(frozen=True)
+class _Preset(Generic[Config]):
+    """Config class with the settings of one method."""
+
+    config_class: type[Config]
+    settings: dict[str, Any]
+
+    def __call__(self, **options: Any) -> Config:
+        """Make a config with the method's settings, changed by the options.
+
+        Raises:
+            TypeError: The config has no option of this name.
+            ValueError: A value is out of range, or an option has no effect together with the others.
+        """
+        known = sorted(field.name for field in fields(self.config_class) if field.init)
+        for option in options:
+            if option not in known:
+                raise TypeError(f"{self.config_class.__name__} has no option {_suggest(option, known)}")
+        return self.config_class(**self.settings | options)
+
+    def with_settings(self, **changes: Any) -> _Preset[Config]:
+        """Return a preset with these settings changed."""
+        return replace(self, settings=self.settings | changes)
+
 
 _COMMON = {"lora_dropout": 0.05, "task_type": "CAUSAL_LM"}
 
-# PEFT would put its own LoRA on Q and V only. Compared are the same targets for all.
-_lora = partial(LoraConfig, **_COMMON, r=64, lora_alpha=128, target_modules=TARGET_MODULES["llama"])
-_one_expert = partial(MaloraConfig, **_COMMON, num_experts=1, top_k=1, down="A_t")
-_molora = partial(MaloraConfig, **_COMMON, num_experts=8, top_k=2, down="A_t")
-_malora = partial(MaloraConfig, **_COMMON, num_experts=8, top_k=2, down="P_t S", r=12, lora_alpha=24, d=32)
+# By default PEFT puts LoRA on Q and V only. For a fair comparison all methods adapt the same modules.
+_LORA = _Preset(LoraConfig, {**_COMMON, "r": 64, "lora_alpha": 128, "target_modules": TARGET_MODULES["llama"]})
+_ONE_EXPERT = _Preset(MaloraConfig, {**_COMMON, "num_experts": 1, "top_k": 1, "down": "A_t"})
+_MOLORA = _Preset(MaloraConfig, {**_COMMON, "num_experts": 8, "top_k": 2, "down": "A_t"})
+_MALORA = _Preset(
+    MaloraConfig, {**_COMMON, "num_experts": 8, "top_k": 2, "down": "P_t S", "r": 12, "lora_alpha": 24, "d": 32}
+)
 
-METHODS: dict[str, Callable[..., PeftConfig]] = {
-    # Table 1 and 2
-    "lora": _lora,
-    "dora": partial(_lora, use_dora=True),
-    "asylora": partial(_one_expert, r=128, lora_alpha=256, freeze=["A"]),
-    "molora": partial(_molora, r=8, lora_alpha=16),
-    "moasylora": partial(_molora, r=16, lora_alpha=32, freeze=["A"]),
-    "malora": _malora,
-    "malora-small": partial(_malora, r=8, lora_alpha=16, d=22),
+METHODS: Methods = {
+    # Tables 1 and 2
+    "lora": _LORA,
+    "dora": _LORA.with_settings(use_dora=True),
+    "asylora": _ONE_EXPERT.with_settings(r=128, lora_alpha=256, freeze=["A"]),
+    "molora": _MOLORA.with_settings(r=8, lora_alpha=16),
+    "moasylora": _MOLORA.with_settings(r=16, lora_alpha=32, freeze=["A"]),
+    "malora": _MALORA,
+    "malora-small": _MALORA.with_settings(r=8, lora_alpha=16, d=22),
     # Table 3
-    "molora-r12": partial(_molora, r=12, lora_alpha=24),
-    "molora-same-a": partial(_molora, r=12, lora_alpha=24, same_start=True),
-    "malora-fixed-s": partial(_malora, r=16, lora_alpha=32, freeze=["S"]),
-    "malora-symmetric": partial(_malora, r=8, lora_alpha=16, d=64),
-    "malora-unshared-s": partial(_malora, down="P_t S_t"),
-    "malora-frozen-p": partial(_malora, freeze=["P"]),
-    "malora-decomposed-b": partial(_malora, down="A_t", up="S_B Q_t"),
+    "molora-r12": _MOLORA.with_settings(r=12, lora_alpha=24),
+    "molora-same-a": _MOLORA.with_settings(r=12, lora_alpha=24, same_start=True),
+    "malora-fixed-s": _MALORA.with_settings(r=16, lora_alpha=32, freeze=["S"]),
+    "malora-symmetric": _MALORA.with_settings(r=8, lora_alpha=16, d=64),
+    "malora-unshared-s": _MALORA.with_settings(down="P_t S_t"),
+    "malora-frozen-p": _MALORA.with_settings(freeze=["P"]),
+    "malora-decomposed-b": _MALORA.with_settings(down="A_t", up="S_B Q_t"),
 }
+
+
+def make_config(method: str, **options: Any) -> LoraConfig | MaloraConfig:
+    """Make the config of a method whose name is known only at run time.
+
+    A type checker cannot check the options here. If the name is a literal, use `METHODS[name](**options)`.
+
+    Raises:
+        TypeError: The method has no option of this name.
+        ValueError: There is no such method, a value is out of range, or an option has no effect.
+    """
+    methods = cast("dict[str, LoraMethod | MaloraMethod]", METHODS)  # a TypedDict takes literal keys only
+    if method not in methods:
+        raise ValueError(f"there is no method {_suggest(method, methods)}")
+    return methods[method](**options)
+
+
+def _suggest(unknown: str, choices: Iterable[str]) -> str:
+    """Return the end of an error message: the unknown name, the nearest choice, and all choices."""
+    (nearest,) = difflib.get_close_matches(unknown, choices, n=1, cutoff=0)
+    return f"{unknown!r}; did you mean {nearest!r}? Choose from {', '.join(choices)}."

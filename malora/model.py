@@ -63,7 +63,7 @@ class MaloraModel(BaseTuner):
         is_padding_mask = mask is not None and mask.dim() == 2
         for layer in self.malora_layers:
             layer.routings.clear()
-        with self.routing_log.listen(mask if is_padding_mask else None), prefetch_packed_weights(self._groups):
+        with self.routing_log.record(mask if is_padding_mask else None), prefetch_packed_weights(self._groups):
             return super().forward(*args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:

@@ -1,7 +1,14 @@
-"""Who serves a token, and how evenly the work is spread.
+"""Top-k routing of tokens to experts.
 
-Shapes: B batch, S sequence, N experts. What a forward pass routed is kept until the next one, so that the loss and the
-statistics below can be asked for after it.
+| symbol | meaning |
+| --- | --- |
+| B, S | batch and sequence length |
+| n | inputs of the layer |
+| N | experts |
+| k | experts per token, `top_k` |
+
+After a forward pass each layer keeps its `Routing` until the next one. `malora.balance_loss` and
+`malora.router_stats` read it.
 """
 
 from __future__ import annotations
@@ -9,84 +16,105 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
-
 
 class Routing(NamedTuple):
-    """What a router decided: its probabilities [B, S, N], of which the top k serve."""
+    """Decision of a router for every token.
+
+    Attributes:
+        probability: Probability of every expert, [B, S, N] or [T, N], float32 or wider.
+        top_k: Number of experts per token, k.
+    """
 
     probability: Tensor
     top_k: int
 
     @property
     def chosen(self) -> Tensor:
-        """1 for the top k, 0 elsewhere."""
-        return largest(self.probability, self.top_k)
+        """Mask of the top k experts, [B, S, N]: 1 for an expert that is used, 0 for the others."""
+        return top_k_mask(self.probability, self.top_k)
 
     @property
     def experts(self) -> Tensor:
-        """The top k by number, the most probable first: [B, S, k]."""
-        return torch.cat(_best(self.probability, self.top_k), -1)
+        """Indices of the top k experts, the most probable first: [B, S, k], int64."""
+        return torch.cat(top_k_indices(self.probability, self.top_k), -1)
 
     @property
     def gate(self) -> Tensor:
-        """g of equation 4: the probability of the top k, zero elsewhere; not renormalised."""
+        """Gate g of equation 4, [B, S, N]: the probability of the top k experts, 0 for the others.
+
+        The gates of a token are not renormalised, so their sum is below 1.
+        """
         return self.probability * self.chosen
 
 
 def route(x: Tensor, weight_Nn: Tensor, top_k: int) -> Routing:
-    """TopK(softmax(W_g x)) (eq. 4) for x [..., n]. The softmax is in float32, or wider if x is."""
+    """Compute softmax(W_g x) for x [..., n], from which the top k experts follow (equation 4).
+
+    The softmax is computed in float32, or in the dtype of x if that is wider.
+    """
     logits = F.linear(x, weight_Nn)
     return Routing(logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)), top_k)
 
 
-def largest(probability: Tensor, top_k: int) -> Tensor:
-    """1 for the k largest of the last dimension, 0 elsewhere. Of equals the first.
+def top_k_mask(probability: Tensor, top_k: int) -> Tensor:
+    """Return 1 for the k largest values of the last dimension and 0 elsewhere.
 
-    One maximum after the other: a compiler fuses that with the softmax, where a sort would be kernels of its own.
+    Of equal values the first is taken. The mask has the shape and dtype of `probability` and carries no gradient.
     """
-    chosen = torch.zeros_like(probability.detach())
+    mask = torch.zeros_like(probability.detach())
     expert = torch.arange(probability.shape[-1], device=probability.device)
-    for best in _best(probability, top_k):
-        chosen = chosen + (expert == best)
-    return chosen
+    for index in top_k_indices(probability, top_k):
+        mask = mask + (expert == index)
+    return mask
 
 
-def _best(probability: Tensor, top_k: int) -> list[Tensor]:
-    """Places of the k largest of the last dimension, the largest first and of equals the first: k times [..., 1]."""
+def top_k_indices(probability: Tensor, top_k: int) -> list[Tensor]:
+    """Return the indices of the k largest values of the last dimension, largest first: k tensors [..., 1], int64.
+
+    Of equal values the first is taken. The k maxima are found one after the other, because a compiler can fuse that
+    with the softmax. `torch.topk` would need kernels of its own.
+    """
     remaining = probability.detach()
     expert = torch.arange(probability.shape[-1], device=probability.device)
-    found = []
+    indices = []
     for _ in range(top_k):
-        best = remaining.argmax(-1, keepdim=True)
-        found.append(best)
-        remaining = remaining.masked_fill(expert == best, -1.0)
-    return found
+        index = remaining.argmax(-1, keepdim=True)
+        indices.append(index)
+        remaining = remaining.masked_fill(expert == index, -1.0)
+    return indices
 
 
 @dataclass
 class RoutingLog:
-    """Whether layers are to keep what they route, and which tokens count. All layers of a model share one.
+    """Switch that tells the layers of a model whether to keep their routing. All layers of a model share one.
 
-    They keep it only while the model's own `forward` runs: when gradient checkpointing runs a layer a second time
-    inside `backward`, what that pass routed must not be kept, or its activations would never be freed.
+    Layers record only while the model's own `forward` runs. Gradient checkpointing runs a layer a second time during
+    `backward`. If that pass were recorded, its activations would never be freed.
+
+    Attributes:
+        attention_mask: Mask of the last forward pass, [B, S]; None if every token counts.
+        recording: Whether layers keep their routing now.
     """
 
-    attention_mask: Tensor | None = None  # [B, S]; None: every token counts
-    listening: bool = False
+    attention_mask: Tensor | None = None
+    recording: bool = False
 
     @contextmanager
-    def listen(self, attention_mask: Tensor | None) -> Iterator[None]:
+    def record(self, attention_mask: Tensor | None) -> Iterator[None]:
+        """Record the routing of the forward pass inside the `with` block.
+
+        Args:
+            attention_mask: Padding mask of that pass, [B, S]; None if every token counts.
+        """
         self.attention_mask = attention_mask
-        self.listening = True
+        self.recording = True
         try:
             yield
         finally:
-            self.listening = False
+            self.recording = False

@@ -19,8 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 import malora
 from bench.runtime.logits import label_positions_only
-from malora.analysis.experts import Experts, experts, saved_experts
-from malora.analysis.similarity import means, movement, similarities, spectra
+from malora.analysis import Experts, extract_experts, load_experts, means, movement, similarities, spectra
 
 PROMPTS = 32  # a task; one forward pass, some thousand tokens
 MAX_TOKENS = 512  # of a prompt
@@ -45,8 +44,8 @@ def analyze_adapter(
         movement: of S, or of A where there is none: relative, by layer, and angle, mean principal angle in degrees.
         routing: by decoder layer; see `_routing`.
     """
-    now = experts(model)
-    others = {name: saved_experts(folder) for name, folder in peers.items() if folder.is_dir()}
+    now = extract_experts(model)
+    others = {name: load_experts(folder) for name, folder in peers.items() if folder.is_dir()}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # thousands of small matrices: several threads take seven times as long
     alike = {"within": _similarity(now), "start": _similarity(start)}
@@ -64,7 +63,7 @@ def _similarity(one: Experts, other: Experts | None = None) -> dict[str, dict[st
 def _spectra(now: Experts) -> dict[str, dict[str, Any]]:
     by_side = defaultdict(list)
     for spectrum in spectra(now):
-        by_side[spectrum.side].append(spectrum)
+        by_side[spectrum.projection].append(spectrum)
     return {
         side: {
             "values": [float(np.mean(v)) for v in _columns([s.values for s in found])],

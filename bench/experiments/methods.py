@@ -10,6 +10,7 @@ from peft import PeftConfig
 import malora
 from bench.errors import UserError
 from bench.experiments.profiles import Profile
+from malora.config import stored_value
 
 BASE = "base"  # the method that trains nothing
 TITLES = {"lora": "LoRA", "asylora": "AsyLoRA", "dora": "DoRA", "molora": "MoLoRA", "moasylora": "MoAsyLoRA",
@@ -23,7 +24,7 @@ def method_options(method: str, profile: Profile, mixture: str, changes: dict[st
     Raises:
         UserError: the method has no such option, or not with such a value.
     """
-    config = malora.METHODS[method]()
+    config = malora.make_config(method)
     divisor, suite = profile.rank_divisor, mixture.partition("/")[0]
     options = {}
     if divisor > 1:
@@ -32,12 +33,12 @@ def method_options(method: str, profile: Profile, mixture: str, changes: dict[st
             options["d"] = config.d // divisor
     if getattr(config, "down", "A_t") != "A_t" and suite in PAPER_BETA:
         options["beta"] = PAPER_BETA[suite]
-    options |= changes
+    options |= {name: stored_value(name, value) for name, value in changes.items()}
     known, general = ({f.name for f in fields(of)} for of in (config, PeftConfig))
     if unknown := ", ".join(sorted(changes.keys() - known)):
         raise UserError(f"{method} has no option {unknown}; there are {', '.join(sorted(known - general))}.")
     try:
-        malora.METHODS[method](**options)
+        malora.make_config(method, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"{method}: {error}") from error
     return options

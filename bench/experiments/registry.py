@@ -126,7 +126,7 @@ def open_data_mixture(mixture: str) -> str:
 
 def _sized(method: str, r: int, d: int | None = None, **options: Any) -> dict[str, Any]:
     """Options that give a method these ranks at its usual scaling, without those that it has anyway."""
-    usual = malora.METHODS[method]()
+    usual = malora.make_config(method)
     options |= {} if r == usual.r else {"r": r, "lora_alpha": 2 * r}
     return options | ({} if d is None or d == usual.d else {"d": d})
 

@@ -28,7 +28,7 @@ def add_adapter(model: PreTrainedModel, method: str, options: dict[str, Any], se
     """
     torch.manual_seed(seed)
     try:
-        adapted = get_peft_model(model, malora.METHODS[method](**options))
+        adapted = get_peft_model(model, malora.make_config(method, **options))
     except ValueError as error:
         raise UserError(f"{method} does not fit {model.name_or_path}: {error}") from error
     malora.optimize_backbone(adapted)

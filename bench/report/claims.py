@@ -218,7 +218,7 @@ def _trainable(method: str, **options: int) -> int:
     """Of one decoder layer of LLaMA-2 7B, since all are alike."""
     model = backbone(SHAPES["llama2-7b"], 1, torch.device("meta"))
     with torch.device("meta"):
-        model = get_peft_model(model, malora.METHODS[method](**options))
+        model = get_peft_model(model, malora.make_config(method, **options))
     return sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "router" not in name)
 
 

@@ -221,11 +221,11 @@ def _inside(experiment: Experiment, rows: list[TableRow], speeds: list[SpeedReco
 
 
 def _beta(row: TableRow) -> float | None:
-    return None if row.method == BASE else malora.METHODS[row.method](**row.entry.options).beta
+    return None if row.method == BASE else malora.make_config(row.method, **row.entry.options).beta
 
 
 def _d(row: TableRow) -> str:
-    return f"d={malora.METHODS[row.method](**row.entry.options).d}"
+    return f"d={malora.make_config(row.method, **row.entry.options).d}"
 
 
 def _trainable(row: TableRow) -> int | None:

@@ -25,7 +25,7 @@ from bench.records.schema import Record, RunConfig
 from bench.runs.setting import RunSettings, blend_seed, load_data, processes
 from bench.train.batching import Encoded, encode, label_tokens
 from bench.train.loop import DivergedError, train
-from malora.analysis.experts import experts
+from malora.analysis import extract_experts
 from tasks import MIXTURES
 
 
@@ -80,7 +80,7 @@ def _train_and_score(record: Record, setting: RunSettings, checkpoint: Path) -> 
     if config.method != BASE:
         options = {"target_modules": targets(prepare(setting.model)), **config.method_options}
         model = add_adapter(model, config.method, options, config.seed)
-        fresh = experts(model) if malora.has_router(model) else None
+        fresh = extract_experts(model) if malora.has_router(model) else None
         record.parameters = count_parameters(model)
         encoded = _encoded(setting, config, tokenizer)
         record.data["train"] = label_tokens(data.train, encoded)

@@ -56,7 +56,9 @@ CONFIGS: dict[str, Callable[..., PeftConfig]] = {
     "peft-lora": malora.METHODS["lora"],
     "peft-dora": malora.METHODS["dora"],
     "lora": partial(malora.METHODS["asylora"], r=64, lora_alpha=128, freeze=[]),
-    **{name: malora.METHODS[name] for name in ("asylora", "molora", "moasylora", "malora", "malora-small")},
+    **{
+        name: partial(malora.make_config, name) for name in ("asylora", "molora", "moasylora", "malora", "malora-small")
+    },
 }
 OURS = tuple(name for name in CONFIGS if not name.startswith("peft-"))
 ROUTED = tuple(name for name in OURS if CONFIGS[name]().has_router)

@@ -90,7 +90,9 @@ class GraphedStep:
     def __init__(self, eager: EagerStep) -> None:
         self.eager = eager
         self.parameters = [p for p in eager.model.parameters() if p.requires_grad]
-        self.routed_layers = [m for m in eager.model.modules() if isinstance(m, malora.MaloraLayer) and m.routes]
+        self.routed_layers = [
+            m for m in eager.model.modules() if isinstance(m, malora.MaloraLayer) and m.has_active_router
+        ]
         self.captured: dict[tuple, _Captured] = {}
         self.weights = malora.WeightCache(eager.model)  # they change after a batch, not between its parts
         self.refresh: Callable[[], None] | None = None

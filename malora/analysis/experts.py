@@ -1,4 +1,7 @@
-"""The experts of a model's adapter as plain tensors, MALoRA's and PEFT's LoRA alike, for whoever looks into them."""
+"""Experts of an adapter as plain tensors, for adapters of this package and for PEFT's LoRA.
+
+Shapes are those of `malora.factors`: n inputs, m outputs, N experts, r rank.
+"""
 
 from __future__ import annotations
 
@@ -13,92 +16,100 @@ from torch import Tensor, nn
 from malora.factors import Factors
 from malora.layer import PREFIX, MaloraLayer
 
-Experts = dict[str, Factors]  # by their module's name in the base model
+Experts = dict[str, Factors]
+"""Factors of an adapter by module name in the base model, float64 on the CPU."""
 
 
-def experts(model: nn.Module | Experts, adapter: str = "default") -> Experts:
-    """Copies of an adapter's factors in float64 on the CPU. What this or `saved_experts` gave is given back as it is.
+def extract_experts(model: nn.Module | Experts, adapter: str = "default") -> Experts:
+    """Copy the factors of an adapter to the CPU in float64.
 
-    A module with PEFT's LoRA has one expert, A [1, r, n] and B [1, r, m]; DoRA's magnitude is left out.
+    A module with PEFT's LoRA has one expert, A [1, r, n] and B [1, r, m]. The magnitude of DoRA is left out. Experts
+    that were extracted before are returned unchanged.
 
     Raises:
-        ValueError: no module has such an adapter, or a value is not finite.
+        ValueError: No module has such an adapter, or a value is not finite.
     """
     if isinstance(model, dict):
         return model
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    found, there = {}, set()
-    for name, layer in base.named_modules():
+    get_base_model = getattr(model, "get_base_model", None)
+    base: nn.Module = model if get_base_model is None else get_base_model()
+    found: Experts = {}
+    names: set[str] = set()
+    for module, layer in base.named_modules():
         if isinstance(layer, MaloraLayer | LoraLayer):
             adapters = layer.settings if isinstance(layer, MaloraLayer) else layer.lora_A
-            there.update(adapters)
+            names.update(adapters)
             if adapter in adapters:
-                found[name] = _float64(_factors(layer, adapter), name)
+                found[module] = _to_float64(_factors(layer, adapter), module)
     if not found:
-        known = sorted(there) or "none; make one with get_peft_model"
+        known = sorted(names) or "none; make one with get_peft_model"
         raise ValueError(f"this {type(base).__name__} has no experts of an adapter {adapter!r}; it has {known}.")
     return found
 
 
-def saved_experts(folder: Path) -> Experts:
-    """The same of a routed adapter that `save_pretrained` wrote, without its base model.
+def load_experts(folder: Path) -> Experts:
+    """Read the experts from a folder that `save_pretrained` wrote, without the base model.
 
     Raises:
-        ValueError: the folder has no adapter of this package, or a value is not finite.
+        ValueError: The folder has no adapter of this package, or a value is not finite.
     """
     path = Path(folder) / "adapter_model.safetensors"
-    found: dict[str, dict[str, Tensor]] = {}
+    tensors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(path).items() if path.is_file() else ():
         module, _, factor = key.removeprefix("base_model.model.").rpartition(f".{PREFIX}")
         if factor in Factors._fields:
-            found.setdefault(module, {})[factor] = tensor
-    if not found:
+            tensors.setdefault(module, {})[factor] = tensor
+    if not tensors:
         raise ValueError(f"{folder} has no adapter of malora; give a folder that save_pretrained wrote.")
-    absent = dict.fromkeys(Factors._fields)
-    return {module: _float64(Factors(**absent | tensors), module) for module, tensors in found.items()}
+    absent: dict[str, Tensor | None] = dict.fromkeys(Factors._fields)
+    return {module: _to_float64(Factors(**absent | by_name), module) for module, by_name in tensors.items()}
 
 
 def paired_experts(
     model: nn.Module | Experts, other: nn.Module | Experts, adapter: str
 ) -> Iterator[tuple[str, Factors, Factors]]:
-    """Module by module, the experts of the adapter of this name in both models.
+    """Yield each module's name and its experts in both models.
 
     Raises:
-        ValueError: as `experts`, or the models adapt different modules or sizes.
+        ValueError: As in `extract_experts`, or the models adapt different modules or modules of different sizes.
     """
-    ones = experts(model, adapter)
-    others = ones if other is model else experts(other, adapter)
-    if differing := sorted(ones.keys() ^ others.keys()):
+    ours = extract_experts(model, adapter)
+    others = ours if other is model else extract_experts(other, adapter)
+    if differing := sorted(ours.keys() ^ others.keys()):
         raise ValueError(f"the two models adapt different modules; only one has {differing[:3]}. Adapt the same ones.")
-    for name, factors in ones.items():
-        sizes = [_size(factors), _size(others[name])]
+    for module, factors in ours.items():
+        sizes = [_size(factors), _size(others[module])]
         if sizes[0] != sizes[1]:
-            raise ValueError(f"{name} maps {sizes[0]} in one model and {sizes[1]} in the other; use the same base.")
-        yield name, factors, others[name]
+            raise ValueError(f"{module} maps {sizes[0]} in one model and {sizes[1]} in the other; use the same base.")
+        yield module, factors, others[module]
 
 
-def sides(factors: Factors) -> Iterator[tuple[str, Tensor, int | None]]:
-    """Sides "A" and "B": the experts [N, r, ·] multiplied out, and the rank of the subspace that they share, if any."""
-    yield "A", factors.down(), len(factors.S) if factors.S is not None and factors.S.dim() == 2 else None
-    yield "B", factors.up(), len(factors.S_B) if factors.S_B is not None else None
+def projections(factors: Factors) -> Iterator[tuple[str, Tensor, int | None]]:
+    """Yield the down projections as "A" and the transposed up projections as "B", without the scaling.
+
+    Each comes as its name, the matrices of all experts, [N, r, n] or [N, r, m], and the rank of the subspace that the
+    experts share (None if they share none).
+    """
+    yield "A", factors.down(), None if factors.shared_S is None else len(factors.shared_S)
+    yield "B", factors.up(), None if factors.S_B is None else len(factors.S_B)
 
 
 def _factors(layer: MaloraLayer | LoraLayer, adapter: str) -> Factors:
     if isinstance(layer, MaloraLayer):
         return layer.factors(adapter)
-    A, B = layer.lora_A[adapter].weight.flatten(1), layer.lora_B[adapter].weight.flatten(1)
+    A, B = (by_name[adapter].get_parameter("weight").flatten(1) for by_name in (layer.lora_A, layer.lora_B))
     return Factors(A=A[None], P=None, S=None, B=B.T[None], Q=None, S_B=None)
 
 
-def _float64(factors: Factors, name: str) -> Factors:
-    # A copy even of what is float64 already: the model may train on.
-    wide = Factors(*(f if f is None else f.detach().to("cpu", torch.float64, copy=True) for f in factors))
-    if not all(f is None or f.isfinite().all() for f in wide):
-        raise ValueError(f"the adapter has values that are not finite in {name}: its training diverged.")
-    return wide
+def _to_float64(factors: Factors, module: str) -> Factors:
+    # float64 factors are copied too, because the model may be trained further.
+    copies = Factors(*(f if f is None else f.detach().to("cpu", torch.float64, copy=True) for f in factors))
+    if not all(f is None or f.isfinite().all() for f in copies):
+        raise ValueError(f"the adapter has values that are not finite in {module}: its training diverged.")
+    return copies
 
 
 def _size(factors: Factors) -> str:
-    down = factors.S if factors.A is None else factors.A
-    up = factors.S_B if factors.B is None else factors.B
+    down = factors.subspace()[1] if factors.A is None else factors.A
+    up = factors.up_subspace()[1] if factors.B is None else factors.B
     return f"{down.shape[-1]} to {up.shape[-1]}"

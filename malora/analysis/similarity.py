@@ -1,11 +1,6 @@
-"""What is inside trained adapters: how alike their experts are (Figure 2), their spectra (3), how far S_A moved.
+"""Similarity of experts by canonical correlation analysis (Figure 2 of the paper).
 
-`means(similarities(model))` is MT of Figure 2, `means(similarities(one, another))` with a model of another seed ST(S),
-of another task ST(D). A model has MALoRA's experts, or PEFT's LoRA, each module of which counts as one expert. For a
-model may stand what `experts` took out of it, before training say, or `saved_experts` out of a folder.
-
-Side "A" is an expert's down side multiplied out, [r, n]; side "B" its up side transposed, [r, m], without the scaling.
-All in float64 on the CPU. Shapes: n coordinates of a row, p and q ranks compared, N experts, d rank of S.
+Shapes: N experts, n coordinates of a row, p and q ranks of two matrices that are compared, d rank of S.
 """
 
 from __future__ import annotations
@@ -17,100 +12,111 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.linalg import subspace_angles
 from torch import Tensor, nn
 
-from malora.analysis.experts import Experts, experts, paired_experts, sides
+from malora.analysis.experts import Experts, paired_experts, projections
 
-_POWERS = {"mean": 1, "mean_square": 2}  # what `statistic` may be
-_DRAWS = 4000  # over the rank, whose draw is a mean of as many: a standard error of 1.2% for rank 1, 0.4% for rank 8
+# Statistics of canonical correlations: each is the mean of this power.
+_POWERS = {"mean": 1, "mean_square": 2}
+# Random draws for a chance level, times the rank: a draw of rank p is itself a mean of p correlations. The standard
+# error is then 1.2% for rank 1 and 0.4% for rank 8.
+_DRAWS = 4000
 
 
 class Similarity(NamedTuple):
-    """Expert i of a model, and j of the same or of another.
+    """Similarity of expert i of a model and expert j of the same or another model.
 
-    A statistic of their correlations is "mean", or "mean_square" (Kornblith et al.'s R²_CCA); it is None where one of
-    them is zero, as an untrained B is.
+    Attributes:
+        module: Name of the module in the base model.
+        projection: "A" for down projections, "B" for up projections.
+        i: Index of the first expert.
+        j: Index of the second expert.
+        correlations: Canonical correlations in descending order; empty if an expert is zero, as an untrained B is.
+        ranks: Ranks of both experts.
+        dimensions: Number of dimensions in which these experts can lie.
     """
 
     module: str
-    side: str
+    projection: str
     i: int
     j: int
-    correlations: list[float]  # canonical, descending; none where one is zero
+    correlations: list[float]
     ranks: tuple[int, int]
-    dimensions: int  # in which these experts can lie
+    dimensions: int
 
     def value(self, statistic: str = "mean") -> float | None:
+        """Compute a statistic of the correlations; None if an expert is zero.
+
+        Args:
+            statistic: "mean", or "mean_square" (R²_CCA of Kornblith et al. 2019).
+
+        Raises:
+            ValueError: The statistic is unknown.
+        """
         _check_statistic(statistic)
         return float(np.mean(np.power(self.correlations, _POWERS[statistic]))) if self.correlations else None
 
     def chance(self, statistic: str = "mean") -> float | None:
-        """The value to be expected of random matrices of these ranks."""
+        """Compute the expected value for random matrices of these ranks; None if an expert is zero.
+
+        Raises:
+            ValueError: The statistic is unknown.
+        """
         return chance_level(*self.ranks, self.dimensions, statistic) if self.correlations else None
 
 
-class Spectrum(NamedTuple):
-    """Singular values of a module's experts stacked to [N·r, n], descending: min(N·r, n) of them, zeros included."""
-
-    module: str
-    side: str
-    values: list[float]
-
-    def share_above(self, threshold: float) -> float:
-        return sum(value > threshold for value in self.values) / len(self.values)
-
-    @property
-    def stable_rank(self) -> float | None:
-        """‖M‖²_F / ‖M‖²_2; None for a zero matrix."""
-        return sum((value / self.values[0]) ** 2 for value in self.values) if self.values[0] else None
-
-    @property
-    def effective_rank(self) -> float | None:
-        """exp of the entropy of the values' shares of their sum (Roy and Vetterli 2007); None for a zero matrix."""
-        shares = [value / sum(self.values) for value in self.values if value > 0]
-        return math.exp(-sum(share * math.log(share) for share in shares)) if shares else None
-
-
-class Movement(NamedTuple):
-    module: str
-    expert: int | None  # None for a matrix that the experts share
-    relative: float  # ‖now − start‖_F / ‖start‖_F
-    angles: list[float]  # principal angles between both row spaces, radians, descending
-
-
 def canonical_correlations(X: Tensor, Y: Tensor, *, centred: bool = False) -> Tensor:
-    """Canonical correlations of X [p, n] and Y [q, n], descending: [min(rank X, rank Y)], empty if one is zero.
+    """Compute the canonical correlations of X [p, n] and Y [q, n] in descending order.
 
-    Rows are variables and the n coordinates their observations: these are the singular values of Qxᵀ Qy for orthonormal
-    bases [n, ·] of the row spaces, the cosines of the principal angles. Invertible mixing of rows does not change them.
-    Whether the figure centred is not known. The default does not: a network's unit is not a draw of anything, and the
-    QR formula of Kornblith et al. 2019 (arXiv 1905.00414) does not either. `centred=True` subtracts each row's mean, as
-    scikit-learn's CCA and SVCCA's do. Where rows have a mean near zero they hardly differ.
+    Rows are variables, and their n coordinates are the observations. For orthonormal bases Qx and Qy [n, ·] of the row
+    spaces, the correlations are the singular values of Qxᵀ Qy, the cosines of the principal angles. They do not change
+    if the rows of X or Y are mixed by an invertible matrix.
+
+    The paper does not say whether its figure centres the rows. By default we do not: a coordinate is a unit of the
+    network and not a random sample, and the QR formula of Kornblith et al. 2019 (arXiv 1905.00414) does not centre
+    either. CCA in scikit-learn and SVCCA do. The difference is small if the rows have a mean near zero.
+
+    Args:
+        X: First matrix, [p, n].
+        Y: Second matrix, [q, n].
+        centred: Whether to subtract the mean of each row first.
+
+    Returns:
+        float64 tensor [min(rank X, rank Y)], empty if X or Y is zero.
+
+    Raises:
+        ValueError: X and Y are not matrices with the same number of columns.
     """
     if X.dim() != 2 or Y.dim() != 2 or X.shape[1] != Y.shape[1]:
         raise ValueError(f"X {[*X.shape]} and Y {[*Y.shape]} must be [p, n] and [q, n], of modules of the same size.")
-    return torch.linalg.svdvals(_row_basis(X, centred) @ _row_basis(Y, centred).T).clamp(max=1)
+    return _singular_values(_row_basis(X, centred) @ _row_basis(Y, centred).T).clamp(max=1)
 
 
 @cache
 def chance_level(p: int, q: int, n: int, statistic: str = "mean") -> float:
-    """What a statistic of the canonical correlations is expected to be for random row spaces of ranks p and q.
+    """Compute the expected statistic of the canonical correlations of random row spaces.
 
-    n counts the dimensions that rows can lie in: the coordinates, one less if centred; d over a shared S. "mean_square"
-    is exactly max(p, q) / n; "mean", here simulated from a fixed seed, is near 0.85 √(p / n) for p = q ≪ n. Figure 2's
-    B, 0.006 to 0.015 read off, is below that of the mean, 0.037 for ranks 8 in 4096: likely it shows the mean square.
+    "mean_square" is exactly max(p, q) / n. "mean" is simulated from a fixed seed; for p = q ≪ n it is near
+    0.85 √(p / n). In the paper's Figure 2, the values of B (0.006 to 0.015, read off) are below the chance level of
+    the mean, which is 0.037 for rank 8 in 4096 dimensions. So the figure probably shows the mean square.
+
+    Args:
+        p: Rank of the first matrix.
+        q: Rank of the second matrix.
+        n: Number of dimensions in which rows can lie: the coordinates (one less if centred), or d over a shared S.
+        statistic: "mean" or "mean_square".
 
     Raises:
-        ValueError: a rank that does not fit in n, or an unknown statistic.
+        ValueError: A rank is larger than n, or the statistic is unknown.
     """
     _check_statistic(statistic)
     if not 1 <= min(p, q) <= max(p, q) <= n:
-        raise ValueError(f"ranks p={p} and q={q} must be from 1 to n={n}, the dimensions that hold them.")
+        raise ValueError(f"ranks p={p} and q={q} must be from 1 to n={n}, the number of dimensions.")
     if statistic == "mean_square":
         return max(p, q) / n
-    # Turned so that Y's rows are the first q axes. Of the other n - q coordinates of a Gaussian X only the QR triangle
-    # matters: χ of falling degrees of freedom, Gaussian above (Bartlett 1933). So nothing of size n is drawn.
+    # Rotate so that the rows of Y are the first q axes. Of the other n - q coordinates of a Gaussian X only the QR
+    # triangle matters: χ-distributed with falling degrees of freedom on the diagonal, Gaussian above it (Bartlett
+    # 1933). So nothing of size n is drawn.
     random, draws, k = np.random.default_rng(0), math.ceil(_DRAWS / min(p, q)), min(p, n - q)
     triangle = np.triu(random.standard_normal((draws, k, p)))
     triangle[:, range(k), range(k)] = np.sqrt(random.chisquare(n - q - np.arange(k), (draws, k)))
@@ -118,82 +124,73 @@ def chance_level(p: int, q: int, n: int, statistic: str = "mean") -> float:
     return float(np.linalg.svd(basis[:, :q], compute_uv=False).mean())
 
 
+def similarities(
+    model: nn.Module | Experts, other: nn.Module | Experts | None = None, adapter: str = "default", *,
+    centred: bool = False,
+) -> list[Similarity]:  # fmt: skip
+    """Compare every two experts of each module, or every expert with every expert of another model (Figure 2).
+
+    Experts over a shared S lie in its row space whatever they learn. Within a model their chance level is therefore
+    that of d dimensions. Their similarity starts above it, because by equation 9 every P_t emphasises the same rows of
+    S. Models of the same seed start with the same A. So compare with the similarity before training too.
+
+    Args:
+        model: Model, or its experts.
+        other: Another model, or its experts, with the same adapted modules. None compares experts i < j of `model`.
+        adapter: Name of the adapter in both.
+        centred: As in `canonical_correlations`.
+
+    Raises:
+        ValueError: There is no such adapter, there is one expert and no other model, or the models adapt different
+            modules or modules of different sizes.
+    """
+    records = []
+    for module, factors, others in paired_experts(model, model if other is None else other, adapter):
+        for (projection, one, shared), (_, another, _) in zip(projections(factors), projections(others), strict=True):
+            dimensions = shared if shared and other is None else one.shape[-1] - centred
+            bases, other_bases = ([*enumerate(_row_basis(X, centred) for X in stack)] for stack in (one, another))
+            for (i, X), (j, Y) in combinations(bases, 2) if other is None else product(bases, other_bases):
+                correlations = _singular_values(X @ Y.T).tolist()
+                records.append(Similarity(module, projection, i, j, correlations, (len(X), len(Y)), dimensions))
+    if not records:
+        raise ValueError(f"adapter {adapter!r} has one expert per module; give another model to compare it with.")
+    return records
+
+
+def means(records: list[Similarity], statistic: str = "mean") -> dict[str, tuple[float, float] | None]:
+    """Compute the mean value and the mean chance level of each projection (the bars of Figure 2).
+
+    Means are over modules and pairs of experts. A projection whose experts are all zero is None.
+
+    Raises:
+        ValueError: The statistic is unknown.
+    """
+    pairs: dict[str, list[tuple[float, float]]] = {record.projection: [] for record in records}
+    for record in records:
+        value, chance = record.value(statistic), record.chance(statistic)
+        if value is not None and chance is not None:
+            pairs[record.projection].append((value, chance))
+    return {projection: _mean_pair(found) if found else None for projection, found in pairs.items()}
+
+
+def _mean_pair(pairs: list[tuple[float, float]]) -> tuple[float, float]:
+    value, chance = np.mean(pairs, axis=0).tolist()
+    return value, chance
+
+
 def _check_statistic(statistic: str) -> None:
     if statistic not in _POWERS:
         raise ValueError(f"statistic={statistic!r} is unknown; choose one of {', '.join(map(repr, _POWERS))}.")
 
 
-def similarities(
-    model: nn.Module | Experts, other: nn.Module | Experts | None = None, adapter: str = "default", *,
-    centred: bool = False,
-) -> list[Similarity]:  # fmt: skip
-    """Every two experts i < j of each module, or every i with every j of the same module of another model (Figure 2).
-
-    Experts over a shared S lie in its row space whatever they learn, so within a model their chance level is that of d
-    dimensions. Equation 9 starts them above it, as every P_t leans to the same rows of S, and models of one seed start
-    with the same A: compare with the start.
-
-    Raises:
-        ValueError: no such adapter, one expert and no other model, or models that adapt different modules or sizes.
-    """
-    records = []
-    for module, factors, others in paired_experts(model, model if other is None else other, adapter):
-        for (side, one, shared), (_, another, _) in zip(sides(factors), sides(others), strict=True):
-            n = shared if shared and other is None else one.shape[-1] - centred
-            bases, more = ([*enumerate(_row_basis(X, centred) for X in stacked)] for stacked in (one, another))
-            for (i, X), (j, Y) in combinations(bases, 2) if other is None else product(bases, more):
-                correlations = torch.linalg.svdvals(X @ Y.T).tolist()
-                records.append(Similarity(module, side, i, j, correlations, (len(X), len(Y)), n))
-    if not records:
-        raise ValueError(f"adapter {adapter!r} has one expert a module; give another model to compare it with.")
-    return records
-
-
-def means(records: list[Similarity], statistic: str = "mean") -> dict[str, tuple[float, float] | None]:
-    """Value and chance level by side, means over modules and pairs: the bars of Figure 2, and the floor under each."""
-    by_side: dict[str, list] = {record.side: [] for record in records}
-    for record in (record for record in records if record.correlations):
-        by_side[record.side].append((record.value(statistic), record.chance(statistic)))
-    return {side: tuple(np.mean(rows, axis=0).tolist()) if rows else None for side, rows in by_side.items()}
-
-
-def spectra(model: nn.Module | Experts, adapter: str = "default") -> list[Spectrum]:
-    """Singular values of the stacked experts by module and side (Figure 3). With a shared S at most d are not zero."""
-    return [
-        Spectrum(module, side, torch.linalg.svdvals(stacked.flatten(0, 1)).tolist())
-        for module, factors in experts(model, adapter).items()
-        for side, stacked, _ in sides(factors)
-    ]
-
-
-def movement(
-    model: nn.Module | Experts, start: nn.Module | Experts, adapter: str = "default", *, factor: str = "S"
-) -> list[Movement]:
-    """How far a factor ("S", "A", "P", ... of `Factors`) moved, by module, and by expert where each has its own.
-
-    A saved adapter does not keep its start: take it before training, or build it again with the same seed, base and
-    config. Another LAPACK may flip the sign of S's rows; `relative` counts that as movement, `angles` do not. Nor do
-    they see S's rows mixed.
-
-    Raises:
-        ValueError: no such adapter or factor, models that differ in shape, or a start at zero.
-    """
-    records = []
-    for module, *both in paired_experts(model, start, adapter):
-        new, old = (factors._asdict().get(factor) for factors in both)
-        if new is None or old is None or new.shape != old.shape or not old.any():
-            there = {name: [*tensor.shape] for name, tensor in both[0]._asdict().items() if tensor is not None}
-            raise ValueError(f"factor={factor!r} must be in both, of one shape, not zero at first; {module}: {there}.")
-        for t, a, b in [(None, new, old)] if new.dim() == 2 else zip(range(len(new)), new, old, strict=True):
-            together = torch.linalg.qr(torch.cat([a, b]).T).Q  # [n, up to 2d]; angles are the same in fewer dimensions
-            # Accurate near zero, as arccos is not.
-            angles = subspace_angles((a @ together).T.numpy(), (b @ together).T.numpy()).tolist()
-            records.append(Movement(module, t, ((a - b).norm() / b.norm()).item(), angles))
-    return records
+def _singular_values(matrix: Tensor) -> Tensor:
+    values: Tensor = torch.linalg.svdvals(matrix)
+    return values
 
 
 def _row_basis(X: Tensor, centred: bool) -> Tensor:
-    """Orthonormal rows [rank, n] with the row space of X [p, n]."""
+    """Compute orthonormal rows [rank, n], float64, with the row space of X [p, n]."""
     X = X.detach().to("cpu", torch.float64)
     _, sigma, V = torch.linalg.svd(X - X.mean(1, keepdim=True) if centred else X, full_matrices=False)
-    return V[sigma > sigma[0] * max(X.shape) * torch.finfo(X.dtype).eps]
+    basis: Tensor = V[sigma > sigma[0] * max(X.shape) * torch.finfo(X.dtype).eps]
+    return basis

@@ -1,9 +1,20 @@
-"""Ways to compute one and the same sum over experts, `scaling · Σ_t g_t U_t D_t x`.
+"""Backends: implementations of the expert sum `scaling · Σ_t g_t U_t D_t x`.
 
-A backend is a function `(x_Tn, routing, factors, scaling) -> y_Tm`. The routing has a probability [T, N], and is None
-where there is one expert and no router. Dropout has already been applied to `x`.
+A backend is a pure function `(x_Tn, routing, factors, scaling) -> y_Tm`. Dropout has already been applied to x. The
+probabilities of `routing` are [T, N]. `routing` is None if there is one expert and no router. The result has the
+dtype of x and the factors, or that of autocast.
 
-Shapes here and below: T tokens, n in, m out, N experts, r rank, d rank of the subspace.
+Suffixes of names are shapes:
+
+| symbol | meaning |
+| --- | --- |
+| T | tokens |
+| n, m | inputs and outputs of the linear layer |
+| N | experts |
+| r | rank of an expert |
+| d | rank of the shared subspace |
+| k | experts per token |
+| K | assignments of tokens to experts, T·k |
 """
 
 from __future__ import annotations
@@ -23,13 +34,13 @@ from malora.routing import Routing
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to compute the sum over experts.
+    """Implementation of the expert sum.
 
     Attributes:
-        compute: `(x_Tn, routing, factors, scaling) -> y_Tm`.
-        graph_safe: whether a CUDA graph can hold it. A backend that asks the device how many tokens each expert got
-            makes the host wait, which a graph cannot.
-        exact: whether it agrees with the others up to rounding of the input's dtype.
+        compute: Function `(x_Tn, routing, factors, scaling) -> y_Tm`.
+        graph_safe: Whether a CUDA graph can capture it. A backend that reads back how many tokens each expert got
+            synchronises with the host, which a graph cannot do.
+        exact: Whether it agrees with the other exact backends up to rounding in the dtype of the input.
     """
 
     compute: Callable[[Tensor, Routing | None, Factors, float], Tensor]
@@ -37,8 +48,9 @@ class Backend:
     exact: bool = True
 
 
-# "fused" and "fp8" compute whole layers, base and routers included (`malora.fused`). `compute` is what they fall back
-# to where that path cannot run. "auto" stands for one of the others: see `malora.config.choose`.
+# "fused" and "fp8" compute whole layers, including the frozen matmul and the router (`malora.fused`). Their `compute`
+# is the fallback for layers and devices that `malora.fused` does not support. "auto" stands for one of the other
+# backends; see `malora.config.resolve_backend`.
 BACKENDS: dict[str, Backend] = {
     "auto": Backend(dense),
     "dense": Backend(dense),

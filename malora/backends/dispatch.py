@@ -1,8 +1,8 @@
-"""Tokens are carried to their experts: gather, a small product an expert, scatter.
+"""Token dispatch: gather the tokens of each expert, one small matmul per expert, scatter the results.
 
-What FastMoE, on which the paper ran, and today's public mixtures of LoRA experts do. The arithmetic is k/N of the dense
-backend's; the price is data movement, N small products and a wait for the host, which must know how many tokens each
-expert got. It is here to be compared with.
+FastMoE, which the paper used, and current public mixtures of LoRA experts work like this. The arithmetic is k/N of
+the dense backend's. The cost is data movement, N small matmuls, and a host synchronisation to learn how many tokens
+each expert got. This backend is a baseline for comparison.
 """
 
 from __future__ import annotations
@@ -16,22 +16,20 @@ from malora.routing import Routing
 
 
 def dispatch(x_Tn: Tensor, routing: Routing | None, factors: Factors, scaling: float) -> Tensor:
-    """See `malora.backends` for shapes."""
+    """Compute the expert sum by dispatch; see `malora.backends` for arguments and shapes."""
     if routing is None:
         return dense(x_Tn, None, factors, scaling)
-    f, gate_TN = factors, routing.gate
-    shares_S = f.S is not None and f.S.dim() == 2
-    # The shared part of the down side is one product for all tokens; only its d-wide result travels.
-    z = x_Tn @ f.S.T if shares_S else x_Tn
-    down = f.P if shares_S else f.down()
-    up = f.B if f.B is not None else f.Q
+    S, S_B, gate_TN = factors.shared_S, factors.S_B, routing.gate
+    # The shared matrix is applied to all tokens in one matmul, so only its d outputs per token are moved.
+    z = x_Tn if S is None else x_Tn @ S.T
 
-    # Rows of the transposed gate are experts, so the assignments come out grouped by expert.
-    served_NT = gate_TN.T != 0
-    expert, token = served_NT.nonzero(as_tuple=True)
-    gate = gate_TN[token, expert].unsqueeze(-1) * scaling
-    sizes = served_NT.sum(1).tolist()
-    parts = zip(z[token].split(sizes), gate.split(sizes), down, up, strict=True)
-    out = torch.cat([((z_e @ down_e.T) * gate_e.to(z_e.dtype)) @ up_e for z_e, gate_e, down_e, up_e in parts])
-    y = out.new_zeros(len(x_Tn), out.shape[1]).index_add(0, token, out)
-    return y if f.S_B is None else y @ f.S_B
+    # Row t of the transposed gate belongs to expert t, so `nonzero` returns the assignments sorted by expert.
+    used_NT = gate_TN.T != 0
+    expert_K, token_K = used_NT.nonzero(as_tuple=True)
+    gate_K1 = gate_TN[token_K, expert_K].unsqueeze(-1) * scaling
+    sizes_N: list[int] = used_NT.sum(1).tolist()
+    z_per_expert, gate_per_expert = torch.split(z[token_K], sizes_N), torch.split(gate_K1, sizes_N)
+    work = zip(z_per_expert, gate_per_expert, factors.expert_down, factors.expert_up, strict=True)
+    out = torch.cat([((z_e @ down_e.T) * gate_e.to(z_e.dtype)) @ up_e for z_e, gate_e, down_e, up_e in work])
+    y = out.new_zeros(len(x_Tn), out.shape[1]).index_add(0, token_K, out)
+    return y if S_B is None else y @ S_B

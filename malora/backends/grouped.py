@@ -1,13 +1,17 @@
-"""Assignments sorted by expert once, one grouped product a side, nothing that waits for the host.
+"""Assignments sorted by expert, then one grouped GEMM per projection.
 
-The sparse side as a good implementation has it: arithmetic grows with k·r and not with N·r, and what it costs instead
-is carrying every token to k experts and back. Only in bfloat16 and from Hopper on does torch's grouped product leave
-the host alone; otherwise each group is a product by itself.
+The arithmetic grows with k·r and not with N·r. The cost is that every token is copied to k experts and back. Unlike
+`dispatch`, nothing synchronises with the host: sizes of the groups stay on the GPU.
 
-Shapes: T tokens, n in, m out, N experts, r rank, k experts a token, K = T·k assignments.
+That holds for bfloat16 on Hopper or a later GPU. There `F.grouped_mm` reads the sizes on the GPU. With other dtypes
+and on a CPU each group is a matmul of its own, and its size is read back.
+
+Shapes are those of `malora.backends`; K = T·k assignments of tokens to experts. Suffix `_K` means sorted by expert.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,69 +23,89 @@ from malora.routing import Routing
 
 
 def grouped_gemm(x_Tn: Tensor, routing: Routing | None, factors: Factors, scaling: float) -> Tensor:
-    """See `malora.backends` for shapes."""
+    """Compute the expert sum by grouped GEMMs; see `malora.backends` for arguments and shapes."""
     if routing is None:
         return dense(x_Tn, None, factors, scaling)
-    f, k = factors, routing.top_k
+    k, S, S_B = routing.top_k, factors.shared_S, factors.S_B
     expert_Tk = routing.experts
     gate_Tk = routing.probability.gather(1, expert_Tk) * scaling
-    narrow_K = expert_Tk.flatten().to(torch.int16)  # a radix sort goes over its keys once for every few of their bits
-    sorted_expert_K, order_K = narrow_K.sort(stable=True)
+    keys = expert_Tk.flatten().to(torch.int16)  # short keys: a radix sort makes one pass per few bits of the key
+    sorted_expert_K, order_K = keys.sort(stable=True)
     inverse_K = torch.empty_like(order_K).scatter_(0, order_K, torch.arange(len(order_K), device=order_K.device))
     experts_N = torch.arange(routing.probability.shape[1], dtype=torch.int16, device=order_K.device)
     ends_N = torch.searchsorted(sorted_expert_K, experts_N, right=True, out_int32=True)
 
-    shares_S = f.S is not None and f.S.dim() == 2
-    # The shared part of the down side is one product for all tokens; only its d-wide result travels.
-    z = x_Tn @ f.S.T if shares_S else x_Tn
-    z_K = _Scatter.apply(z, order_K, inverse_K, k)
+    # The shared matrix is applied to all tokens in one matmul, so only its d outputs per token are moved.
+    z = x_Tn if S is None else x_Tn @ S.T
+    z_K = _copy_to_experts(z, order_K, inverse_K, k)
     gate_K1 = gate_Tk.flatten().index_select(0, order_K).unsqueeze(1)
-    h_Kr = _grouped(z_K, (f.P if shares_S else f.down()).transpose(1, 2), ends_N)
-    out_K = _grouped(h_Kr * gate_K1.to(h_Kr.dtype), f.B if f.B is not None else f.Q, ends_N)
-    y = _Gather.apply(out_K, order_K, inverse_K, k)
-    return y if f.S_B is None else y @ f.S_B
+    h_Kr = _grouped_matmul(z_K, factors.expert_down.transpose(1, 2), ends_N)
+    out_K = _grouped_matmul(h_Kr * gate_K1.to(h_Kr.dtype), factors.expert_up, ends_N)
+    y = _sum_over_experts(out_K, order_K, inverse_K, k)
+    return y if S_B is None else y @ S_B
 
 
-class _Scatter(torch.autograd.Function):
-    """Rows of tokens to rows of assignments. Its gradient is `_Gather`: a read in order, and no atomic addition."""
+def _copy_to_experts(x_T: Tensor, order_K: Tensor, inverse_K: Tensor, k: int) -> Tensor:
+    """Copy each token to its k assignments, sorted by expert: [T, i] to [K, i]."""
+    x_K: Tensor = _CopyToExperts.apply(x_T, order_K, inverse_K, k)  # type: ignore[no-untyped-call]  # PyTorch's
+    return x_K
+
+
+def _sum_over_experts(y_K: Tensor, order_K: Tensor, inverse_K: Tensor, k: int) -> Tensor:
+    """Sum the k assignments of each token: [K, j], sorted by expert, to [T, j]."""
+    y_T: Tensor = _SumOverExperts.apply(y_K, order_K, inverse_K, k)  # type: ignore[no-untyped-call]  # PyTorch's
+    return y_T
+
+
+class _CopyToExperts(torch.autograd.Function):
+    """Copy tokens to assignments. Its gradient is `_SumOverExperts`, which needs no atomic additions."""
 
     @staticmethod
-    def forward(ctx, x_T: Tensor, order_K: Tensor, inverse_K: Tensor, k: int) -> Tensor:
+    def forward(ctx: Any, x_T: Tensor, order_K: Tensor, inverse_K: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(order_K, inverse_K)
         ctx.k = k
         return x_T.index_select(0, order_K // k)
 
     @staticmethod
-    def backward(ctx, gradient_K: Tensor):
-        return _Gather.apply(gradient_K, *ctx.saved_tensors, ctx.k), None, None, None
+    def backward(ctx: Any, dx_K: Tensor) -> tuple[Tensor, None, None, None]:
+        order_K, inverse_K = ctx.saved_tensors
+        return _sum_over_experts(dx_K, order_K, inverse_K, ctx.k), None, None, None
 
 
-class _Gather(torch.autograd.Function):
-    """Rows of assignments summed to rows of tokens; its gradient is `_Scatter`."""
+class _SumOverExperts(torch.autograd.Function):
+    """Sum assignments over the experts of a token. Its gradient is `_CopyToExperts`."""
 
     @staticmethod
-    def forward(ctx, y_K: Tensor, order_K: Tensor, inverse_K: Tensor, k: int) -> Tensor:
+    def forward(ctx: Any, y_K: Tensor, order_K: Tensor, inverse_K: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(order_K, inverse_K)
         ctx.k = k
-        return y_K.index_select(0, inverse_K).unflatten(0, (-1, k)).sum(1)
+        return torch.unflatten(y_K.index_select(0, inverse_K), 0, (-1, k)).sum(1)
 
     @staticmethod
-    def backward(ctx, gradient_T: Tensor):
-        return _Scatter.apply(gradient_T, *ctx.saved_tensors, ctx.k), None, None, None
+    def backward(ctx: Any, dy_T: Tensor) -> tuple[Tensor, None, None, None]:
+        order_K, inverse_K = ctx.saved_tensors
+        return _copy_to_experts(dy_T, order_K, inverse_K, ctx.k), None, None, None
 
 
-def _grouped(x_Ki: Tensor, weight_Nij: Tensor, ends_N: Tensor) -> Tensor:
-    """x of each group times the group's matrix: [K, j]. Group t ends before row `ends_N[t]`."""
+def _grouped_matmul(x_Ki: Tensor, weight_Nij: Tensor, ends_N: Tensor) -> Tensor:
+    """Multiply the rows of each group by the group's matrix: [K, j].
+
+    Args:
+        x_Ki: Rows, sorted by group.
+        weight_Nij: One matrix per group.
+        ends_N: Index of the first row after each group, int32.
+    """
     device = x_Ki.device.type
-    if torch.is_autocast_enabled(device):  # grouped products are not among those that autocast narrows
-        x_Ki, weight_Nij = (t.to(torch.get_autocast_dtype(device)) for t in (x_Ki, weight_Nij))
+    if torch.is_autocast_enabled(device):  # autocast does not cast the operands of `grouped_mm`
+        dtype = torch.get_autocast_dtype(device)
+        x_Ki, weight_Nij = x_Ki.to(dtype), weight_Nij.to(dtype)
     if device == "cuda" and x_Ki.dtype == torch.bfloat16:
-        # Rows must start at multiples of 16 bytes: a rank that is no multiple of 8 is filled up with zeros.
+        # `grouped_mm` needs rows that start at multiples of 16 bytes, so sizes are padded with zeros to multiples of 8.
         i, j = (-size % 8 for size in weight_Nij.shape[1:])
-        if i or j:  # F.pad copies even where there is nothing to add
+        if i or j:  # F.pad copies even if there is nothing to pad
             padded = F.grouped_mm(F.pad(x_Ki, (0, i)), F.pad(weight_Nij, (0, j, 0, i)), offs=ends_N)
             return padded[:, : weight_Nij.shape[2]]
         return F.grouped_mm(x_Ki, weight_Nij, offs=ends_N)
-    ends = ends_N.tolist()
-    parts = zip([0, *ends], ends, weight_Nij, strict=False)
-    return torch.cat([x_Ki[start:end] @ weight_ij for start, end, weight_ij in parts])
+    ends: list[int] = ends_N.tolist()
+    groups = zip([0, *ends[:-1]], ends, weight_Nij, strict=True)
+    return torch.cat([x_Ki[start:end] @ weight_ij for start, end, weight_ij in groups])

@@ -1,4 +1,4 @@
-"""The paper's equations as a loop over experts. Slow and plain: the oracle that other backends are tested against."""
+"""Equation 5 as a loop over experts. It is slow and simple; the tests compare all other backends with it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from malora.routing import Routing
 
 
 def reference(x_Tn: Tensor, routing: Routing | None, factors: Factors, scaling: float) -> Tensor:
-    """Equation 5, one expert after the other; see `malora.backends` for shapes."""
+    """Compute the expert sum one expert after the other; see `malora.backends` for arguments and shapes."""
     gate_TN = torch.ones_like(x_Tn[:, :1]) if routing is None else routing.gate
-    y_Tm = 0
+    y_Tm = x_Tn.new_zeros(())
     for t, (down_rn, up_rm) in enumerate(zip(factors.down(), factors.up(), strict=True)):
         y_Tm = y_Tm + scaling * gate_TN[:, t : t + 1] * (x_Tn @ down_rn.T @ up_rm)
     return y_Tm

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from malora.config import MaloraConfig, choose
+from malora.config import MaloraConfig, resolve_backend
 from malora.fused.availability import has_triton, interprets_triton, warn_once
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def find_fused_adapter(layer: FusedLayer, *, is_sharded: bool) -> str | None:
         return None
     active = [adapter for adapter in layer.active_adapters if adapter in layer.settings]
     device = layer.base_layer.weight.device
-    if not any(choose(layer.settings[adapter], device) in FUSED_BACKENDS for adapter in active):
+    if not any(resolve_backend(layer.settings[adapter], device) in FUSED_BACKENDS for adapter in active):
         return None
     reason = reason_not_fused(layer, [layer.settings[adapter] for adapter in active], is_sharded=is_sharded)
     if reason is None:

@@ -1,7 +1,8 @@
-"""One property, every method of the registry."""
+"""Properties that every method of METHODS has."""
 
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
@@ -9,14 +10,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import malora
-from malora import METHODS, TARGET_MODULES, MaloraConfig
+from malora import METHODS, TARGET_MODULES, MaloraConfig, make_config
+from malora.method_options import LoraOptions, MaloraOptions
+from malora.methods import Methods
 from tests.conftest import SHAPES, make_model
 
 every_method = pytest.mark.parametrize("method", METHODS)
 ours = [name for name, config in METHODS.items() if isinstance(config(), MaloraConfig)]
 routed = [name for name in ours if METHODS[name]().has_router]
 
-# What each method trains (PAPER: table of the layer, and Table 3), by the last part of the parameter's name.
+# Parameters that each method trains (the paper's sections 3 and 4, and Table 3).
 TRAINED = {
     "lora": {"lora_A", "lora_B"},
     "dora": {"lora_A", "lora_B", "lora_magnitude_vector"},
@@ -41,7 +44,7 @@ def adapted(method: str, model=None, **options):
 
 
 def randomise(model, seed: int = 3):
-    """Give every adapter tensor a random value, so that a test does not see a method at its zero start only."""
+    """Change every adapter tensor at random, so that a test does not see the zero initialization only."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -59,7 +62,7 @@ def randomise_second(model):
 
 def trained_names(model) -> set[str]:
     names = (name.split(".") for name, p in model.named_parameters() if p.requires_grad)
-    return {next(part for part in parts if "lora_" in part) for parts in names}
+    return {next(word for word in name if "lora_" in word) for name in names}
 
 
 @every_method
@@ -83,12 +86,12 @@ def test_exactly_the_right_parameters_train(method, dtype, ids):
     assert trained_names(model) == TRAINED[method]
 
 
-def test_a_router_can_be_held_still():
+def test_a_router_can_be_frozen():
     assert trained_names(adapted("malora", freeze=["router"])) == TRAINED["malora"] - {"malora_router"}
 
 
 @every_method
-def test_a_step_of_training_changes_what_trains_and_nothing_else(method, ids):
+def test_a_training_step_changes_only_the_trained_parameters(method, ids):
     model = randomise(adapted(method))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -110,7 +113,7 @@ for folder in map(Path, sys.argv[1:]):
 
 
 def test_save_and_load_are_bitwise_in_a_new_process_and_under_another_name(ids, tmp_path):
-    """Every method; one process for all of them, since importing takes it longer than the rest."""
+    """Tests all methods in one process, because importing takes longer than loading."""
     expected = {}
     for method in METHODS:
         folder = tmp_path / method
@@ -135,7 +138,7 @@ def test_two_adapters_live_on_one_base(method, ids):
     first = model(ids).logits
     model.add_adapter("second", METHODS[method]())
     randomise_second(model)
-    assert torch.equal(model(ids).logits, first)  # adding one does not change the other
+    assert torch.equal(model(ids).logits, first)  # adding an adapter does not change another
     model.set_adapter("second")
     assert not torch.equal(model(ids).logits, first)
     with model.disable_adapter():
@@ -217,7 +220,7 @@ def test_one_expert_of_ours_is_pefts_lora(ids):
             torch.testing.assert_close(parameter.grad[0], grad.T if "malora_B" in name else grad, rtol=1e-9, atol=1e-12)
 
 
-# PAPER.md, section 2.
+# Trainable parameters of LLaMA-2 7B with the paper's ranks and modules.
 LLAMA2_7B = {
     "lora": 143_130_624,
     "asylora": 157_286_400,
@@ -240,7 +243,7 @@ def test_trainable_parameters_at_llama2_7b_are_the_papers(method):
     assert adapted.get_nb_trainable_parameters()[0] == LLAMA2_7B[method]
 
 
-def test_a_target_that_matches_nothing_names_what_there_is():
+def test_a_target_that_matches_nothing_is_an_error_that_names_the_modules():
     with pytest.raises(ValueError, match=r"\['c_attn'\] match nothing in this LlamaForCausalLM.*'q_proj'"):
         adapted("malora", target_modules=["q_proj", "c_attn"])
 
@@ -255,7 +258,7 @@ def test_a_target_that_is_not_linear_is_refused():
     ({"down": "A_t"}, "d=32 has no effect"),
     ({"down": "A_t", "d": None, "beta": 2.0}, "beta=2.0 has no effect"),
     ({"same_start": True}, "same_start=True is for down='A_t'"),
-    ({"freeze": ["A"]}, r"freeze=\['A'\]: there is \['P', 'S', 'router'\] to freeze here"),
+    ({"freeze": ["A"]}, r"freeze=\['A'\] has no effect with these options; choose from \['P', 'S', 'router'\]"),
     ({"top_k": 9}, "top_k=9 is more than num_experts=8"),
     ({"backend": "warp"}, "backend='warp' is unknown; choose one of 'auto', 'dense'"),
     ({"down": "A"}, "down='A' is unknown"),
@@ -265,6 +268,54 @@ def test_a_target_that_is_not_linear_is_refused():
     ({"beta": 0.0}, "beta=0.0 must be positive"),
     ({"lora_alpha": "16"}, "lora_alpha='16' must be a positive number"),
 ])  # fmt: skip
-def test_a_setting_that_is_wrong_or_without_effect_is_an_error(options, message):
+def test_an_option_that_is_wrong_or_without_effect_is_an_error(options, message):
     with pytest.raises(ValueError, match=message):
         METHODS["malora"](**options)
+
+
+@pytest.mark.parametrize("options, option, stored", [
+    ({"down": "per_expert"}, "down", "A_t"),
+    ({"down": "shared_subspace", "d": 32}, "down", "P_t S"),
+    ({"down": "per_expert_subspace", "d": 32}, "down", "P_t S_t"),
+    ({"down": "A_t", "up": "per_expert"}, "up", "B_t"),
+    ({"down": "A_t", "up": "shared_subspace", "d": 32}, "up", "S_B Q_t"),
+    ({"down": "A_t", "backend": "grouped"}, "backend", "sorted"),
+])  # fmt: skip
+def test_an_alias_stores_the_value_of_the_paper(options, option, stored):
+    config = MaloraConfig(**options)
+    assert config == MaloraConfig(**options | {option: stored})
+    assert config.to_dict()[option] == stored
+
+
+def test_the_error_of_an_unknown_value_lists_the_aliases():
+    with pytest.raises(ValueError, match="'P_t S_t', 'per_expert', 'shared_subspace', 'per_expert_subspace'"):
+        METHODS["malora"](down="shared")
+
+
+@every_method
+def test_an_unknown_option_is_an_error_that_names_the_nearest_one(method):
+    message = r"(Malora|Lora)Config has no option 'rnk'; did you mean 'r'\? Choose from .*lora_alpha"
+    with pytest.raises(TypeError, match=message):
+        METHODS[method](rnk=3)
+    with pytest.raises(TypeError, match=message):
+        make_config(method, rnk=3)
+
+
+def test_an_unknown_method_is_an_error_that_names_the_nearest_one():
+    with pytest.raises(ValueError, match="there is no method 'mallora'; did you mean 'malora'"):
+        make_config("mallora")
+
+
+@every_method
+def test_a_method_can_be_named_at_run_time(method):
+    assert make_config(method, lora_dropout=0.3) == METHODS[method](lora_dropout=0.3)
+
+
+def test_every_method_has_a_type():
+    assert list(METHODS) == list(Methods.__annotations__)
+
+
+@pytest.mark.parametrize("config_class, options", [(MaloraConfig, MaloraOptions), (LoraConfig, LoraOptions)])
+def test_the_types_list_every_option(config_class, options):
+    set_by_peft = {"peft_type", "auto_mapping", "peft_version"}
+    assert {field.name for field in fields(config_class) if field.init} - set_by_peft == set(options.__annotations__)

@@ -1,5 +1,6 @@
-"""The router, its balance loss and its statistics, against small cases worked out by hand."""
+"""The router, and the log that keeps its decisions."""
 
+import copy
 import math
 
 import pytest
@@ -7,15 +8,13 @@ import torch
 from peft import get_peft_model
 
 import malora
-from malora.routing import route
+from malora.routing import RoutingLog, route, top_k_indices, top_k_mask
 from tests.conftest import make_model
 
 
-def adapted(ids, method="malora", **options):
+def adapted(method="malora", **options):
     torch.manual_seed(0)
-    model = get_peft_model(make_model(), malora.METHODS[method](**options))
-    model(ids, attention_mask=options.get("mask"))
-    return model
+    return get_peft_model(make_model(), malora.METHODS[method](**options))
 
 
 def test_gates_are_the_top_probabilities_not_renormalised():
@@ -24,12 +23,24 @@ def test_gates_are_the_top_probabilities_not_renormalised():
     e = [math.exp(v) for v in (2, 1, 0, -1)]
     expected = torch.tensor([e[0] / sum(e), e[1] / sum(e), 0, 0])
     torch.testing.assert_close(routing.gate[0], expected)
-    assert (routing.chosen.sum(-1) == 2).all()  # ties, too, are served by exactly k
+    assert (routing.chosen.sum(-1) == 2).all()  # exactly k experts, also for equal probabilities
 
 
-def test_one_expert_of_many_still_learns_from_the_task(ids):
-    """With k = 1 a renormalised gate would be constant and its router would get no gradient from the task."""
-    model = adapted(ids, "molora", top_k=1)
+def test_the_softmax_is_in_float32_or_wider():
+    x, weight = torch.randn(3, 5), torch.randn(4, 5)
+    for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        assert route(x.to(dtype), weight.to(dtype), top_k=1).probability.dtype == expected
+
+
+def test_of_equal_probabilities_the_first_are_taken():
+    probability = torch.tensor([[0.2, 0.3, 0.2, 0.3]])
+    assert torch.cat(top_k_indices(probability, 3), -1).tolist() == [[1, 3, 0]]
+    assert top_k_mask(probability, 3).tolist() == [[1, 1, 0, 1]]
+
+
+def test_with_one_expert_per_token_the_router_still_learns_from_the_task(ids):
+    """With k = 1 a renormalised gate would be constant, and the task would give the router no gradient."""
+    model = adapted("molora", top_k=1)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "malora_B" in name:
@@ -38,104 +49,28 @@ def test_one_expert_of_many_still_learns_from_the_task(ids):
     assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "malora_router" in n)
 
 
-def set_routers(model, weight):
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "malora_router" in name:
-                p.copy_(weight(p))
+def test_the_log_records_inside_the_block_only():
+    log, mask = RoutingLog(), torch.ones(2, 3)
+    with pytest.raises(RuntimeError), log.record(mask):
+        assert log.recording and log.attention_mask is mask
+        raise RuntimeError
+    assert not log.recording and log.attention_mask is mask
 
 
-def test_an_even_router_has_balance_loss_one_and_a_collapsed_one_n_over_k(ids):
-    model = adapted(ids, "molora")
-    set_routers(model, torch.zeros_like)
-    model(ids)
-    assert malora.balance_loss(model).item() == pytest.approx(1.0)
-    stats = next(iter(malora.router_stats(model).values()))
-    assert stats.entropy == pytest.approx(math.log(8)) and stats.gate_sum == pytest.approx(2 / 8)
-
-    # Two experts take everything: f = (1/2, 1/2, 0, …), p = (1/2, 1/2, 0, …), 8 · (1/4 + 1/4) = 4.
-    layer = next(m for m in model.modules() if isinstance(m, malora.MaloraLayer))
-    with torch.no_grad():
-        layer.malora_router["default"].zero_()
-    x = torch.ones(1, 5, layer.in_features)
-    with torch.no_grad():
-        layer.malora_router["default"][:2] = 1.0
-    for other in model.base_model.malora_layers:
-        other.routings.clear()
-    model.base_model.routing_log.listening = True
-    layer(x)
-    assert malora.balance_loss(model.eval()).item() == pytest.approx(4.0, rel=1e-3)
-    assert malora.router_stats(model)[layer.name].unused == [2, 3, 4, 5, 6, 7]
-
-
-def test_the_balance_loss_evens_out_a_router(ids):
-    model = adapted(ids, "molora").train()
-    set_routers(model, lambda p: torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
-    routers = [p for n, p in model.named_parameters() if "malora_router" in n]
-    optimizer = torch.optim.Adam(routers, lr=0.05)
-    losses = []
-    for _ in range(15):
-        model(ids)
-        loss = malora.balance_loss(model)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.1
-
-
-def test_padding_does_not_count(ids):
-    model = adapted(ids).eval()
-    model(ids)
-    alone, stats = malora.balance_loss(model), malora.router_stats(model)
-    padded = torch.cat([ids, torch.zeros(2, 4, dtype=ids.dtype)], 1)
-    mask = torch.ones_like(padded)
-    mask[:, ids.shape[1] :] = 0
-    model(padded, attention_mask=mask)  # the mask of the forward pass
-    torch.testing.assert_close(malora.balance_loss(model), alone, rtol=1e-5, atol=1e-6)
-    for name, found in malora.router_stats(model).items():
-        assert found.share == pytest.approx(stats[name].share, abs=1e-5)
-    model(padded)  # and one given later
-    assert malora.balance_loss(model) != alone
-    torch.testing.assert_close(malora.balance_loss(model, mask), alone, rtol=1e-5, atol=1e-6)
-
-
-def test_statistics_name_every_routed_module(ids):
-    stats = malora.router_stats(adapted(ids))
-    assert len(stats) == 2 * 6 and "model.layers.1.mlp.up_proj" in stats
-    for found in stats.values():
-        assert sum(found.share) == pytest.approx(1) and sum(found.probability) == pytest.approx(1)
-
-
-def test_what_cannot_be_balanced_says_so(ids):
-    with pytest.raises(ValueError, match="no adapter with more than one expert"):
-        malora.balance_loss(adapted(ids, "asylora"))
-    model = get_peft_model(make_model(), malora.METHODS["malora"]())
-    with pytest.raises(ValueError, match="run a forward pass first"):
-        malora.balance_loss(model)
-    model.train()
-    with torch.no_grad():
-        model(ids)
-    with pytest.raises(ValueError, match="carries no gradient"):
-        malora.balance_loss(model)
-
-
-def test_a_checkpointed_backward_pass_is_not_listened_to(ids):
+def test_the_recomputation_of_checkpointing_is_not_recorded(ids):
     """Otherwise the log would keep the recomputed activations of every layer alive."""
-    model = adapted(ids).train()
+    model = adapted().train()
     model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     loss = model(ids, use_cache=False).logits.mean() + malora.balance_loss(model)
-    kept = [id(layer.routings["default"].probability) for layer in model.base_model.malora_layers]
+    recorded = [id(layer.routings["default"].probability) for layer in model.base_model.malora_layers]
     loss.backward()
     after = [id(layer.routings["default"].probability) for layer in model.base_model.malora_layers]
-    assert after == kept
+    assert after == recorded
 
 
 def test_a_used_model_can_be_copied(ids):
-    import copy
-
-    model = adapted(ids).train()
+    model = adapted().train()
     model(ids)
     again = copy.deepcopy(model)
     assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)

@@ -9,7 +9,7 @@ from bench.evaluate.adapter_analysis import analyze_adapter
 from bench.models import tiny
 from bench.models.adapters import add_adapter
 from bench.models.base import load, prepare
-from malora.analysis.experts import experts, saved_experts
+from malora.analysis import extract_experts, load_experts
 
 PROMPTS = ["which is second ? red blue green", "ann saw the lamp near the barn ."]
 
@@ -33,7 +33,7 @@ def test_a_model_against_itself(model, tmp_path):
     """Nothing moved, two tasks of the same prompts route alike, and of its own copy each expert is itself."""
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     peers = {"ST(S)": tmp_path, "ST(D)": tmp_path / "nowhere"}
-    found = analyze_adapter(model, tiny.tokenizer(), experts(model), {"a": PROMPTS, "b": PROMPTS}, peers)
+    found = analyze_adapter(model, tiny.tokenizer(), extract_experts(model), {"a": PROMPTS, "b": PROMPTS}, peers)
     assert found["movement"]["factor"] == "S" and found["movement"]["relative"] == [0, 0]
     assert found["movement"]["angle"] == pytest.approx(0, abs=1e-5)
     routing = found["routing"]
@@ -61,7 +61,7 @@ def test_routing_that_depends_on_the_task(model):
                 p.zero_()
                 if "layers.0.self_attn" in name:
                     p[:2, 0], p[2:4, 1] = 5.0, 5.0
-    found = analyze_adapter(model, tiny.tokenizer(), experts(model), {"a": ["red red"], "b": ["blue blue"]}, {})
+    found = analyze_adapter(model, tiny.tokenizer(), extract_experts(model), {"a": ["red red"], "b": ["blue blue"]}, {})
     # Of the first layer's six routers three see the embeddings; where all experts are alike, the first two serve all.
     assert found["routing"]["task_information"] == pytest.approx([math.log(2) / 2, 0], abs=1e-4)
     assert found["routing"]["unused"]["a"] == [6, 6]
@@ -69,10 +69,10 @@ def test_routing_that_depends_on_the_task(model):
 
 def test_a_saved_adapter_has_the_models_experts(model, tmp_path):
     model.save_pretrained(tmp_path, save_embedding_layers=False)
-    now, saved = experts(model), saved_experts(tmp_path)
+    now, saved = extract_experts(model), load_experts(tmp_path)
     assert now.keys() == saved.keys()
     for module, factors in now.items():
         for one, other in zip(factors, saved[module], strict=True):
             assert (one is None and other is None) or torch.equal(one, other)
     with pytest.raises(ValueError, match="has no adapter of malora"):
-        saved_experts(tmp_path / "nowhere")
+        load_experts(tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""Every exact backend computes what the reference does: forward and every gradient, in float64, dropout included."""
+"""Every exact backend agrees with the reference: outputs and all gradients, in float64, with dropout."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from malora import BACKENDS, METHODS, MaloraConfig, MaloraLayer
-from malora.config import choose
+from malora.config import resolve_backend
 from malora.fused import autograd, streams
 from malora.fused.availability import interprets_triton
 from malora.fused.kernels import down_tiling, dropout, gate
@@ -28,7 +28,7 @@ def layer(config: MaloraConfig, n: int = 72, m: int = 24) -> MaloraLayer:
 
 
 class FusedMask(torch.nn.Module):
-    """The dropout of the fused backend, by autograd."""
+    """Dropout with the mask of the fused backend, computed by autograd."""
 
     def __init__(self, p: float):
         super().__init__()
@@ -64,7 +64,7 @@ def assert_agrees(made: MaloraLayer, backend: str, x: torch.Tensor):
         torch.testing.assert_close(got[name], value, rtol=1e-10, atol=1e-12, msg=f"{backend}: {name}")
 
 
-EXACT = [name for name, backend in BACKENDS.items() if backend.exact]  # test_fp8.py has the other
+EXACT = [name for name, backend in BACKENDS.items() if backend.exact]
 others = pytest.mark.parametrize("backend", [name for name in EXACT if name != "reference"])
 
 
@@ -82,8 +82,8 @@ odd = [("malora", {"num_experts": 3}), ("molora", {"num_experts": 3}), ("malora"
 
 @on_a_cpu
 @pytest.mark.parametrize("method, options", [(method, {}) for method in methods] + odd)
-def test_a_down_side_summed_in_parts_agrees_with_the_reference(method, options, monkeypatch):
-    """With a router the gate's kernel adds them up."""
+def test_a_split_k_down_projection_agrees_with_the_reference(method, options, monkeypatch):
+    """With a router the gate kernel adds up the partial sums."""
     monkeypatch.setattr(down_tiling, "MIN_BLOCKS_PER_SPLIT", 1)
     monkeypatch.setattr(down_tiling, "DOWN", down_tiling.DOWN | {"BLOCK_N": 32})
     gated, real_gate = [], gate.gate
@@ -91,26 +91,31 @@ def test_a_down_side_summed_in_parts_agrees_with_the_reference(method, options, 
     made = layer(METHODS[method](lora_dropout=0.3, **options))
     assert_agrees(made, "fused", torch.randn(3, 11, 72, dtype=torch.float64))
     config = made.settings["default"]
-    assert [len(parts) for parts in gated] == [3] * (config.has_router and config.up == "B_t")
+    assert [len(partial_sums) for partial_sums in gated] == [3] * (config.has_router and config.up == "B_t")
 
 
 @on_a_cpu
 @pytest.mark.parametrize("frozen", [None, "malora_B"])
 @pytest.mark.parametrize("method", ["asylora", "molora", "malora"])
 def test_large_inputs_agree_with_the_reference(method, frozen, monkeypatch):
-    """Theirs is another order of the products."""
+    """They run the matmuls in another order, one after the other."""
     monkeypatch.setattr(streams, "MIN_SATURATING_ELEMENTS", 1)
-    alone = []
-    monkeypatch.setattr(autograd, "saturates_device", lambda x: alone.append(streams.saturates_device(x)) or alone[-1])
+    saturated = []
+
+    def saturates_device(x):
+        saturated.append(streams.saturates_device(x))
+        return saturated[-1]
+
+    monkeypatch.setattr(autograd, "saturates_device", saturates_device)
     made = layer(METHODS[method](lora_dropout=0.3))
     if frozen:
         getattr(made, frozen)["default"].requires_grad_(False)
     assert_agrees(made, "fused", torch.randn(3, 11, 72, dtype=torch.float64))
-    assert alone == [True]
+    assert saturated == [True]
 
 
 @others
-def test_no_tokens_are_no_error(backend):
+def test_an_empty_input_is_no_error(backend):
     made = layer(METHODS["malora"](lora_dropout=0.3))
     made.settings["default"].backend = backend
     x = torch.randn(0, 72, dtype=torch.float64, requires_grad=True)
@@ -141,7 +146,7 @@ def test_agrees_on_odd_ranks_and_numbers_of_experts(options, backend):
 
 
 @others
-def test_of_equally_probable_experts_the_first_serve(backend):
+def test_of_equally_probable_experts_the_first_are_used(backend):
     made = layer(METHODS["molora"](top_k=3))
     with torch.no_grad():
         made.malora_router["default"][1:] = made.malora_router["default"][1]
@@ -162,42 +167,43 @@ def test_an_expert_without_tokens_gets_a_zero_gradient(backend):
     assert torch.isfinite(gradients["x"]).all()
 
 
-def chosen(monkeypatch, generation: int = 9, device: str = "cuda", **options) -> str:
+def resolved(monkeypatch, generation: int = 9, device: str = "cuda", **options) -> str:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=generation))
-    return choose(METHODS["molora"](**options), torch.device(device))
+    return resolve_backend(METHODS["molora"](**options), torch.device(device))
 
 
 def test_auto_is_fused_at_the_paper_s_sizes_and_sorted_beyond(monkeypatch):
     for r in (4, 8, 16, 32, 64):
-        assert {chosen(monkeypatch, r=r, top_k=k) for k in (1, 2, 4, 8)} == {"fused"}
+        assert {resolved(monkeypatch, r=r, top_k=k) for k in (1, 2, 4, 8)} == {"fused"}
     many = {"num_experts": 1024, "r": 8}
-    assert chosen(monkeypatch, **many) == "sorted"
-    assert chosen(monkeypatch, **many, top_k=1024) == "fused"  # what serves every token need not be carried
-    assert chosen(monkeypatch, **many, generation=8) == "fused" and chosen(monkeypatch, **many, device="cpu") == "dense"
-    assert chosen(monkeypatch, **many, backend="dispatch") == "dispatch"
+    assert resolved(monkeypatch, **many) == "sorted"
+    assert resolved(monkeypatch, **many, top_k=1024) == "fused"  # an expert that gets all tokens needs no sorting
+    assert resolved(monkeypatch, **many, generation=8) == "fused"
+    assert resolved(monkeypatch, **many, device="cpu") == "dense"
+    assert resolved(monkeypatch, **many, backend="dispatch") == "dispatch"
 
 
 @pytest.mark.parametrize("backend", ["sorted", "fused"])
-def test_a_layer_is_what_auto_chose(backend, monkeypatch):
+def test_a_layer_uses_the_backend_that_auto_resolves_to(backend, monkeypatch):
     choices = {"auto": backend, "reference": "reference"}
-    monkeypatch.setattr("malora.layer.choose", lambda config, device: choices[config.backend])
+    monkeypatch.setattr("malora.layer.resolve_backend", lambda config, device: choices[config.backend])
     made = layer(METHODS["molora"](num_experts=9, lora_dropout=0.0))
     assert made.adapter_for_fused_path() == ("default" if backend == "fused" and interprets_triton() else None)
     assert_agrees(made, "auto", torch.randn(2, 6, 72, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("backend", EXACT)
-def test_bfloat16_is_near_float64(backend):
-    """Errors of bfloat16 operands are 1e-3 to 1e-2 of the norm. Triton's interpreter knows only the other 16 bits."""
-    narrow = torch.float16 if backend == "fused" else torch.bfloat16
+def test_16_bits_are_near_float64(backend):
+    """Errors of bfloat16 operands are 1e-3 to 1e-2 of the norm. Triton's interpreter has float16 only."""
+    dtype = torch.float16 if backend == "fused" else torch.bfloat16
     made = layer(METHODS["malora"](lora_dropout=0.0))
     x = torch.randn(4, 16, 72, dtype=torch.float64)
     exact = run(made, "reference", x)["y"]
-    rough = run(made.to(narrow), backend, x.to(narrow))["y"].double()
+    rough = run(made.to(dtype), backend, x.to(dtype))["y"].double()
     assert (rough - exact).norm() / exact.norm() < 2e-2
 
 
-def test_the_reference_is_the_paper_written_out():
+def test_backends_compute_the_equations_of_the_paper():
     """Equations 1 and 4 to 7 for one token, element by element."""
     config = METHODS["malora"](num_experts=3, top_k=2, r=2, d=4, lora_alpha=6, lora_dropout=0.0)
     made = layer(config, n=5, m=3)
