@@ -186,7 +186,8 @@ def test_auto_is_fused_at_the_paper_s_sizes_and_sorted_beyond(monkeypatch):
 @pytest.mark.parametrize("backend", ["sorted", "fused"])
 def test_a_layer_uses_the_backend_that_auto_resolves_to(backend, monkeypatch):
     choices = {"auto": backend, "reference": "reference"}
-    monkeypatch.setattr("malora.layer.resolve_backend", lambda config, device: choices[config.backend])
+    for module in ("malora.layer", "malora.fused.eligibility"):
+        monkeypatch.setattr(f"{module}.resolve_backend", lambda config, device: choices[config.backend])
     made = layer(METHODS["molora"](num_experts=9, lora_dropout=0.0))
     assert made.adapter_for_fused_path() == ("default" if backend == "fused" and interprets_triton() else None)
     assert_agrees(made, "auto", torch.randn(2, 6, 72, dtype=torch.float64))
