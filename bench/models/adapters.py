@@ -64,9 +64,10 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     except SafetensorError as error:
         raise UserError(f"{folder / 'adapter_model.safetensors'} is broken ({error}); save it again.") from error
     except (RuntimeError, ValueError) as error:
-        first = str(error).splitlines()[0]
+        first_line = str(error).partition("\n")[0]
         raise UserError(
-            f"{folder} does not fit {model.name_or_path}: it was trained on another base ({first})."
+            f"{folder} does not fit {model.name_or_path}: it was trained on another base ({first_line}); give its base "
+            "as --model."
         ) from error
     malora.optimize_backbone(adapted)
     return adapted

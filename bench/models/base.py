@@ -63,9 +63,11 @@ def _fetch_from_hub(model: str) -> BaseModel:
     try:
         path = snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "tokenizer*"])
     except Exception as error:  # the hub client passes on any exception of its HTTP client
+        first_line = str(error).partition("\n")[0]
         raise UserError(
-            f"--model {model!r} is no built-in ({', '.join(BUILT_IN)}), no folder here, and the Hugging Face hub "
-            f"did not give it: {type(error).__name__}: {str(error).splitlines()[0]}"
+            f"--model {model!r} is no built-in ({', '.join(BUILT_IN)}), no folder here, and could not be fetched from "
+            f"the Hugging Face hub ({type(error).__name__}: {first_line}); check the name, or give "
+            "a folder that save_pretrained wrote."
         ) from error
     return BaseModel(Path(path), model, Path(path).name)
 
