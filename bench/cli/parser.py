@@ -56,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, experiment in EXPERIMENTS.items():
         _add_table_options(
-            _add_command(commands, name, f"Make all runs of {experiment.title}, and its page."), experiment
+            _add_command(commands, name, f"{experiment.title}. Make the runs and write the page."), experiment
         )
     _add_run_options(_add_command(commands, "run", "Make one run: train an adapter, score it and write its record."))
     _add_score_options(_add_command(commands, "score", "Score a saved adapter on the test sets of a mixture."))

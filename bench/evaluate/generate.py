@@ -44,7 +44,7 @@ def generate(
     Args:
         model: A causal language model of transformers in eval mode, with SDPA attention.
         prompts: Token ids, at least one per prompt.
-        max_new_tokens: Most tokens to generate per prompt.
+        max_new_tokens: Maximum tokens to generate per prompt.
         batch_size: Prompts decoded at a time. The cache has this many entries of the longest prompt's length plus
             `max_new_tokens`.
         end: Token ids that end a text. They are not part of the result.

@@ -67,7 +67,7 @@ def generation_config(
     Args:
         name: Name of the task.
         examples: Its items.
-        writing: The metric, the stop strings and the most tokens of an answer.
+        writing: The metric, the stop strings and the maximum tokens of an answer.
         unsafe_code: Run generated programs without a sandbox.
     """
     rows = [{"prompt": e.prompt, "references": list(e.references)} for e in examples]

@@ -34,7 +34,7 @@ class Profile:
         weight_decay: Weight decay of AdamW.
         balance_factor: Weight of the balance loss.
         max_grad_norm: Gradients are clipped to this norm.
-        max_length: Most tokens per training example.
+        max_length: Maximum tokens per training example.
         eval_batch_size: Items per forward pass in scoring.
         generation_batch_size: Answers generated at a time, which bounds the memory of the key-value cache.
         checkpoint_every: Steps between checkpoints.
@@ -97,11 +97,11 @@ PROFILES: dict[str, Profile] = {
             batch_size=64,  # the paper's 2 leaves a GPU idle; the learning rates are tuned for 64
             rates=(2e-4, 4e-4, 1e-3, 1.5e-3, 2e-3, 3e-3),
             inter={
-                "format": "cloze",  # asked for a letter, the base always answers A
+                "format": "cloze",  # asked for a letter, the base answers A
                 "epochs": 3,
                 "paper_rate": 5e-4,
                 "rates": (2.5e-4, 5e-4, 1e-3, 1.5e-3, 2e-3),
-                # With 128 kernel launches dominate, and scoring took a third of a run's time.
+                # Batches of 128 were bound by kernel launches, and scoring took a third of a run's time.
                 "eval_batch_size": 512,
             },
             seeds=3,

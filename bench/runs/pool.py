@@ -36,7 +36,7 @@ def run_all(runs: Runs, jobs: int) -> Iterator[Record]:
         for config, setting in missing:
             yield run(config, setting)
         return
-    # Processes, not threads: threads would share the interpreter lock, the generators and the models' global state.
+    # Processes, because threads would share the interpreter lock and the global state of the libraries.
     context = multiprocessing.get_context("spawn")
     counter = context.Value("i", 0)
     with ProcessPoolExecutor(min(jobs, len(missing)), context, _start_worker, (counter,)) as pool:

@@ -174,7 +174,7 @@ def _encoded(setting: RunSettings, config: RunConfig, tokenizer: PreTrainedToken
 def find_record(config: RunConfig, setting: RunSettings) -> Record | None:
     """Return the run's record, if there is one.
 
-    A run that shall save an adapter, and whose folder for it does not exist, counts as not made.
+    If the run must save an adapter and the folder does not exist, the record is ignored, so that the run is made again.
     """
     found = records.find(config, setting.results)
     return None if found and found.status == "ok" and setting.save and not setting.save.is_dir() else found

@@ -101,7 +101,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_
     Args:
         tokenizer: Tokenizer of the base model.
         examples: Examples to tokenize.
-        max_length: Most tokens of an encoded example, prompt and label.
+        max_length: Maximum tokens of an encoded example, prompt and label.
     """
     texts = tokenizer([e.prompt + e.label for e in examples])["input_ids"]
     prompts = tokenizer([e.prompt for e in examples])["input_ids"]
@@ -161,7 +161,7 @@ def collate(
         encoded: Examples of the batch.
         pad_id: Token id of padding.
         row_length: Tokens per packed sequence. A longer example gets a multiple of it.
-        max_tokens: Most tokens per micro-batch; a micro-batch has at least one packed sequence.
+        max_tokens: Maximum tokens per micro-batch; a micro-batch has at least one packed sequence.
         fixed_shapes: Pad the label tokens, so that few shapes occur and few CUDA graphs are captured. They are padded
             to the number of examples if every label is one token, else to the number of input tokens.
     """

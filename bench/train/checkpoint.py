@@ -46,7 +46,7 @@ class _Stateful(Protocol):
 class Checkpoint:
     """All state that decides how a training run continues, in one file.
 
-    The file is replaced as a whole, so that an interruption leaves the previous checkpoint intact.
+    The file is written under another name and then renamed, so that an interruption leaves the previous one intact.
 
     Args:
         path: The file.

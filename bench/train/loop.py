@@ -198,7 +198,13 @@ class _Trainer:
 
 
 def _make_optimizer(model: nn.Module, config: RunConfig, steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
-    """Make AdamW with a linear warmup and decay over `steps`, the whole run even if --max-steps ends it early."""
+    """Make AdamW, and a schedule with linear warmup and decay.
+
+    Args:
+        model: Model whose trainable parameters are optimized.
+        config: Configuration of the run.
+        steps: Steps of the full run; the schedule is the same if `max_steps` ends it early.
+    """
     assert config.learning_rate is not None, "only the base has no learning rate, and it is not trained"
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],

@@ -72,7 +72,7 @@ class EagerStep:
         """Run forward and backward of a micro-batch.
 
         Returns:
-            Its share of the losses of the whole batch, weighted by label tokens, so that shares add up.
+            Its share of the losses of the batch, weighted by label tokens, so that shares add up.
         """
         at_labels = label_positions_only(self.model, batch.row, batch.column)
         with self.kernels, exact_with_masks(batch.ids.device), at_labels:
@@ -168,8 +168,8 @@ class GraphedStep:
                 parameter.grad = None  # so that the graph allocates gradients in its own memory
             losses[:] = [self.eager.run_micro_batch(inputs)]
 
-        # Graphs are replayed one after the other, so they share one memory pool. What a graph leaves there is read
-        # before the next one is replayed.
+        # Graphs are replayed one after the other, so they share one memory pool. Tensors that are kept here, such as
+        # the gradients, stay allocated, so that no other graph writes to their memory.
         pool = next(iter(self.captured.values())).graph.pool() if self.captured else None
         if self.refresh is None:
             warm_up(run, passes=1)

@@ -86,9 +86,8 @@ def test_a_written_answer_ends_with_the_end_of_text_token():
 def test_a_long_label_leaves_half_of_the_length_to_its_prompt():
     tokenizer = tiny.tokenizer()
     (code,) = encode(tokenizer, [WRITTEN], max_length=6)
-    assert (
-        tokenizer.decode(code.ids) == "it . Answer: 1 2 3" and code.label_length == 3
-    )  # and the end-of-text token is cut off
+    # The end-of-text token is cut off.
+    assert tokenizer.decode(code.ids) == "it . Answer: 1 2 3" and code.label_length == 3
     (code,) = encode(tokenizer, [WRITTEN], max_length=4)
     assert tokenizer.decode(code.ids) == ". Answer: 1 2" and code.label_length == 2
 
