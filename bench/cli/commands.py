@@ -1,17 +1,19 @@
-"""Commands of `python -m bench`: compose the other rooms, and nothing else."""
+"""Commands of `python -m bench`. They compose the other packages and contain no logic of their own."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from bench.errors import UserError
 from bench.evaluate.score import require_scoring, score
 from bench.experiments.methods import BASE
 from bench.experiments.profiles import PROFILES, Profile
-from bench.experiments.registry import open_data_mixture, tuning_groups_of
+from bench.experiments.registry import Experiment, open_data_mixture, tuning_groups_of
 from bench.models.adapters import check_adapter, load_adapter
 from bench.models.base import load, prepare
 from bench.records import provenance, schema, store
@@ -27,10 +29,19 @@ from bench.runs.setting import RunSettings, make_run_config, processes
 from tasks import MIXTURES, Folder, build
 
 LOCAL = store.RESULTS / "local"
-SPEED = "speed"  # the folder of bench.speed's records, beside those of the profiles
+SPEED = "speed"  # folder of the records of bench.speed, next to those of the profiles
 
 
 def make_setting_from(options: argparse.Namespace, mixture: str) -> RunSettings:
+    """Make the settings that the options ask for.
+
+    Args:
+        options: Parsed options of a command that trains or scores.
+        mixture: Mixture to train or score on.
+
+    Raises:
+        UserError: The options contradict each other, or `--data` is not a folder.
+    """
     profile: Profile = PROFILES[options.profile]
     if options.data and profile.name == "tiny" and not options.model:
         raise UserError("the tiny base knows the words of the procedural tasks only; with --data take --profile small.")
@@ -51,12 +62,16 @@ def make_setting_from(options: argparse.Namespace, mixture: str) -> RunSettings:
 
 
 def make_table(options: argparse.Namespace) -> int:
-    experiment = options.experiment
+    """Make the runs of an experiment, then write and print its page.
+
+    Returns:
+        1 if a run failed, else 0.
+    """
+    experiment: Experiment = options.experiment
     setting = make_setting_from(options, open_data_mixture(experiment.mixture) if options.data else experiment.mixture)
     published = store.read_all(store.RESULTS / setting.profile.name)
-    mine = store.read_all(setting.results)  # a broken record is better found before the runs than after
-    alone = processes().num_processes == 1
-    jobs = (options.jobs or (_cores() if setting.device.type == "cpu" else 1)) if alone else 1
+    mine = store.read_all(setting.results)  # before the runs, so that a broken record is found early
+    jobs = _count_jobs(options, setting)
     like = make_run_config(setting, BASE, 0)
     entries = experiment.chosen(options.methods)
     tuning_groups = tuning_groups_of(entries)
@@ -64,14 +79,15 @@ def make_table(options: argparse.Namespace) -> int:
     if options.sweep:
         known = _run_and_print(sweep(setting, tuning_groups), jobs, "sweep")
     else:
-        # Rates are tuned for a model by name: its weights may differ by rounding where they were made.
+        # Learning rates are tuned for a model's name, because its weights may differ by rounding between machines.
         known = records_that_lend_rates(published or mine, like)
     tuned, rates_from = tuned_rates(experiment, known)
     if (without := [m for m in tuning_groups if m not in tuned]) and processes().is_main_process:
-        print(f"no rate is tuned for {', '.join(without)}: the paper's only; --sweep tunes.", file=sys.stderr)
+        message = "no tuned learning rate, so the paper's is used; --sweep tunes."
+        print(f"{', '.join(without)}: {message}", file=sys.stderr)
     runs = []
-    for wave in plan_runs(setting, experiment, entries, options.seeds, tuned):
-        runs += _run_and_print(wave, jobs, experiment.name)
+    for batch in plan_runs(setting, experiment, entries, options.seeds, tuned):
+        runs += _run_and_print(batch, jobs, experiment.name)
     if processes().is_main_process:
         page = setting.results / f"{experiment.name}.md"
         page.write_text(
@@ -90,12 +106,20 @@ def make_table(options: argparse.Namespace) -> int:
     return int(any(r.status == "failed" for r in runs))
 
 
-def _cores() -> int:
-    """The cores that this process may use."""
+def _count_jobs(options: argparse.Namespace, setting: RunSettings) -> int:
+    """Return the number of runs at a time: 1 under `accelerate launch`, whose processes share a run."""
+    if processes().num_processes > 1:
+        return 1
+    return options.jobs or (_count_cores() if setting.device.type == "cpu" else 1)
+
+
+def _count_cores() -> int:
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _run_and_print(runs: Runs, jobs: int, what: str) -> list[schema.Record]:
+def _run_and_print(runs: Runs, jobs: int, title: str) -> list[schema.Record]:
+    """Make the runs and print a line per run to the standard error."""
     records = []
     for number, one in enumerate(run_all(runs, jobs), 1):
         records.append(one)
@@ -104,19 +128,24 @@ def _run_and_print(runs: Runs, jobs: int, what: str) -> list[schema.Record]:
         result = (
             f"mean {one.mean():.1f}" if one.status == "ok" else f"{one.status}: {(one.error or '').splitlines()[0]}"
         )
-        print(f"{what} {number}/{len(runs)} {one.config.id}: {result}", file=sys.stderr, flush=True)
+        print(f"{title} {number}/{len(runs)} {one.config.id}: {result}", file=sys.stderr, flush=True)
     return records
 
 
 def make_run(options: argparse.Namespace) -> int:
+    """Make one run and print its scores.
+
+    Returns:
+        1 if the run failed, else 0.
+    """
     setting = make_setting_from(options, options.mixture)
     config = make_run_config(setting, options.method, options.seed, options.learning_rate)
     if setting.save and setting.save.is_file():
         raise UserError(f"--save {setting.save} is a file; give a folder for the adapter.")
     if setting.save and store.find(config, setting.results):
         raise UserError(
-            f"{config.id} is recorded in {setting.results}, and an adapter is kept only while its run is made; "
-            "give another folder as --results to make it again."
+            f"{config.id} is already recorded in {setting.results}, and an adapter can be saved only by the run that "
+            "trains it; give another folder as --results to make the run again."
         )
     store.open_folder(setting.results)
     one = run(config, setting)
@@ -130,11 +159,12 @@ def make_run(options: argparse.Namespace) -> int:
 
 
 def score_adapter(options: argparse.Namespace) -> int:
+    """Score a saved adapter and print its scores; nothing is recorded."""
     setting = make_setting_from(options, options.mixture)
     check_adapter(options.adapter)
     require_scoring(MIXTURES[setting.mixture_name].tasks, options.unsafe_code)
-    model, tokenizer = load(prepare(setting.model), setting.device)
-    model = load_adapter(model, options.adapter)
+    base, tokenizer = load(prepare(setting.model), setting.device)
+    model = load_adapter(base, options.adapter)
     data = build(MIXTURES[setting.mixture_name], setting.source, format=setting.profile.format, seed=0)
     tests = {task: items[: setting.max_items] for task, items in data.test.items()}
     results, _ = score(model, tokenizer, tests, **score_options(setting))
@@ -142,13 +172,19 @@ def score_adapter(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print_scores(scores: dict[str, dict]) -> None:
+def _print_scores(scores: dict[str, dict[str, Any]]) -> None:
+    """Print a line per task: percent, half the width of the 95% interval, metric and number of items."""
     for task, result in scores.items():
         half = f" ± {196 * result['stderr']:.1f}" if result["stderr"] is not None else ""
         print(f"{task:16} {100 * result['value']:5.1f}{half}  ({result['metric']}, {result['n']} items)")
 
 
 def write_leaderboards(options: argparse.Namespace) -> int:
+    """Write all pages in results/ and the README's tables, or with `--check` only compare them.
+
+    Returns:
+        1 if `--check` finds a page that does not agree with the records, else 0.
+    """
     records = {name: store.read_all(store.RESULTS / name) for name in PROFILES}
     records = {name: found for name, found in records.items() if found}
     pages = {store.RESULTS / name: text for name, text in readme.published_pages(records).items()}
@@ -160,13 +196,16 @@ def write_leaderboards(options: argparse.Namespace) -> int:
     for path in stale:
         if not options.check:
             path.write_text(pages[path])
-        print(f"{'not what the records give' if options.check else 'written'}: {path.relative_to(provenance.ROOT)}")
+        print(
+            f"{'does not agree with the records' if options.check else 'written'}: {path.relative_to(provenance.ROOT)}"
+        )
     return int(options.check and bool(stale))
 
 
 def write_report(options: argparse.Namespace) -> int:
+    """Write the HTML report on all published records."""
     try:
-        from bench.report.html import page  # what it needs is an extra, and slow to import
+        from bench.report.html import page  # it is slow to import, and needs an extra
     except ImportError as error:
         raise UserError(f"the report needs {error.name}: pip install 'malora[report]'.") from error
     records = {name: store.read_all(store.RESULTS / name) for name in PROFILES}
@@ -180,12 +219,14 @@ def write_report(options: argparse.Namespace) -> int:
 
 
 def publish_records(options: argparse.Namespace) -> int:
+    """Copy records that may be published to results/, and print the reason for each that may not."""
     source, published = options.results or LOCAL / options.profile, store.RESULTS / options.profile
     if not (source / "runs").is_dir():
-        raise UserError(f"there are no records in {source}: it has no folder runs; --results says where they are.")
-    read = store.read_speed if options.profile == SPEED else store.read_all
-    paths, refused = store.publish(read(source), published)
+        raise UserError(f"{source} has no records, because it has no folder runs; name another folder as --results.")
+    records: Sequence[schema.Record | schema.SpeedRecord]
+    records = store.read_speed(source) if options.profile == SPEED else store.read_all(source)
+    paths, refused = store.publish(records, published)
     for reason in refused:
         print(f"not published: {reason}", file=sys.stderr)
-    print(f"{len(paths)} new records in {published}; `python -m bench leaderboard` writes its tables.")
+    print(f"{len(paths)} new records in {published}; `python -m bench leaderboard` writes the tables from them.")
     return 0

@@ -1,4 +1,4 @@
-"""Parsers of the command line `python -m bench`."""
+"""Parse the command line `python -m bench` and run its commands."""
 
 from __future__ import annotations
 
@@ -22,104 +22,150 @@ from bench.cli.commands import (
 from bench.command_line import Help, folder, one_of, positive
 from bench.errors import UserError
 from bench.experiments.profiles import PROFILES, default_profile
-from bench.experiments.registry import EXPERIMENTS
+from bench.experiments.registry import EXPERIMENTS, Experiment
 from tasks import FORMATS, MIXTURES
+
+DESCRIPTION = "Train adapters on mixtures of tasks, score them, and write leaderboards from the records."
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: Command and options; None for those of the process.
+
+    Returns:
+        The exit code: 0 if all went well, 1 if a run failed or a page is out of date, 2 if the user asked for
+        something impossible, 130 if they interrupted it.
+    """
     options = make_parser().parse_args(arguments)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries, to their developers
+    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries address these to developers
     try:
         return options.command(options) or 0
     except UserError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; run the same command again to go on.", file=sys.stderr)
+        print("stopped; run the same command again to continue.", file=sys.stderr)
         return 130
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
+    """Make the parser of all commands. Each command sets `command`, a function of the options."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=DESCRIPTION)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, experiment in EXPERIMENTS.items():
-        table = commands.add_parser(name, help=f"{experiment.title}: train, score, lay out", formatter_class=Help)
-        _add_setting(table)
-        table.add_argument(
-            "--methods",
-            type=_methods,
-            metavar="A,B",
-            help=f"rows of these methods, by commas (default: all, of {', '.join(experiment.methods)})",
+        _add_table_options(
+            _add_command(commands, name, f"{experiment.title}. Make the runs and write the page."), experiment
         )
-        table.add_argument(
-            "--seeds", type=positive, metavar="K", help="runs a row (default: the profile's, or the row's)"
-        )
-        table.add_argument(
-            "--sweep",
-            action="store_true",
-            help="first try each of the profile's rates for each method; without it the published choice counts",
-        )
-        table.add_argument(
-            "--jobs", type=positive, metavar="J", help="runs at a time (default: one a core, or one on a GPU)"
-        )
-        table.set_defaults(command=make_table, experiment=experiment)
+    _add_run_options(_add_command(commands, "run", "Make one run: train an adapter, score it and write its record."))
+    _add_score_options(_add_command(commands, "score", "Score a saved adapter on the test sets of a mixture."))
+    _add_leaderboard_options(
+        _add_command(commands, "leaderboard", "Write the pages in results/ and the README's tables from the records.")
+    )
+    report = _add_command(commands, "report", "Write results/local/report.html, a page about all published records.")
+    report.set_defaults(command=write_report)
+    _add_publish_options(_add_command(commands, "publish", "Copy complete records of committed code to results/."))
+    return parser
 
-    one = commands.add_parser("run", help="one run: train, score, record", formatter_class=Help)
-    _add_setting(one)
-    one.add_argument("--method", type=_method, default="malora", metavar="M", help="what to train")
-    one.add_argument(
+
+def _add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=text, description=text, formatter_class=Help)
+
+
+def _add_table_options(parser: argparse.ArgumentParser, experiment: Experiment) -> None:
+    _add_settings(parser)
+    parser.add_argument(
+        "--methods",
+        type=_methods,
+        metavar="A,B",
+        help=f"run the table rows of these methods only (default: all, {','.join(experiment.methods)}); "
+        "any other method becomes a row of its own",
+    )
+    parser.add_argument(
+        "--seeds", type=positive, metavar="K", help="runs per table row (default: that of the row or the profile)"
+    )
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="tune the learning rates first, over those of the profile; without it the published choice is used",
+    )
+    parser.add_argument(
+        "--jobs", type=positive, metavar="J", help="runs at a time (default: 1 on a GPU, else 1 per CPU core)"
+    )
+    parser.set_defaults(command=make_table, experiment=experiment)
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    _add_settings(parser)
+    parser.add_argument(
+        "--method", type=_method, default="malora", metavar="M", help=f"method to train: {', '.join(malora.METHODS)}"
+    )
+    parser.add_argument(
         "--mixture",
         type=one_of("mixture", MIXTURES),
         default="intra",
         metavar="NAME",
-        help="tasks to train together, or one part of them alone, as in inter/code; the tiny profile has stand-ins",
+        help="tasks to train on together, or one of them by itself, as in inter/code; "
+        "the tiny profile trains on generated tasks instead",
     )
-    one.add_argument("--seed", type=int, default=0, metavar="S", help="of initialisation, order and dropout")
-    one.add_argument("--learning-rate", type=_rate, metavar="R", help="(default: the paper's)")
-    one.add_argument(
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="seed of initialisation, order of the examples and dropout"
+    )
+    parser.add_argument("--learning-rate", type=_learning_rate, metavar="R", help="(default: the paper's)")
+    parser.add_argument(
         "--set",
         type=_option,
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="an option of the method's config, its value in JSON: beta=2, backend=dispatch, 'freeze=[\"router\"]'",
+        help="option of the method's config, with a value in JSON; may be repeated: "
+        "beta=2, backend=dispatch, 'freeze=[\"router\"]'",
     )
-    one.add_argument("--save", type=Path, metavar="DIR", help="keep the trained adapter there")
-    one.set_defaults(command=make_run)
+    parser.add_argument("--save", type=Path, metavar="DIR", help="save the trained adapter in this folder")
+    parser.set_defaults(command=make_run)
 
-    scored = commands.add_parser("score", help="score a saved adapter on a mixture's tests", formatter_class=Help)
-    _add_setting(scored)
-    scored.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="what save_pretrained wrote")
-    scored.add_argument(
-        "--mixture", type=one_of("mixture", MIXTURES), default="intra", metavar="NAME", help="whose tests"
+
+def _add_score_options(parser: argparse.ArgumentParser) -> None:
+    _add_settings(parser)
+    parser.add_argument(
+        "--adapter", type=Path, required=True, metavar="DIR", help="folder that PEFT's save_pretrained wrote"
     )
-    scored.set_defaults(command=score_adapter)
-
-    board = commands.add_parser(
-        "leaderboard", help="write results/**/*.md and the README's table from records", formatter_class=Help
+    parser.add_argument(
+        "--mixture",
+        type=one_of("mixture", MIXTURES),
+        default="intra",
+        metavar="NAME",
+        help="mixture whose test sets are used",
     )
-    board.add_argument(
-        "--check", action="store_true", help="write nothing; exit 1 if a file is not what the records give"
+    parser.set_defaults(command=score_adapter)
+
+
+def _add_leaderboard_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing, and exit with 1 if a page does not agree with the records"
     )
-    board.set_defaults(command=write_leaderboards)
+    parser.set_defaults(command=write_leaderboards)
 
-    page = commands.add_parser("report", help="one HTML page of all published records, into results/local")
-    page.set_defaults(command=write_report)
 
-    publish = commands.add_parser("publish", help="copy clean, whole records to results/PROFILE", formatter_class=Help)
-    publish.add_argument(
+def _add_publish_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--profile",
         type=one_of("profile", (*PROFILES, SPEED)),
         default=default_profile(),
         metavar="P",
-        help=f"whose; {SPEED} for those of bench.speed",
+        help=f"profile whose records are published: {', '.join(PROFILES)}; {SPEED} for records of bench.speed",
     )
-    publish.add_argument("--results", type=folder, metavar="DIR", help="where from (default: results/local/PROFILE)")
-    publish.set_defaults(command=publish_records)
-    return parser
+    parser.add_argument(
+        "--results", type=folder, metavar="DIR", help="folder of the records (default: results/local/PROFILE)"
+    )
+    parser.set_defaults(command=publish_records)
 
 
-def _add_setting(parser: argparse.ArgumentParser) -> None:
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every command that trains or scores."""
     parser.add_argument(
         "--profile",
         type=one_of("profile", PROFILES),
@@ -131,20 +177,28 @@ def _add_setting(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=Path,
         metavar="DIR",
-        help="folder of *.jsonl.gz (default: the profile's: generated for tiny, else the Hugging Face hub)",
+        help="folder of *.jsonl.gz files (default: generated for tiny, else from the Hugging Face hub)",
     )
-    parser.add_argument("--model", metavar="M", help="built-in name, folder or hub id (default: the profile's)")
+    parser.add_argument(
+        "--model", metavar="M", help="base model: built-in name, folder or hub id (default: the profile's)"
+    )
     parser.add_argument(
         "--format",
         type=one_of("format", FORMATS),
         metavar="F",
-        help=f"how questions are put: {', '.join(FORMATS)} (default: the profile's)",
+        help=f"prompt format: {', '.join(FORMATS)} (default: the profile's)",
     )
-    parser.add_argument("--results", type=folder, metavar="DIR", help="for records (default: results/local/PROFILE)")
-    parser.add_argument("--max-steps", type=positive, metavar="N", help="stop training early, to try things out")
-    parser.add_argument("--max-items", type=positive, metavar="N", help="score so many items a task, to try things out")
     parser.add_argument(
-        "--unsafe-code", action="store_true", help="run what models write (HumanEval) on purpose without a sandbox"
+        "--results", type=folder, metavar="DIR", help="folder for records (default: results/local/PROFILE)"
+    )
+    parser.add_argument(
+        "--max-steps", type=positive, metavar="N", help="stop training after N steps, to try something out"
+    )
+    parser.add_argument(
+        "--max-items", type=positive, metavar="N", help="score N items per task only, to try something out"
+    )
+    parser.add_argument(
+        "--unsafe-code", action="store_true", help="run generated programs (HumanEval) without a sandbox"
     )
 
 
@@ -155,7 +209,7 @@ def _methods(value: str) -> list[str]:
     return [_method(name) for name in value.split(",")]
 
 
-def _rate(value: str) -> float:
+def _learning_rate(value: str) -> float:
     try:
         rate = float(value)
     except ValueError:
@@ -166,10 +220,11 @@ def _rate(value: str) -> float:
 
 
 def _option(text: str) -> tuple[str, Any]:
+    """Split NAME=VALUE; a value that is not JSON is a string."""
     name, equals, value = text.partition("=")
     if not (name and equals):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
     try:
         return name, json.loads(value)
     except ValueError:
-        return name, value  # a bare word is a string
+        return name, value

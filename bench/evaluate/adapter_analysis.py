@@ -1,13 +1,17 @@
-"""What a routed adapter is like inside at the end of its training: a section of its record, computed once.
+"""Analyze a routed adapter at the end of its training: the section `inside` of its record.
 
-Weights stay out of records, so this keeps means over modules, by decoder layer where layers differ. It asks the model
-for the routing of a few validation prompts a task; all else is read from the factors.
+Records do not keep weights. This section keeps means over modules, by decoder layer where layers differ. Routing is
+measured on some validation prompts of each task. Everything else is computed from the factors.
+
+Shapes: N experts, "layers" decoder layers. An expert has two sides: "A", its down projection, and "B", its up
+projection.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,36 +25,44 @@ import malora
 from bench.runtime.logits import label_positions_only
 from malora.analysis import Experts, extract_experts, load_experts, means, movement, similarities, spectra
 
-PROMPTS = 32  # a task; one forward pass, some thousand tokens
-MAX_TOKENS = 512  # of a prompt
+PROMPTS_PER_TASK = 32  # one forward pass of some thousand tokens
+MAX_TOKENS = 512  # tokens per prompt
 
 
 def analyze_adapter(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, start: Experts, prompts: dict[str, list[str]],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    start: Experts,
+    prompts: dict[str, list[str]],
     peers: dict[str, Path],
-) -> dict[str, Any]:  # fmt: skip
-    """What the paper's Figures 2 and 3 show of an adapter, and what they do not.
+) -> dict[str, Any]:
+    """Compute the statistics of the paper's Figures 2 and 3, and some more.
 
     Args:
-        model: a trained PEFT model with a router.
-        start: its experts before training.
-        prompts: by task, of items that are not scored.
-        peers: folders of other adapters, by what they are compared as; one that does not exist is left out.
+        model: A trained PEFT model with a router.
+        tokenizer: Its tokenizer.
+        start: Its experts before training.
+        prompts: Prompts by task, of items that are not scored.
+        peers: Folders of other adapters, by the name of the comparison. A folder that does not exist is left out.
 
     Returns:
-        similarity: by what is compared ("within" the model, "start", the peers) and statistic, by side [value, chance].
-        spectra: by side: values, singular values of the stacked experts in descending order, means over modules;
-            stable_rank and effective_rank.
-        movement: of S, or of A where there is none: relative, by layer, and angle, mean principal angle in degrees.
-        routing: by decoder layer; see `_routing`.
+        A dictionary with four entries.
+
+        similarity: By comparison ("within" the model, "start", the peers), statistic and side: [value, value expected
+            by chance].
+        spectra: By side: `values`, the singular values of the stacked experts in descending order, as means over
+            modules; `stable_rank` and `effective_rank`.
+        movement: `factor`, which is S or, if the adapter has none, A; `relative`, the relative change of the factor,
+            [layers]; `angle`, the mean principal angle between its row spaces before and after, in degrees.
+        routing: By decoder layer; see `_routing`.
     """
     now = extract_experts(model)
     others = {name: load_experts(folder) for name, folder in peers.items() if folder.is_dir()}
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # thousands of small matrices: several threads take seven times as long
-    alike = {"within": _similarity(now), "start": _similarity(start)}
-    alike |= {name: _similarity(now, other) for name, other in others.items()}
-    found = {"similarity": alike, "spectra": _spectra(now), "movement": _movement(now, start)}
+    torch.set_num_threads(1)  # the matrices are many and small: with several threads this takes seven times as long
+    similarity = {"within": _similarity(now), "start": _similarity(start)}
+    similarity |= {name: _similarity(now, other) for name, other in others.items()}
+    found = {"similarity": similarity, "spectra": _spectra(now), "movement": _movement(now, start)}
     torch.set_num_threads(threads)
     return found | {"routing": _routing(model, tokenizer, prompts)}
 
@@ -67,15 +79,15 @@ def _spectra(now: Experts) -> dict[str, dict[str, Any]]:
     return {
         side: {
             "values": [float(np.mean(v)) for v in _columns([s.values for s in found])],
-            "stable_rank": _mean([s.stable_rank for s in found]),
-            "effective_rank": _mean([s.effective_rank for s in found]),
+            "stable_rank": _mean(s.stable_rank for s in found),
+            "effective_rank": _mean(s.effective_rank for s in found),
         }
         for side, found in by_side.items()
     }
 
 
 def _columns(lists: list[list[float]]) -> list[list[float]]:
-    """The first values of all lists, the second ones, and so on; a narrow module has fewer."""
+    """Return the first values of all lists, then the second values, and so on; lists may differ in length."""
     return [[v for v in column if v is not None] for column in itertools.zip_longest(*lists)]
 
 
@@ -89,48 +101,60 @@ def _movement(now: Experts, start: Experts) -> dict[str, Any]:
     return {"factor": factor, "relative": [_mean(by_layer[i]) for i in sorted(by_layer)], "angle": float(angle)}
 
 
-@torch.no_grad()
 def _routing(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: dict[str, list[str]]) -> dict[str, Any]:
-    """Means over a layer's routers, whose experts have nothing to do with each other.
+    """Average router statistics over the routers of each decoder layer.
+
+    Expert t of one router has no relation to expert t of another, so loads are sorted before they are averaged.
 
     Returns:
-        entropy, largest_share, unused: task -> [layers]; nats, share of the assignments, number of experts.
-        load: [layers, N] shares of the assignments, each router's in descending order, tasks weighted alike.
-        task_information: [layers] mutual information of task and expert in nats, tasks weighted alike: 0 for routing
-            that does not depend on the task.
+        entropy: By task, mean entropy in nats, [layers].
+        largest_share: By task, the largest expert's share of the assignments, [layers].
+        unused: By task, the number of experts without a token, [layers].
+        load: Shares of the assignments in descending order, with equal weight for every task, [layers, N].
+        task_information: Mutual information of task and expert in nats, with equal weight for every task, [layers]. It
+            is 0 if routing does not depend on the task.
     """
     was_training = model.training
     model.eval()
-    stats = {}
-    for task, texts in prompts.items():
-        ids = [torch.tensor(tokenizer(text)["input_ids"][:MAX_TOKENS]) for text in texts[:PROMPTS]]
-        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(model.device)
-        ids = pad_sequence(ids, batch_first=True).to(model.device)
-        nowhere = torch.zeros(1, dtype=torch.long, device=model.device)  # all logits would be gigabytes, and unread
-        precision = torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
-        with precision, label_positions_only(model, nowhere, nowhere):
-            model(input_ids=ids, attention_mask=mask)
-        stats[task] = malora.router_stats(model)
+    stats = {task: _router_stats(model, tokenizer, texts) for task, texts in prompts.items()}
     model.train(was_training)
-    layers = defaultdict(list)
+    by_layer = defaultdict(list)
     for module in next(iter(stats.values())):
-        layers[_layer(module)].append(module)
-    modules = [layers[i] for i in sorted(layers)]
-    shares = {m: np.array([by_module[m].share for by_module in stats.values()]) for group in modules for m in group}
+        by_layer[_layer(module)].append(module)
+    layers = [by_layer[i] for i in sorted(by_layer)]
+    shares = {m: np.array([by_module[m].share for by_module in stats.values()]) for layer in layers for m in layer}
 
-    def by_task(value) -> dict[str, list[float]]:
-        return {task: [_mean([value(s[m]) for m in group]) for group in modules] for task, s in stats.items()}
+    def by_task(value: Callable[[malora.RouterStats], float]) -> dict[str, list[float | None]]:
+        return {task: [_mean(value(s[m]) for m in layer) for layer in layers] for task, s in stats.items()}
 
     return {
         "entropy": by_task(lambda s: s.entropy),
         "largest_share": by_task(lambda s: max(s.share)),
         "unused": by_task(lambda s: len(s.unused)),
-        "load": [np.mean([np.sort(shares[m].mean(0))[::-1] for m in group], 0).tolist() for group in modules],
-        "task_information": [
-            _mean([_entropy(shares[m].mean(0)) - np.mean([*map(_entropy, shares[m])]) for m in group])
-            for group in modules
-        ],
+        "load": [np.mean([np.sort(shares[m].mean(0))[::-1] for m in layer], 0).tolist() for layer in layers],
+        "task_information": [_mean(_task_information(shares[m]) for m in layer) for layer in layers],
     }
+
+
+@torch.no_grad()
+def _router_stats(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: list[str]
+) -> dict[str, malora.RouterStats]:
+    """Run the model on the first prompts and return its router statistics by module."""
+    device = next(model.parameters()).device
+    rows = [torch.tensor(tokenizer(text)["input_ids"][:MAX_TOKENS]) for text in texts[:PROMPTS_PER_TASK]]
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
+    ids = pad_sequence(rows, batch_first=True).to(device)
+    one_position = torch.zeros(1, dtype=torch.long, device=device)  # no logits are read, and all would be gigabytes
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    with precision, label_positions_only(model, one_position, one_position):
+        model(input_ids=ids, attention_mask=mask)
+    return malora.router_stats(model)
+
+
+def _task_information(shares: np.ndarray) -> float:
+    """Compute the mutual information of task and expert in nats from shares of the assignments [tasks, N]."""
+    return _entropy(shares.mean(0)) - float(np.mean([*map(_entropy, shares)]))
 
 
 def _entropy(shares: np.ndarray) -> float:
@@ -138,12 +162,12 @@ def _entropy(shares: np.ndarray) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def _mean(values: list[float | None]) -> float | None:
-    """None for values that are not there, as a zero matrix has no rank."""
-    there = [value for value in values if value is not None]
-    return float(np.mean(there)) if there else None
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Average the values that are not None: a zero matrix, for example, has no stable rank. None if there are none."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def _layer(module: str) -> int:
-    """The decoder layer in a module's name, which is its first number."""
+    """Return the number of the decoder layer, which is the first number in a module's name."""
     return next((int(part) for part in module.split(".") if part.isdigit()), 0)

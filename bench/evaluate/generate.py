@@ -1,103 +1,134 @@
 """Greedy decoding of many prompts at once.
 
-A small model's decoding step is bound by launching its kernels, so on a GPU it is captured as a CUDA graph, once for a
-batch and length of cache, and replayed; and by reading the weights, so batches are large. Prompts are sorted by length
-and padded on the left. Whether rows are done is asked every `CHECK_EVERY` steps, because the host has to wait for the
-answer; those that are compute on, unread, until their batch is.
+1. A decoding step of a small model is bound by launching its kernels. On a GPU it is captured as a CUDA graph, once per
+   batch size and cache length, and replayed.
+2. It is also bound by reading the weights, so batches are large.
+3. Prompts are sorted by length and padded on the left.
+4. The host looks for finished texts every `CHECK_EVERY` steps only, because it has to wait for the device then. A
+   finished text is decoded further until the batch ends, and the surplus is dropped.
 
-Shapes: B batch, W width of the prompts, C length of the cache, G tokens to generate.
+Shapes:
+    B: prompts of a batch
+    W: width of the prompts, padding included
+    C: length of the cache, W + G
+    G: tokens to generate
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import StaticCache
+from transformers import PreTrainedConfig, StaticCache
 
 from bench.runtime.logits import label_positions_only
 from malora.backbone.cuda_graphs import can_capture, capture
 
-CHECK_EVERY = 16
-WIDTHS = 64  # prompts are padded to a multiple of it, so that batches share a cache and its graph
+CHECK_EVERY = 16  # steps between two looks at the tokens
+WIDTH_MULTIPLE = 64  # prompts are padded to a multiple of it, so that batches share a cache and its CUDA graph
 
 
 @torch.no_grad()
 def generate(
     model: nn.Module,
-    prompts: list[list[int]],
+    prompts: Sequence[list[int]],
     *,
     max_new_tokens: int,
     batch_size: int,
     end: Collection[int],
     stopped: Callable[[list[int]], bool] = lambda tokens: False,
 ) -> list[list[int]]:
-    """What the model, in eval mode and with SDPA for its attention, writes after each prompt, token by likeliest token.
+    """Continue each prompt with the most probable token, one after the other.
 
     Args:
-        prompts: token ids, at least one each.
-        most: tokens to write at most.
-        batch_size: prompts at a time; the cache is of that many, and as long as the longest of them and `most`.
-        end: ids that end a text; they are not in the result.
-        stopped: whether tokens so far hold all that is wanted; those after may or may not be in the result.
+        model: A causal language model of transformers in eval mode, with SDPA attention.
+        prompts: Token ids, at least one per prompt.
+        max_new_tokens: Maximum tokens to generate per prompt.
+        batch_size: Prompts decoded at a time. The cache has this many entries of the longest prompt's length plus
+            `max_new_tokens`.
+        end: Token ids that end a text. They are not part of the result.
+        stopped: Tells from the tokens so far if the text needs no more. The result may have further tokens.
 
     Returns:
-        Token ids by prompt, in the order given.
+        Generated token ids, in the order of the prompts.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    written: list[list[int]] = [[]] * len(prompts)
-    decoder = None
+    generated: list[list[int]] = [[]] * len(prompts)
+    decoder: _Decoder | None = None
     for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        longest = len(prompts[rows[-1]])
-        shape = (len(rows), longest + -longest % WIDTHS, max_new_tokens)
+        chosen = order[start : start + batch_size]
+        longest = len(prompts[chosen[-1]])
+        shape = (len(chosen), longest + -longest % WIDTH_MULTIPLE, max_new_tokens)
         if decoder is None or decoder.shape != shape:
-            decoder = None  # its cache goes before the next one comes
+            decoder = None  # frees its cache before the next one is allocated
             decoder = _Decoder(model, shape)
-        decoder.start([prompts[i] for i in rows])
-        texts, done = [[] for _ in rows], [False] * len(rows)
-        for count in range(1, max_new_tokens + 1):
-            if count % CHECK_EVERY == 0 or count == max_new_tokens:
-                for row, tokens in enumerate(decoder.written[:, :count].tolist()):
-                    if not done[row]:
-                        ends = [tokens.index(token) for token in end if token in tokens]
-                        texts[row] = tokens[: min(ends, default=count)]
-                        done[row] = bool(ends) or stopped(texts[row])
-                if all(done):
-                    break
-            if count < max_new_tokens:
-                decoder.step()
-        for row, text in zip(rows, texts, strict=True):
-            written[row] = text
-    return written
+        texts = _decode_batch(decoder, [prompts[i] for i in chosen], end, stopped)
+        for i, text in zip(chosen, texts, strict=True):
+            generated[i] = text
+    return generated
+
+
+def _decode_batch(
+    decoder: _Decoder, prompts: list[list[int]], end: Collection[int], stopped: Callable[[list[int]], bool]
+) -> list[list[int]]:
+    """Decode one batch of the decoder's shape; arguments and result as in `generate`."""
+    max_new_tokens = decoder.shape[2]
+    decoder.start(prompts)
+    texts: list[list[int]] = [[] for _ in prompts]
+    done = [False] * len(prompts)
+    for count in range(1, max_new_tokens + 1):
+        if count % CHECK_EVERY == 0 or count == max_new_tokens:
+            for b, tokens in enumerate(decoder.generated[:, :count].tolist()):
+                if not done[b]:
+                    ends = [tokens.index(token) for token in end if token in tokens]
+                    texts[b] = tokens[: min(ends, default=count)]
+                    done[b] = bool(ends) or stopped(texts[b])
+            if all(done):
+                break
+        if count < max_new_tokens:
+            decoder.step()
+    return texts
 
 
 class _Decoder:
-    """One batch's state, in tensors that stay where they are, so that a graph can be replayed on them."""
+    """The state of a batch, in tensors that stay where they are, so that a CUDA graph can be replayed on them.
+
+    Args:
+        model: Model to decode with.
+        shape: (B, W, G).
+
+    Attributes:
+        mask: Positions of the cache that a new token attends to, [B, 1, 1, C].
+        token: Last generated token, [B, 1].
+        position: Its position in its text, without padding, [B, 1].
+        count: Number of generated tokens, [1].
+        generated: Generated tokens, [B, G].
+    """
 
     def __init__(self, model: nn.Module, shape: tuple[int, int, int]) -> None:
-        rows, width, max_new_tokens = self.shape = shape
+        B, width, max_new_tokens = self.shape = shape
         self.model, self.width = model, width
-        device = model.device
-        assert model.config._attn_implementation == "sdpa", "the masks are made for it"
-        self.cache = StaticCache(config=model.config, max_cache_len=width + max_new_tokens)
-        self.mask = torch.zeros(rows, 1, 1, width + max_new_tokens, dtype=torch.bool, device=device)  # [B, 1, 1, C]
-        self.token = torch.zeros(rows, 1, dtype=torch.long, device=device)  # [B, 1], the last one written
-        self.position = torch.zeros(rows, 1, dtype=torch.long, device=device)  # [B, 1], among those of its row
-        self.count = torch.zeros(1, dtype=torch.long, device=device)  # [1], of tokens written
-        self.written = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)  # [B, G]
-        self.graph = None
+        config, device = model.config, next(model.parameters()).device
+        assert isinstance(config, PreTrainedConfig), "a model of transformers"
+        assert config._attn_implementation == "sdpa", "the masks are made for SDPA"
+        self.cache = StaticCache(config=config, max_cache_len=width + max_new_tokens)
+        self.mask = torch.zeros(B, 1, 1, width + max_new_tokens, dtype=torch.bool, device=device)
+        self.token = torch.zeros(B, 1, dtype=torch.long, device=device)
+        self.position = torch.zeros(B, 1, dtype=torch.long, device=device)
+        self.count = torch.zeros(1, dtype=torch.long, device=device)
+        self.generated = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def start(self, prompts: list[list[int]]) -> None:
-        """Read the prompts and write the first token."""
+        """Read the prompts and generate the first token."""
         self._read(prompts)
         if self.graph is None and can_capture(self.model) and self.shape[2] > 1:
             self.graph = capture(self._advance, passes=1)
-            self._read(prompts)  # capturing has moved the state on
+            self._read(prompts)  # capturing has changed the state
 
     def step(self) -> None:
-        """Write one more token."""
+        """Generate one more token."""
         if self.graph is None:
             self._advance()
         else:
@@ -109,32 +140,35 @@ class _Decoder:
         padding = torch.tensor([width - len(p) for p in prompts], device=device)[:, None]  # [B, 1]
         place = torch.arange(width, device=device)
         valid = place >= padding  # [B, W]
-        # What stands in the padding sees itself, since attention to nothing would be NaN; nobody else sees it.
+        # Padding attends to itself, because attention over nothing is NaN. No token attends to padding.
         visible = (place <= place[:, None]) & (valid[:, None] | (place == place[:, None]))  # [B, W, W]
         mask = torch.zeros(len(prompts), 1, width, self.mask.shape[-1], dtype=torch.bool, device=device)
         mask[:, 0, :, :width] = visible
-        self.cache.reset()
+        reset: Callable[[], None] = self.cache.reset
+        reset()
         self.mask.zero_()[:, 0, 0, :width] = valid
         last = torch.full((len(prompts),), width - 1, device=device)
         with label_positions_only(self.model, torch.arange(len(prompts), device=device), last):
             logits = self._forward(ids, mask, (place - padding).clamp(min=0))  # [B, vocabulary]
         self.token.copy_(logits.argmax(-1, keepdim=True))
         self.position.copy_(width - padding)
-        self.written.zero_()[:, 0] = self.token[:, 0]
+        self.generated.zero_()[:, 0] = self.token[:, 0]
         self.count.fill_(1)
 
     def _advance(self) -> None:
-        self.mask.index_fill_(3, self.count + (self.width - 1), True)  # where the cache takes the token that is read
+        self.mask.index_fill_(3, self.count + (self.width - 1), True)  # the cache entry of the token that is read
         logits = self._forward(self.token, self.mask, self.position)
         self.token.copy_(logits[:, -1].argmax(-1, keepdim=True))
-        self.written.index_copy_(1, self.count, self.token)
+        self.generated.index_copy_(1, self.count, self.token)
         self.position += 1
         self.count += 1
 
     def _forward(self, ids: Tensor, mask: Tensor, position: Tensor) -> Tensor:
-        on_gpu = ids.device.type == "cuda"
-        # Copies of weights that autocast keeps would be a graph's own.
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False):
-            return self.model(
+        device_type = ids.device.type
+        # Autocast's cache of cast weights would be allocated in the graph's memory, so it is off.
+        with torch.autocast(device_type, torch.bfloat16, enabled=device_type == "cuda", cache_enabled=False):
+            output = self.model(
                 input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=self.cache, use_cache=True
-            ).logits
+            )
+        logits: Tensor = output.logits
+        return logits

@@ -1,10 +1,10 @@
-"""lm-eval task configurations made from our examples."""
+"""Make task configurations for lm-eval from our examples."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -22,8 +22,14 @@ from tasks.base import Writing
 from tasks.metrics import LIKELIHOOD
 
 
-def choice_config(name: str, examples: list[Example], metric: str) -> dict[str, Any]:
-    """An lm-eval multiple-choice task over these examples."""
+def choice_config(name: str, examples: Sequence[Example], metric: str) -> dict[str, Any]:
+    """Configure a multiple-choice task.
+
+    Args:
+        name: Name of the task.
+        examples: Its items.
+        metric: `acc` or `acc_norm`.
+    """
     rows = [{"prompt": e.prompt, "choices": list(e.choices), "answer": e.answer} for e in examples]
     return _config(name, rows, metric) | {
         "output_type": "multiple_choice",
@@ -32,9 +38,16 @@ def choice_config(name: str, examples: list[Example], metric: str) -> dict[str, 
     }
 
 
-def likelihood_config(name: str, examples: list[Example], language_model: HFLM) -> dict[str, Any]:
-    """The geometric mean probability of a label's tokens, each after those before it."""
+def likelihood_config(name: str, examples: Sequence[Example], language_model: HFLM) -> dict[str, Any]:
+    """Configure a task whose metric is the geometric mean of the probabilities of a label's tokens.
+
+    Args:
+        name: Name of the task.
+        examples: Its items.
+        language_model: Model that will be scored; its tokenizer counts a label's tokens.
+    """
     rows = [
+        # lm-eval tokenizes prompts and labels with this function, and offers no public one.
         {"prompt": e.prompt, "label": e.label, "tokens": len(language_model._encode_pair(e.prompt, e.label)[1])}
         for e in examples
     ]
@@ -45,37 +58,48 @@ def likelihood_config(name: str, examples: list[Example], language_model: HFLM) 
     }
 
 
-def written_config(name: str, examples: list[WrittenExample], writing: Writing, unsafe_code: bool) -> dict[str, Any]:
-    """Answers that are written. They are graded in a filter, which lm-eval hands all answers of a task at once."""
+def generation_config(
+    name: str, examples: Sequence[WrittenExample], writing: Writing, unsafe_code: bool
+) -> dict[str, Any]:
+    """Configure a task whose answers are generated.
+
+    Answers are graded in a filter, because lm-eval passes it all answers of a task at once.
+
+    Args:
+        name: Name of the task.
+        examples: Its items.
+        writing: The metric, the stop strings and the maximum tokens of an answer.
+        unsafe_code: Run generated programs without a sandbox.
+    """
     rows = [{"prompt": e.prompt, "references": list(e.references)} for e in examples]
     grade = grader(writing.metric, unsafe_code)
 
-    def graded(answers: list[list[str]], documents: Iterable[dict]) -> list[float]:
+    def grade_answers(answers: list[list[str]], documents: Iterable[dict[str, Any]]) -> list[float]:
         return grade([answer for (answer,) in answers], [row["references"] for row in documents])
 
     return _config(name, rows, writing.metric) | {
         "output_type": "generate_until",
         "doc_to_target": lambda row: "",
         "generation_kwargs": {"until": list(writing.stop), "max_gen_toks": writing.max_new_tokens, "do_sample": False},
-        "filter_list": [{"name": "none", "filter": [{"function": "custom", "filter_fn": graded}]}],
+        "filter_list": [{"name": "none", "filter": [{"function": "custom", "filter_fn": grade_answers}]}],
         "process_results": lambda row, results: {writing.metric: results[0]},
     }
 
 
-def _config(name: str, rows: list[dict], metric: str) -> dict[str, Any]:
+def _config(name: str, rows: list[dict[str, Any]], metric: str) -> dict[str, Any]:
     return {
         "task": name,
         "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows)},
         "test_split": "test",
-        "doc_to_text": lambda row: row["prompt"],  # as a template it would be compiled anew for every item
-        "target_delimiter": "",  # our labels begin with their blank
+        "doc_to_text": lambda row: row["prompt"],  # a template would be compiled again for every item
+        "target_delimiter": "",  # our labels begin with their space
         "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}],
     }
 
 
 @contextmanager
 def quiet_lm_eval() -> Iterator[None]:
-    """Silences lm-eval: its log speaks to its own command line, and its progress bars would tear ours."""
+    """Silence lm-eval: its log is meant for its own command line, and its progress bars would overwrite ours."""
 
     def silent(*args: Any, **options: Any) -> tqdm:
         return tqdm(*args, **{**options, "disable": True})

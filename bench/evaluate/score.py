@@ -1,12 +1,13 @@
-"""Scores by lm-eval: the live model goes to its HFLM, and each task is a configuration made from our examples.
+"""Score a model with lm-eval.
 
-Nothing here touches the network or the disk: lm-eval gets the examples themselves, the same that training read.
+The model in memory is wrapped for lm-eval, and each task is a configuration made from our own examples, the same that
+training reads. Nothing is downloaded, and nothing is written to disk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lm_eval import simple_evaluate
@@ -14,25 +15,29 @@ from lm_eval.tasks import TaskManager
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from bench.evaluate.lm_eval_model import _LanguageModel
-from bench.evaluate.lm_eval_tasks import choice_config, likelihood_config, quiet_lm_eval, written_config
+from bench.evaluate.lm_eval_model import LabelPositionLM
+from bench.evaluate.lm_eval_tasks import choice_config, generation_config, likelihood_config, quiet_lm_eval
 from bench.sandbox.execute import require_sandbox
-from tasks import TASKS, Example
+from tasks import TASKS, Example, WrittenExample
 from tasks.metrics import LIKELIHOOD, PASS
 
-# Of prompts, metrics and precision; counts up when a score could change. 2: on a GPU the head's product is in float32,
-# so that the logits of two choices do not tie in bfloat16; of 9,156 items of the small profile's base, one changed.
+# Version of prompts, metrics and precision, increased when a score could change. 2: on a GPU the output layer runs in
+# float32, so that the logits of two choices do not tie in bfloat16. Of 9,156 items of the small profile's base, one
+# answer changed.
 VERSION = 2
-# Of choices, by prompt format. A letter is one token, so likelihoods compare as they are; answers of different lengths
-# are compared by likelihood a character, which is what lm-eval reports for ARC, OpenBookQA and PIQA.
+# Metric of choices, by prompt format. A letter is one token, so likelihoods compare directly. Answers of different
+# lengths are compared by likelihood per character, which lm-eval reports for ARC, OpenBookQA and PIQA.
 METRICS = {"letters": "acc", "cloze": "acc_norm"}
+
+Scores = dict[str, dict[str, Any]]
+Outcomes = dict[str, list[float]]
 
 
 def require_scoring(tasks: Iterable[str], unsafe_code: bool = False) -> None:
-    """Make sure, before any work is spent, that these tasks can be scored.
+    """Check that these tasks can be scored on this machine, before a run spends time on training.
 
     Raises:
-        UserError: one of them runs what models write, and bubblewrap is not there to make a sandbox for it.
+        UserError: A task runs generated programs, and bubblewrap cannot make a sandbox for them.
     """
     if any(TASKS[name].metric == PASS for name in tasks):
         require_sandbox(unsafe_code)
@@ -47,24 +52,32 @@ def score(
     batch_size: int,
     generation_batch_size: int = 64,
     unsafe_code: bool = False,
-) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
-    """Scores by task (metric, value, stderr, n, version), and each item's: 1 if it was answered right, else 0.
-
-    ROUGE-L and likelihoods are between. On a GPU the products are in bfloat16, as in training.
+) -> tuple[Scores, Outcomes]:
+    """Score the model on all tasks. On a GPU it runs in bfloat16, as in training.
 
     Args:
-        examples: by the name of their task in TASKS, which says how they are scored.
-        format: of the choices.
-        generation_batch_size: answers that are written at a time.
-        unsafe_code: run what the model writes without a sandbox.
+        model: A causal language model, with or without an adapter.
+        tokenizer: Its tokenizer.
+        examples: Items by the name of their task in TASKS, which decides how they are scored.
+        format: Prompt format, which decides the metric of choices.
+        batch_size: Items per forward pass.
+        generation_batch_size: Answers generated at a time.
+        unsafe_code: Run generated programs without a sandbox.
+
+    Returns:
+        Scores by task: metric, value, stderr, n, version.
+        Outcomes of the items by task: 1 if right and 0 if wrong; ROUGE-L and likelihoods lie between.
     """
     metrics = {name: TASKS[name].metric or METRICS[format] for name in examples}
-    mixed_precision = "bfloat16" if model.device.type == "cuda" else None
+    on_gpu = next(model.parameters()).device.type == "cuda"
     was_training = model.training
     model.eval()
     with quiet_lm_eval():
-        language_model = _LanguageModel(
-            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=mixed_precision
+        language_model = LabelPositionLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            mixed_precision_dtype="bfloat16" if on_gpu else None,
         )
         language_model.generation_batch_size = generation_batch_size
 
@@ -72,7 +85,7 @@ def score(
             if metrics[name] == LIKELIHOOD:
                 return likelihood_config(name, items, language_model)
             if writing := getattr(TASKS[name], "writing", None):
-                return written_config(name, items, writing, unsafe_code)
+                return generation_config(name, cast(list[WrittenExample], items), writing, unsafe_code)
             return choice_config(name, items, metrics[name])
 
         with torch.no_grad():
@@ -81,16 +94,21 @@ def score(
                 tasks=[config(name, items) for name, items in examples.items()],
                 task_manager=TaskManager(include_defaults=False),
                 num_fewshot=0,
-                bootstrap_iters=1,  # lm-eval omits the standard error at 0; that of a mean needs no bootstrap
+                bootstrap_iters=1,  # with 0 lm-eval leaves out the standard error; that of a mean needs no bootstrap
                 log_samples=True,
                 verbosity="ERROR",
             )
     model.train(was_training)
-    scores, outcomes = {}, {}
-    for name in examples:
+    return _read_results(results, metrics)
+
+
+def _read_results(results: dict[str, Any], metrics: dict[str, str]) -> tuple[Scores, Outcomes]:
+    """Take scores and outcomes out of lm-eval's results."""
+    scores: Scores = {}
+    outcomes: Outcomes = {}
+    for name, metric in metrics.items():
         row = results["results"][name]
         samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
-        metric = metrics[name]
         outcomes[name] = [_outcome(sample[metric]) for sample in samples]
         scores[name] = {
             "metric": metric,
@@ -103,10 +121,10 @@ def score(
 
 
 def _outcome(value: Any) -> float:
-    """As plain a number as it is; lm-eval's may be numpy's."""
+    """Return a plain int if the value is one, else a float; lm-eval's may be numpy's."""
     return int(value) if value == int(value) else float(value)
 
 
 def _number(value: Any) -> float | None:
-    """lm-eval writes "N/A" for the standard error of a single item."""
+    """Return None for "N/A", which lm-eval writes as the standard error of a single item."""
     return float(value) if isinstance(value, float) else None

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Describe the experiments: profiles, methods at a profile's size, and the registry of tables and figures."""

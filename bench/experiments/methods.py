@@ -13,25 +13,42 @@ from bench.experiments.profiles import Profile
 from malora.config import stored_value
 
 BASE = "base"  # the method that trains nothing
-TITLES = {"lora": "LoRA", "asylora": "AsyLoRA", "dora": "DoRA", "molora": "MoLoRA", "moasylora": "MoAsyLoRA",
-          "malora": "MALoRA", "malora-small": "MALoRA-Small", BASE: "base, no adapter"}  # fmt: skip
-PAPER_BETA = {"intra": 1.25, "procedural": 1.25}  # by mixture; elsewhere 1
+TITLES = {
+    "lora": "LoRA",
+    "asylora": "AsyLoRA",
+    "dora": "DoRA",
+    "molora": "MoLoRA",
+    "moasylora": "MoAsyLoRA",
+    "malora": "MALoRA",
+    "malora-small": "MALoRA-Small",
+    BASE: "base, no adapter",
+}
+PAPER_BETA = {"intra": 1.25, "procedural": 1.25}  # β by mixture; the paper has 1 for all others
 
 
 def method_options(method: str, profile: Profile, mixture: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """What differs from the paper's method: ranks for a small model, β for the suite, and then the changes asked for.
+    """Return the options of a method that differ from its defaults in METHODS.
+
+    Ranks are divided by the profile's `rank_divisor`, and β is the paper's for the mixture.
+
+    Args:
+        method: A name in METHODS.
+        profile: Size of the experiment.
+        mixture: Name of the mixture to train on.
+        changes: Options that the user asked for. They override the others.
 
     Raises:
-        UserError: the method has no such option, or not with such a value.
+        UserError: The method has no such option, or not with this value.
     """
     config = malora.make_config(method)
+    usual = vars(config)
     divisor, suite = profile.rank_divisor, mixture.partition("/")[0]
-    options = {}
+    options: dict[str, Any] = {}
     if divisor > 1:
-        options |= {"r": config.r // divisor, "lora_alpha": config.lora_alpha // divisor}
-        if getattr(config, "d", None):
-            options["d"] = config.d // divisor
-    if getattr(config, "down", "A_t") != "A_t" and suite in PAPER_BETA:
+        options |= {"r": usual["r"] // divisor, "lora_alpha": usual["lora_alpha"] // divisor}
+        if usual.get("d"):
+            options["d"] = usual["d"] // divisor
+    if usual.get("down", "A_t") != "A_t" and suite in PAPER_BETA:
         options["beta"] = PAPER_BETA[suite]
     options |= {name: stored_value(name, value) for name, value in changes.items()}
     known, general = ({f.name for f in fields(of)} for of in (config, PeftConfig))

@@ -1,4 +1,7 @@
-"""Three sizes of the same experiments: tiny (a CPU, minutes), small (one GPU), paper (the paper's own)."""
+"""Profiles, the three sizes of every experiment.
+
+tiny takes minutes on a CPU, small takes one GPU, and paper has the paper's own size.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +15,30 @@ from tasks import MIXTURES, Generator, Hub, Source
 
 @dataclass(frozen=True)
 class Profile:
-    """What an experiment's size is made of. Unless said otherwise the values are the paper's (intra-domain).
+    """The size of an experiment. Unless said otherwise its values are the paper's for tasks (intra-domain).
 
     Attributes:
-        model: a name in `bench.model.BUILT_IN`, a folder or a hub id.
-        source: where data comes from unless `--data` names a folder.
-        mixtures: stand-ins, for a profile whose source does not have an experiment's mixture.
-        inter: what is otherwise for mixtures of domains, by field; see `on`.
-        format: how questions are put, a name in `tasks.FORMATS`.
-        rank_divisor: the paper's ranks are divided by it, for models much smaller than the paper's.
-        epochs, batch_size: examples, not tokens, a batch.
-        generation_batch_size: answers that are written at a time; it bounds the cache of keys and values.
-        rates: what `--sweep` tries, for every method alike; they contain the paper's.
-        seeds: runs a row of a table.
-        checkpoint_every: steps between checkpoints.
-        threads: of a CPU run; fixed, because sums in another order round otherwise.
+        name: Name of the profile.
+        model: A built-in name of `bench.models.base`, a folder, or an id on the Hugging Face hub.
+        source: Source of the data, unless `--data` names a folder.
+        epochs: Passes over the training examples.
+        batch_size: Examples, not tokens, per batch.
+        rates: Learning rates that `--sweep` tries, the same for every method. They include the paper's.
+        seeds: Runs per table row.
+        mixtures: Substitutes for mixtures that the source does not have.
+        inter: Fields with other values for mixtures of domains; see `on`.
+        format: Prompt format, a name in `tasks.FORMATS`.
+        rank_divisor: The paper's ranks are divided by it, for models much smaller than the paper's.
+        paper_rate: The paper's learning rate.
+        warmup_ratio: Share of the steps in which the learning rate rises to its maximum.
+        weight_decay: Weight decay of AdamW.
+        balance_factor: Weight of the balance loss.
+        max_grad_norm: Gradients are clipped to this norm.
+        max_length: Maximum tokens per training example.
+        eval_batch_size: Items per forward pass in scoring.
+        generation_batch_size: Answers generated at a time, which bounds the memory of the key-value cache.
+        checkpoint_every: Steps between checkpoints.
+        threads: CPU threads per run. The number is fixed, because sums in another order round differently.
     """
 
     name: str
@@ -43,7 +55,7 @@ class Profile:
     paper_rate: float = 4e-4
     warmup_ratio: float = 0.1
     weight_decay: float = 0.01
-    balance_factor: float = 0.01  # of the paper's tables; its text says 0.001
+    balance_factor: float = 0.01  # in the paper's tables; its text says 0.001
     max_grad_norm: float = 1.0
     max_length: int = 1024
     eval_batch_size: int = 64
@@ -52,7 +64,7 @@ class Profile:
     threads: int | None = None
 
     def on(self, mixture: str) -> Profile:
-        """The profile for a mixture: the paper trains on domains at another rate and for another time."""
+        """Return the profile for a mixture. The paper trains longer on domains, with another learning rate."""
         return replace(self, **self.inter) if MIXTURES[mixture].domains else self
 
 
@@ -82,14 +94,15 @@ PROFILES: dict[str, Profile] = {
             model="smollm2-135m",
             source=Hub(),
             epochs=2,
-            batch_size=64,  # the paper's 2 would leave a GPU idle; the rates are tuned for this one
+            batch_size=64,  # the paper's 2 leaves a GPU idle; the learning rates are tuned for 64
             rates=(2e-4, 4e-4, 1e-3, 1.5e-3, 2e-3, 3e-3),
             inter={
                 "format": "cloze",  # asked for a letter, the base answers A
                 "epochs": 3,
                 "paper_rate": 5e-4,
                 "rates": (2.5e-4, 5e-4, 1e-3, 1.5e-3, 2e-3),
-                "eval_batch_size": 512,  # a batch of 128 waits for its launches: scoring was a third of a run's time
+                # Batches of 128 were bound by kernel launches, and scoring took a third of a run's time.
+                "eval_batch_size": 512,
             },
             seeds=3,
             eval_batch_size=128,
@@ -113,4 +126,5 @@ PROFILES: dict[str, Profile] = {
 
 
 def default_profile() -> str:
+    """Return "small" on a machine with a GPU, else "tiny"."""
     return "small" if torch.cuda.is_available() else "tiny"

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Plan runs and make them: from settings to records, one run or many at a time."""

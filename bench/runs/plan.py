@@ -1,8 +1,8 @@
-"""Which runs an experiment needs, in which order."""
+"""Plan the runs of an experiment, and their order."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from bench.experiments.methods import BASE
@@ -13,38 +13,53 @@ from bench.runs.setting import RunSettings, make_run_config
 Runs = list[tuple[RunConfig, RunSettings]]
 
 
-def sweep(setting: RunSettings, tuning_groups: list[str]) -> Runs:
-    """Every family at every rate of the profile, one seed."""
+def sweep(setting: RunSettings, tuning_groups: Sequence[str]) -> Runs:
+    """Return the runs of a learning-rate sweep: every method at every rate of the profile, with one seed."""
     rates = setting.profile.rates
     return [(make_run_config(setting, method, SWEEP_SEED, rate), setting) for method in tuning_groups for rate in rates]
 
 
 def plan_runs(
-    setting: RunSettings, experiment: Experiment, entries: list[TableEntry], seeds: int | None, tuned: dict[str, float]
+    setting: RunSettings,
+    experiment: Experiment,
+    entries: Sequence[TableEntry],
+    seeds: int | None,
+    tuned: dict[str, float],
 ) -> Iterator[Runs]:
-    """The base, and every row at its family's rate, the paper's where none was tuned or both are run, for every seed.
+    """Yield the runs of an experiment in lists, of which each needs the results of the lists before it.
 
-    In lists of which each needs what the ones before it leave; a table is one. Seeds are outermost, so that what is
-    there after an interruption compares all methods.
+    A table is one list. It begins with the base. Seeds are the outermost loop, so that an interrupted table compares
+    all methods over equally many seeds.
+
+    Args:
+        setting: What the runs have in common.
+        experiment: Table or figure to run.
+        entries: Its rows to run.
+        seeds: Runs per row; None for the row's own number or the profile's.
+        tuned: Learning rate by tuning group. Other rows run at the paper's.
     """
     paper = setting.profile.paper_rate
-    usual = setting.profile.seeds
+
+    def seeds_of(entry: TableEntry) -> int:
+        return seeds or entry.seeds or setting.profile.seeds
+
     by_seed: list[Runs] = [[]] if experiment.figure else [[(make_run_config(setting, BASE, 0), setting)]]
-    for seed in range(max(seeds or entry.seeds or usual for entry in entries)):
+    for seed in range(max(map(seeds_of, entries))):
         for entry in entries:
             rates = {tuned.get(entry.tuning_group, paper)} | ({paper} if experiment.both_rates else set())
-            if seed < (seeds or entry.seeds or usual):
+            if seed < seeds_of(entry):
                 for rate in sorted(rates):
-                    by_seed[-1] += _of_row(setting, experiment, entry, seed, rate)
+                    by_seed[-1] += _runs_of_row(setting, experiment, entry, seed, rate)
         by_seed.append([])
     yield from by_seed if experiment.figure else [[run for runs in by_seed for run in runs]]
 
 
-def _of_row(setting: RunSettings, experiment: Experiment, entry: TableEntry, seed: int, rate: float) -> Runs:
-    """One run, or one for each part of the mixture.
+def _runs_of_row(setting: RunSettings, experiment: Experiment, entry: TableEntry, seed: int, rate: float) -> Runs:
+    """Return one run, or one for each single task of the mixture.
 
-    Figure 2 compares single-task experts: the first seed's are kept as adapters, and later ones compared with those of
-    the same task, ST(S), and of the next one, ST(D). Models of one seed would start with the same A.
+    Figure 2 compares experts that were trained on single tasks. The adapters of seed 0 are saved. Those of later seeds
+    are compared with the saved adapter of the same task, "ST(S)", and with that of the next task, "ST(D)". The seeds
+    must differ, because models of one seed start with the same A.
     """
     setting = replace(setting, method_options=entry.changes(setting.profile))
     if not entry.single_task:

@@ -6,19 +6,28 @@ import multiprocessing
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils.memory import clear_device_cache
 
 from bench.records.schema import Record, RunConfig
+from bench.runs.plan import Runs
 from bench.runs.run import find_record, run
 from bench.runs.setting import RunSettings
 
+if TYPE_CHECKING:
+    from multiprocessing.sharedctypes import Synchronized
 
-def run_all(runs: list[tuple[RunConfig, RunSettings]], jobs: int) -> Iterator[Record]:
-    """Make the runs that the results folder does not have, `jobs` at a time; yields each as it is there.
 
-    What finds no memory beside others is made again when they are done, by itself.
+def run_all(runs: Runs, jobs: int) -> Iterator[Record]:
+    """Make the runs that have no record yet, and yield all records, each as soon as it is there.
+
+    A run that finds no memory next to the others is made again by itself at the end.
+
+    Args:
+        runs: Configurations with their settings.
+        jobs: Number of runs at a time, each in a process of its own.
     """
     done = {config.id: found for config, setting in runs if (found := find_record(config, setting))}
     yield from done.values()
@@ -27,39 +36,39 @@ def run_all(runs: list[tuple[RunConfig, RunSettings]], jobs: int) -> Iterator[Re
         for config, setting in missing:
             yield run(config, setting)
         return
-    # Processes, each with models and libraries of its own: threads would take turns at the interpreter.
+    # Processes, because threads would share the interpreter lock and the global state of the libraries.
     context = multiprocessing.get_context("spawn")
-    number = context.Value("i", 0)
-    with ProcessPoolExecutor(min(jobs, len(missing)), context, _start_worker, (number,)) as pool:
-        futures = {pool.submit(_run_beside, config, setting, jobs): (config, setting) for config, setting in missing}
-        crowded_out = []
+    counter = context.Value("i", 0)
+    with ProcessPoolExecutor(min(jobs, len(missing)), context, _start_worker, (counter,)) as pool:
+        futures = {pool.submit(_run_in_worker, config, setting, jobs): (config, setting) for config, setting in missing}
+        out_of_memory = []
         try:
             for future in as_completed(futures):
                 if record := future.result():
                     yield record
                 else:
-                    crowded_out.append(futures[future])
+                    out_of_memory.append(futures[future])
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    for config, setting in crowded_out:
+    for config, setting in out_of_memory:
         yield run(config, setting)
 
 
-def _run_beside(config: RunConfig, setting: RunSettings, jobs: int) -> Record | None:
-    """A run among several at a time; None if it found no memory beside the others."""
+def _run_in_worker(config: RunConfig, setting: RunSettings, jobs: int) -> Record | None:
+    """Make one of several concurrent runs; None if it found no memory next to the others."""
     try:
         return run(config, setting, jobs)
     except torch.OutOfMemoryError:
-        pass  # it holds the run's tensors until here
+        pass  # the exception keeps the run's tensors alive until here
     clear_device_cache(garbage_collection=True)
     return None
 
 
-def _start_worker(number) -> None:
-    """Workers take the GPUs in turn."""
-    with number.get_lock():
-        mine, number.value = number.value, number.value + 1
+def _start_worker(counter: Synchronized[int]) -> None:
+    """Assign the GPUs to the workers in turn."""
+    with counter.get_lock():
+        number, counter.value = counter.value, counter.value + 1
     if torch.cuda.is_available():
-        torch.cuda.set_device(mine % torch.cuda.device_count())
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries, to their developers
+        torch.cuda.set_device(number % torch.cuda.device_count())
+    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries address these to developers

@@ -1,4 +1,4 @@
-"""One run from its configuration to its record, and many of them side by side."""
+"""Make one run: train an adapter, analyze it, score it and write its record."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
-from transformers import PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import malora
 from bench.errors import UserError
@@ -24,22 +25,31 @@ from bench.records import store as records
 from bench.records.schema import Record, RunConfig
 from bench.runs.setting import RunSettings, blend_seed, load_data, processes
 from bench.train.batching import Encoded, encode, label_tokens
+from bench.train.checkpoint import TrainLog
 from bench.train.loop import DivergedError, train
 from malora.analysis import extract_experts
-from tasks import MIXTURES
+from tasks import MIXTURES, Example
 
 
 def run(config: RunConfig, setting: RunSettings, jobs: int = 1) -> Record:
-    """Make a run, or give back its record if the results folder has it. Failures of a run are recorded, not raised.
+    """Make a run and return its record, or return the record that the results folder already has.
 
-    Every process of `accelerate launch` gives back the record that the first one wrote.
+    A run that fails is recorded with its status and error, and nothing is raised. With `accelerate launch` every
+    process returns the record that the first one wrote.
+
+    Args:
+        config: Configuration of the run.
+        setting: Settings that it shares with others.
+        jobs: Number of runs at the same time, on this machine.
 
     Raises:
-        UserError: the run cannot be made as it was asked for.
-        torch.OutOfMemoryError: one of several `jobs` found no room, which says nothing of it. There is no record.
+        UserError: The run cannot be made as the user asked for it.
+        torch.OutOfMemoryError: One of several `jobs` found too little memory. By itself it may have enough, so
+            nothing is recorded.
     """
     state = processes()
-    _limit_threads(setting.profile.threads)
+    if setting.profile.threads:
+        torch.set_num_threads(setting.profile.threads)
     if found := find_record(config, setting):
         return found
     require_scoring(MIXTURES[config.mixture].tasks, setting.unsafe_code)
@@ -50,36 +60,40 @@ def run(config: RunConfig, setting: RunSettings, jobs: int = 1) -> Record:
     except DivergedError as error:
         record.status, record.error, record.train = "diverged", str(error), _train_section(error.log)
     except UserError:
-        raise  # nothing of the run is to blame
+        raise  # the user's to solve, so not a result of the run
     except torch.OutOfMemoryError as error:
         if jobs > 1:
-            checkpoint.unlink(missing_ok=True)  # what goes on from it would have another's seconds
+            checkpoint.unlink(missing_ok=True)  # its times are those of crowded runs, so nothing may resume from it
             raise
         record.status, record.error = "oom", str(error)
     except Exception as error:
         record.status, record.error = "failed", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
         if state.num_processes > 1:
-            raise  # the others wait for this process in the middle of a step; the launcher ends them
+            raise  # the other processes wait for this one in the middle of a step; the launcher ends them
     if state.is_main_process:
         records.write(record, setting.results)
         if record.status != "failed":
             checkpoint.unlink(missing_ok=True)
     state.wait_for_everyone()
     if not state.is_main_process:
-        record = records.find(config, setting.results)
+        written = records.find(config, setting.results)
+        assert written is not None, "the first process wrote it"
+        record = written
     clear_device_cache(garbage_collection=True)
     return record
 
 
 def _train_and_score(record: Record, setting: RunSettings, checkpoint: Path) -> None:
+    """Fill in the sections of the record, one after the other, so that a failure leaves the earlier ones."""
     config, profile = record.config, setting.profile
     data = load_data(setting, config.seed)
-    model, tokenizer = load(prepare(setting.model), setting.device)
+    base, tokenizer = load(prepare(setting.model), setting.device)
+    model: PreTrainedModel | PeftModel = base
     fresh = None
     record.data = {"sha256": data.sha256, "dropped": data.dropped, "dropped_validation": data.dropped_validation}
     if config.method != BASE:
         options = {"target_modules": targets(prepare(setting.model)), **config.method_options}
-        model = add_adapter(model, config.method, options, config.seed)
+        model = add_adapter(base, config.method, options, config.seed)
         fresh = extract_experts(model) if malora.has_router(model) else None
         record.parameters = count_parameters(model)
         encoded = _encoded(setting, config, tokenizer)
@@ -95,11 +109,11 @@ def _train_and_score(record: Record, setting: RunSettings, checkpoint: Path) -> 
         )
         record.train = _train_section(log)
         if setting.save and processes().is_main_process:
-            model.save_pretrained(setting.save, save_embedding_layers=False)
+            model.save_pretrained(str(setting.save), save_embedding_layers=False)
     if not processes().is_main_process:
         return
     if setting.device.type == "cuda":
-        torch.cuda.empty_cache()  # of training's graphs; other runs may share the GPU
+        torch.cuda.empty_cache()  # memory of training's CUDA graphs: other runs may share the GPU
     if fresh:
         prompts = {task: [e.prompt for e in items] for task, items in _limited(data.validation, config).items()}
         record.inside = _rounded(analyze_adapter(model, tokenizer, fresh, prompts, setting.peers))
@@ -113,7 +127,7 @@ def _train_and_score(record: Record, setting: RunSettings, checkpoint: Path) -> 
 
 
 def score_options(setting: RunSettings) -> dict[str, Any]:
-    """How the setting has `score` work."""
+    """Return the options of `score` that the settings choose."""
     profile = setting.profile
     return {
         "format": profile.format,
@@ -123,12 +137,13 @@ def score_options(setting: RunSettings) -> dict[str, Any]:
     }
 
 
-def _train_section(log) -> dict:
+def _train_section(log: TrainLog) -> dict[str, Any]:
+    """Return the section `train` of a record."""
     return vars(log) | {"curve": _rounded(log.curve), "router": _rounded(log.router)}
 
 
 def _rounded(value: Any) -> Any:
-    """Five digits are plenty, and keep a record small. JSON knows no infinity."""
+    """Round all floats to five digits, to keep the record small; None for those that JSON does not have."""
     if isinstance(value, dict):
         return {key: _rounded(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
@@ -138,14 +153,16 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
-def _limited(examples: dict[str, list], config: RunConfig) -> dict[str, list]:
+def _limited(examples: dict[str, list[Example]], config: RunConfig) -> dict[str, list[Example]]:
+    """Return the first `max_items` items of each task."""
     return {name: items[: config.max_items] for name, items in examples.items()}
 
 
-_ENCODED: dict[tuple, list[Encoded]] = {}  # of the last run, since the next one mostly trains on the same
+_ENCODED: dict[tuple[Any, ...], list[Encoded]] = {}  # of the last run: the next one mostly trains on the same
 
 
 def _encoded(setting: RunSettings, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+    """Tokenize the training examples, or return those of the last run if they are the same."""
     seed = blend_seed(setting, config.seed)
     key = (config.model_hash, setting.mixture_name, setting.source, setting.profile.format, seed, config.max_length)
     if key not in _ENCODED:
@@ -155,11 +172,9 @@ def _encoded(setting: RunSettings, config: RunConfig, tokenizer: PreTrainedToken
 
 
 def find_record(config: RunConfig, setting: RunSettings) -> Record | None:
-    """The run's record, unless it is to leave an adapter and has not: then the run is made again."""
+    """Return the run's record, if there is one.
+
+    If the run must save an adapter and the folder does not exist, the record is ignored, so that the run is made again.
+    """
     found = records.find(config, setting.results)
     return None if found and found.status == "ok" and setting.save and not setting.save.is_dir() else found
-
-
-def _limit_threads(threads: int | None) -> None:
-    if threads:
-        torch.set_num_threads(threads)

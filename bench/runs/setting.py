@@ -1,8 +1,9 @@
-"""What the runs of an experiment have in common, and the configuration of each."""
+"""Settings that the runs of an experiment share, and the configuration of each run."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
@@ -20,41 +21,72 @@ from tasks import MIXTURES, MixtureData, Source, build
 
 
 def processes() -> PartialState:
-    """This process among those of `accelerate launch`. While the first one scores, the others wait for hours."""
+    """Return this process's place among those of `accelerate launch`.
+
+    The timeout is long, because the other processes wait for hours while the first one scores.
+    """
     return PartialState(timeout=timedelta(hours=12))
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What the runs of an experiment have in common, and where their records go."""
+    """Settings that the runs of an experiment share.
+
+    Attributes:
+        profile: Size of the experiment.
+        model: A built-in name, a folder, or an id on the Hugging Face hub.
+        source: Source of the data.
+        mixture: The experiment's name for its mixture; the profile may have a substitute, see `mixture_name`.
+        results: Folder of the records.
+        method_options: Options on top of those that `bench.experiments.methods.method_options` chooses.
+        max_steps: Stop training after this many steps.
+        max_items: Score only this many items per task.
+        save: Folder for the trained adapter.
+        peers: Folders of adapters to compare the run's experts with, by the name of the comparison.
+        unsafe_code: Run generated programs without a sandbox.
+    """
 
     profile: Profile
     model: str
     source: Source
-    mixture: str  # the experiment's name for it; the profile may have a stand-in
+    mixture: str
     results: Path
-    method_options: dict[str, Any] = field(default_factory=dict)  # besides those that `method_options` gives
+    method_options: dict[str, Any] = field(default_factory=dict)
     max_steps: int | None = None
     max_items: int | None = None
-    save: Path | None = None  # a folder for the trained adapter
-    peers: dict[str, Path] = field(default_factory=dict)  # adapters whose experts are compared with the run's
-    unsafe_code: bool = False  # run what a model writes without a sandbox
+    save: Path | None = None
+    peers: dict[str, Path] = field(default_factory=dict)
+    unsafe_code: bool = False
 
     @property
     def mixture_name(self) -> str:
-        stand_in = self.profile.mixtures.get(self.mixture, self.mixture)
-        return stand_in if isinstance(self.source, type(self.profile.source)) else self.mixture
+        """The mixture to train on: the profile's substitute, if the data come from the profile's source."""
+        substitute = self.profile.mixtures.get(self.mixture, self.mixture)
+        return substitute if isinstance(self.source, type(self.profile.source)) else self.mixture
 
     @property
     def device(self) -> torch.device:
-        return processes().device
+        """The device of this process."""
+        device: torch.device = processes().device
+        return device
 
 
 def make_run_config(setting: RunSettings, method: str, seed: int, learning_rate: float | None = None) -> RunConfig:
-    """The configuration of a run; `learning_rate` None is the paper's."""
+    """Make the configuration of a run.
+
+    Args:
+        setting: What the runs have in common.
+        method: A name in METHODS, or BASE. The base has neither options nor seed nor learning rate.
+        seed: Seed of initialisation, order of the examples and dropout.
+        learning_rate: Learning rate; None for the paper's.
+
+    Raises:
+        UserError: The method, the model or the data do not allow this run.
+    """
     profile = setting.profile
+    options: dict[str, Any] = {}
     if method == BASE:
-        options, learning_rate, seed = {}, None, 0
+        learning_rate, seed = None, 0
     else:
         options = method_options(method, profile, setting.mixture_name, setting.method_options)
         learning_rate = learning_rate or profile.paper_rate
@@ -85,11 +117,17 @@ def make_run_config(setting: RunSettings, method: str, seed: int, learning_rate:
 
 
 def load_data(setting: RunSettings, seed: int) -> MixtureData:
-    return _build(setting.mixture_name, setting.source, setting.profile.format, blend_seed(setting, seed))
+    """Read and format the mixture's examples; the last few mixtures are cached.
+
+    Raises:
+        UserError: A file is missing or broken.
+    """
+    build_cached: Callable[..., MixtureData] = _build  # a source is hashable, but its protocol does not say so
+    return build_cached(setting.mixture_name, setting.source, setting.profile.format, blend_seed(setting, seed))
 
 
 def blend_seed(setting: RunSettings, seed: int) -> int:
-    """The seed of a mixture's draw; one that takes everything is the same for all."""
+    """Return the seed of the draw of examples: 0 for a mixture that takes all examples, else the run's."""
     return 0 if MIXTURES[setting.mixture_name].blend == "size" else seed
 
 

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Train one adapter: batches, the step, the loop and its checkpoint."""

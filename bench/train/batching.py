@@ -1,9 +1,21 @@
-"""Examples as tokens, and batches of them in rows. Shapes: R rows, C tokens of a row, L label tokens of a batch."""
+"""Tokenize examples and pack them into micro-batches.
+
+A batch is drawn at random, so that it mixes all tasks. Batches of examples of similar length would hold mostly one task
+each, and the balance loss would then push the routers to be even within every task. The examples of a batch are packed
+one after the other into sequences of equal length. A mask keeps them from attending to each other, and about a tenth of
+the positions is padding.
+
+Shapes:
+    R: packed sequences of a micro-batch
+    C: tokens per packed sequence
+    L: label tokens of a micro-batch
+"""
 
 from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,16 +25,18 @@ from transformers import PreTrainedTokenizerBase
 
 from tasks import Example, WrittenExample
 
-# A batch is drawn at random, so that it holds all tasks: one of like lengths would hold mostly one task, and a balance
-# loss would press the routers to be even within each. Its examples are laid into rows one after the other, which leaves
-# about a tenth for padding, and none sees another. A row is at least as long as the longest.
+# Tokens per packed sequence, by device. An example that is longer gets a multiple of it.
 PACKED_ROW_LENGTH = {"cuda": 512, "cpu": 128}
-PAD_TO_MULTIPLE = 64  # tokens of a batch that does not fill a row
-ROWS_MULTIPLE, FEW_ROWS = 2, 4  # where a step is captured once for each shape, few shapes; of few rows every one counts
-# What a device holds the activations of; 64 examples of 1,024 tokens need 70 GiB at once. The paper's step has as many.
-# It bounds the logits too, since no example has more labels than tokens: of 16,384 labels and a vocabulary of 49,152
-# they are 1.5 GiB in bfloat16 and 3 GiB in float32, and their gradients as much again.
+# A batch that does not fill one packed sequence is padded to a multiple of this many tokens only.
+PAD_TO_MULTIPLE = 64
+# With fixed shapes every number of sequences costs a CUDA graph, so odd numbers above MAX_UNPADDED_ROWS are padded to
+# even ones. For fewer sequences one of padding alone would cost too much.
+ROWS_MULTIPLE, MAX_UNPADDED_ROWS = 2, 4
+# Tokens per micro-batch, by device, so that the activations fit: 64 examples of 1,024 tokens need 70 GiB at once.
+# No example has more labels than tokens, so this also bounds the logits: 16,384 labels of a vocabulary of 49,152 take
+# 1.5 GiB in bfloat16 and 3 GiB in float32, and their gradients the same again.
 MAX_TOKENS = {"cuda": 16_384, "cpu": 4_096}
+IGNORED_TARGET = -100  # what F.cross_entropy ignores by default
 
 
 class Encoded(NamedTuple):
@@ -34,54 +48,73 @@ class Encoded(NamedTuple):
 
 @dataclass
 class Batch:
-    """Ids in rows, and where in them which label token is to be predicted."""
+    """A micro-batch: packed token ids, and the label tokens to predict from them.
 
-    ids: Tensor  # [R, C]
-    position: Tensor  # [R, C]: place in its example
-    example: Tensor  # [R, C]: number of its example in the row, from 1 on; 0 for padding
-    row: Tensor  # [L]
-    column: Tensor  # [L]: the position before each label token
-    target: Tensor  # [L], -100 for padding
-    labels: Tensor  # []: label tokens of the whole batch that this is a part of
+    Attributes:
+        ids: Token ids, [R, C].
+        position: Position of each token in its example, [R, C].
+        example: Number of each token's example within its sequence, counted from 1, [R, C]; 0 for padding.
+        row: Sequence that each label token is predicted from, [L].
+        column: Position in that sequence, one before the label token, [L].
+        target: Label tokens, [L]; `IGNORED_TARGET` for padding.
+        labels: Label tokens in all micro-batches of the batch, [], float32.
+    """
+
+    ids: Tensor
+    position: Tensor
+    example: Tensor
+    row: Tensor
+    column: Tensor
+    target: Tensor
+    labels: Tensor
 
     @property
     def mask(self) -> Tensor:
-        """[R, C], true for tokens and false for padding."""
+        """True for tokens and False for padding, [R, C]."""
         return self.example > 0
 
     def attention_bias(self, dtype: torch.dtype) -> Tensor:
-        """[R, 1, C, C], by the token that looks and the one it looks at: 0 if that is of its example and not after it,
-        else -inf. Padding sees padding, since attention to nothing would be NaN."""
-        before = torch.ones(2 * self.ids.shape[-1:], dtype=torch.bool, device=self.ids.device).tril()
-        visible = before & (self.example[:, :, None] == self.example[:, None, :])
+        """Return the additive attention mask, [R, 1, C, C].
+
+        It is 0 where a token may attend, that is to itself and to earlier tokens of its own example, and -inf
+        elsewhere. Padding attends to padding, because attention over nothing is NaN.
+        """
+        causal = torch.ones((self.ids.shape[-1], self.ids.shape[-1]), dtype=torch.bool, device=self.ids.device).tril()
+        visible = causal & (self.example[:, :, None] == self.example[:, None, :])
         return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, float("-inf"))[:, None]
 
     def to(self, device: torch.device) -> Batch:
-        tensors = vars(self).values()
+        """Return a copy on the device. On a GPU the copy is asynchronous."""
+        tensors: list[Tensor] = list(vars(self).values())
         if device.type == "cuda":
-            tensors = [tensor.pin_memory() for tensor in tensors]  # from other memory a copy waits for the GPU
+            tensors = [tensor.pin_memory() for tensor in tensors]  # a copy from pageable memory waits for the GPU
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_length: int) -> list[Encoded]:
-    """Prompts with their labels. A prompt that is too long loses its beginning, as in lm-eval.
+def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int) -> list[Encoded]:
+    """Tokenize prompts with their labels.
 
-    As in lm-eval too, the label's tokens are those that the prompt alone does not have. What is written is followed by
-    the token that ends a text; where prompt and label are too long together, the label leaves half of the room to the
-    prompt and loses its end.
+    As in lm-eval, the label's tokens are those that the text has beyond the tokens of its prompt, and a prompt that is
+    too long loses its beginning. A written answer is followed by the end-of-text token. If prompt and label together
+    are too long, up to half of `max_length` stays for the prompt and the label loses its end.
+
+    Args:
+        tokenizer: Tokenizer of the base model.
+        examples: Examples to tokenize.
+        max_length: Maximum tokens of an encoded example, prompt and label.
     """
-    whole = tokenizer([e.prompt + e.label for e in examples])["input_ids"]
+    texts = tokenizer([e.prompt + e.label for e in examples])["input_ids"]
     prompts = tokenizer([e.prompt for e in examples])["input_ids"]
     encoded = []
-    for example, ids, prompt in zip(examples, whole, prompts, strict=True):
+    for example, ids, prompt in zip(examples, texts, prompts, strict=True):
         label = ids[len(prompt) :] + [tokenizer.eos_token_id] * isinstance(example, WrittenExample)
         label = label[: max_length - min(len(prompt), max_length // 2)]
         encoded.append(Encoded((ids[: len(prompt)] + label)[-max_length:], len(label)))
     return encoded
 
 
-def label_tokens(examples: list[Example], encoded: list[Encoded]) -> dict[str, dict[str, int]]:
-    """By task: how many examples, tokens and label tokens it gives an epoch."""
+def label_tokens(examples: Sequence[Example], encoded: Sequence[Encoded]) -> dict[str, dict[str, int]]:
+    """Count examples, tokens and label tokens per epoch, by task."""
     counts: dict[str, dict[str, int]] = {}
     for example, code in zip(examples, encoded, strict=True):
         count = counts.setdefault(example.task, {"examples": 0, "tokens": 0, "label_tokens": 0})
@@ -91,10 +124,17 @@ def label_tokens(examples: list[Example], encoded: list[Encoded]) -> dict[str, d
     return counts
 
 
-def schedule(count: int, *, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
-    """The batches of a whole training on `count` examples, as indices; a function of its arguments alone.
+def shuffled_batches(count: int, *, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
+    """Return the batches of all epochs, as indices of the examples.
 
-    An epoch sees every example once; its last batch may be short.
+    Every epoch visits each example once, in a new order. Its last batch may be smaller. The result depends on the
+    arguments alone.
+
+    Args:
+        count: Number of examples.
+        batch_size: Examples per batch.
+        epochs: Passes over all examples.
+        seed: Seed of the order.
     """
     rng = random.Random(seed)
     batches = []
@@ -106,66 +146,77 @@ def schedule(count: int, *, batch_size: int, epochs: int, seed: int) -> list[lis
 
 
 def collate(
-    encoded: list[Encoded],
+    encoded: Sequence[Encoded],
     pad_id: int,
     *,
-    row: int = PACKED_ROW_LENGTH["cuda"],
+    row_length: int = PACKED_ROW_LENGTH["cuda"],
     max_tokens: int = MAX_TOKENS["cuda"],
     fixed_shapes: bool = False,
 ) -> list[Batch]:
-    """A batch in parts of at most `most_tokens` ids, or a row, and examples of all lengths in each.
+    """Pack a batch into micro-batches, each with examples of all lengths.
 
-    Where shapes are to `recur`, labels are padded: to as many as there are examples where each is one token, else to as
-    many as there are ids. Every other number would be one more graph to capture for each number of rows.
+    The last label token of an example is a target only. Nothing is predicted from it, so it is not part of the input.
 
-    The last label token is a target only; nothing is predicted from it, so it is not read.
+    Args:
+        encoded: Examples of the batch.
+        pad_id: Token id of padding.
+        row_length: Tokens per packed sequence. A longer example gets a multiple of it.
+        max_tokens: Maximum tokens per micro-batch; a micro-batch has at least one packed sequence.
+        fixed_shapes: Pad the label tokens, so that few shapes occur and few CUDA graphs are captured. They are padded
+            to the number of examples if every label is one token, else to the number of input tokens.
     """
     lengths = [len(code.ids) - 1 for code in encoded]
     total, longest = sum(lengths), max(lengths)
-    width = math.ceil(longest / row) * row if total > row else math.ceil(total / PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE
-    rows = _rows(lengths, width)
-    if fixed_shapes and len(rows) > FEW_ROWS and max_tokens >= 2 * width:  # no part is of padding alone
+    if total > row_length:
+        width = math.ceil(longest / row_length) * row_length
+    else:
+        width = math.ceil(total / PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE
+    rows = _pack(lengths, width)
+    # A micro-batch needs a token to predict, so a sequence of padding alone must share its micro-batch.
+    if fixed_shapes and len(rows) > MAX_UNPADDED_ROWS and max_tokens >= 2 * width:
         rows += [[]] * (-len(rows) % ROWS_MULTIPLE)
     labels = torch.tensor(float(sum(code.label_length for code in encoded)))
-    parts = math.ceil(len(rows) / max(1, max_tokens // width))
-    size = None
+    micro_batches = math.ceil(len(rows) / max(1, max_tokens // width))
+    min_targets = 0
     if fixed_shapes:
-        single = all(code.label_length == 1 for code in encoded)
-        size = len(encoded) if single else math.ceil(len(rows) / parts) * width
+        one_token_each = all(code.label_length == 1 for code in encoded)
+        min_targets = len(encoded) if one_token_each else math.ceil(len(rows) / micro_batches) * width
     return [
-        _make_micro_batch([[encoded[i] for i in one] for one in rows[first::parts]], pad_id, width, labels, size)
-        for first in range(parts)
+        _make_micro_batch(
+            [[encoded[i] for i in row] for row in rows[first::micro_batches]], pad_id, width, labels, min_targets
+        )
+        for first in range(micro_batches)
     ]
 
 
-def _rows(lengths: list[int], width: int) -> list[list[int]]:
-    """Which examples share a row: the longest first, each into the first row that has room."""
+def _pack(lengths: list[int], width: int) -> list[list[int]]:
+    """Assign examples to sequences of `width` tokens by first-fit decreasing bin packing; returns their indices."""
     rows: list[list[int]] = []
-    room: list[int] = []
+    free: list[int] = []  # tokens left in each sequence
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = next((place for place, free in enumerate(room) if free >= lengths[i]), len(rows))
+        place = next((place for place, tokens in enumerate(free) if tokens >= lengths[i]), len(rows))
         if place == len(rows):
             rows.append([])
-            room.append(width)
+            free.append(width)
         rows[place].append(i)
-        room[place] -= lengths[i]
+        free[place] -= lengths[i]
     return rows
 
 
-def _make_micro_batch(rows: list[list[Encoded]], pad_id: int, width: int, labels: Tensor, size: int | None) -> Batch:
-    """With `size` labels, where it is given."""
+def _make_micro_batch(rows: list[list[Encoded]], pad_id: int, width: int, labels: Tensor, min_targets: int) -> Batch:
+    """Lay the examples of each sequence one after the other, and pad the targets to at least `min_targets`."""
     ids, position, example = (torch.full((len(rows), width), fill) for fill in (pad_id, 0, 0))
-    places = []
-    for row, codes in enumerate(rows):
+    places = []  # row, column and target of each label token
+    for r, codes in enumerate(rows):
         start = 0
         for number, (tokens, label_length) in enumerate(codes, 1):
             end = start + len(tokens) - 1
-            ids[row, start:end] = torch.tensor(tokens[:-1])
-            position[row, start:end] = torch.arange(end - start)
-            example[row, start:end] = number
-            places += [(row, end - back, tokens[-back]) for back in range(label_length, 0, -1)]
+            ids[r, start:end] = torch.tensor(tokens[:-1])
+            position[r, start:end] = torch.arange(end - start)
+            example[r, start:end] = number
+            places += [(r, end - back, tokens[-back]) for back in range(label_length, 0, -1)]
             start = end
-    filled = torch.tensor([(0, 0, -100)]).repeat(max(len(places), size or 0), 1)
+    filled = torch.tensor([(0, 0, IGNORED_TARGET)]).repeat(max(len(places), min_targets), 1)
     filled[: len(places)] = torch.tensor(places)
     row, column, target = filled.T.contiguous()
     return Batch(ids, position, example, row, column, target, labels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -13,29 +13,56 @@ from torch import nn
 
 @dataclass
 class TrainLog:
-    """What training measured, a part before a resume included.
+    """Measurements of a training run, from its first step on, also if it was resumed.
 
-    Seconds are by part: data, forward, backward, optimizer; forward and backward are one
-    part, forward_backward, where a step is one CUDA graph.
+    Attributes:
+        steps: Optimizer steps done.
+        tokens: Tokens trained on.
+        seconds: Seconds by phase: data, forward, backward and optimizer. Where a step is one CUDA graph, forward and
+            backward are one phase, forward_backward.
+        curve: Means over the steps since the last point: step, loss, balance_loss, grad_norm.
+        router: Router statistics of single steps.
+        peak_bytes: Peak GPU memory; None on a CPU.
     """
 
     steps: int = 0
     tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-    curve: list[dict[str, float]] = field(default_factory=list)  # step, loss, balance_loss, grad_norm: means since last
+    curve: list[dict[str, float]] = field(default_factory=list)
     router: list[dict[str, float]] = field(default_factory=list)
-    peak_bytes: int | None = None  # of the GPU's memory
+    peak_bytes: int | None = None
 
 
-class _Checkpoint:
-    """All that decides how a run goes on. Whole or not there; read by the same configuration and code only."""
+class _Stateful(Protocol):
+    """An optimizer or a learning-rate scheduler, also one that accelerate has wrapped."""
 
-    def __init__(self, path: Path, identity: str, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state."""
+
+
+class Checkpoint:
+    """All state that decides how a training run continues, in one file.
+
+    The file is written under another name and then renamed, so that an interruption leaves the previous one intact.
+
+    Args:
+        path: The file.
+        identity: Name of the configuration and of the code. A checkpoint with another identity is ignored.
+        model: Model whose trainable parameters are saved.
+        optimizer: Optimizer of these parameters.
+        scheduler: Learning-rate scheduler.
+    """
+
+    def __init__(self, path: Path, identity: str, model: nn.Module, optimizer: _Stateful, scheduler: _Stateful) -> None:
         self.path, self.identity = path, identity
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer, self.scheduler = optimizer, scheduler
 
     def save(self, log: TrainLog) -> None:
+        """Write the current state and the log."""
         state = {
             "identity": self.identity,
             "log": vars(log),
@@ -51,7 +78,7 @@ class _Checkpoint:
         os.replace(temporary, self.path)
 
     def load(self) -> TrainLog | None:
-        """Restore the state and return its log; None where there is nothing to go on from."""
+        """Restore the saved state and return its log, or None if no checkpoint of this identity exists."""
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
         except FileNotFoundError:

@@ -1,22 +1,23 @@
-"""The training loop: one method, one mixture, one seed. Plain, on accelerate.
-
-A loss or gradient that is not finite ends the run as diverged.
-"""
+"""Train an adapter on one mixture with one method and one seed, with accelerate."""
 
 from __future__ import annotations
 
 import math
 import sys
 import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from multiprocessing import parent_process
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 from transformers import get_linear_schedule_with_warmup
 
@@ -24,20 +25,24 @@ import malora
 from bench.records.provenance import source_hash
 from bench.records.schema import RunConfig
 from bench.runtime.timer import PhaseTimer
-from bench.train.batching import MAX_TOKENS, PACKED_ROW_LENGTH, Encoded, collate, schedule
-from bench.train.checkpoint import TrainLog, _Checkpoint
-from bench.train.step import EagerStep, GraphedStep
+from bench.train.batching import MAX_TOKENS, PACKED_ROW_LENGTH, Batch, Encoded, collate, shuffled_batches
+from bench.train.checkpoint import Checkpoint, TrainLog
+from bench.train.step import EagerStep, GraphedStep, Step
 from malora.backbone.cuda_graphs import can_capture
 from malora.backbone.liger import LigerKernels, has_liger
 
-# Reading a loss from a GPU makes the host wait for it. Every so many steps is often enough to notice a divergence
-# and to draw a curve.
+# Reading a loss from a GPU makes the host wait. Every 10 steps is often enough to notice a divergence and to draw a
+# curve.
 CHECK_EVERY = 10
-ROUTER_EVERY = 50
+ROUTER_EVERY = 50  # steps between router statistics
 
 
 class DivergedError(ArithmeticError):
-    """A loss or a gradient was not finite; `log` says how far training came."""
+    """A loss or a gradient was not finite.
+
+    Attributes:
+        log: Log of the training up to there.
+    """
 
     def __init__(self, log: TrainLog) -> None:
         super().__init__(f"the loss or its gradient was not finite at step {log.steps} or up to {CHECK_EVERY} before")
@@ -45,115 +50,185 @@ class DivergedError(ArithmeticError):
 
 
 def train(
-    model: nn.Module,
-    encoded: list[Encoded],
+    model: PeftModel,
+    encoded: Sequence[Encoded],
     config: RunConfig,
     *,
     pad_id: int,
     checkpoint: Path,
     checkpoint_every: int,
 ) -> TrainLog:
-    """Train the model's adapter in place, from its checkpoint if there is one.
+    """Train the model's adapter in place.
+
+    Training continues from the checkpoint if it belongs to the same configuration and code.
+
+    Args:
+        model: Model with a trainable adapter, on its device.
+        encoded: Training examples.
+        config: Configuration of the run; its learning rate is given.
+        pad_id: Token id of padding.
+        checkpoint: File of the checkpoint.
+        checkpoint_every: Steps between checkpoints. One is also written after the last step, so that a failure in
+            scoring costs no training.
 
     Raises:
-        DivergedError: a loss or gradient was not finite.
+        DivergedError: A loss or gradient was not finite.
     """
-    accelerator = Accelerator(mixed_precision="bf16" if config.device_type == "cuda" else "no")
-    alone = accelerator.num_processes == 1
-    capture = alone and can_capture(model)
-    kernels = LigerKernels(model.get_base_model()) if capture and has_liger() else None
-    batches = schedule(len(encoded), batch_size=config.batch_size, epochs=config.epochs, seed=config.seed)
+    trainer = _Trainer(model, encoded, config, pad_id, checkpoint)
+    trainer.run(checkpoint_every)
+    return trainer.log
+
+
+class _Trainer:
+    """The state of one training run: batches, optimizer, step, checkpoint and log."""
+
+    def __init__(
+        self, model: PeftModel, encoded: Sequence[Encoded], config: RunConfig, pad_id: int, checkpoint: Path
+    ) -> None:
+        self.model, self.encoded, self.config, self.pad_id = model, encoded, config, pad_id
+        self.accelerator = Accelerator(mixed_precision="bf16" if config.device_type == "cuda" else "no")
+        self.single_process = self.accelerator.num_processes == 1
+        self.captures = self.single_process and can_capture(model)
+        self.batches = shuffled_batches(
+            len(encoded), batch_size=config.batch_size, epochs=config.epochs, seed=config.seed
+        )
+        self.last_step = min(len(self.batches), config.max_steps or len(self.batches))
+        optimizer, self.scheduler = _make_optimizer(model, config, len(self.batches))
+        self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
+        identity = config.hash + source_hash()
+        self.checkpoint = Checkpoint(checkpoint, identity, model, self.optimizer, self.scheduler)
+        self.log = self.checkpoint.load() or TrainLog()
+        self.timer = PhaseTimer(self.accelerator.device)
+        self.step = self._make_step()
+        self.has_router = malora.has_router(model)
+        self.pending: list[Tensor] = []  # losses and gradient norms that are still on the device, each [3]
+
+    def run(self, checkpoint_every: int) -> None:
+        """Train to the last step."""
+        on_gpu = self.config.device_type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        self.wrapped.train()
+        start, tokens_before = time.perf_counter(), self.log.tokens
+        log = self.log
+        with self._progress_bar() as bar, keep_input_dtype(self.model, self.accelerator.device):
+            while log.steps < self.last_step:
+                self._train_step()
+                if log.steps % CHECK_EVERY == 0 or log.steps == self.last_step:
+                    self._read_pending()
+                    speed = (log.tokens - tokens_before) / (time.perf_counter() - start)
+                    bar.set_postfix_str(f"loss {log.curve[-1]['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
+                if log.steps % checkpoint_every == 0 or log.steps == self.last_step:
+                    self._save_checkpoint()
+                bar.update()
+        if on_gpu:
+            log.peak_bytes = torch.cuda.max_memory_allocated()
+        self.accelerator.wait_for_everyone()
+
+    def _make_step(self) -> Step:
+        kernels = LigerKernels(self.model.get_base_model()) if self.captures and has_liger() else None
+        eager = EagerStep(self.model, self.wrapped, self.accelerator, self.config.balance_factor, kernels)
+        if self.captures:
+            return GraphedStep(eager)
+        eager.end_phase = self.timer.end_phase
+        return eager
+
+    def _progress_bar(self) -> tqdm[Any]:
+        # Bars of worker processes would overwrite each other. None shows the bar on a terminal only.
+        hidden = True if parent_process() or not self.accelerator.is_main_process else None
+        return tqdm(
+            total=self.last_step, initial=self.log.steps, unit="step", desc=self.config.id, disable=hidden, leave=False
+        )
+
+    def _train_step(self) -> None:
+        """Train on the next batch and log it, without waiting for the device."""
+        log, timer, accelerator = self.log, self.timer, self.accelerator
+        chosen = self.batches[log.steps]
+        timer.start()
+        micro_batches = self._make_micro_batches(chosen)
+        timer.end_phase("data")
+        loss, balance = self.step(micro_batches)
+        if self.captures:
+            timer.end_phase("forward_backward")
+        norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        timer.end_phase("optimizer")
+        log.steps += 1
+        log.tokens += sum(len(self.encoded[i].ids) for i in chosen)
+        self.pending.append(torch.stack([loss, balance, norm]))
+        if self.has_router and log.steps % ROUTER_EVERY == 0:
+            log.router.append({"step": log.steps} | _router_summary(self.model, micro_batches[-1].mask))
+
+    def _make_micro_batches(self, chosen: list[int]) -> list[Batch]:
+        """Collate this process's share of a batch and copy it to the device."""
+        accelerator, device_type = self.accelerator, self.config.device_type
+        mine = chosen[accelerator.process_index :: accelerator.num_processes]
+        mine = mine or chosen[:1]  # a small last batch may not reach every process
+        micro_batches = collate(
+            [self.encoded[i] for i in mine],
+            self.pad_id,
+            row_length=PACKED_ROW_LENGTH[device_type],
+            # All processes must run equally many forward passes, so several processes do not split a batch further.
+            max_tokens=MAX_TOKENS[device_type] if self.single_process else sys.maxsize,
+            fixed_shapes=self.captures,
+        )
+        return [batch.to(accelerator.device) for batch in micro_batches]
+
+    def _read_pending(self) -> None:
+        """Read the losses of the last steps from the device and add their mean to the curve.
+
+        Raises:
+            DivergedError: One of them is not finite.
+        """
+        log = self.log
+        self.timer.add_to(log.seconds)
+        loss, balance, norm = torch.stack(self.pending).mean(0).tolist()
+        log.curve.append({"step": log.steps, "loss": loss, "balance_loss": balance, "grad_norm": norm})
+        self.pending.clear()
+        if not all(map(math.isfinite, (loss, balance, norm))):
+            raise DivergedError(log)
+
+    def _save_checkpoint(self) -> None:
+        if self.pending:
+            self._read_pending()
+        if self.accelerator.is_main_process:
+            self.checkpoint.save(self.log)
+
+
+def _make_optimizer(model: nn.Module, config: RunConfig, steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
+    """Make AdamW, and a schedule with linear warmup and decay.
+
+    Args:
+        model: Model whose trainable parameters are optimized.
+        config: Configuration of the run.
+        steps: Steps of the full run; the schedule is the same if `max_steps` ends it early.
+    """
+    assert config.learning_rate is not None, "only the base has no learning rate, and it is not trained"
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
         fused=config.device_type == "cuda",
     )
-    # The schedule is that of the whole run even if --max-steps ends it early.
-    warmup_steps = round(config.warmup_ratio * len(batches))
-    scheduler = get_linear_schedule_with_warmup(optimizer, warmup_steps, len(batches))
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    state = _Checkpoint(checkpoint, config.hash + source_hash(), model, optimizer, scheduler)
-    log = state.load() or TrainLog()
-    watch = PhaseTimer(accelerator.device)
-    step = EagerStep(model, wrapped, accelerator, config.balance_factor, kernels)
-    if capture:
-        step = GraphedStep(step)
-    else:
-        step.mark = watch.end_phase
-    routed = malora.has_router(model)
-    # Processes must do the same number of passes, so a batch that they share is not split further.
-    max_tokens = MAX_TOKENS[config.device_type] if alone else sys.maxsize
-    row = PACKED_ROW_LENGTH[config.device_type]
-    pending: list[Tensor] = []
-    last = min(len(batches), config.max_steps or len(batches))
-
-    def read_pending() -> None:
-        """Bring the losses of the last steps over from the device, and stop if one is not finite."""
-        watch.add_to(log.seconds)
-        loss, balance, norm = torch.stack(pending).mean(0).tolist()
-        log.curve.append({"step": log.steps, "loss": loss, "balance_loss": balance, "grad_norm": norm})
-        pending.clear()
-        if not all(map(math.isfinite, (loss, balance, norm))):
-            raise DivergedError(log)
-
-    if config.device_type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    wrapped.train()
-    start, tokens_before = time.perf_counter(), log.tokens
-    # One bar on a terminal (None: only there); workers beside each other would tear one another's.
-    hidden = True if parent_process() or not accelerator.is_main_process else None
-    bar = tqdm(total=last, initial=log.steps, unit="step", desc=config.id, disable=hidden, leave=False)
-    with bar, keep_input_dtype(model, accelerator.device):
-        while log.steps < last:
-            watch.start()
-            chosen = batches[log.steps][accelerator.process_index :: accelerator.num_processes]
-            chosen = chosen or batches[log.steps][:1]  # a short last batch may not reach every process
-            batch = [encoded[i] for i in chosen]
-            parts = collate(batch, pad_id, row=row, max_tokens=max_tokens, fixed_shapes=capture)
-            parts = [part.to(accelerator.device) for part in parts]
-            watch.end_phase("data")
-            loss, balance = step(parts)
-            if capture:
-                watch.end_phase("forward_backward")
-            norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            watch.end_phase("optimizer")
-
-            log.steps += 1
-            log.tokens += sum(len(encoded[i].ids) for i in batches[log.steps - 1])
-            pending.append(torch.stack([loss, balance, norm]))
-            if routed and log.steps % ROUTER_EVERY == 0:
-                log.router.append({"step": log.steps} | _router_summary(model, parts[-1].mask))
-            if log.steps % CHECK_EVERY == 0 or log.steps == last:
-                read_pending()
-                speed = (log.tokens - tokens_before) / (time.perf_counter() - start)
-                bar.set_postfix_str(f"loss {log.curve[-1]['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
-            # The last step is kept too, so that a failure in scoring costs no training.
-            if log.steps % checkpoint_every == 0 or log.steps == last:
-                if pending:
-                    read_pending()
-                if accelerator.is_main_process:
-                    state.save(log)
-            bar.update()
-    if config.device_type == "cuda":
-        log.peak_bytes = torch.cuda.max_memory_allocated()
-    accelerator.wait_for_everyone()
-    return log
+    make_scheduler: Callable[..., LRScheduler] = get_linear_schedule_with_warmup
+    return optimizer, make_scheduler(optimizer, round(config.warmup_ratio * steps), steps)
 
 
-def keep_input_dtype(model: nn.Module, device: torch.device) -> AbstractContextManager:
-    """Inside it PEFT's LoRA reads inputs as they come, on a GPU: PEFT would widen them to the adapter's float32, and
-    autocast narrow them again. DoRA takes the norms of its weights in the dtype of its inputs, so it is left alone."""
+def keep_input_dtype(model: nn.Module, device: torch.device) -> AbstractContextManager[None]:
+    """Stop PEFT's LoRA from casting its inputs, within the returned context and on a GPU.
+
+    PEFT casts inputs to the adapter's float32, and autocast casts them back to bfloat16 at once. DoRA is left alone,
+    because it computes the norms of its weights in the dtype of its inputs.
+    """
     loras = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    plain = device.type == "cuda" and not any(module.lora_variant for module in loras)
-    return disable_input_dtype_casting(model, active=plain and bool(loras))
+    has_dora = any(module.lora_variant for module in loras)
+    return disable_input_dtype_casting(model, active=device.type == "cuda" and bool(loras) and not has_dora)
 
 
 def _router_summary(model: nn.Module, mask: Tensor) -> dict[str, float]:
-    """Means over the routed layers, and how many of their experts served no token of the batch."""
+    """Average router statistics over the routed layers; `unused_experts` is their sum."""
     stats = malora.router_stats(model, mask).values()
     return {
         "entropy": sum(s.entropy for s in stats) / len(stats),

@@ -1,9 +1,9 @@
-"""Forward and backward of one batch, as fast as the device allows.
+"""Forward and backward pass of one batch.
 
-A small model's step is thousands of kernels of a few microseconds, and launching them takes the host longer than it
-takes the GPU to run them. On one GPU the frozen parts therefore take the kernels of `bench.liger`, which are fewer and
-larger, and a step is captured as a CUDA graph, once for each shape of batch, and replayed: the same kernels in the same
-order, launched at once. Elsewhere the plain step runs.
+A training step of a small model launches thousands of kernels of a few microseconds each. Launching them takes the host
+longer than running them takes the GPU. On one GPU the step is therefore captured as a CUDA graph, once per shape of a
+micro-batch, and replayed: the same kernels in the same order, but with one launch. Where Liger is installed, the frozen
+layers use its kernels, which are fewer and larger (`malora.backbone.liger`). Elsewhere `EagerStep` runs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from peft import PeftModel
 from torch import Tensor, nn
 
 import malora
@@ -24,120 +25,161 @@ from bench.train.batching import Batch
 from malora.backbone.cuda_graphs import accumulate_grads, capture, capture_refresh, warm_up
 from malora.routing import Routing
 
-Losses = tuple[Tensor, Tensor]  # task loss, balance loss
+Losses = tuple[Tensor, Tensor]  # task loss and balance loss, both []
+Step = Callable[[list[Batch]], Losses]
+Shape = tuple[torch.Size, int]  # of the ids and of the targets
 
 
 class EagerStep:
-    """One batch, kernel by kernel. Leaves the gradients in the parameters."""
+    """Runs a batch kernel by kernel and leaves the gradients in the parameters.
+
+    Args:
+        model: Model to train.
+        wrapped: The same model as `accelerator.prepare` returned it.
+        accelerator: Runs the backward pass and decides the precision.
+        balance_factor: Weight of the balance loss.
+        kernels: Context manager to enter for every forward pass.
+
+    Attributes:
+        end_phase: Called with "forward" or "backward" when that phase of a micro-batch ends.
+    """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PeftModel,
         wrapped: nn.Module,
         accelerator: Accelerator,
         balance_factor: float,
-        kernels: AbstractContextManager | None = None,
+        kernels: AbstractContextManager[object] | None = None,
     ) -> None:
-        """`kernels` is entered for every forward pass."""
         self.model, self.wrapped, self.accelerator = model, wrapped, accelerator
         self.balance_factor = balance_factor
         self.kernels = kernels or nullcontext()
-        self.routed = malora.has_router(model)
-        self.dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else model.dtype  # of attention
-        self.mark: Callable[[str], None] = lambda part: None  # called as each part of the work is done
+        self.has_router = malora.has_router(model)
+        in_bfloat16 = accelerator.mixed_precision == "bf16"
+        self.attention_dtype = torch.bfloat16 if in_bfloat16 else next(model.parameters()).dtype
+        self.end_phase: Callable[[str], None] = lambda phase: None
 
-    def __call__(self, parts: list[Batch]) -> Losses:
-        losses = [self.part(part) for part in parts]
-        return sum(loss for loss, _ in losses), sum(balance for _, balance in losses)
+    def __call__(self, micro_batches: list[Batch]) -> Losses:
+        """Run all micro-batches of a batch and return the losses of the batch."""
+        losses = [self.run_micro_batch(batch) for batch in micro_batches]
+        loss, balance = losses[0]
+        for more_loss, more_balance in losses[1:]:
+            loss, balance = loss + more_loss, balance + more_balance
+        return loss, balance
 
-    def part(self, batch: Batch) -> Losses:
-        """Forward and backward of a part; its losses are shares of the whole batch's, by label tokens."""
-        positions = label_positions_only(self.model, batch.row, batch.column)
-        with self.kernels, exact_with_masks(batch.ids.device), positions:
+    def run_micro_batch(self, batch: Batch) -> Losses:
+        """Run forward and backward of a micro-batch.
+
+        Returns:
+            Its share of the losses of the batch, weighted by label tokens, so that shares add up.
+        """
+        at_labels = label_positions_only(self.model, batch.row, batch.column)
+        with self.kernels, exact_with_masks(batch.ids.device), at_labels:
             logits = self.wrapped(
                 input_ids=batch.ids,
                 position_ids=batch.position,
-                attention_mask=batch.attention_bias(self.dtype),
+                attention_mask=batch.attention_bias(self.attention_dtype),
                 use_cache=False,
             ).logits
         loss = F.cross_entropy(logits.float(), batch.target, reduction="sum") / batch.labels
         balance = torch.zeros_like(loss)
-        if self.routed:
+        if self.has_router:
             balance = malora.balance_loss(self.model, batch.mask) * ((batch.target >= 0).sum() / batch.labels)
-        self.mark("forward")
+        self.end_phase("forward")
         self.accelerator.backward(loss + self.balance_factor * balance)
-        self.mark("backward")
+        self.end_phase("backward")
         return loss.detach(), balance.detach()
 
 
 @dataclass
-class _Captured:
+class _CapturedMicroBatch:
+    """A CUDA graph of a micro-batch and the tensors that it reads and writes.
+
+    Attributes:
+        graph: Forward and backward pass.
+        inputs: Tensors that the graph reads.
+        losses: Task loss and balance loss that it writes.
+        gradients: Gradients that it writes, in the order of the trainable parameters.
+        routings: Routings that it writes, by adapter, one dictionary per adapted layer.
+    """
+
     graph: torch.cuda.CUDAGraph
     inputs: Batch
     losses: Losses
     gradients: list[Tensor]
-    routings: list[dict[str, Routing]]  # by routed layer
+    routings: list[dict[str, Routing]]
 
     def replay(self, batch: Batch) -> None:
+        """Copy the batch into the inputs and launch the graph."""
         for static, new in zip(vars(self.inputs).values(), vars(batch).values(), strict=True):
             static.copy_(new, non_blocking=True)
         self.graph.replay()
 
 
 class GraphedStep:
-    """Captures an `EagerStep` for each shape of a part, and replays it; weights are copied once for all parts."""
+    """Captures an `EagerStep` as a CUDA graph per shape of a micro-batch, and replays the graphs.
+
+    Weights change after a batch and not between its micro-batches, so they are packed once per batch, in a graph of
+    their own.
+
+    Args:
+        eager: Step to capture.
+    """
 
     def __init__(self, eager: EagerStep) -> None:
         self.eager = eager
         self.parameters = [p for p in eager.model.parameters() if p.requires_grad]
-        self.routed_layers = [
-            m for m in eager.model.modules() if isinstance(m, malora.MaloraLayer) and m.has_active_router
-        ]
-        self.captured: dict[tuple, _Captured] = {}
-        self.weights = malora.WeightCache(eager.model)  # they change after a batch, not between its parts
-        self.refresh: Callable[[], None] | None = None
+        self.adapted_layers = [module for module in eager.model.modules() if isinstance(module, malora.MaloraLayer)]
+        self.captured: dict[Shape, _CapturedMicroBatch] = {}
+        self.weights = malora.WeightCache(eager.model)
+        self.refresh: Callable[[], None] | None = None  # captured with the first micro-batch
 
-    def __call__(self, parts: list[Batch]) -> Losses:
-        captured = [self._captured(part) for part in parts]
-        losses, gradients = [], None
+    def __call__(self, micro_batches: list[Batch]) -> Losses:
+        """Run all micro-batches of a batch, leave the gradients in the parameters and return the losses."""
+        captured = [self._captured(batch) for batch in micro_batches]
+        assert self.refresh is not None, "the first capture sets it"
         self.refresh()
-        for part, step in zip(parts, captured, strict=True):
-            step.replay(part)
-            losses.append(torch.stack(step.losses))
-            gradients = accumulate_grads(gradients, step.gradients, alone=len(parts) == 1)
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+        losses: list[Tensor] = []
+        gradients: list[Tensor] | None = None
+        for batch, graph in zip(micro_batches, captured, strict=True):
+            graph.replay(batch)
+            losses.append(torch.stack(graph.losses))
+            gradients = accumulate_grads(gradients, graph.gradients, alone=len(micro_batches) == 1)
+        for parameter, gradient in zip(self.parameters, gradients or [], strict=True):
             parameter.grad = gradient
-        for layer, routings in zip(self.routed_layers, captured[-1].routings, strict=True):
+        for layer, routings in zip(self.adapted_layers, captured[-1].routings, strict=True):
             layer.routings = dict(routings)
         loss, balance = torch.stack(losses).sum(0)
         return loss, balance
 
-    def _captured(self, batch: Batch) -> _Captured:
+    def _captured(self, batch: Batch) -> _CapturedMicroBatch:
         shape = (batch.ids.shape, len(batch.target))
         if shape not in self.captured:
             self.captured[shape] = self._capture(batch)
         return self.captured[shape]
 
-    def _capture(self, batch: Batch) -> _Captured:
+    def _capture(self, batch: Batch) -> _CapturedMicroBatch:
         inputs = Batch(*(tensor.clone() for tensor in vars(batch).values()))
-        losses = None
+        losses: list[Losses] = []  # of each call; the last one is the captured one
 
         def run() -> None:
-            nonlocal losses
             for parameter in self.parameters:
-                parameter.grad = None  # new ones, in the graph's memory
-            losses = self.eager.part(inputs)
+                parameter.grad = None  # so that the graph allocates gradients in its own memory
+            losses[:] = [self.eager.run_micro_batch(inputs)]
 
-        # Replays follow each other, so graphs share one pool of memory; what a graph gives back stays its own.
+        # Graphs are replayed one after the other, so they share one memory pool. Tensors that are kept here, such as
+        # the gradients, stay allocated, so that no other graph writes to their memory.
         pool = next(iter(self.captured.values())).graph.pool() if self.captured else None
         if self.refresh is None:
             warm_up(run, passes=1)
             self.refresh = capture_refresh(self.weights)
         with self.weights:
             graph = capture(run, passes=1, pool=pool)
-        gradients = [parameter.grad for parameter in self.parameters]
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        assert len(gradients) == len(self.parameters), "every trainable parameter takes part in the loss"
         routings = [
-            {adapter: routing._replace(probability=routing.probability.detach()) for adapter, routing in kept.items()}
-            for kept in (layer.routings for layer in self.routed_layers)
+            {adapter: Routing(kept.probability.detach(), kept.top_k) for adapter, kept in layer.routings.items()}
+            for layer in self.adapted_layers
         ]
-        return _Captured(graph, inputs, losses, gradients, routings)
+        return _CapturedMicroBatch(graph, inputs, losses[-1], gradients, routings)

@@ -1,4 +1,4 @@
-"""A base model of random weights with the tiny profile's words, and settings that train it for a few steps."""
+"""Fixtures of the harness: a small random base model, settings that train it for a few steps, and provenance."""
 
 import sys
 import types
@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.experiments.profiles import PROFILES
@@ -20,23 +21,26 @@ SOURCE = Generator((("train", 40), ("validation", 20), ("test", 12)))
 
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory):
+    """Folder of a Llama of random weights with the tokenizer of the tiny profile."""
     folder = tmp_path_factory.mktemp("base") / "random-llama"
-    words = tiny.tokenizer()
+    tokenizer = tiny.tokenizer()
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=len(words),
-        pad_token_id=words.pad_token_id, eos_token_id=words.eos_token_id, bos_token_id=None,
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
     )).save_pretrained(folder)  # fmt: skip
-    words.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture
 def setting(base_folder, tmp_path):
+    """Settings of runs on the random base; their records go to `tmp_path`."""
     return make_setting(base_folder, tmp_path)
 
 
 def make_setting(base_folder, results, **options):
+    """Make settings of the tiny profile with less data, two seeds and a checkpoint every five steps."""
     profile = replace(
         PROFILES["tiny"], source=SOURCE, rates=(1e-3, 1e-2), seeds=2, batch_size=8, checkpoint_every=5, warmup_ratio=0.0
     )
@@ -44,7 +48,7 @@ def make_setting(base_folder, results, **options):
 
 
 def stand_in_for_liger(monkeypatch, apply):
-    """Liger, which only a GPU has, does `apply` to a model."""
+    """Replace Liger, which needs a GPU, by a function that changes a model."""
     fake = types.ModuleType("liger_kernel.transformers")
     fake._apply_liger_kernel_to_instance = apply
     monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
@@ -52,18 +56,26 @@ def stand_in_for_liger(monkeypatch, apply):
 
 
 @pytest.fixture
+def fresh_accelerator():
+    """Let each test choose its precision: accelerate keeps that of the first Accelerator of a process."""
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.fixture
 def short_rounds(monkeypatch):
+    """Shorten the rounds of the speed benchmark to a tenth of a second."""
     monkeypatch.setattr(rounds, "WARM_SECONDS", 0.1)
     monkeypatch.setattr(rounds, "ROUND_SECONDS", 0.1)
 
 
-# A record's provenance as far as publishing and tables need it.
+# Provenance of a record, with the entries that publishing and tables read.
 CLEAN = {"commit": "0" * 40, "dirty": False, "source_sha256": "x", "device": "a CPU", "time": "2026-01-01T00:00:00Z"}
 
 
 @pytest.fixture
 def history(monkeypatch):
-    """A clone whose commits have known sources."""
+    """Give this clone three commits, with known hashes of their sources."""
     sources = {"later": "y", CLEAN["commit"]: CLEAN["source_sha256"], "earlier": "z"}
     monkeypatch.setattr(provenance, "_git", lambda *arguments: "\n".join(sources))
     monkeypatch.setattr(provenance, "source_hash_of", sources.get)

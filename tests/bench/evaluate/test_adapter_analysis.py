@@ -1,4 +1,4 @@
-"""What a record says of an adapter's inside, where it is known beforehand."""
+"""The analysis of adapters whose statistics are known beforehand."""
 
 import math
 
@@ -17,11 +17,11 @@ PROMPTS = ["which is second ? red blue green", "ann saw the lamp near the barn .
 @pytest.fixture
 def model(base_folder):
     model, _ = load(prepare(str(base_folder)), torch.device("cpu"))
-    return trained_up(add_adapter(model, "malora", {"r": 3, "lora_alpha": 6, "d": 8}, seed=0))
+    return with_up_projections(add_adapter(model, "malora", {"r": 3, "lora_alpha": 6, "d": 8}, seed=0))
 
 
-def trained_up(model):
-    """With up sides that are not zero, as after training."""
+def with_up_projections(model):
+    """Fill the up projections, which are zero before training."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "malora_B" in name:
@@ -29,8 +29,8 @@ def trained_up(model):
     return model
 
 
-def test_a_model_against_itself(model, tmp_path):
-    """Nothing moved, two tasks of the same prompts route alike, and of its own copy each expert is itself."""
+def test_a_model_compared_with_itself(model, tmp_path):
+    """Nothing moved, tasks with the same prompts have the same routing, and each expert equals its own copy."""
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     peers = {"ST(S)": tmp_path, "ST(D)": tmp_path / "nowhere"}
     found = analyze_adapter(model, tiny.tokenizer(), extract_experts(model), {"a": PROMPTS, "b": PROMPTS}, peers)
@@ -45,24 +45,24 @@ def test_a_model_against_itself(model, tmp_path):
         assert sum(load_of_layer) == pytest.approx(1) and load_of_layer == sorted(load_of_layer, reverse=True)
     assert "ST(D)" not in found["similarity"]
     within, other = (found["similarity"][name]["mean"]["B"][0] for name in ("within", "ST(S)"))
-    assert other == pytest.approx((8 * 1 + 56 * within) / 64, rel=1e-6)  # of 8 × 8 pairs, 8 are an expert and itself
+    assert other == pytest.approx((8 * 1 + 56 * within) / 64, rel=1e-6)  # in 8 of 8 × 8 pairs an expert meets itself
 
 
 def test_routing_that_depends_on_the_task(model):
-    """A router that sends each of two tasks' tokens to experts of their own: log 2 nats of information."""
+    """A router that sends the tokens of two tasks to different experts has log 2 nats of information."""
     with torch.no_grad():
         embeddings = model.get_input_embeddings().weight
         embeddings.zero_()
         embeddings[:, 0], embeddings[:, 1] = 1.0, -1.0
-        words = tiny.tokenizer().convert_tokens_to_ids(["red", "blue"])
-        embeddings[words[1], 0], embeddings[words[1], 1] = -1.0, 1.0
+        blue = tiny.tokenizer().convert_tokens_to_ids("blue")
+        embeddings[blue, 0], embeddings[blue, 1] = -1.0, 1.0
         for name, p in model.named_parameters():
             if "malora_router" in name:
                 p.zero_()
                 if "layers.0.self_attn" in name:
                     p[:2, 0], p[2:4, 1] = 5.0, 5.0
     found = analyze_adapter(model, tiny.tokenizer(), extract_experts(model), {"a": ["red red"], "b": ["blue blue"]}, {})
-    # Of the first layer's six routers three see the embeddings; where all experts are alike, the first two serve all.
+    # Three of the first layer's six routers read the embeddings. Equal logits choose the first two experts.
     assert found["routing"]["task_information"] == pytest.approx([math.log(2) / 2, 0], abs=1e-4)
     assert found["routing"]["unused"]["a"] == [6, 6]
 

@@ -1,4 +1,4 @@
-"""Our greedy decoding against transformers' own, to the token."""
+"""Greedy decoding, token by token against transformers."""
 
 import pytest
 import torch
@@ -10,10 +10,10 @@ from tests.conftest import make_model
 
 PROMPTS = [[7, 3, 9, 11, 2, 5], [4], [6, 6, 2, 3, 1, 5, 9, 8, 7, 7, 3], [12, 30], [44, 2, 17, 5]]
 END = 13
-MOST = 40
+MAX_NEW_TOKENS = 40
 
 
-def routed(device="cpu"):
+def make_routed_model(device="cpu"):
     model = get_peft_model(make_model(), malora.METHODS["malora"]()).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -22,35 +22,39 @@ def routed(device="cpu"):
     return model.to(device)
 
 
-def of_transformers(model, prompt, end):
+def transformers_generate(model, prompt, end):
     ids = torch.tensor([prompt], device=model.device)
     out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=MOST, eos_token_id=end,
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=MAX_NEW_TOKENS,
+        eos_token_id=end,
         pad_token_id=0,
-    )[0, len(prompt) :].tolist()  # fmt: skip
+    )[0, len(prompt) :].tolist()
     return out[: out.index(end)] if end in out else out
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_it_writes_what_transformers_writes(batch_size):
-    """One prompt at a time in transformers, so that nothing is padded there."""
-    model = routed()
-    ends = {tuple(p): of_transformers(model, p, END) for p in PROMPTS}
-    end = next(t for t in ends[tuple(PROMPTS[0])][CHECK_EVERY + 3 :])  # a token that is written after the first check
-    expected = [of_transformers(model, prompt, end) for prompt in PROMPTS]
+def test_tokens_are_those_of_transformers(batch_size):
+    """transformers generates one prompt at a time, so that it has no padding."""
+    model = make_routed_model()
+    ends = {tuple(p): transformers_generate(model, p, END) for p in PROMPTS}
+    end = next(t for t in ends[tuple(PROMPTS[0])][CHECK_EVERY + 3 :])  # a token that is generated after the first check
+    expected = [transformers_generate(model, prompt, end) for prompt in PROMPTS]
     assert len({len(text) for text in expected}) > 1  # some end early
-    assert generate(model, PROMPTS, max_new_tokens=MOST, batch_size=batch_size, end=[end]) == expected
+    assert generate(model, PROMPTS, max_new_tokens=MAX_NEW_TOKENS, batch_size=batch_size, end=[end]) == expected
 
 
-def test_a_batch_ends_when_all_of_it_is_done(monkeypatch):
-    model, steps = routed(), []
+def test_a_batch_ends_when_all_texts_are_done(monkeypatch):
+    model, steps = make_routed_model(), []
     monkeypatch.setattr("bench.evaluate.generate._Decoder._advance", lambda self: steps.append(1))
-    texts = generate(model, PROMPTS, max_new_tokens=MOST, batch_size=8, end=[], stopped=lambda tokens: True)
+    texts = generate(model, PROMPTS, max_new_tokens=MAX_NEW_TOKENS, batch_size=8, end=[], stopped=lambda tokens: True)
     assert len(steps) == CHECK_EVERY - 1 and {len(text) for text in texts} == {CHECK_EVERY}
 
 
-def test_one_token_and_no_prompt():
-    model = routed()
+def test_one_token_or_no_prompt():
+    model = make_routed_model()
     assert [len(text) for text in generate(model, PROMPTS, max_new_tokens=1, batch_size=2, end=[])] == [1] * len(
         PROMPTS
     )
@@ -59,11 +63,11 @@ def test_one_token_and_no_prompt():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("method", [None, "lora", "dora", "malora"])
-def test_a_captured_step_writes_what_the_plain_one_does(method, monkeypatch):
-    """Two batches of one shape, so that a replay follows another batch's, and a rest of its own shape."""
-    model = make_model().to("cuda", torch.bfloat16)  # as `bench.models.base.load` has it there
+def test_a_captured_step_generates_what_the_eager_one_does(method, monkeypatch):
+    """Two batches of one shape, so that the graph is replayed for another batch, and a last one of another shape."""
+    model = make_model().to("cuda", torch.bfloat16)  # as `bench.models.base.load` loads it
     if method:
         model = get_peft_model(model, malora.METHODS[method]()).cuda().eval()
-    captured = generate(model, PROMPTS, max_new_tokens=MOST, batch_size=2, end=[END])
+    captured = generate(model, PROMPTS, max_new_tokens=MAX_NEW_TOKENS, batch_size=2, end=[END])
     monkeypatch.setattr("bench.evaluate.generate.can_capture", lambda model: False)
-    assert captured == generate(model, PROMPTS, max_new_tokens=MOST, batch_size=2, end=[END])
+    assert captured == generate(model, PROMPTS, max_new_tokens=MAX_NEW_TOKENS, batch_size=2, end=[END])

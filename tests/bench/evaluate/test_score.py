@@ -1,4 +1,4 @@
-"""lm-eval's scores against the same computed by hand, item by item."""
+"""Scores against values computed by hand, item by item."""
 
 import math
 
@@ -23,9 +23,9 @@ def test_lm_eval_agrees_with_the_likelihoods_by_hand(format, metric, base_folder
         for example in items:
             values = []
             for choice in example.choices:
-                prompt, whole = tokenizer(example.prompt)["input_ids"], tokenizer(example.prompt + choice)["input_ids"]
-                log_p = model(torch.tensor([whole])).logits[0].log_softmax(-1)
-                value = sum(log_p[i - 1, whole[i]].item() for i in range(len(prompt), len(whole)))
+                prompt, text = tokenizer(example.prompt)["input_ids"], tokenizer(example.prompt + choice)["input_ids"]
+                log_p = model(torch.tensor([text])).logits[0].log_softmax(-1)
+                value = sum(log_p[i - 1, text[i]].item() for i in range(len(prompt), len(text)))
                 values.append(value / len(choice) if format == "cloze" else value)
             by_hand.append(int(max(range(len(values)), key=values.__getitem__) == example.answer))
         assert outcomes[task] == by_hand
@@ -35,7 +35,7 @@ def test_lm_eval_agrees_with_the_likelihoods_by_hand(format, metric, base_folder
         assert scores[task]["stderr"] == pytest.approx((mean * (1 - mean) / (len(by_hand) - 1)) ** 0.5)
 
 
-def test_scoring_touches_neither_the_network_nor_the_caches(base_folder, monkeypatch, capfd):
+def test_scoring_uses_no_network_and_shows_no_progress_bars(base_folder, monkeypatch, capfd):
     import socket
 
     def refuse(*args, **kwargs):
@@ -46,7 +46,7 @@ def test_scoring_touches_neither_the_network_nor_the_caches(base_folder, monkeyp
     model, tokenizer = load(prepare(str(base_folder)), torch.device("cpu"))
     examples = build(MIXTURES["procedural"], SOURCE, format="letters", seed=0).test
     score(model.train(), tokenizer, examples, format="letters", batch_size=5)
-    assert model.training  # left as it was found
+    assert model.training  # scoring restores the mode
     assert "%|" not in capfd.readouterr().err  # lm-eval's progress bars
 
 
@@ -56,7 +56,7 @@ def inter(base_folder):
     return model, tokenizer, build(MIXTURES["procedural-inter"], SOURCE, format="letters", seed=0)
 
 
-def test_written_answers_are_those_of_transformers(inter):
+def test_generated_answers_are_those_of_transformers(inter):
     model, tokenizer, data = inter
     tests = {"counting": data.test["counting"]}
     scores, outcomes = score(model, tokenizer, tests, format="letters", batch_size=5, generation_batch_size=5)
@@ -71,30 +71,30 @@ def test_written_answers_are_those_of_transformers(inter):
     assert scores["counting"]["metric"] == "exact_match" and scores["counting"]["n"] == len(by_hand)
 
 
-@pytest.mark.parametrize("most_labels", [1, 16, 16_384])
-def test_the_likelihood_is_the_geometric_mean_over_the_labels_tokens(most_labels, inter, monkeypatch):
-    monkeypatch.setattr(lm_eval_model, "MAX_LABELS", most_labels)  # whatever the parts
+@pytest.mark.parametrize("max_labels", [1, 16, 16_384])
+def test_the_likelihood_is_the_geometric_mean_over_the_labels_tokens(max_labels, inter, monkeypatch):
+    monkeypatch.setattr(lm_eval_model, "MAX_LABELS", max_labels)
     model, tokenizer, data = inter
     examples = {name: items[:6] for name, items in data.validation.items()}
     scores, outcomes = score(model, tokenizer, examples, format="letters", batch_size=5)
     for domain, items in examples.items():
         for example, outcome in zip(items, outcomes[domain], strict=True):
-            prompt, whole = (tokenizer(text)["input_ids"] for text in (example.prompt, example.prompt + example.label))
-            log_p = model(torch.tensor([whole])).logits[0].log_softmax(-1)
-            values = [log_p[i - 1, whole[i]].item() for i in range(len(prompt), len(whole))]
+            prompt, text = (tokenizer(t)["input_ids"] for t in (example.prompt, example.prompt + example.label))
+            log_p = model(torch.tensor([text])).logits[0].log_softmax(-1)
+            values = [log_p[i - 1, text[i]].item() for i in range(len(prompt), len(text))]
             assert outcome == pytest.approx(math.exp(sum(values) / len(values)), rel=1e-4)
         assert scores[domain]["value"] == pytest.approx(sum(outcomes[domain]) / len(items))
         assert scores[domain]["metric"] == "likelihood"
 
 
-def test_rouge_is_between_right_and_wrong(inter, monkeypatch):
+def test_rouge_l_lies_between_right_and_wrong(inter, monkeypatch):
     model, tokenizer, data = inter
     example = data.test["report"][0]
-    said = iter([example.references[0], "in the"])
+    answers = iter([example.references[0], "in the"])
     monkeypatch.setattr(
-        lm_eval_model._LanguageModel, "generate_until", lambda self, requests: [next(said) for _ in requests]
+        lm_eval_model.LabelPositionLM, "generate_until", lambda self, requests: [next(answers) for _ in requests]
     )
     scores, outcomes = score(model, tokenizer, {"report": [example] * 2}, format="letters", batch_size=5)
-    # Eight words, without the stop seven, of which two were said: P = 1 and R = 2/7.
+    # Eight words, without the stop seven, of which the answer has two: P = 1 and R = 2/7.
     assert outcomes["report"] == [1, pytest.approx(2 * (2 / 7) / (1 + 2 / 7))]
     assert scores["report"]["value"] == pytest.approx(sum(outcomes["report"]) / 2)

@@ -1,0 +1,119 @@
+"""Commands from their arguments to their output, in miniature."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from bench.cli.commands import make_setting_from
+from bench.cli.parser import main, make_parser
+from bench.experiments.profiles import PROFILES
+from bench.records import provenance, store
+from tests.bench.cli.helpers import refused, snapshot
+
+RATES = len(PROFILES["tiny"].rates)
+
+
+def test_table2_runs_sweeps_and_resumes(base_folder, tmp_path, capsys):
+    """From the command line to a table, with two worker processes."""
+    command = [
+        *"table2 --profile tiny --model".split(),
+        base_folder,
+        *"--methods lora,malora --seeds 1 --sweep --max-steps 2 --max-items 3 --jobs 2 --results".split(),
+        tmp_path,
+    ]
+    assert main([str(a) for a in command]) == 0
+    page = (tmp_path / "table2.md").read_text()
+    assert "were cut short" in page and "| MALoRA " in page and "What each rate gave" in page
+    before = snapshot(tmp_path)
+    # One record and its items per run of two methods and of the base, and the page.
+    assert len(before) == 2 * (2 * RATES + 1) + 1
+    assert main([str(a) for a in command]) == 0
+    assert snapshot(tmp_path) == before
+    capsys.readouterr()
+
+
+def test_run_prints_and_records(base_folder, tmp_path, capsys):
+    command = [
+        *"run --profile tiny --model".split(),
+        base_folder,
+        *"--method malora --max-steps 2 --max-items 3 --set backend=dispatch --save".split(),
+        tmp_path / "adapter",
+        "--results",
+        tmp_path,
+    ]
+    assert main([str(a) for a in command]) == 0
+    out = capsys.readouterr().out
+    (path,) = (tmp_path / "runs").glob("*.json")
+    assert "lexicon" in out and str(path) in out
+    assert json.loads(path.read_text())["config"]["method_options"]["backend"] == "dispatch"
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert "an adapter can be saved only by the run that trains it" in refused(command, capsys, tmp_path)
+
+
+def test_run_on_domains(base_folder, capsys, tmp_path):
+    """Trains on long labels, validates by likelihood, and generates the answers of the test."""
+    command = [
+        *"run --profile tiny --mixture inter --method malora --max-steps 12 --max-items 3 --model".split(),
+        *(base_folder, "--results", tmp_path),
+    ]
+    assert main([str(a) for a in command]) == 0
+    out = capsys.readouterr().out
+    assert "(exact_match, 3 items)" in out and "(rougeL, 3 items)" in out and "(acc, 3 items)" in out
+    (one,) = store.read_all(tmp_path)
+    assert one.config.learning_rate == 5e-4  # the paper's for domains
+    assert {score["metric"] for score in one.validation.values()} == {"likelihood"}
+    assert all(0 < score["value"] < 1 for score in one.validation.values())
+    assert one.train["curve"][-1]["loss"] < one.train["curve"][0]["loss"]
+
+
+def test_leaderboard_check_changes_nothing(capsys):
+    before = snapshot(store.RESULTS)
+    main(["leaderboard", "--check"])
+    assert snapshot(store.RESULTS) == before
+
+
+def launch(*arguments) -> None:
+    """Run a command in two processes with `accelerate launch`."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "-m", "bench"]
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, cwd=provenance.ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_processes_train_together(base_folder, tmp_path):
+    """As the paper profile on several GPUs: each process takes half of every batch, and one writes the record."""
+    command = [
+        *"run --profile tiny --model".split(),
+        base_folder,
+        *"--method malora --max-steps 12 --max-items 2".split(),
+    ]
+    launch(*command, "--results", tmp_path / "two")
+    (two,) = store.read_all(tmp_path / "two")
+    assert two.status == "ok" and two.train["steps"] == 12
+    assert main([str(a) for a in [*command, "--results", tmp_path / "one"]]) == 0
+    (one,) = store.read_all(tmp_path / "one")
+    # Dropout differs, and the balance loss is computed per process, so the curves are close and not equal.
+    assert two.train["curve"][0]["loss"] == pytest.approx(one.train["curve"][0]["loss"], rel=0.02)
+    assert two.config == one.config
+
+
+def test_two_processes_make_a_table_together(base_folder, tmp_path):
+    """Both processes must choose the same learning rates, although only one of them scores."""
+    options = "--profile tiny --methods lora --seeds 1 --sweep --max-steps 1 --max-items 2".split()
+    launch("table2", *options, "--model", base_folder, "--results", tmp_path)
+    assert len(store.read_all(tmp_path)) == RATES + 1  # and the base
+    assert "| LoRA " in (tmp_path / "table2.md").read_text()
+
+
+def test_the_profile_chooses_the_prompt_format_unless_the_user_does(monkeypatch):
+    tiny = PROFILES["tiny"]
+    monkeypatch.setitem(PROFILES, "tiny", replace(tiny, inter=tiny.inter | {"format": "cloze"}))
+
+    def chosen(*arguments):
+        options = make_parser().parse_args([*arguments, "--profile", "tiny"])
+        return make_setting_from(options, options.experiment.mixture).profile.format
+
+    assert chosen("table1") == "cloze" and chosen("table2") == "letters"
+    assert chosen("table1", "--format", "letters") == "letters" and chosen("table2", "--format", "cloze") == "cloze"

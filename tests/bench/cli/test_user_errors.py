@@ -1,0 +1,146 @@
+"""A mistake of the user gives exit code 2 and one clear line. Nothing is written and nothing is lost."""
+
+import gzip
+import json
+import sys
+
+import pytest
+import torch
+
+from bench.cli.parser import main
+from bench.models.adapters import add_adapter
+from bench.models.base import load, prepare
+from bench.records import store
+from tests import inter_folder
+from tests.bench.cli.helpers import refused
+from tests.bench.records.test_store import make
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["run", "--method", "mola"], "unknown method 'mola'; there are lora, dora, asylora"),
+        (["table2", "--methods", "lora,mola"], "unknown method 'mola'"),
+        (["run", "--mixture", "outer"], "unknown mixture 'outer'; there are intra, procedural"),
+        (["run", "--profile", "huge"], "unknown profile 'huge'; there are tiny, small, paper"),
+        (["run", "--format", "essay"], "unknown format 'essay'; there are letters, cloze"),
+        (["run", "--set", "backend=warp"], "malora: backend='warp' is unknown; choose one of 'auto', 'dense'"),
+        (["run", "--set", "rank=3"], "malora has no option rank; there are backend, beta, d, down"),
+        (["run", "--set", "backend"], "'backend' is not NAME=VALUE"),
+        (["run", "--method", "lora", "--set", "backend=dispatch"], "lora has no option backend; there are "),
+        (["table2", "--seeds", "0"], "'0' is not a whole number from 1"),
+        (["run", "--learning-rate", "-1"], "must be a number above 0"),
+        (["run", "--profile", "tiny", "--data", "."], "the tiny base knows the words of the procedural tasks only"),
+        (["run", "--profile", "small", "--data", "nowhere"], "nowhere is not a folder"),
+        (["score", "--profile", "tiny", "--adapter", "nowhere"], "nowhere has no adapter_config.json"),
+        (["fly"], "invalid choice: 'fly'"),
+    ],
+)
+def test_wrong_arguments(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = [] if arguments[0] == "fly" else ["--results", tmp_path / "results"]
+    assert message in refused([*arguments, *options], capsys, tmp_path)
+
+
+def test_a_data_folder_with_a_missing_or_broken_file(base_folder, capsys, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    command = ["run", "--profile", "small", "--model", base_folder, "--data", data, "--results", tmp_path / "results"]
+    assert "piqa_train.jsonl.gz is missing" in refused(command, capsys, tmp_path)
+    for split in ("train", "validation"):
+        item = {"goal": "a", "sol1": "b", "sol2": "c", "label": 0}
+        (data / f"piqa_{split}.jsonl.gz").write_bytes(gzip.compress(json.dumps(item).encode()))
+    (data / "openbookqa_train.jsonl.gz").write_bytes(b"not gzip")
+    assert "openbookqa_train.jsonl.gz is broken" in refused(command, capsys, tmp_path)
+
+
+def test_a_model_folder_without_weights(base_folder, capsys, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_bytes((base_folder / "config.json").read_bytes())
+    command = ["run", "--profile", "tiny", "--model", model, "--results", tmp_path / "results"]
+    assert "has no weights (*.safetensors)" in refused(command, capsys, tmp_path)
+    (model / "model.safetensors").write_bytes((base_folder / "model.safetensors").read_bytes()[:500])
+    (model / "tokenizer.json").write_bytes((base_folder / "tokenizer.json").read_bytes())
+    assert "does not hold a whole causal language model" in refused(command, capsys, tmp_path)
+
+
+def test_a_model_that_does_not_exist(capsys, tmp_path):
+    command = ["run", "--profile", "tiny", "--model", "no/such-model", "--results", tmp_path / "results"]
+    assert "'no/such-model' is no built-in (tiny, smollm2-135m)" in refused(command, capsys, tmp_path)
+
+
+def test_a_broken_adapter(base_folder, capsys, tmp_path):
+    model, _ = load(prepare(str(base_folder)), torch.device("cpu"))
+    add_adapter(model, "malora", {}, seed=0).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    command = ["score", "--profile", "tiny", "--model", base_folder, "--adapter", tmp_path / "adapter"]
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    intact = weights.read_bytes()
+    weights.write_bytes(intact[:100])
+    assert "adapter_model.safetensors is broken" in refused(command, capsys, tmp_path)
+    weights.write_bytes(intact)
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{")
+    assert "is not a PEFT config" in refused(command, capsys, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["lora", "malora"])
+def test_an_adapter_trained_on_another_base(method, base_folder, capsys, tmp_path):
+    model, _ = load(prepare(str(base_folder)), torch.device("cpu"))
+    add_adapter(model, method, {}, seed=0).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    good = ["score", "--profile", "tiny", "--model", base_folder, "--adapter", tmp_path / "adapter", "--max-items", 2]
+    assert main([str(a) for a in good]) == 0
+    assert "lexicon" in capsys.readouterr().out
+    config = tmp_path / "adapter" / "adapter_config.json"
+    intact = config.read_text()
+    config.write_text(intact.replace("random-llama@", "another@"))
+    assert "was trained on another@" in refused(good, capsys, tmp_path)
+    # Adapters of other tools do not name their base, but the shapes do not fit.
+    content = json.loads(intact) | {"base_model_name_or_path": "someone/else", "r": 3}
+    config.write_text(json.dumps(content))
+    assert "it was trained on another base" in refused(good, capsys, tmp_path)
+
+
+def test_a_results_folder_with_a_truncated_record(base_folder, capsys, tmp_path):
+    results = tmp_path / "results"
+    path = store.write(make(), results)
+    path.write_text(path.read_text()[:300])
+    command = [
+        *"table2 --profile tiny --model".split(),
+        base_folder,
+        *"--methods lora --seeds 1 --max-steps 1 --max-items 1 --jobs 1 --results".split(),
+        results,
+    ]
+    assert "is not a whole record" in refused(command, capsys, tmp_path)
+    assert "is not a whole record" in refused(["publish", "--profile", "tiny", "--results", results], capsys, tmp_path)
+
+
+def test_a_results_folder_that_is_a_file(base_folder, capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for command in (["run"], ["table2", "--methods", "lora"]):
+        command += ["--profile", "tiny", "--model", base_folder, "--results", tmp_path / "file" / "below"]
+        assert "below cannot be a folder of records" in refused(command, capsys, tmp_path)
+    assert "because it has no folder runs" in refused(["publish", "--results", tmp_path / "file"], capsys, tmp_path)
+    assert "'' names no folder" in refused(["run", "--results", ""], capsys, tmp_path)
+
+
+def test_humaneval_without_bubblewrap_is_refused_before_any_work(base_folder, capsys, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    data.mkdir()
+    inter_folder.make(data)
+    command = [
+        *"run --profile small --mixture inter-open/code --method lora --max-steps 1 --max-items 1 --model".split(),
+        *(base_folder, "--data", data, "--results", tmp_path / "results"),
+    ]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "install it (apt install bubblewrap), or run what models write unsafely" in refused(
+        command, capsys, tmp_path
+    )
+    assert main([str(a) for a in [*command, "--unsafe-code"]]) == 0
+    assert "pass@1, 1 items" in capsys.readouterr().out
+
+
+def test_a_report_without_its_extra_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "itables", None)
+    monkeypatch.delitem(sys.modules, "bench.report.html", raising=False)
+    assert main(["report"]) == 2
+    assert "the report needs itables" in capsys.readouterr().err

@@ -1,0 +1,23 @@
+"""Records whose tuned learning rates count for other runs."""
+
+from dataclasses import replace
+
+from bench.report.scores.selection import records_that_lend_rates
+from bench.runs.setting import make_run_config
+from tests.bench.records.test_store import make
+
+
+def test_tasks_lend_domains_their_rates_whatever_the_format(setting):
+    """Unless tasks were tuned in the domains' own."""
+
+    def run(**changes):
+        one = make(0)
+        one.config = replace(make_run_config(setting, "malora", 0), **changes)
+        return one
+
+    like = run(mixture="inter-open", format="cloze").config
+    lent, own = run(mixture="intra", learning_rate=1e-3), run(mixture="intra", format="cloze")
+    of_domains, other = run(mixture="inter-open"), run(mixture="intra", max_length=7)
+    assert records_that_lend_rates([lent, of_domains, other], like) == [lent]
+    assert records_that_lend_rates([lent, of_domains, own, other], like) == [own]
+    assert records_that_lend_rates([lent, own], lent.config) == [lent]

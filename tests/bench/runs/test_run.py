@@ -1,0 +1,91 @@
+"""One run from its configuration to its record, and the records of runs that go wrong."""
+
+import json
+
+import pytest
+import torch
+
+import bench.runs.run
+from bench.experiments.methods import BASE
+from bench.records import store
+from bench.runs.run import run
+from bench.runs.setting import make_run_config
+from bench.train.step import EagerStep
+from tests.bench.conftest import make_setting
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
+@pytest.mark.parametrize("method", ["lora", "malora"])
+def test_training_lowers_the_loss_and_records_what_it_did(method, setting):
+    result = run(make_run_config(setting, method, seed=0, learning_rate=1e-2), setting)
+    curve = [point["loss"] for point in result.train["curve"]]
+    assert curve[-1] < curve[0] - 0.1
+    examples = result.data["train"].values()
+    assert result.train["steps"] == -(-sum(task["examples"] for task in examples) // 8)
+    assert result.train["tokens"] == sum(task["tokens"] for task in examples)
+    passes = {"forward_backward"} if torch.cuda.is_available() else {"forward", "backward"}  # one graph on a GPU
+    assert set(result.train["seconds"]) == {"data", *passes, "optimizer", "evaluation"}
+    assert all(seconds > 0 for seconds in result.train["seconds"].values())
+    assert (
+        result.parameters["trainable"] > 0 and result.parameters["adapter_bytes"] == 4 * result.parameters["trainable"]
+    )
+
+
+def test_the_base_is_scored_and_not_trained(setting):
+    result = run(make_run_config(setting, BASE, 0), setting)
+    assert result.train is None and result.validation is None and set(result.test) == set(result.items)
+
+
+def test_max_steps_and_max_items_cut_a_run_short(base_folder, tmp_path):
+    setting = make_setting(base_folder, tmp_path, max_steps=3, max_items=4)
+    result = run(make_run_config(setting, "lora", seed=0), setting)
+    assert result.train["steps"] == 3 and {len(v) for v in result.items.values()} == {4} and not result.complete
+
+
+def test_seeds_change_the_run_and_the_same_seed_repeats_it(base_folder, tmp_path):
+    def curve(folder, seed):
+        setting = make_setting(base_folder, tmp_path / folder, max_steps=10, max_items=2)
+        return run(make_run_config(setting, "malora", seed), setting).train["curve"]
+
+    assert curve("a", 0) == curve("b", 0) != curve("c", 1)
+
+
+def test_a_run_that_is_recorded_is_not_run_again(setting, monkeypatch):
+    config = make_run_config(setting, "lora", seed=0)
+    first = run(config, setting)
+    monkeypatch.setattr(bench.runs.run, "train", lambda *a, **k: pytest.fail("trained again"))
+    assert run(config, setting).items == first.items
+
+
+def test_a_loss_that_is_not_finite_is_recorded_as_diverged(setting, monkeypatch):
+    calls = iter(range(100))
+
+    def exploding(self, micro_batches, original=EagerStep.__call__):
+        loss, balance = original(self, micro_batches)
+        return (loss * float("nan") if next(calls) >= 12 else loss), balance
+
+    monkeypatch.setattr(EagerStep, "__call__", exploding)
+    result = run(make_run_config(setting, "malora", seed=0), setting)
+    assert result.status == "diverged" and "step 15" in result.error  # the 13th is read at the checkpoint
+    written = json.loads(result.path.read_text())
+    assert written["train"]["steps"] == 15 and written["train"]["curve"][-1]["loss"] is None and written["test"] is None
+    assert written["train"]["curve"][0]["loss"] > 0
+
+
+def test_a_run_that_breaks_is_recorded_as_failed_and_made_again(setting, monkeypatch):
+    config = make_run_config(setting, "lora", seed=0)
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.runs.run, "score", lambda *a, **k: 1 / 0)
+        broken = run(config, setting)
+    assert broken.status == "failed" and "ZeroDivisionError" in broken.error
+    assert store.read_all(setting.results) == []
+    assert run(config, setting).status == "ok"
+
+
+def test_out_of_memory_is_recorded_as_such(setting, monkeypatch):
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("60 GiB wanted")
+
+    monkeypatch.setattr(bench.runs.run, "train", out_of_memory)
+    assert run(make_run_config(setting, "lora", seed=0), setting).status == "oom"

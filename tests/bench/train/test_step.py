@@ -1,0 +1,114 @@
+"""The training step against plain computations of the same losses and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from peft import get_peft_model
+
+import malora
+from bench.train.batching import Encoded, collate
+from bench.train.step import EagerStep, GraphedStep
+from malora.backbone.liger import LigerKernels
+from tests.conftest import SHAPES, make_model
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+ENCODED = [Encoded([7, 3, 9, 11, 2, 5], 2), Encoded([4, 8, 1], 1), Encoded([6, 6, 2, 3], 1)]
+
+
+def run_step(
+    shape="llama", max_tokens=10_000, method="malora", fixed_shapes=False, balance=0.0, row_length=512, encoded=ENCODED
+):
+    """Run one step of a model whose up projections are not zero; returns model, losses and gradients by name."""
+    torch.manual_seed(0)
+    targets = malora.TARGET_MODULES[shape]
+    model = get_peft_model(make_model(shape), malora.METHODS[method](lora_dropout=0.0, target_modules=targets)).train()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "malora_B" in name:
+                p.normal_(generator=torch.Generator().manual_seed(1), std=0.1)
+    accelerator = Accelerator()
+    micro_batches = collate(encoded, 0, row_length=row_length, max_tokens=max_tokens, fixed_shapes=fixed_shapes)
+    losses = EagerStep(model, model, accelerator, balance_factor=balance)(micro_batches)
+    return model, losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_at_label_positions_give_the_loss_of_all_logits(shape):
+    model, (loss, _), gradients = run_step(shape)
+    model.zero_grad()
+    labels = torch.tensor(
+        [[-100, -100, -100, -100, 2, 5], [-100, -100, 1, -100, -100, -100], [-100] * 3 + [3, -100, -100]]
+    )
+    ids = torch.tensor([[7, 3, 9, 11, 2, 5], [4, 8, 1, 0, 0, 0], [6, 6, 2, 3, 0, 0]])
+    logits = model(input_ids=ids).logits[:, :-1]
+    expected = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
+    expected.backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad and "router" not in name:
+            torch.testing.assert_close(gradients[name], p.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_micro_batches_give_the_losses_and_gradients_of_the_batch():
+    _, expected, gradients = run_step(max_tokens=10_000)
+    _, losses, added = run_step(row_length=6, max_tokens=6)  # one packed sequence per micro-batch
+    torch.testing.assert_close(expected[0], losses[0], rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(added[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("encoded", [ENCODED, [Encoded([7, 3, 9, 11, 2, 5], 2)] * 5])
+def test_padded_labels_and_sequences_change_nothing(encoded):
+    """Five packed sequences get a sixth of padding alone."""
+    _, plain, gradients = run_step(balance=0.1, row_length=6, encoded=encoded)
+    _, padded, padded_gradients = run_step(balance=0.1, row_length=6, encoded=encoded, fixed_shapes=True)
+    torch.testing.assert_close(torch.stack(padded), torch.stack(plain), rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(padded_gradients[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", ["lora", "malora"])
+def test_a_captured_step_computes_what_the_eager_step_does(method):
+    """Two shapes, so that one graph is replayed after the other; two micro-batches; and longer labels."""
+
+    def trained(captured: bool):
+        torch.manual_seed(0)
+        model = get_peft_model(make_model(), malora.METHODS[method](lora_dropout=0.0)).cuda().train()
+        kernels = LigerKernels(model.get_base_model()) if captured else None
+        step = EagerStep(model, model, Accelerator(), balance_factor=0.01, kernels=kernels)
+        if captured:
+            step = GraphedStep(step)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        losses = []
+        for width, max_tokens, label in ((5, 10_000, 1), (20, 10_000, 1), (5, 10_000, 1), (20, 32, 1), (20, 32, 7)):
+            generator = torch.Generator().manual_seed(width)
+            batch = [Encoded(torch.randint(1, 60, (width,), generator=generator).tolist(), label) for _ in range(4)]
+            micro_batches = collate(batch, 0, row_length=32, max_tokens=max_tokens, fixed_shapes=True)
+            losses.append(torch.stack(step([one.to(torch.device("cuda")) for one in micro_batches])).tolist())
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses, {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+
+    (eager, expected), (replayed, got) = trained(False), trained(True)
+    assert torch.tensor(replayed).allclose(torch.tensor(eager), rtol=1e-4, atol=1e-5)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", ["lora", "malora"])
+def test_every_replay_draws_new_dropout(method):
+    torch.manual_seed(0)
+    model = get_peft_model(make_model(), malora.METHODS[method](lora_dropout=0.5)).cuda().train()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.normal_(std=0.3)
+    step = GraphedStep(EagerStep(model, model, Accelerator(), balance_factor=0.0, kernels=None))
+    batch = [Encoded(list(range(1, 9)), 1)] * 4
+    micro_batches = [one.to(torch.device("cuda")) for one in collate(batch, 0, fixed_shapes=True)]
+    losses = [torch.stack(step(micro_batches))[0].item() for _ in range(5)]
+    assert len(set(losses)) == 5
