@@ -28,12 +28,16 @@ INSTEAD = {
 }
 MAX_WORDS = 25  # in a sentence, by rule 4 of the style
 README_LINES, README_BYTES, README_LINE_LENGTH = 150, 10_000, 400
+# Diaries, and text that others generate or write for the repository itself.
+EXEMPT = ("notes/2", "benchmark/results/", "source/", "changelog", "contributing", "reference/command-line")
 _WORDS = re.compile(rf"\b(?:{'|'.join(f'(?:{word})' for word in INSTEAD)})\b", re.IGNORECASE)
 
 
 def applies_to(uri: str) -> bool:
     """Return whether a page of the site is prose by hand in today's words."""
-    return not uri.startswith(("notes/2", "benchmark/results/", "source/", "changelog", "reference/command-line"))
+    return not uri.startswith(EXEMPT)
+        ("notes/2", "benchmark/results/", "source/", "changelog", "contributing", "reference/command-line")
+    )
 
 
 def problems(markdown: str) -> list[str]:

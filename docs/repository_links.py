@@ -15,6 +15,7 @@ DOCS = "docs"
 _LINK = re.compile(r"(?<=\]\()(?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?(?=\))")
 _AT_ROOT = {"README.md": "readme.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 RESULTS = "benchmark/results/"
+SOURCES = "source/"
 
 
 def linked_pages(pages: dict[str, str]) -> dict[str, str | bytes]:
@@ -24,51 +25,54 @@ def linked_pages(pages: dict[str, str]) -> dict[str, str | bytes]:
     while waiting:
         uri, text = waiting.pop()
         for match in _LINK.finditer(text):
-            path = _outside(match["target"], uri)
-            copy_uri = path and _uri_of(path)
-            if not path or not copy_uri or copy_uri in made or copy_uri in pages or not (ROOT / path).is_file():
+            path = _target(match["target"], uri)
+            if path is None or path.startswith(f"{DOCS}/") or _uri_of(path) in made or _uri_of(path) in pages:
                 continue
-            made[copy_uri] = content = _content(path)
+            made[_uri_of(path)] = content = _content(path)
             if isinstance(content, str) and path.endswith(".md"):
-                waiting.append((copy_uri, content))
+                waiting.append((_uri_of(path), content))
     return made
 
 
 def rewrite(markdown: str, uri: str) -> str:
-    """Point the links of a page to files outside `docs/` at their copies; leave broken ones, which MkDocs reports."""
+    """Point the links of a page to files of the repository at their pages; leave broken ones, which MkDocs reports."""
 
     def new(match: re.Match[str]) -> str:
-        path = _outside(match["target"], uri)
-        if not path or not (ROOT / path).is_file():
+        path = _target(match["target"], uri)
+        if path is None:
             return match[0]
         return posixpath.relpath(_uri_of(path), posixpath.dirname(uri) or ".") + (match["anchor"] or "")
 
     return _LINK.sub(new, markdown)
 
 
-def _outside(target: str, uri: str) -> str | None:
-    """Return the path in the repository that a link of a page means, or None for a link within the site."""
+def _target(target: str, uri: str) -> str | None:
+    """Return the file of the repository that a link of a page means, or None if it is no such file."""
     if "://" in target or target.startswith(("mailto:", "/")):
         return None
-    origin = _origin_of(uri)
-    path = posixpath.normpath(posixpath.join(posixpath.dirname(origin), target))
-    return None if path.startswith((f"{DOCS}/", "..")) else path
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(_origin_of(uri)), target))
+    return path if not path.startswith("..") and (ROOT / path).is_file() else None
 
 
 def _origin_of(uri: str) -> str:
     """Return the file of the repository that a page shows."""
     if uri.startswith(RESULTS):
         return "results/" + uri.removeprefix(RESULTS)
+    if uri.startswith(SOURCES):
+        return uri.removeprefix(SOURCES).removesuffix(".md")
     at_root = {copy: path for path, copy in _AT_ROOT.items()}
     return at_root.get(uri, f"{DOCS}/{uri}")
 
 
 def _uri_of(path: str) -> str:
+    """Return the address in the site of a file of the repository."""
     if path in _AT_ROOT:
         return _AT_ROOT[path]
+    if path.startswith(f"{DOCS}/"):
+        return path.removeprefix(f"{DOCS}/")
     if path.startswith("results/"):
         return RESULTS + path.removeprefix("results/")
-    return f"source/{path}.md"
+    return f"{SOURCES}{path}.md"
 
 
 def _content(path: str) -> str | bytes:
