@@ -63,7 +63,7 @@ def _command_lines() -> str:
             summaries = {choice.dest: choice.help or "" for choice in action._choices_actions}
             for name, parser in action.choices.items():
                 lines += [f"### {bench.prog} {name}", _sentence(summaries[name]), _options(parser)]
-    speed = speed_cli._parser()
+    speed = speed_cli.make_parser()
     lines += [f"## {speed.prog}", speed.description or "", _options(speed)]
     return "\n\n".join(line for line in lines if line) + "\n"
 
