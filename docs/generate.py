@@ -82,7 +82,7 @@ def _options(parser: argparse.ArgumentParser) -> str:
         names = ", ".join(action.option_strings)
         metavar = f" {action.metavar}" if action.metavar and action.nargs != 0 else ""
         text = formatter._expand_help(action) if action.help else ""
-        required = " Required." if action.required else ""
+        required = " (required)" if action.required else ""
         body.append(f"| `{names}{metavar}` | {_cell(text)}{required} |")
     return "\n".join(["| option | meaning |", "| --- | --- |", *body]) if body else "It takes no options."
 
