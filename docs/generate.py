@@ -41,7 +41,7 @@ def _report() -> str:
 
     records = {name: store.read_all(store.RESULTS / name) for name in PROFILES}
     speeds = store.read_speed(store.RESULTS / "speed")
-    return page(records, speeds, claims(records, speeds))
+    return str(page(records, speeds, claims(records, speeds)))
 
 
 def _command_lines() -> str:

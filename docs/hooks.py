@@ -30,7 +30,7 @@ def on_startup(**_: Any) -> None:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made from records, parsers and files outside `docs/`."""
     pages = generate.generated_pages()
-    linked = {file.src_uri: Path(file.abs_src_path).read_text() for file in files.documentation_pages()}
+    linked = {file.src_uri: file.content_string for file in files.documentation_pages()}
     linked |= {uri: text for uri, text in pages.items() if isinstance(text, str) and uri.endswith(".md")}
     pages |= repository_links.linked_pages(linked)
     for uri, content in pages.items():
