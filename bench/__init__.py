@@ -1,1 +1,1 @@
-"""The harness: trains adapters on mixtures of tasks, scores them, keeps records and writes leaderboards from them."""
+"""A harness that trains adapters on mixtures of tasks, scores them, and writes leaderboards from its records."""

@@ -1,4 +1,4 @@
-"""The error that command lines tell the user in one line."""
+"""The error that command lines report in one line."""
 
 from tasks.errors import UserError
 

@@ -1,11 +1,12 @@
-"""The layer: a frozen linear map and, beside it, gated low-rank experts.
+"""The adapted layer: a frozen linear layer with gated low-rank experts.
 
-All methods are one algebra, `y = W x + scaling · up(g(x) ⊙ down(x))`, over the stacked tensors of `Factors`; which of
-them exist and which are trained is a setting. Shapes: n in, m out, N experts, r rank, d rank of the subspace.
+All methods compute `y = W x + scaling · up(g(x) ⊙ down(x))` over the stacked tensors of `Factors`. Which of them exist
+and which are trained is a setting. Shapes: n in, m out, N experts, r rank, d rank of the subspace.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from malora.backends import BACKENDS
 from malora.config import MaloraConfig, choose
 from malora.factors import Factors
-from malora.fused.availability import has_triton, interprets_triton, warn_once
+from malora.fused.eligibility import find_fused_adapter
 from malora.fused.group import ProjectionGroup
 from malora.initialization import init_factors_, kaiming_uniform
 from malora.routing import Routing, RoutingLog, route
@@ -24,7 +25,20 @@ PREFIX = "malora_"
 
 
 class MaloraLayer(nn.Module, BaseTunerLayer):
-    """An `nn.Linear` with experts. Each factor is a dict of parameters by adapter name, as PEFT keeps them."""
+    """An `nn.Linear` with experts.
+
+    Each factor is an `nn.ParameterDict` by adapter name, as PEFT keeps them.
+
+    Args:
+        base_layer: the frozen linear layer, weight [m, n].
+        name: its name in the base model.
+        log: the model's routing log.
+        group: the layers that read the same input; None if it reads an input of its own.
+
+    Attributes:
+        routings: the routing of the model's last forward pass, by adapter.
+        settings: the config of each adapter, by its name.
+    """
 
     adapter_layer_names = tuple(PREFIX + name for name in ("router", *Factors._fields))
     other_param_names = ("malora_dropout",)
@@ -37,33 +51,37 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         self.routing_log = log
         self.group = group or ProjectionGroup()
         self.group.layers.append(self)
-        self.routings: dict[str, Routing] = {}  # of the model's last forward pass, by adapter
+        self.routings: dict[str, Routing] = {}
         self.settings: dict[str, MaloraConfig] = {}
         for attribute in self.adapter_layer_names:
             setattr(self, attribute, nn.ParameterDict())
         self.malora_dropout = nn.ModuleDict()
         self.merged_adapters: list[str] = []
-        self.cast_input_dtype_enabled = True  # what peft.helpers.disable_input_dtype_casting switches
+        self.cast_input_dtype_enabled = True  # peft.helpers.disable_input_dtype_casting switches it
 
     def update_layer(self, adapter: str, config: MaloraConfig) -> None:
-        """Add an adapter: create its tensors and start them as the paper does."""
+        """Add an adapter: create its tensors and initialise them as the paper does.
+
+        Raises:
+            ValueError: the subspace is wider than the layer's input.
+        """
         self.group.release()
         self.settings[adapter] = config
         self.malora_dropout[adapter] = nn.Dropout(config.lora_dropout)
         for name, shape in self._shapes(config).items():
-            getattr(self, PREFIX + name)[adapter] = nn.Parameter(torch.empty(shape))
+            self._parameters_of(name)[adapter] = nn.Parameter(torch.empty(shape))
         factors = self.factors(adapter)
         if not any(tensor.is_meta for tensor in factors if tensor is not None):
             init_factors_(factors, beta=config.beta, same_start=config.same_start)
-            if config.has_router:
-                router = self.malora_router[adapter]
+            router = self.router(adapter)
+            if router is not None:
                 router.data.copy_(kaiming_uniform(router.shape))
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _shapes(self, config: MaloraConfig) -> dict[str, tuple[int, ...]]:
-        n, m, N, r, d = self.in_features, self.out_features, config.num_experts, config.r, config.d
-        if d is not None and d > n:
+        n, m, N, r, d = self.in_features, self.out_features, config.num_experts, config.r, config.d or 0
+        if d > n:
             raise ValueError(f"d={d} is more than the {n} inputs of {self.name}: a subspace of it cannot be that wide.")
         shapes: dict[str, tuple[int, ...]] = {"router": (N, n)} if config.has_router else {}
         if config.down == "A_t":
@@ -74,22 +92,34 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
             shapes |= {"P": (N, r, d // N), "S": (N, d // N, n)}
         return shapes | ({"B": (N, r, m)} if config.up == "B_t" else {"Q": (N, r, d), "S_B": (d, m)})
 
+    def _parameters_of(self, name: str) -> nn.ParameterDict:
+        """Return the parameters of one kind ("router", "A", ...), by adapter."""
+        found = getattr(self, PREFIX + name)
+        assert isinstance(found, nn.ParameterDict)
+        return found
+
     def factors(self, adapter: str) -> Factors:
-        """The adapter's stacked experts."""
-        tensors = (getattr(self, PREFIX + name) for name in Factors._fields)
-        return Factors(*(by_adapter[adapter] if adapter in by_adapter else None for by_adapter in tensors))
+        """Return the adapter's stacked experts."""
+        by_name = {name: self._parameters_of(name) for name in Factors._fields}
+        return Factors(**{name: found[adapter] if adapter in found else None for name, found in by_name.items()})
+
+    def router(self, adapter: str) -> Tensor | None:
+        """Return the adapter's router weight [N, n], or None if it has one expert."""
+        routers = self._parameters_of("router")
+        return routers[adapter] if adapter in routers else None
 
     @property
     def routes(self) -> bool:
         """Whether an active adapter of this layer has a router."""
-        return any(name in self.malora_router for name in self.active_adapters)
+        return any(self.router(name) is not None for name in self.active_adapters)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the frozen layer's output plus that of the active adapters, [..., m] for x [..., n]."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if not (args or kwargs) and (adapter := self.adapter_for_fused_path()):
-            return self.group.output(self, adapter, x)
-        y = self.base_layer(x, *args, **kwargs)
+        if not (args or kwargs) and (fused := self.adapter_for_fused_path()):
+            return self.group.output(self, fused, x)
+        y: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return y
         for adapter in self.active_adapters:
@@ -98,41 +128,18 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         return y
 
     def adapter_for_fused_path(self) -> str | None:
-        """The adapter to compute together with the base, if there is one that the fused backend can."""
-        active = [adapter for adapter in self.active_adapters if adapter in self.settings]
-        device = self.base_layer.weight.device
-        backends = {choose(self.settings[adapter], device) for adapter in active}
-        if self.disable_adapters or self.merged or not backends & {"fused", "fp8"}:
-            return None
-        config = self.settings[active[0]]
-        obstacle = None
-        if len(active) > 1:
-            obstacle = "several adapters at once"
-        elif type(self.base_layer) is not nn.Linear:
-            obstacle = f"a {type(self.base_layer).__name__}"
-        elif self.group.is_sharded:  # they come and go, and are not copied or moved
-            obstacle = "weights that FSDP has sharded"
-        elif any(parameter.requires_grad for parameter in self.base_layer.parameters()):
-            obstacle = "a base that is trained too"
-        elif config.up != "B_t":
-            obstacle = f"up={config.up!r}"
-        elif config.down != "A_t" and not config.has_router:
-            obstacle = f"one expert with down={config.down!r}"
-        elif not (has_triton() if device.type == "cuda" else interprets_triton()):
-            obstacle = f"on {device.type}, with Triton {'' if has_triton() else 'not '}installed"
-        if obstacle:
-            for asked in {self.settings[adapter].backend for adapter in active} & {"fused", "fp8"}:
-                warn_once(asked, obstacle, "the dense backend")
-        return None if obstacle else active[0]
+        """Return the adapter that can be computed together with the frozen layer, or None."""
+        return find_fused_adapter(self, is_sharded=self.group.is_sharded)
 
     def delta(self, adapter: str, x: Tensor) -> Tensor:
-        """What the adapter adds to W x, for x [..., n]."""
+        """Return what the adapter adds to W x, [..., m] for x [..., n]."""
         config, factors = self.settings[adapter], self.factors(adapter)
-        if not torch.is_autocast_enabled(x.device.type):  # autocast narrows the weights instead
+        if not torch.is_autocast_enabled(x.device.type):  # autocast casts the weights instead
             x = self._cast_input_dtype(x, factors.dtype)
         routed = None
-        if config.has_router:
-            routing = route(x, self.malora_router[adapter], config.top_k)
+        router = self.router(adapter)
+        if router is not None:
+            routing = route(x, router, config.top_k)
             if self.routing_log.listening:
                 self.routings[adapter] = routing
             routed = routing._replace(probability=routing.probability.flatten(0, -2))
@@ -141,38 +148,42 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         return y_Tm.unflatten(0, x.shape[:-1])
 
     def train(self, mode: bool = True) -> MaloraLayer:
-        self.group.drop_kept()  # training may have changed the weights
+        """Switch between training and evaluation."""
+        self.group.clear_inference_cache()  # training may have changed the weights
         return super().train(mode)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters, as in PEFT; frozen factors stay frozen."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         self._keep_frozen()
 
-    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Train adapters or not, as in PEFT; frozen factors stay frozen."""
         super().set_requires_grad(adapter_names, requires_grad=requires_grad)
         self._keep_frozen()
 
     def _keep_frozen(self) -> None:
-        """PEFT makes all of an active adapter trainable; a method's frozen factors must stay frozen."""
+        """Freeze what a method does not train: PEFT makes all of an active adapter trainable."""
         for adapter, config in self.settings.items():
             for name in config.freeze:
-                getattr(self, PREFIX + name)[adapter].requires_grad_(False)
+                self._parameters_of(name)[adapter].requires_grad_(False)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self.group.release(frozen=self.settings.keys() <= {adapter_name})
+        """Remove an adapter and the copies of weights that were made for it."""
+        self.group.release(include_frozen=self.settings.keys() <= {adapter_name})
         self.settings.pop(adapter_name, None)
-        self.group.drop_rooms()
+        self.group.drop_unused_padding()
         super().delete_adapter(adapter_name)
 
     def _apply(self, *args: Any, **kwargs: Any) -> MaloraLayer:
         device = self.base_layer.weight.device
         super()._apply(*args, **kwargs)
         if self.base_layer.weight.device != device:
-            self.group.frozen.clear()  # they were where the weights were
+            self.group.clear_float8()  # they are where the weights were
         return self
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The change of W, [m, n] in the adapter's dtype.
+        """Return the adapter's change of W, [m, n] in the adapter's dtype.
 
         Raises:
             ValueError: the adapter has a router, so its change depends on the token.
@@ -202,14 +213,15 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
+        """Subtract the change of all merged adapters from the frozen weight."""
         weight = self.get_base_layer().weight
         while self.merged_adapters:
-            # Not in place: who keeps the weight in another form looks at where it lies.
+            # Not in place: copies of the weight are known by its address.
             weight.data = weight.data - self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copying or pickling a model does not take along the autograd graph of its last batch."""
-        return super().__getstate__() | {"routings": {}}
+        """Copy or pickle the layer without the autograd graph of its last batch."""
+        return dict(super().__getstate__()) | {"routings": {}}
 
     def __repr__(self) -> str:
         return "malora." + super().__repr__()

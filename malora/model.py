@@ -1,4 +1,4 @@
-"""The PEFT tuner: puts experts on a model's linear maps, freezes what must not train, saves and loads through PEFT."""
+"""The PEFT tuner: adapts the linear layers of a model, and saves and loads through PEFT."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from malora.config import MaloraConfig
-from malora.fused import fp8_linear
+from malora.fused.fp8_linear import restore_linear
 from malora.fused.group import PROJECTION_GROUPS, ProjectionGroup, prefetch_packed_weights
 from malora.layer import PREFIX, MaloraLayer
 from malora.routing import RoutingLog
@@ -32,7 +32,7 @@ TARGET_MODULES: dict[str, list[str]] = {
 
 
 class MaloraModel(BaseTuner):
-    """A model whose targeted `nn.Linear` modules have experts beside them; made by `peft.get_peft_model`.
+    """A model whose targeted `nn.Linear` modules have experts; made by `peft.get_peft_model`.
 
     Raises:
         ValueError: a target matches no module, or one that is not an `nn.Linear`; the message names what there is.
@@ -44,17 +44,20 @@ class MaloraModel(BaseTuner):
 
     @cached_property  # not set in __init__, because BaseTuner's already injects layers, which need it
     def routing_log(self) -> RoutingLog:
+        """Whether layers keep their routing, and which tokens count; shared by all layers."""
         return RoutingLog()
 
     @cached_property
     def malora_layers(self) -> list[MaloraLayer]:
+        """All adapted layers, in the order of the model's modules."""
         return [module for module in self.model.modules() if isinstance(module, MaloraLayer)]
 
     @cached_property
     def _groups(self) -> list[ProjectionGroup]:
-        return list({id(layer.group): layer.group for layer in self.malora_layers}.values())
+        return list(dict.fromkeys(layer.group for layer in self.malora_layers))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model, and keep what its routers decide until the next call."""
         arguments = inspect.signature(self.model.forward).bind_partial(*args, **kwargs).arguments
         mask = arguments.get("attention_mask")
         is_padding_mask = mask is not None and mask.dim() == 2
@@ -64,44 +67,44 @@ class MaloraModel(BaseTuner):
             return super().forward(*args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter; see `peft.tuners.tuners_utils.BaseTuner.inject_adapter`."""
         saved = tuple(self.peft_config[adapter_name].modules_to_save or ())
         for name, module in model.named_modules():
-            if name.endswith(saved):  # PEFT copies them, with all that they know
-                fp8_linear.restore_linear(module)
+            if name.endswith(saved):  # PEFT copies them with their attributes
+                restore_linear(module)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        fp8_linear.convert_unadapted_linears(model, self.malora_layers, adapter_name)
 
     def unload(self) -> nn.Module:
-        """The base model, as it came."""
-        return self._left(super().unload())
+        """Return the base model without adapters."""
+        return self._restore_base_model(super().unload())
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """The base model with its adapters merged; what it takes is PEFT's.
+        """Return the base model with its adapters merged. Arguments are PEFT's.
 
         Raises:
             ValueError: an adapter has a router, or a merged weight would not be finite (`safe_merge`).
         """
-        return self._left(super().merge_and_unload(*args, **kwargs))
+        return self._restore_base_model(super().merge_and_unload(*args, **kwargs))
 
-    def _left(self, model: nn.Module) -> nn.Module:
-        """Without what the adapters' layers, which `malora_layers` still has, keep of its weights."""
+    def _restore_base_model(self, model: nn.Module) -> nn.Module:
+        """Free all copies of weights that the removed layers, which `malora_layers` still lists, have made."""
         for group in self._groups:
-            group.release(frozen=True)
+            group.release(include_frozen=True)
         for module in model.modules():
-            fp8_linear.restore_linear(module)
+            restore_linear(module)
         return model
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """PEFT 0.21.2 makes new parameters here, all of them trainable; what trains must stay as it was."""
+        """Keep frozen factors frozen: PEFT 0.21.2 makes new parameters here, all of them trainable."""
         trains = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(trains[name])
 
     def _prepare_model(self, peft_config: MaloraConfig, model: nn.Module) -> None:
-        """Called by PEFT before anything is replaced: the place to refuse."""
+        """Refuse targets that match nothing, before PEFT replaces anything."""
         targets = peft_config.target_modules
-        if isinstance(targets, str):
+        if isinstance(targets, str) or targets is None:
             return  # a regular expression, or "all-linear"; PEFT says so if it matches nothing
         linear = {
             name.rpartition(".")[2]
@@ -117,14 +120,16 @@ class MaloraModel(BaseTuner):
             )
 
     @cached_property
-    def _families(self) -> dict[tuple[str, int], ProjectionGroup]:
+    def _groups_by_parent(self) -> dict[tuple[str, int], ProjectionGroup]:
         return {}
 
     def _group_of(self, key: str) -> ProjectionGroup:
-        """Those that the module of this name belongs to; its own where it reads an input of its own."""
+        """Return the group of the module of this name; one of its own if it reads an input of its own."""
         parent, _, name = key.rpartition(".")
         number = next((i for i, names in enumerate(PROJECTION_GROUPS) if name in names), None)
-        return ProjectionGroup() if number is None else self._families.setdefault((parent, number), ProjectionGroup())
+        if number is None:
+            return ProjectionGroup()
+        return self._groups_by_parent.setdefault((parent, number), ProjectionGroup())
 
     def _create_and_replace(
         self,
@@ -136,9 +141,9 @@ class MaloraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        for cached in ("malora_layers", "_all_siblings"):
+        for cached in ("malora_layers", "_groups"):
             self.__dict__.pop(cached, None)
-        fp8_linear.restore_linear(target)
+        restore_linear(target)
         if isinstance(target, MaloraLayer):
             target.update_layer(adapter_name, peft_config)
         elif isinstance(target, nn.Linear):

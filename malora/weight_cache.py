@@ -1,4 +1,4 @@
-"""Copies of weights for all passes between two changes of them."""
+"""Pack a model's weights once per optimizer step instead of once per micro-batch."""
 
 from __future__ import annotations
 
@@ -10,71 +10,100 @@ from torch import nn
 from malora.layer import MaloraLayer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
-    from malora.fused.packed_weights import Copies, Form, Stack
+    from malora.fused.group import ProjectionGroup
+    from malora.fused.packed_weights import PackedBuffer
+    from malora.fused.weight_cache import Form, GroupAdapter
 
 
 class WeightCache:
-    """A model's weights as the fused backends read them, made once for several training passes.
+    """Packed weights of a model that several forward passes with gradients share.
 
-    These backends read narrow copies, and have B beside the frozen weights. A fused optimizer's step does not raise a
-    weight's version, so they cannot tell that nothing has changed, and every training pass makes its own. Who trains
-    knows it:
+    The fused backends read packed copies of an adapter's weights. A fused optimizer does not increase
+    `Tensor._version`, so they cannot detect that weights are unchanged and pack them in every pass. A training loop
+    that accumulates gradients knows better:
 
-        held = malora.HeldWeights(model)
-        for batch in batches:
-            held.refresh()
-            with held:
-                for part in batch:
-                    loss_of(model, part).backward()
+        cache = malora.WeightCache(model)
+        for micro_batches in batches:
+            cache.refresh()
+            with cache:
+                for micro_batch in micro_batches:
+                    loss_of(model, micro_batch).backward()
             optimizer.step()
 
-    A layer's first pass, passes without gradients, and other backends do without it. Graphs of passes inside `with`
-    read what the last `refresh` left, so a graph of `refresh` goes before them. The copies stay where they are until a
-    `refresh` finds that the model would train other adapters, or in another dtype or on another device, than before;
-    graphs are to be captured anew then.
+    The cache has no effect in the first forward pass, under `torch.no_grad()`, or with other backends. If you capture
+    CUDA graphs, capture `refresh()` in a graph of its own and replay it before the graphs of the forward passes. The
+    copies stay at their addresses until `refresh()` finds that the model would train other adapters, or in another
+    dtype or on another device; capture graphs anew then.
+
+    Args:
+        model: a model with adapters of this package.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        layers = (module for module in model.modules() if isinstance(module, MaloraLayer))
-        self._families = list(dict.fromkeys(layer.group for layer in layers))
-        self._forms: list[tuple[Stack, Form]] = []
-        self._copies: list[Copies] = []
-        self._units: dict[Stack, Tensor | None] = {}  # what h is multiplied by in 8 bits
-        self._depth = 0  # of `with`
+        self._groups = list(dict.fromkeys(projection_groups(model)))
+        self._forms: list[tuple[GroupAdapter, Form]] = []
+        self._buffers: list[tuple[PackedBuffer, list[GroupAdapter]]] = []
+        self._up_scales: dict[GroupAdapter, Tensor | None] = {}  # factors of h in float8
+        self._depth = 0  # of nested `with` statements
 
     def __bool__(self) -> bool:
         """Whether there is anything to refresh."""
-        return bool(self._copies)
+        return bool(self._buffers)
 
     def refresh(self) -> None:
-        """Make them anew, of all layers that have been in a training pass. A backward pass of before then fails."""
-        forms = [(stack, stack.form) for family in self._families for stack in family.stacks() if stack.form]
+        """Pack the weights of all layers that have been in a training pass.
+
+        Call it after each optimizer step. A backward pass of a forward pass before it raises a RuntimeError.
+        """
+        adapters = (adapter for group in self._groups for adapter in group.trained_adapters())
+        forms = [(adapter, form) for adapter in adapters if (form := adapter.next_form)]
         if forms != self._forms:
-            from malora.fused.packed_weights import room_for_copies  # it needs Triton, which is not everywhere
+            from malora.fused.weight_cache import pack_together  # needs Triton
 
-            self._hold(False)
-            self._forms, self._copies, self._units = forms, room_for_copies(forms), {}
-        for family in self._families:
-            family.beside = None
-        for copies in self._copies:
-            copies.make()
-            torch.autograd.graph.increment_version(copies.flat)  # a kernel of ours does not
-            for stack, narrow in copies.pairs:
-                self._units[stack] = stack.lay_beside(narrow, self._units.get(stack))
-        self._hold(self._depth > 0)
+            self._activate(False)
+            self._forms, self._buffers, self._up_scales = forms, pack_together(forms), {}
+        for group in self._groups:
+            if group.has_cache:
+                group.cache.loaded = None
+        for buffer, alike in self._buffers:
+            from malora.fused.bases import load_up_proj_for_step
+            from malora.fused.weight_cache import fill_buffer
 
-    def _hold(self, holds: bool) -> None:
-        for copies in self._copies:
-            for stack, narrow in copies.pairs:
-                stack.held = narrow if holds else None
+            fill_buffer(buffer, alike)
+            torch.autograd.graph.increment_version(buffer.flat)  # our kernels do not
+            for adapter, packed in zip(alike, buffer.weights, strict=True):
+                self._up_scales[adapter] = load_up_proj_for_step(adapter, packed, self._up_scales.get(adapter))
+        self._activate(self._depth > 0)
+
+    def _activate(self, is_active: bool) -> None:
+        for buffer, alike in self._buffers:
+            for adapter, packed in zip(alike, buffer.weights, strict=True):
+                adapter.step = packed if is_active else None
 
     def __enter__(self) -> WeightCache:
         self._depth += 1
-        self._hold(True)
+        self._activate(True)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._depth -= 1
-        self._hold(self._depth > 0)
+        self._activate(self._depth > 0)
+
+
+def projection_groups(model: nn.Module) -> Iterator[ProjectionGroup]:
+    """Iterate over the projection groups of a model's adapted layers, one per layer."""
+    return (module.group for module in model.modules() if isinstance(module, MaloraLayer))
+
+
+def release_caches(model: nn.Module) -> None:
+    """Free all copies of weights that the fused backends keep for a model.
+
+    These are packed weights, float8 weights and the padded columns of `malora.optimize_backbone`. The next forward
+    pass makes packed and float8 weights again; padded columns need another call of `optimize_backbone`.
+    """
+    for group in dict.fromkeys(projection_groups(model)):
+        group.release(include_frozen=True)

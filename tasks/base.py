@@ -1,8 +1,8 @@
-"""What a task is: items in three splits, a prompt format, and the examples that follow.
+"""Tasks, their items in three splits, and the prompt formats.
 
-An item is what its authors published: a `Question` with choices, or an `Exercise` whose answer is written. A prompt
-format turns it into an `Example`, the text that is trained on and scored. Training and lm-eval read the same examples,
-so a model is never asked in words that it did not learn.
+An item is one published record: a `Question` with choices, or an `Exercise` with a free-text answer. A prompt format
+turns an item into an `Example`, the text for training and scoring. Training and lm-eval read the same examples, so a
+model is evaluated on exactly the prompts it was trained on.
 """
 
 from __future__ import annotations
@@ -11,28 +11,26 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from tasks.errors import DataError
+from tasks.metrics import LIKELIHOOD
 
-
-class _Item:
-    @property
-    def key(self) -> str:
-        """Letters and digits of what is asked: two items with one key are the same question."""
-        asked = f"{self.context} {self.text} {getattr(self, 'lead', '')}"
-        return re.sub(r"[^a-z0-9]+", " ", asked.lower()).strip()
+Record = dict[str, Any]  # one record as its publisher wrote it
 
 
 @dataclass(frozen=True)
-class Question(_Item):
-    """One multiple-choice item.
+class Question:
+    """A multiple-choice item.
 
     Attributes:
-        text: the question.
-        choices: the answers to choose from, two or more.
-        answer: index into `choices`.
-        context: what must be read first (BoolQ's passage), or "".
+        text: The question.
+        choices: The possible answers, two or more.
+        answer: Index of the correct answer in `choices`.
+        context: A text to read before the question (BoolQ's passage), or "".
+
+    Raises:
+        ValueError: `answer` is not an index of `choices`.
     """
 
     text: str
@@ -44,17 +42,22 @@ class Question(_Item):
         if not 0 <= self.answer < len(self.choices):
             raise ValueError(f"answer {self.answer} is not one of {len(self.choices)} choices: {self.text[:60]!r}")
 
+    @property
+    def key(self) -> str:
+        """The normalized question; items with equal keys are duplicates."""
+        return _normalize(f"{self.context} {self.text}")
+
 
 @dataclass(frozen=True)
-class Exercise(_Item):
-    """One item whose answer is written.
+class Exercise:
+    """An item with a free-text answer.
 
     Attributes:
-        text: what is asked.
-        answer: what is learned.
-        references: what the task's metric holds an answer against, see `Writing`; empty where only training reads it.
-        context: what must be read first, or "".
-        lead: how the answer begins; it is given, and neither learned nor scored.
+        text: The question or instruction.
+        answer: The answer to learn.
+        references: The data for the task's metric, see `tasks.metrics`. Empty for items that are only trained on.
+        context: A text to read before the question, or "".
+        lead: The start of the answer. It is part of the prompt, so it is neither learned nor scored.
     """
 
     text: str
@@ -63,13 +66,23 @@ class Exercise(_Item):
     context: str = ""
     lead: str = ""
 
+    @property
+    def key(self) -> str:
+        """The normalized question; items with equal keys are duplicates."""
+        return _normalize(f"{self.context} {self.text} {self.lead}")
+
 
 Item = Question | Exercise
 
 
+def _normalize(text: str) -> str:
+    """Return the lower-case letters and digits of a text, with one space between words."""
+    return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()
+
+
 @dataclass(frozen=True)
 class Example:
-    """A question as text: the model reads `prompt` and should prefer `choices[answer]` as what follows."""
+    """A formatted question: after `prompt` the model should prefer `choices[answer]`."""
 
     task: str
     prompt: str
@@ -78,30 +91,37 @@ class Example:
 
     @property
     def label(self) -> str:
+        """The correct continuation of the prompt."""
         return self.choices[self.answer]
 
 
 @dataclass(frozen=True)
 class WrittenExample(Example):
-    """An exercise as text: its one choice is the answer to learn, after which the text ends."""
+    """A formatted exercise: its only choice is the answer to learn, and the text ends after it."""
 
     references: tuple[str, ...] = ()
 
 
 def letters(task: str, question: Question) -> Example:
-    """The choices stand in the prompt, the label is the letter of the right one: one token in most vocabularies."""
+    """Format a question with lettered choices in the prompt.
+
+    The label is the letter of the correct choice, one token in most vocabularies.
+    """
     names = "ABCDEFGHIJ"[: len(question.choices)]
     listed = "\n".join(f"{name}. {choice}" for name, choice in zip(names, question.choices, strict=True))
     return Example(task, f"{_opening(question)}\n{listed}\nAnswer:", tuple(f" {n}" for n in names), question.answer)
 
 
 def cloze(task: str, question: Question) -> Example:
-    """The choices are not shown; each is read as a continuation, and the likeliest by its length wins."""
+    """Format a question without its choices.
+
+    Each choice is scored as a continuation of the prompt, by its likelihood normalized by its length.
+    """
     return Example(task, f"{_opening(question)}\nAnswer:", tuple(f" {c}" for c in question.choices), question.answer)
 
 
 def written(task: str, exercise: Exercise) -> WrittenExample:
-    """The one template of everything that is written, whatever the format of choices: theirs, without choices."""
+    """Format an exercise; all prompt formats share this template."""
     prompt = f"{_opening(exercise)}\nAnswer:{exercise.lead}"
     return WrittenExample(task, prompt, (f" {exercise.answer}",), 0, exercise.references)
 
@@ -116,10 +136,13 @@ FORMATS: dict[str, Callable[[str, Question], Example]] = {"letters": letters, "c
 
 @dataclass(frozen=True)
 class DataRef:
-    """Where a data set's records are: `{file}_{split}.jsonl.gz` in a folder, or `hub` (and `config`) on the hub.
+    """The location of a data set.
 
-    `hub` is "" for what the hub does not have; `hub_splits` are the hub's names of splits that the folder's files name
-    otherwise.
+    Attributes:
+        file: Stem of its files in a folder: `{file}_{split}.jsonl.gz`.
+        hub: Id on the Hugging Face hub, or "" for data that is not there.
+        config: Name of the configuration on the hub.
+        hub_splits: Maps the names of splits in a folder to the hub's names, for splits whose names differ.
     """
 
     file: str
@@ -129,121 +152,143 @@ class DataRef:
 
 
 class Source(Protocol):
-    """Reads the records of a published split."""
+    """A reader of published records."""
 
-    def read(self, ref: DataRef, split: str) -> list[dict]: ...
+    def read(self, ref: DataRef, split: str) -> list[Record]:
+        """Return the records of a published split.
 
-
-# How a written answer is scored, and what its references are: the share of programs that pass their tests (how the
-# program begins, its tests), the last number in the answer (that number), ROUGE-L F against the best (the texts).
-PASS, LAST_NUMBER, ROUGE_L = "pass@1", "exact_match", "rougeL"
-LIKELIHOOD = "likelihood"  # the geometric mean probability of the label's tokens
+        Raises:
+            DataError: The split is missing or broken.
+        """
+        ...
 
 
 @dataclass(frozen=True)
 class Writing:
-    """How an answer is written: by greedy decoding, up to so many tokens or to the first of the stop strings."""
+    """The generation settings of a task with free-text answers. Decoding is greedy.
+
+    Attributes:
+        metric: Name of the metric, one of `tasks.metrics`.
+        max_new_tokens: Maximum length of an answer.
+        stop: Strings that end an answer. An untrained model often goes on to the next question by itself.
+    """
 
     metric: str
     max_new_tokens: int
-    stop: tuple[str, ...] = ("\nQuestion:", "\nPassage:")  # a model that was not trained goes on with another item
+    stop: tuple[str, ...] = ("\nQuestion:", "\nPassage:")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A data set and what is asked of it.
+    """A data set and the way it is scored.
 
     Attributes:
-        name: as in commands and records.
-        title: as in tables.
-        question: turns a record, as the hub or a folder gives it, into an item; None leaves the record out.
-        data: where the records are.
-        published: our splits to the publisher's. Where the test has no published labels the published validation
-            split is the test, and validation is missing here: it is then a seeded part of train.
-        writing: how its answers are written; None where they are chosen.
+        name: Name in commands and records.
+        title: Name in tables.
+        parse_record: Turns a record, from the hub or from a folder, into an item. None drops the record.
+        data: Location of the records.
+        published: Maps our split names to the publisher's. If the test labels are unpublished, our test split is the
+            published validation split, and our validation split is a fixed random sample of train.
+        writing: Generation settings of a task with free-text answers, None for a task with choices.
     """
 
     name: str
     title: str
-    question: Callable[[dict], Item | None]
+    parse_record: Callable[[Record], Item | None]
     data: DataRef
     published: dict[str, str]
     writing: Writing | None = None
 
     @property
     def metric(self) -> str | None:
-        """None where it follows from the prompt format."""
+        """Name of the metric, or None if it follows from the prompt format."""
         return self.writing.metric if self.writing else None
 
     def load(self, source: Source) -> dict[str, list[Item]]:
-        """Items by split.
+        """Return the items of all splits.
 
         Raises:
-            DataError: a record that `question` cannot read.
+            DataError: A file is missing or broken, or `parse_record` cannot read a record.
         """
-        splits = {ours: self.read(source, ours) for ours in self.published}
+        splits = {split: self.read(source, split) for split in self.published}
         if "validation" not in splits:
-            splits["train"], splits["validation"] = _hold_out(splits["train"], HELD_OUT)
+            splits["train"], splits["validation"] = _split_off_validation(splits["train"], MAX_VALIDATION_ITEMS)
         return splits
 
     def read(self, source: Source, split: str) -> list[Item]:
-        """The items of one of our splits; raises as `load`."""
-        items = self._read(source, self.published[split])
-        return _once(items) if self.writing and split == "test" else items
+        """Return the items of one of our splits.
 
-    def _read(self, source: Source, split: str) -> list[Item]:
-        questions = []
-        for number, record in enumerate(source.read(self.data, split)):
+        Raises:
+            DataError: The file is missing or broken, or `parse_record` cannot read a record.
+        """
+        items = self._parse(source, self.published[split])
+        return _merge_references(items) if self.writing and split == "test" else items
+
+    def _parse(self, source: Source, published_split: str) -> list[Item]:
+        items = []
+        for number, record in enumerate(source.read(self.data, published_split)):
             try:
-                question = self.question(record)
+                item = self.parse_record(record)
             except (KeyError, IndexError, TypeError, ValueError) as error:
                 raise DataError(
-                    f"{self.data.file}_{split}, record {number}: not a {self.title} item ({error!r}); "
+                    f"{self.data.file}_{published_split}, record {number}: not a {self.title} item ({error!r}); "
                     "fetch the file again, or see tasks/ for the fields it should have."
                 ) from error
-            if question is not None:
-                questions.append(question)
-        return questions
+            if item is not None:
+                items.append(item)
+        return items
 
 
-# Enough for a standard error of 2 points on a task, and a small share of the train splits it is taken from.
-HELD_OUT = 500
-# A likelihood varies less between items than right and wrong do, and its labels are long.
-HELD_OUT_OF_DOMAIN = 150
+# Large enough for a standard error of about 2 points on a task, and a small share of the train splits.
+MAX_VALIDATION_ITEMS = 500
+# Fewer are needed for a likelihood, which varies less between items than accuracy. Its labels are long and slow.
+MAX_DOMAIN_VALIDATION_ITEMS = 150
 
 
 @dataclass(frozen=True)
 class Domain:
-    """Data sets that are trained on as one. What is held out of them is scored by the likelihood of the answers.
+    """Data sets that are trained on together. Validation scores the likelihood of their answers.
 
     Attributes:
-        name: as in commands and records.
-        title: as in tables.
-        parts: the data sets, for their train splits.
-        tests: names of the tasks that ask what this domain teaches.
+        name: Name in commands and records.
+        title: Name in tables.
+        training_sets: The data sets whose train splits are used.
+        tests: Names of the tasks that test what this domain teaches.
+        metric: Name of the metric for the validation split.
     """
 
     name: str
     title: str
-    parts: tuple[Task, ...]
+    training_sets: tuple[Task, ...]
     tests: tuple[str, ...]
     metric: str = LIKELIHOOD
 
     def load(self, source: Source) -> dict[str, list[Item]]:
-        """Items by split: train and validation; raises as `Task.load`."""
-        items = [item for part in self.parts for item in part.read(source, "train")]
-        return dict(zip(("train", "validation"), _hold_out(items, HELD_OUT_OF_DOMAIN), strict=True))
+        """Return the items of the train and validation splits.
+
+        Raises:
+            DataError: A file is missing or broken, or a record cannot be read.
+        """
+        items = [item for task in self.training_sets for item in task.read(source, "train")]
+        train, validation = _split_off_validation(items, MAX_DOMAIN_VALIDATION_ITEMS)
+        return {"train": train, "validation": validation}
 
 
-def _hold_out(items: list[Item], most: int) -> tuple[list[Item], list[Item]]:
-    """Train and validation. The cut is fixed, not the run's: rates are tuned on the same items for every seed."""
-    held = set(random.Random(0).sample(range(len(items)), min(most, len(items) // 10)))
-    return [q for i, q in enumerate(items) if i not in held], [q for i, q in enumerate(items) if i in held]
+def _split_off_validation(items: list[Item], max_items: int) -> tuple[list[Item], list[Item]]:
+    """Split items at random into train and validation.
+
+    The split does not depend on a run's seed, so learning rates are tuned on the same items for every seed.
+    """
+    count = min(max_items, len(items) // 10)
+    chosen = set(random.Random(0).sample(range(len(items)), count))
+    train = [item for i, item in enumerate(items) if i not in chosen]
+    return train, [item for i, item in enumerate(items) if i in chosen]
 
 
-def _once(exercises: list[Exercise]) -> list[Exercise]:
-    """Each question once, with the references of all its records."""
-    alike: dict[tuple, list[Exercise]] = {}
-    for exercise in exercises:
-        alike.setdefault((exercise.context, exercise.text, exercise.lead), []).append(exercise)
-    return [replace(same[0], references=tuple(r for e in same for r in e.references)) for same in alike.values()]
+def _merge_references(items: list[Item]) -> list[Item]:
+    """Merge exercises with the same question into one that has all their references."""
+    groups: dict[tuple[str, str, str], list[Exercise]] = {}
+    for item in items:
+        assert isinstance(item, Exercise), "a task with generation settings has exercises, not questions"
+        groups.setdefault((item.context, item.text, item.lead), []).append(item)
+    return [replace(group[0], references=tuple(r for e in group for r in e.references)) for group in groups.values()]

@@ -1,7 +1,7 @@
-"""What the inter-domain mixtures are trained on: six domains, as in the paper from the hub, and from open stand-ins.
+"""Training data of the inter-domain mixtures: six domains, from the paper's data sets or from open stand-ins.
 
-What is in a domain's stand-in is the paper's own set as far as it is open, then what is nearest to it in kind. A domain
-has one name and one title in both, so that their tables have the same columns.
+The stand-in of a domain is the open share of the paper's own data set, followed by the most similar open data sets. A
+domain has the same name and title in PAPER and in OPEN, so their tables have the same columns.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _STAND_INS = {
     "general": (instructions.ALPACA_GPT4_SUBSET, instructions.ALPACA_CLEANED),
     "data_to_text": (E2E,),
 }
-OPEN = tuple(replace(domain, parts=_STAND_INS[domain.name]) for domain in PAPER)
-# The smallest domain, mathematics, has 10,549 items. Half of that from each is 3.7 million tokens of SmolLM2 an epoch,
-# so that three epochs and the answers are two minutes of a GPU: Tables 1, 3 and 11 are some seventy runs.
-OPEN_SIZE = 5_000
+OPEN = tuple(replace(domain, training_sets=_STAND_INS[domain.name]) for domain in PAPER)
+# The smallest domain, mathematics, has 10,549 items. Half as many from each domain are 3.7 million SmolLM2 tokens per
+# epoch: three epochs and the generated answers take two minutes on a GPU. Tables 1, 3 and 11 need some 70 such runs.
+MAX_OPEN_ITEMS = 5_000

@@ -1,12 +1,13 @@
-"""E2E NLG: a restaurant's attributes to be said in words, each test item with several references (arXiv 1706.09254)."""
+"""E2E NLG: restaurant attributes to put into words, with several references per test item (arXiv 1706.09254)."""
 
 from __future__ import annotations
 
-from tasks.base import ROUGE_L, DataRef, Exercise, Task, Writing
+from tasks.base import DataRef, Exercise, Record, Task, Writing
+from tasks.metrics import ROUGE_L
 
 
-def question(record: dict) -> Exercise:
-    """Reads the hub's field names and the folder's."""
+def parse_record(record: Record) -> Exercise:
+    """Parse a record of the hub or of a folder, whose field names differ."""
     meaning = record["mr"] if "mr" in record else record["meaning_representation"]
     reference = (record["ref"] if "ref" in record else record["human_reference"]).strip()
     return Exercise(f"Describe in words: {meaning.strip()}", reference, (reference,))
@@ -15,8 +16,9 @@ def question(record: dict) -> Exercise:
 E2E = Task(
     "e2e",
     "E2E",
-    question,
+    parse_record,
     DataRef("e2e_nlg", "tuetschek/e2e_nlg"),
     {"train": "train", "test": "test"},
-    Writing(ROUGE_L, max_new_tokens=80, stop=("\n",)),  # the longest reference has 80 SmolLM2 tokens, none a line's end
+    # The longest reference has 80 SmolLM2 tokens, and no reference has a line break.
+    Writing(ROUGE_L, max_new_tokens=80, stop=("\n",)),
 )

@@ -1,12 +1,15 @@
-"""Errors that are told to the user in one line."""
+"""Errors that command lines report in one line."""
 
 
 class UserError(ValueError):
-    """Raised when a request of the user cannot be met.
+    """Raised when a user's request cannot be met.
 
-    The message says what, where and what to do. Command lines print it and exit with code 2.
+    The message says what is wrong, where, and what to do. Command lines print it and exit with code 2.
     """
 
 
 class DataError(UserError):
-    """Raised when a data file is missing or broken. The message names the file, and the line where there is one."""
+    """Raised when a data file is missing or broken.
+
+    The message names the file and, for a broken record, its number or line.
+    """

@@ -1,11 +1,13 @@
-"""HumanEval: Python functions to be completed from signature and docstring, then tested (arXiv 2107.03374)."""
+"""HumanEval: Python functions to complete from signature and docstring, then tested (arXiv 2107.03374)."""
 
 from __future__ import annotations
 
-from tasks.base import PASS, DataRef, Exercise, Task, Writing
+from tasks.base import DataRef, Exercise, Record, Task, Writing
+from tasks.metrics import PASS
 
 
-def question(record: dict) -> Exercise:
+def parse_record(record: Record) -> Exercise:
+    """Parse a record of the hub or of a folder."""
     tests = f"{record['test']}\ncheck({record['entry_point']})\n"
     return Exercise(
         "Complete this Python function.",
@@ -18,9 +20,9 @@ def question(record: dict) -> Exercise:
 HUMANEVAL = Task(
     "humaneval",
     "HumanEval",
-    question,
+    parse_record,
     DataRef("humaneval", "openai/openai_humaneval"),
     {"test": "test"},
-    # The publishers' stop strings, and their longest solution has 268 SmolLM2 tokens.
+    # The stop strings are the publishers'. Their longest solution has 268 SmolLM2 tokens.
     Writing(PASS, max_new_tokens=320, stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint")),
 )

@@ -1,49 +1,57 @@
-"""Instructions with written answers, to train on: the paper's sets, and what is open in their place."""
+"""Instruction data sets for training: the paper's own, and open data sets in their place."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from tasks.base import DataRef, Exercise, Task
+from tasks.base import DataRef, Exercise, Record, Task
 
-Fields = tuple[str, ...]
-ALPACA: tuple[Fields, str] = (("instruction", "input"), "output")
+FieldNames = tuple[str, ...]
+ALPACA: tuple[FieldNames, str] = (("instruction", "input"), "output")
 
 
-def reads(text: Fields, answer: str, context: str = "") -> Callable[[dict], Exercise | None]:
-    """Of records with these fields; a record that lacks question or answer is left out."""
+def make_parser(text: FieldNames, answer: str, context: str = "") -> Callable[[Record], Exercise | None]:
+    """Make a function that parses records with these fields and drops those without a question or an answer.
 
-    def question(record: dict) -> Exercise | None:
+    Args:
+        text: Names of the fields with the instruction; only the first one is required.
+        answer: Name of the field with the answer.
+        context: Name of the field with a text to read first, or "".
+    """
+
+    def parse_record(record: Record) -> Exercise | None:
         def clean(*names: str) -> str:
             return "\n".join(filter(None, ((record.get(name) or "").strip() for name in names))).replace("\r\n", "\n")
 
-        if not (clean(*text[:1]) and clean(answer)):
+        if not (clean(text[0]) and clean(answer)):
             return None
         return Exercise(clean(*text), clean(answer), context=clean(context))
 
-    return question
+    return parse_record
 
 
-def _training(title: str, file: str, fields: tuple, *, hub: str = "", split: str = "train") -> Task:
-    return Task(file, title, reads(*fields), DataRef(file, hub), {"train": split})
+def _make_task(
+    title: str, file: str, text: FieldNames, answer: str, *, context: str = "", hub: str = "", split: str = "train"
+) -> Task:
+    return Task(file, title, make_parser(text, answer, context), DataRef(file, hub), {"train": split})
 
 
-MAGICODER = _training(
-    "Magicoder-OSS-Instruct", "magicoder_oss", (("problem",), "solution"), hub="ise-uiuc/Magicoder-OSS-Instruct-75K"
+MAGICODER = _make_task(
+    "Magicoder-OSS-Instruct", "magicoder_oss", ("problem",), "solution", hub="ise-uiuc/Magicoder-OSS-Instruct-75K"
 )
-FINANCE_ALPACA = _training("Finance Alpaca", "finance_alpaca", ALPACA, hub="gbharti/finance-alpaca")
-METAMATH = _training("MetaMathQA", "metamathqa", (("query",), "response"), hub="meta-math/MetaMathQA")
-ALPACA_GPT4 = _training("Alpaca-GPT4", "alpaca_gpt4", ALPACA, hub="vicgalle/alpaca-gpt4")
+FINANCE_ALPACA = _make_task("Finance Alpaca", "finance_alpaca", *ALPACA, hub="gbharti/finance-alpaca")
+METAMATH = _make_task("MetaMathQA", "metamathqa", ("query",), "response", hub="meta-math/MetaMathQA")
+ALPACA_GPT4 = _make_task("Alpaca-GPT4", "alpaca_gpt4", *ALPACA, hub="vicgalle/alpaca-gpt4")
 
-MEDICAL_MEADOW = _training("Medical Meadow", "medical_meadow_small", ALPACA)
-CODE_EVOL = _training("Evol-Instruct on Code Alpaca", "code_evol_instruct", ALPACA)
-CODE_GPTEACHER = _training("GPTeacher Code-Instruct", "code_gpteacher_codegen", (*ALPACA[:1], "response"))
-CODE_ALPACA = _training("Code Alpaca", "code_alpaca_2k", ALPACA)
-MBPP = _training("MBPP", "mbpp", (("text",), "code"), split="all")
-FINANCE_ALPACA_SUBSET = _training("Finance Alpaca, 1,000 rows", "finance_alpaca_subset", ALPACA)
-FINANCIAL_QA = _training("Financial-QA-10k", "financial_qa_10k", (("question",), "answer", "context"))
-XBRL_TERMS = _training("FinLoRA XBRL terms", "finlora_xbrl_term", (("context",), "target"))
-FIQA = _training("FiQA", "fiqa_qa", (("question",), "answer"), split="test648")
-SVAMP = _training("SVAMP with worked answers", "svamp_cot", (("question",), "answer_cot"))
-ALPACA_GPT4_SUBSET = _training("Alpaca-GPT4, short answers", "alpaca_gpt4_nuggets_low", ALPACA)
-ALPACA_CLEANED = _training("Alpaca, cleaned", "alpaca_cleaned", ALPACA)
+MEDICAL_MEADOW = _make_task("Medical Meadow", "medical_meadow_small", *ALPACA)
+CODE_EVOL = _make_task("Evol-Instruct on Code Alpaca", "code_evol_instruct", *ALPACA)
+CODE_GPTEACHER = _make_task("GPTeacher Code-Instruct", "code_gpteacher_codegen", ALPACA[0], "response")
+CODE_ALPACA = _make_task("Code Alpaca", "code_alpaca_2k", *ALPACA)
+MBPP = _make_task("MBPP", "mbpp", ("text",), "code", split="all")
+FINANCE_ALPACA_SUBSET = _make_task("Finance Alpaca, 1,000 rows", "finance_alpaca_subset", *ALPACA)
+FINANCIAL_QA = _make_task("Financial-QA-10k", "financial_qa_10k", ("question",), "answer", context="context")
+XBRL_TERMS = _make_task("FinLoRA XBRL terms", "finlora_xbrl_term", ("context",), "target")
+FIQA = _make_task("FiQA", "fiqa_qa", ("question",), "answer", split="test648")
+SVAMP = _make_task("SVAMP with worked answers", "svamp_cot", ("question",), "answer_cot")
+ALPACA_GPT4_SUBSET = _make_task("Alpaca-GPT4, short answers", "alpaca_gpt4_nuggets_low", *ALPACA)
+ALPACA_CLEANED = _make_task("Alpaca, cleaned", "alpaca_cleaned", *ALPACA)

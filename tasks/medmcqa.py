@@ -1,27 +1,31 @@
 """MedMCQA: questions of Indian medical entrance exams with four choices (arXiv 2203.14371).
 
-Its test labels are not published, so the paper tests on dev, of which it keeps 2,802 items "after cleaning". The rule
-here keeps as many: of the 2,816 items that ask for a single choice, 14 have the same text as two of their choices.
+Its test labels are not published, so the paper tests on dev and keeps 2,802 of its items "after cleaning". Our rule
+keeps the same number: of the 2,816 single-choice items, 14 have two equal choices.
 """
 
 from __future__ import annotations
 
-from tasks.base import DataRef, Question, Task
+from tasks.base import DataRef, Question, Record, Task
 
 
-def question(record: dict) -> Question | None:
-    """Reads the hub's form (`cop` is a letter) and the folder's (`cop` counts from 1)."""
+def parse_record(record: Record) -> Question | None:
+    """Parse a record of the hub (`cop` is a letter) or of a folder (`cop` counts from 1).
+
+    Records with several correct choices or with equal choices are dropped.
+    """
     choices = tuple(record[name].strip() for name in ("opa", "opb", "opc", "opd"))
     if record["choice_type"] != "single" or len(set(choices)) < 4:
         return None
-    right = record["cop"]
-    return Question(record["question"].strip(), choices, "abcd".index(right) if isinstance(right, str) else right - 1)
+    correct = record["cop"]
+    answer = "abcd".index(correct) if isinstance(correct, str) else correct - 1
+    return Question(record["question"].strip(), choices, answer)
 
 
 MEDMCQA = Task(
     "medmcqa",
     "MedMCQA",
-    question,
+    parse_record,
     DataRef("medmcqa", "openlifescienceai/medmcqa", hub_splits={"dev": "validation"}),
     {"train": "train", "test": "dev"},
 )

@@ -1,14 +1,14 @@
-"""Medical multiple choice to train on: MedQA's dev and test (arXiv 2009.13081) and AfriMed-QA (arXiv 2411.15640)."""
+"""Medical multiple choice for training: MedQA dev and test (arXiv 2009.13081), AfriMed-QA (arXiv 2411.15640)."""
 
 from __future__ import annotations
 
-from tasks.base import DataRef, Question, Task
+from tasks.base import DataRef, Question, Record, Task
 
 
-def question(record: dict) -> Question | None:
-    """Options are a list of "A. text" or texts by letter; the answer is a letter or a text.
+def parse_record(record: Record) -> Question | None:
+    """Parse a record; drop the three of AfriMed-QA whose answer is not among their options.
 
-    Three records of AfriMed-QA, whose answer is not among their options, are left out.
+    The options are a list of "A. text", or texts by letter. The answer is a letter or a text.
     """
     options = record["options"]
     if isinstance(options, list):
@@ -18,6 +18,6 @@ def question(record: dict) -> Question | None:
     return Question(record["question"].strip(), choices, choices.index(answer)) if answer in choices else None
 
 
-AFRIMEDQA = Task("afrimedqa", "AfriMed-QA", question, DataRef("afrimedqa", hub=""), {"train": "mcq"})
-MEDQA_DEV = Task("medqa_dev", "MedQA, dev", question, DataRef("medqa_us", hub=""), {"train": "dev"})
-MEDQA_TEST = Task("medqa_test", "MedQA, test", question, DataRef("medqa_us", hub=""), {"train": "test"})
+AFRIMEDQA = Task("afrimedqa", "AfriMed-QA", parse_record, DataRef("afrimedqa", hub=""), {"train": "mcq"})
+MEDQA_DEV = Task("medqa_dev", "MedQA, dev", parse_record, DataRef("medqa_us", hub=""), {"train": "dev"})
+MEDQA_TEST = Task("medqa_test", "MedQA, test", parse_record, DataRef("medqa_us", hub=""), {"train": "test"})

@@ -1,14 +1,15 @@
-"""Where records come from: the Hugging Face hub, a folder of `*.jsonl.gz`, or a generator."""
+"""Sources of records: the Hugging Face hub, a folder of `*.jsonl.gz` files, or a generator."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import random
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tasks.base import DataRef
+from tasks.base import DataRef, Item, Record
 from tasks.errors import DataError
 from tasks.procedural import GENERATORS
 from tasks.procedural_inter import WRITERS
@@ -16,7 +17,11 @@ from tasks.procedural_inter import WRITERS
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder with one gzipped JSON-lines file a split, `{file}_{split}.jsonl.gz`."""
+    """A folder with one gzipped JSON Lines file per split, `{file}_{split}.jsonl.gz`.
+
+    Raises:
+        DataError: The path is not a folder.
+    """
 
     path: Path
 
@@ -24,24 +29,27 @@ class Folder:
         if not self.path.is_dir():
             raise DataError(f"{self.path} is not a folder; give --data the folder that holds the *.jsonl.gz files.")
 
-    def read(self, ref: DataRef, split: str) -> list[dict]:
-        """The split's records, in file order.
+    def read(self, ref: DataRef, split: str) -> list[Record]:
+        """Read the records of a split, in file order.
 
         Raises:
-            DataError: the file is missing, not gzip, cut off, or a line of it is not a JSON object.
+            DataError: The file is missing, truncated or not gzip, or one of its lines is not a JSON object.
         """
         path = self.path / f"{ref.file}_{split}.jsonl.gz"
         if not path.is_file():
-            there = ", ".join(sorted(p.name for p in self.path.glob("*.jsonl.gz"))) or "no *.jsonl.gz file at all"
-            raise DataError(f"{path} is missing; the folder has {there}.")
+            others = ", ".join(sorted(other.name for other in self.path.glob(f"{ref.file}_*.jsonl.gz")))
+            raise DataError(
+                f"{path} is missing; the folder has {others or 'no file'} of this data set. Add the missing file, or "
+                "give --data another folder."
+            )
         try:
             with gzip.open(path, "rt", encoding="utf-8") as lines:
-                return [_record(path, number, line) for number, line in enumerate(lines, 1)]
+                return [_parse_line(path, number, line) for number, line in enumerate(lines, 1)]
         except (OSError, EOFError, UnicodeDecodeError) as error:
             raise DataError(f"{path} is broken ({error}); fetch it again.") from error
 
 
-def _record(path: Path, number: int, line: str) -> dict:
+def _parse_line(path: Path, number: int, line: str) -> Record:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -53,52 +61,58 @@ def _record(path: Path, number: int, line: str) -> dict:
 
 @dataclass(frozen=True)
 class Hub:
-    """The Hugging Face hub, or datasets' cache of it."""
+    """The Hugging Face hub, or the local cache of `datasets`."""
 
-    def read(self, ref: DataRef, split: str) -> list[dict]:
-        """The split's records, with the names of classes in place of their numbers.
+    def read(self, ref: DataRef, split: str) -> list[Record]:
+        """Read the records of a split, with class names instead of class numbers.
 
         Raises:
-            DataError: the hub cannot be reached, or does not have the split.
+            DataError: The hub cannot be reached, or does not have the split.
         """
         if not ref.hub:
             raise DataError(f"{ref.file} is not on the hub; give --data a folder that has {ref.file}_{split}.jsonl.gz.")
         try:
-            return _from_hub(ref, ref.hub_splits.get(split, split))
-        except Exception as error:  # datasets raises whatever its transports raise
+            return _load_from_hub(ref, ref.hub_splits.get(split, split))
+        except Exception as error:  # datasets passes on any exception of its HTTP clients
             raise DataError(
                 f"cannot read {ref.hub} ({split}) from the Hugging Face hub: {type(error).__name__}: {error}. "
                 "Give --data a folder of *.jsonl.gz files, or use --profile tiny, which needs no data."
             ) from error
 
 
-def _from_hub(ref: DataRef, split: str) -> list[dict]:
-    import datasets  # two seconds to import, and only needed here
+def _load_from_hub(ref: DataRef, split: str) -> list[Record]:
+    import datasets  # takes two seconds, and only this function needs it
 
     try:
-        rows = datasets.load_dataset(ref.hub, ref.config, split=split)
+        records = datasets.load_dataset(ref.hub, ref.config, split=split)
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
-        # datasets 4 runs no code of a data set's own. What it made, the hub keeps as Parquet, a folder a configuration.
-        rows = datasets.load_dataset(ref.hub, data_dir=ref.config, split=split, revision="refs/convert/parquet")
-    classes = {name: f.names for name, f in rows.features.items() if isinstance(f, datasets.ClassLabel)}
-    return [row | {name: names[row[name]] for name, names in classes.items()} for row in rows]
+        # datasets 4 runs no loading scripts. The hub keeps their output as Parquet, one folder per configuration.
+        records = datasets.load_dataset(ref.hub, data_dir=ref.config, split=split, revision="refs/convert/parquet")
+    class_names = {
+        name: feature.names for name, feature in records.features.items() if isinstance(feature, datasets.ClassLabel)
+    }
+    return [record | {name: names[record[name]] for name, names in class_names.items()} for record in records]
 
 
 @dataclass(frozen=True)
 class Generator:
-    """The procedural suite: records that are made, not read. The same ones every time, whatever the run's seed."""
+    """The generator of the procedural tasks. Its records do not depend on a run's seed.
 
-    sizes: tuple[tuple[str, int], ...] = (("train", 2000), ("validation", 100), ("test", 200))  # a task's, by split
+    Attributes:
+        sizes: Number of records per task for each split.
+    """
 
-    def read(self, ref: DataRef, split: str) -> list[dict]:
-        """The split's records.
+    sizes: tuple[tuple[str, int], ...] = (("train", 2000), ("validation", 100), ("test", 200))
+
+    def read(self, ref: DataRef, split: str) -> list[Record]:
+        """Generate the records of a split.
 
         Raises:
-            DataError: the task is not one that is generated.
+            DataError: The task has no generator.
         """
-        generators = GENERATORS | WRITERS
+        generators: dict[str, Callable[[random.Random], Item]] = {**GENERATORS, **WRITERS}
         if ref.file not in generators:
             raise DataError(f"{ref.file} is not generated; give --data a folder, or use a profile that has the hub.")
         rng = random.Random(f"{ref.file}/{split}")

@@ -1,4 +1,4 @@
-"""The folder of `inter-open` in small: every file it reads, in the fields that each is published with."""
+"""A small data folder for the `inter-open` mixture: every file it reads, with the publisher's fields."""
 
 import gzip
 import json
@@ -21,12 +21,13 @@ OPTIONS = {"A": "ice", "B": "fire"}
 
 
 def write(folder: Path, file: str, records: list[dict]) -> None:
+    """Write records to a gzipped JSON Lines file."""
     with gzip.open(folder / f"{file}.jsonl.gz", "wt") as lines:
         lines.writelines(json.dumps(record) + "\n" for record in records)
 
 
 def make(folder: Path, count: int = 12) -> None:
-    """A file of `count` records each, which differ in what is asked."""
+    """Write every file with `count` records, each with a different question."""
 
     def numbered(record: dict, field: str) -> list[dict]:
         return [{**record, field: f"{record[field]} {i}"} for i in range(count)]

@@ -10,7 +10,7 @@ from functools import partial
 from rouge_score.rouge_scorer import RougeScorer
 
 from bench.sandbox.execute import run_programs
-from tasks.base import LAST_NUMBER, PASS, ROUGE_L
+from tasks.metrics import LAST_NUMBER, PASS, ROUGE_L
 
 References = Sequence[str]
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")

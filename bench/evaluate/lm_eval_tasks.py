@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from bench.evaluate.grade import grader
 from tasks import Example, WrittenExample
-from tasks.base import LIKELIHOOD, Writing
+from tasks.base import Writing
+from tasks.metrics import LIKELIHOOD
 
 
 def choice_config(name: str, examples: list[Example], metric: str) -> dict[str, Any]:

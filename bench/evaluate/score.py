@@ -18,7 +18,7 @@ from bench.evaluate.lm_eval_model import _LanguageModel
 from bench.evaluate.lm_eval_tasks import choice_config, likelihood_config, quiet_lm_eval, written_config
 from bench.sandbox.execute import require_sandbox
 from tasks import TASKS, Example
-from tasks.base import LIKELIHOOD, PASS
+from tasks.metrics import LIKELIHOOD, PASS
 
 # Of prompts, metrics and precision; counts up when a score could change. 2: on a GPU the head's product is in float32,
 # so that the logits of two choices do not tie in bfloat16; of 9,156 items of the small profile's base, one changed.

@@ -1,7 +1,4 @@
-"""Base models and the adapters on them. Models that have to be made are made once and cached by hash.
-
-The cache is `$MALORA_CACHE`, or `~/.cache/malora`.
-"""
+"""Find, make or fetch base models, and load them."""
 
 from __future__ import annotations
 
@@ -14,13 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import malora
 from bench.errors import UserError
@@ -31,7 +22,13 @@ from bench.models.smollm2 import make_smollm2
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A frozen base: where it lies, what it is called, and a hash of its weights (of the hub: its commit)."""
+    """A base model on disk.
+
+    Attributes:
+        path: Its folder.
+        name: Its name in records.
+        hash: SHA-256 of its weights, or its commit on the hub.
+    """
 
     path: Path
     name: str
@@ -40,13 +37,13 @@ class BaseModel:
 
 @cache
 def prepare(model: str) -> BaseModel:
-    """Find a base model, making or fetching it if need be.
+    """Find a base model; make or fetch it first if necessary.
 
     Args:
-        model: a name in BUILT_IN, a folder, or an id on the Hugging Face hub.
+        model: A name in BUILT_IN, a folder, or an id on the Hugging Face hub.
 
     Raises:
-        UserError: there is no such model, or the folder lacks what a model needs.
+        UserError: There is no such model, or its folder lacks a file.
     """
     if model in BUILT_IN:
         path = BUILT_IN[model]()
@@ -57,15 +54,15 @@ def prepare(model: str) -> BaseModel:
             if not list(path.glob(pattern)):
                 raise UserError(f"{path} has no {what} ({pattern}); --model takes what save_pretrained wrote.")
         return BaseModel(path, path.resolve().name, _hash_weights(path))
-    return _from_hub(model)
+    return _fetch_from_hub(model)
 
 
-def _from_hub(model: str) -> BaseModel:
+def _fetch_from_hub(model: str) -> BaseModel:
     from huggingface_hub import snapshot_download
 
     try:
         path = snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "tokenizer*"])
-    except Exception as error:  # the hub client raises whatever its transports raise
+    except Exception as error:  # the hub client passes on any exception of its HTTP client
         raise UserError(
             f"--model {model!r} is no built-in ({', '.join(BUILT_IN)}), no folder here, and the Hugging Face hub "
             f"did not give it: {type(error).__name__}: {str(error).splitlines()[0]}"
@@ -74,21 +71,31 @@ def _from_hub(model: str) -> BaseModel:
 
 
 def load(base: BaseModel, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base, frozen: in bfloat16 on a GPU, in float32 on a CPU; and its tokenizer."""
-    transformers.utils.logging.disable_progress_bar()
+    """Load a frozen base model, in bfloat16 on a GPU and in float32 on a CPU, and its tokenizer.
+
+    Raises:
+        UserError: The folder is not a complete causal language model.
+    """
+    disable_progress_bar: Callable[[], None] = transformers.utils.logging.disable_progress_bar  # untyped there
+    disable_progress_bar()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(base.path)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{base.path} does not hold a whole causal language model: {error}") from error
-    # PEFT writes the name into an adapter's config, so that it is not put on another base by mistake.
+    # PEFT writes this name into an adapter's config, and `load_adapter` checks it.
     model.config._name_or_path = model.name_or_path = f"{base.name}@{base.hash[:12]}"
-    return model.requires_grad_(False).to(device), tokenizer
+    frozen = model.requires_grad_(False)
+    return frozen.to(device), tokenizer  # type: ignore[arg-type]  # transformers wraps `to`, which hides its signature
 
 
 def targets(base: BaseModel) -> list[str]:
-    """The modules that every method adapts: the paper's six, under the names of the model's type."""
+    """Return the names of the modules to adapt: the paper's Q, K, V, Up, Down and Gate.
+
+    Raises:
+        UserError: The names are unknown for models of this type.
+    """
     model_type = AutoConfig.from_pretrained(base.path).model_type
     if model_type not in malora.TARGET_MODULES:
         raise UserError(f"no targets are known for models of type {model_type!r}; add them in malora/model.py.")

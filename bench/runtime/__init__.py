@@ -1,1 +1,1 @@
-"""TODO."""
+"""Tools shared by training, evaluation and speed measurements: attention, logits and timing."""

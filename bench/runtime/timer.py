@@ -3,39 +3,52 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
+Mark = torch.cuda.Event | float  # a GPU event, or the host's clock in seconds
+_make_event: Callable[..., torch.cuda.Event] = torch.cuda.Event  # its arguments are untyped in torch
+
 
 class PhaseTimer:
-    """Seconds by part of a step, without making the host wait: on a GPU, events that are read at the end."""
+    """A timer for the phases of a step.
+
+    On a GPU it records CUDA events, which are read at the end, so the host never waits in between.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
-        self.marks: list[tuple[str | None, Any]] = []
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[str | None, Mark]] = []
 
     def start(self) -> None:
-        self._mark(None)
+        """Begin the first phase."""
+        self._marks.append((None, self._now()))
 
-    def end_phase(self, part: str) -> None:
-        """What ran since the last mark was `part`."""
-        self._mark(part)
-
-    def _mark(self, part: str | None) -> None:
-        if self.on_gpu:
-            now = torch.cuda.Event(enable_timing=True)
-            now.record()
-        else:
-            now = time.perf_counter()
-        self.marks.append((part, now))
+    def end_phase(self, phase: str) -> None:
+        """End a phase, which began at the previous mark, and begin the next one."""
+        self._marks.append((phase, self._now()))
 
     def add_to(self, seconds: dict[str, float]) -> None:
-        """Add what was measured since the last call."""
-        if self.on_gpu:
+        """Add the seconds of each phase since the last call, after waiting for the device."""
+        if self._on_gpu:
             torch.cuda.synchronize()
-        for (_, before), (part, now) in zip(self.marks, self.marks[1:], strict=False):
-            if part is not None:
-                passed = before.elapsed_time(now) / 1000 if self.on_gpu else now - before
-                seconds[part] = seconds.get(part, 0.0) + passed
-        self.marks.clear()
+        for (_, before), (phase, now) in zip(self._marks, self._marks[1:], strict=False):
+            if phase is not None:
+                seconds[phase] = seconds.get(phase, 0.0) + _seconds_between(before, now)
+        self._marks.clear()
+
+    def _now(self) -> Mark:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = _make_event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _seconds_between(before: Mark, now: Mark) -> float:
+    if isinstance(before, float) or isinstance(now, float):
+        assert isinstance(before, float) and isinstance(now, float), "marks of one timer have one type"
+        return now - before
+    milliseconds: float = before.elapsed_time(now)
+    return milliseconds / 1000

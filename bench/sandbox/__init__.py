@@ -1,1 +1,1 @@
-"""TODO."""
+"""Run model-written Python programs in a sandbox."""

@@ -1,4 +1,4 @@
-"""The sandbox as a command line for bubblewrap and a filter of system calls: what a program finds inside."""
+"""The sandbox: a command line for bubblewrap, and a seccomp filter of system calls."""
 
 from __future__ import annotations
 
@@ -19,31 +19,38 @@ OR_UNSAFELY = "or run what models write unsafely, on purpose, with --unsafe-code
 
 
 def interpreter() -> str:
-    """The interpreter behind a virtual environment, by its real path."""
-    return os.path.realpath(sys._base_executable)
+    """Return the real path of the interpreter, also in a virtual environment."""
+    executable: str = sys._base_executable  # type: ignore[attr-defined]  # undocumented, and nothing public has it
+    return os.path.realpath(executable)
 
 
 def command(folder_bytes: int) -> list[str]:
-    """What to put before the interpreter's command line. `--seccomp`, with a descriptor, is the caller's to add.
+    """Return the bubblewrap command to put before the interpreter's command line.
+
+    The caller adds `--seccomp` with the descriptor of a filter.
+
+    Args:
+        folder_bytes: Size of the working folder.
 
     Raises:
-        UserError: bubblewrap is not installed.
+        UserError: Bubblewrap is not installed.
     """
     path = shutil.which("bwrap")
     if path is None:
         raise UserError(
-            "What models write runs in a sandbox made by bubblewrap, which is not installed: install it (apt install "
-            f"bubblewrap), {OR_UNSAFELY}."
+            "Programs that models write run in a sandbox, and bubblewrap, which makes it, is not installed: install it "
+            f"(apt install bubblewrap), {OR_UNSAFELY}."
         )
-    library, shared = _files()
+    library, shared_libraries = _find_files()
     words = [path, "--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--cap-drop", "ALL"]
     words += ["--hostname", "sandbox", "--new-session", "--die-with-parent", "--clearenv"]
-    words += ["--setenv", "LD_LIBRARY_PATH", ":".join(sorted({os.path.dirname(file) for file in shared}))]
-    # Bubblewrap's own root is a tmpfs without a bound, hence read-only in the end. No /proc: it tells of the host.
+    words += ["--setenv", "LD_LIBRARY_PATH", ":".join(sorted({os.path.dirname(file) for file in shared_libraries}))]
+    # Bubblewrap's own root is a tmpfs without a size limit, so the last option makes it read-only. There is no /proc,
+    # because it describes the host.
     words += ["--size", str(folder_bytes), "--tmpfs", "/tmp", "--chdir", "/tmp"]
-    for file in (interpreter(), str(library), *shared):
+    for file in (interpreter(), str(library), *shared_libraries):
         words += ["--ro-bind", file, file]
-    for packages in (str(path) for path in library.glob("*-packages")):  # installed within the standard library
+    for packages in (str(path) for path in library.glob("*-packages")):  # packages in the standard library's folder
         words += ["--tmpfs", packages, "--remount-ro", packages]
     for device in ("/dev/null", "/dev/urandom"):
         words += ["--dev-bind", device, device]
@@ -51,17 +58,17 @@ def command(folder_bytes: int) -> list[str]:
 
 
 @cache
-def _files() -> tuple[Path, list[str]]:
-    """Standard library and shared libraries of the interpreter, the latter by the paths that the loader asks for."""
+def _find_files() -> tuple[Path, list[str]]:
+    """Return the folder of the standard library, and the shared libraries by the paths that the loader uses."""
     library = Path(sysconfig.get_path("stdlib")).resolve()
     binaries = [interpreter(), *map(str, library.glob("lib-dynload/*.so"))]
     listing = subprocess.run(["ldd", *binaries], capture_output=True, text=True).stdout
     return library, sorted(set(re.findall(r"(/.*) \(0x", listing)))
 
 
-# Linux's numbers (asm/unistd.h) by machine. Refused beside new processes: signals to others; sockets, for not all
-# families have namespaces (AF_VSOCK), and io_uring, which would open them unseen; keyrings and the kernel's log, which
-# have none either; memory outside of the address space, whose limit would not count it.
+# Refused system calls, by machine (Linux, asm/unistd.h): new processes; signals to other processes; sockets, since not
+# all families have namespaces (AF_VSOCK), and io_uring, which could open sockets past this filter; keyrings and the
+# kernel's log, which have no namespaces either; and memory that the limit of the address space does not count.
 _SYSTEM_CALLS = {
     "x86_64": {
         "fork": 57, "vfork": 58, "kill": 62, "unshare": 272, "socket": 41, "add_key": 248, "request_key": 249,
@@ -80,25 +87,31 @@ _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 
 def one_process_filter() -> bytes:
-    """Threads may be started, processes not: a classic BPF program for seccomp, as `struct sock_filter[]`.
+    """Return a seccomp filter that allows new threads but no new processes.
 
-    RLIMIT_NPROC would not do instead: the kernel does not hold root to it, and memory is limited by process.
+    RLIMIT_NPROC is not enough: the kernel does not apply it to root, and the memory limit is per process.
+
+    Returns:
+        A classic BPF program as `struct sock_filter[]`.
 
     Raises:
-        UserError: this machine's system calls are not known here.
+        UserError: The system calls of this machine are unknown.
     """
     machine = platform.machine()
     if machine not in _SYSTEM_CALLS:
         known = " and ".join(_SYSTEM_CALLS)
-        raise UserError(f"The sandbox is made for {known}, not {machine}: use such a machine, {OR_UNSAFELY}.")
+        raise UserError(f"The sandbox works on {known}, not {machine}: use such a machine, {OR_UNSAFELY}.")
     refused = [*_SYSTEM_CALLS[machine].values(), *_ON_ALL_MACHINES.values()]
     load, if_equal, if_at_least, if_any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, kill, not_permitted, not_implemented = 0x7FFF0000, 0x80000000, 0x50001, 0x50026
-    program = [(load, 0, 0, 4), (if_equal, 1, 0, _AUDIT_ARCH[machine]), (answer, 0, 0, kill)]  # a call of another ABI
+    program = [(load, 0, 0, 4), (if_equal, 1, 0, _AUDIT_ARCH[machine]), (answer, 0, 0, kill)]  # call of another ABI
     program += [(load, 0, 0, 0), (if_at_least, 0, 1, 0x40000000), (answer, 0, 0, not_permitted)]  # x32's calls
     for number in refused:
         program += [(if_equal, 0, 1, number), (answer, 0, 0, not_permitted)]
-    program += [(if_equal, 0, 1, _CLONE3), (answer, 0, 0, not_implemented)]  # its flags are out of sight: use clone
+    program += [
+        (if_equal, 0, 1, _CLONE3),
+        (answer, 0, 0, not_implemented),
+    ]  # its flags are in memory, which a filter cannot read
     program += [(if_equal, 0, 3, _CLONE[machine]), (load, 0, 0, 16), (if_any_bit, 1, 0, _CLONE_THREAD)]
     program += [(answer, 0, 0, not_permitted), (answer, 0, 0, allow)]
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)

@@ -1,15 +1,16 @@
-"""Runs Python programs that a language model wrote, and says of each whether its tests passed.
+"""Run model-written Python programs with their tests, each in a sandbox.
 
-Each program gets an interpreter of its own in a bubblewrap sandbox: namespaces without a network, other processes or
-host files but the interpreter, its standard library and the shared libraries they load, all read-only; an empty tmpfs
-as working folder; no environment. It may not make processes, so the limits on its one process are those of the program,
-and there is nothing that could outlive it. Installed packages are not there: what passes does so on any machine.
+Each program gets its own interpreter in a bubblewrap sandbox. The namespaces contain no network, no other processes,
+no environment and no host files except the interpreter, its standard library and their shared libraries, all
+read-only. The working folder is an empty tmpfs. Installed packages are missing, so results are the same everywhere.
+The program cannot start processes: the limits on its one process are limits on the program, and nothing outlives it.
 
-What proves a pass: a secret of this run lies in a pipe, and the runner fetches it and reports it only after the tests
-ran to their end. Exiting early, printing, writing to every descriptor or replacing `check` prove nothing. What does,
-for program and tests share one interpreter: a program written against this very file, which finds the pipe and forges
-the report, and one whose values compare equal to everything. No pass@1 in the field is safe from those. Nor does a
-sandbox on the host's kernel protect from a fault in that kernel, or hide how long things take.
+A program passes if it returns a secret. The secret of the run lies in a pipe, and the runner reads and reports it only
+after the tests have ended. Exiting early, printing, writing to every descriptor or replacing `check` does not help.
+
+Known limits: program and tests share one interpreter. A program written against this file could find the pipe and
+forge the report, and one whose values compare equal to everything passes. Every pass@1 harness shares this. The sandbox
+does not protect from faults in the host's kernel, and it does not hide timing.
 """
 
 from __future__ import annotations
@@ -34,159 +35,203 @@ from bench.errors import UserError
 from bench.sandbox import bubblewrap, runner
 from bench.sandbox.runner import FAILED, OUT_OF_MEMORY, READY, SECRET_BYTES
 
-START_SECONDS = 60  # for the sandbox and the interpreter, on however loaded a machine; the program's own clock is later
-POLL_SECONDS = 0.02  # a process may end with its pipes held open elsewhere, so its end is asked for
-FOLDER_BYTES = 16 << 20  # the working folder, and a file in it
-REPORT_BYTES = 4096
-TASKS = 64  # threads; the kernel does not hold root to it, whose threads are bounded by memory and time
-OPEN_FILES = 64
+START_SECONDS = 60  # to start sandbox and interpreter on a busy machine; the program's own time limit begins later
+POLL_SECONDS = 0.02  # other processes may keep the pipes of an ended process open, so its end is polled
+MAX_SECONDS = 10.0
+MAX_FOLDER_BYTES = 16 << 20  # for the working folder, and for a single file
+MAX_REPORT_BYTES = 4096
+MAX_THREADS = 64  # the kernel does not apply this limit to root, whose threads are bounded by memory and time only
+MAX_OPEN_FILES = 64
 RUNNER = Path(runner.__file__).read_text()
 
 
 class Outcome(NamedTuple):
-    """Why a program passed or did not; `detail` is the program's own words, as printable text, and proves nothing."""
+    """The result of a program.
+
+    Attributes:
+        reason: "passed", or the reason why it did not pass.
+        detail: Printable text, in part written by the program. It proves nothing.
+    """
 
     reason: Literal["passed", "failed", "timeout", "memory", "output"]
     detail: str = ""
 
     @property
     def passed(self) -> bool:
+        """True if the tests ran to their end without an exception."""
         return self.reason == "passed"
 
 
 def require_sandbox(unsafe: bool = False) -> None:
-    """Make sure, before any work is spent, that programs can be run; `unsafe` asks for no sandbox.
+    """Check that programs can be run, before other work is done.
+
+    Args:
+        unsafe: Check for execution without a sandbox.
 
     Raises:
-        UserError: bubblewrap is missing or cannot make a sandbox on this machine.
+        UserError: Bubblewrap is missing or cannot make a sandbox on this machine.
     """
     run_program("", "", unsafe=unsafe)
 
 
-def run_programs(programs: Iterable[tuple[str, str]], **options) -> list[Outcome]:
-    """`run_program` for each (program, tests), as many at once as this process has cores; outcomes in their order."""
+def run_programs(
+    programs: Iterable[tuple[str, str]], *, seconds: float = MAX_SECONDS, unsafe: bool = False
+) -> list[Outcome]:
+    """Run (program, tests) pairs in parallel on all cores of this process, and return outcomes in the same order.
+
+    Args:
+        programs: The programs, each with its tests.
+        seconds: Time limit per program, see `run_program`.
+        unsafe: Run without a sandbox, see `run_program`.
+
+    Raises:
+        UserError: Bubblewrap is missing or cannot make a sandbox on this machine.
+    """
     cores = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(max_workers=cores) as pool:
-        return list(pool.map(lambda pair: run_program(*pair, **options), programs))
+        return list(pool.map(lambda pair: run_program(*pair, seconds=seconds, unsafe=unsafe), programs))
 
 
 def run_program(
     program: str,
     tests: str,
     *,
-    seconds: float = 10,
+    seconds: float = MAX_SECONDS,
     memory_bytes: int = 1 << 30,
     output_bytes: int = 1 << 20,
     unsafe: bool = False,
 ) -> Outcome:
-    """Run a program, then its tests in the same module; it passes if both end without an exception.
+    """Run a program, then its tests in the same module; both must end without an exception.
 
     Args:
-        seconds: wall-clock time from when the interpreter is up; CPU time of all threads is a second more.
-        memory_bytes: address space, interpreter included. An idle one takes some 16 MB.
-        output_bytes: what it may print before it is killed.
-        unsafe: no sandbox, only a folder and a process group of its own and the same limits: it can read, write, send
-            and kill whatever its user can, and leave processes behind.
+        program: Python source.
+        tests: Python source.
+        seconds: Limit of wall-clock time, counted from when the interpreter is ready. The limit of CPU time, summed
+            over all threads, is one second more.
+        memory_bytes: Limit of the address space. The interpreter itself takes about 16 MB.
+        output_bytes: Limit of the printed output.
+        unsafe: Run without a sandbox, in a temporary folder and a process group of its own, with the same limits. The
+            program can then do all that its user can: read, write, send, kill, and leave processes behind.
 
     Raises:
-        UserError: bubblewrap is missing or cannot make a sandbox on this machine.
+        UserError: Bubblewrap is missing or cannot make a sandbox on this machine.
     """
-    cpu_seconds = math.ceil(seconds) + 1
-    limits = [
-        (resource.RLIMIT_AS, (memory_bytes, memory_bytes)),
-        (resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1)),  # SIGXCPU, and SIGKILL for who ignores it
-        (resource.RLIMIT_NPROC, (TASKS, TASKS)),
-        (resource.RLIMIT_FSIZE, (FOLDER_BYTES, FOLDER_BYTES)),
-        (resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES)),
-        (resource.RLIMIT_CORE, (0, 0)),
-    ]
-    job = json.dumps({"program": program, "tests": tests, "limits": limits}).encode()
+    job = json.dumps({"program": program, "tests": tests, "limits": _limits(seconds, memory_bytes)}).encode()
     secret = secrets.token_hex(SECRET_BYTES // 2).encode()
     with contextlib.ExitStack() as stack:
-        secret_end = _pipe_holding(secret, stack)
+        secret_end = _make_pipe_with(secret, stack)
         report, report_end = os.pipe()
         stack.callback(os.close, report)
-        with open(report_end, "wb"):  # closed here once the program has it, so that its end is seen
-            inherited, wrapper, folder = [report_end, secret_end], [], "/"
-            if unsafe:
-                folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-            else:
-                inherited.append(_pipe_holding(bubblewrap.one_process_filter(), stack))
-                wrapper = [*bubblewrap.command(FOLDER_BYTES), "--seccomp", str(inherited[-1])]
-            runner = [*"-I -S -X utf8 -c".split(), RUNNER, str(report_end), str(secret_end)]
-            process = subprocess.Popen(
-                [*wrapper, bubblewrap.interpreter(), *runner],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                pass_fds=inherited,
-                env={},
-                cwd=folder,
-                start_new_session=True,
-            )
+        with open(report_end, "wb"):  # closed here once the program has it, so that its end is noticed
+            process = _start(report_end, secret_end, unsafe, stack)
         stack.callback(_stop, process)
+        assert process.stdin is not None, "started with a pipe"
         with contextlib.suppress(BrokenPipeError), process.stdin:
             process.stdin.write(job)
         return _watch(process, report, READY + secret, seconds, output_bytes)
 
 
-def _stop(process: subprocess.Popen) -> None:
-    """Bubblewrap's death is that of all in its sandbox; without one, this reaches who stayed in the process group."""
+def _limits(seconds: float, memory_bytes: int) -> list[tuple[int, tuple[int, int]]]:
+    """Return the soft and hard resource limits of a program's process."""
+    cpu_seconds = math.ceil(seconds) + 1
+    return [
+        (resource.RLIMIT_AS, (memory_bytes, memory_bytes)),
+        (resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1)),  # SIGXCPU, then SIGKILL for programs that ignore it
+        (resource.RLIMIT_NPROC, (MAX_THREADS, MAX_THREADS)),
+        (resource.RLIMIT_FSIZE, (MAX_FOLDER_BYTES, MAX_FOLDER_BYTES)),
+        (resource.RLIMIT_NOFILE, (MAX_OPEN_FILES, MAX_OPEN_FILES)),
+        (resource.RLIMIT_CORE, (0, 0)),
+    ]
+
+
+def _start(report_end: int, secret_end: int, unsafe: bool, stack: contextlib.ExitStack) -> subprocess.Popen[bytes]:
+    """Start an interpreter that waits for a job; `stack` cleans up its folder and pipes."""
+    inherited = [report_end, secret_end]
+    wrapper: list[str] = []
+    folder = "/"
+    if unsafe:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+    else:
+        inherited.append(_make_pipe_with(bubblewrap.one_process_filter(), stack))
+        wrapper = [*bubblewrap.command(MAX_FOLDER_BYTES), "--seccomp", str(inherited[-1])]
+    arguments = [*"-I -S -X utf8 -c".split(), RUNNER, str(report_end), str(secret_end)]
+    return subprocess.Popen(
+        [*wrapper, bubblewrap.interpreter(), *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        pass_fds=inherited,
+        env={},
+        cwd=folder,
+        start_new_session=True,
+    )
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process group and close its output.
+
+    Everything in a sandbox dies with bubblewrap. Without a sandbox this kills the processes of the same group.
+    """
+    assert process.stdout is not None, "started with a pipe"
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     process.stdout.close()
 
 
-def _watch(process: subprocess.Popen, report: int, proof: bytes, seconds: float, output_bytes: int) -> Outcome:
-    """Read what the program prints and reports until it has ended, proved its pass or gone over a limit."""
+def _watch(process: subprocess.Popen[bytes], report: int, proof: bytes, seconds: float, output_bytes: int) -> Outcome:
+    """Read the output and the report of a program until it passes, ends or exceeds a limit."""
+    assert process.stdout is not None, "started with a pipe"
     output = process.stdout.fileno()
-    said = {output: bytearray(), report: bytearray()}
+    received = {output: bytearray(), report: bytearray()}
     deadline, started = time.monotonic() + START_SECONDS, False
     with selectors.DefaultSelector() as selector:
-        for descriptor in said:
+        for descriptor in received:
             selector.register(descriptor, selectors.EVENT_READ)
         while True:
-            ended = process.poll() is not None  # asked before reading, so that nothing it said is missed
+            ended = process.poll() is not None  # polled before reading, so that the last output is not missed
             readable = selector.select(0 if ended else POLL_SECONDS)
             for key, _ in readable:
-                said[key.fd] += (data := os.read(key.fd, 1 << 16))
+                received[key.fd] += (data := os.read(key.fd, 1 << 16))
                 if not data:
                     selector.unregister(key.fd)
-            if not started and said[report].startswith(READY):
+            if not started and received[report].startswith(READY):
                 deadline, started = time.monotonic() + seconds, True
-            if said[report] == proof:
+            if received[report] == proof:
                 return Outcome("passed")
-            if len(said[output]) > output_bytes or len(said[report]) > REPORT_BYTES:
+            if len(received[output]) > output_bytes or len(received[report]) > MAX_REPORT_BYTES:
                 return Outcome("output", f"more than {output_bytes} bytes")
             if (ended and not readable) or time.monotonic() > deadline:
                 break
     if not started:
         raise UserError(
-            f"Bubblewrap cannot make a sandbox here ({_printable(said[output]) or 'it never started'}): let this user "
-            f"make user namespaces, {bubblewrap.OR_UNSAFELY}."
+            f"Bubblewrap cannot make a sandbox here ({_make_printable(received[output]) or 'it never started'}): let "
+            f"this user make user namespaces, {bubblewrap.OR_UNSAFELY}."
         )
     if not ended:
         return Outcome("timeout", f"more than {seconds:g} seconds")
-    status = process.returncode
+    return _explain_failure(process.returncode, received[report].removeprefix(READY), seconds)
+
+
+def _explain_failure(status: int, report: bytearray, seconds: float) -> Outcome:
+    """Return the outcome of a program that ended without proof of a pass."""
     if status in (-signal.SIGXCPU, 128 + signal.SIGXCPU):  # bubblewrap reports its child's signals as a shell does
         return Outcome("timeout", f"more than {math.ceil(seconds) + 1} seconds of CPU")
-    words = said[report].removeprefix(READY)
-    if words == OUT_OF_MEMORY:
+    if report == OUT_OF_MEMORY:
         return Outcome("memory", "out of memory")
-    if words.startswith(FAILED):
-        return Outcome("failed", _printable(words.removeprefix(FAILED)))
+    if report.startswith(FAILED):
+        return Outcome("failed", _make_printable(report.removeprefix(FAILED)))
     return Outcome("failed", f"ended with status {status} and no proof that its tests ran")
 
 
-def _printable(text: bytes) -> str:
-    """At most 300 characters on one line, none of which a terminal could take for a command."""
-    text = text.decode(errors="replace")[:300]
+def _make_printable(content: bytes | bytearray) -> str:
+    """Return at most 300 characters on one line, without characters that could control a terminal."""
+    text = content.decode(errors="replace")[:300]
     return "".join(c if c.isprintable() else " " for c in text).strip()
 
 
-def _pipe_holding(content: bytes, stack: contextlib.ExitStack) -> int:
-    """The end to read of a pipe with this content, which must be smaller than a pipe's 64 KiB."""
+def _make_pipe_with(content: bytes, stack: contextlib.ExitStack) -> int:
+    """Return the read end of a pipe with this content, which must be smaller than a pipe's 64 KiB."""
     end, other = os.pipe()
     stack.callback(os.close, end)
     with open(other, "wb") as file:

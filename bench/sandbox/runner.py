@@ -1,7 +1,7 @@
-"""What the interpreter in the sandbox runs: `python -c THIS REPORT SECRET`, two descriptors; the job is on its input.
+"""The script that the interpreter in the sandbox runs: `python -c SCRIPT REPORT SECRET`.
 
-Trusted until it says that it is ready. Whatever it needs after that it has taken out of the modules before, for the
-program may change them, knowingly or not.
+REPORT and SECRET are file descriptors, and the job is JSON on standard input. The script is trusted until it writes
+READY. After that the program may change any module, so everything needed later is imported as a name before.
 """
 
 import json
@@ -18,17 +18,19 @@ SECRET_BYTES = 64
 
 
 def main() -> None:
+    """Run the program and its tests, then report the secret or the exception."""
     report, secret = map(int, sys.argv[1:])
-    job = json.load(sys.stdin)  # to the end, so that a program that asks for input gets none
+    job = json.load(sys.stdin)  # reads to the end, so a program that asks for input gets none
     for limit, values in job["limits"]:
         resource.setrlimit(limit, values)
-    module = sys.modules["program"] = types.ModuleType("program")  # as if imported: its "__main__" part does not run
+    module = sys.modules["program"] = types.ModuleType("program")  # so code under `__name__ == "__main__"` is skipped
     sys.argv = sys.orig_argv = ["program"]
     write(report, READY)
     try:
-        for part in ("program", "tests"):  # compiled apart: an open quote of the program must not swallow the tests
-            exec(compile(job[part], f"<{part}>", "exec"), module.__dict__)
-    except MemoryError:  # there may be none left to say more
+        # Compiled separately: an open quote at the end of the program must not swallow the tests.
+        for name in ("program", "tests"):
+            exec(compile(job[name], f"<{name}>", "exec"), module.__dict__)
+    except MemoryError:  # a longer report could fail too
         write(report, OUT_OF_MEMORY)
         _exit(1)
     except BaseException as error:

@@ -88,7 +88,7 @@ class Subject:
             tensor.data = tensor.data.to("cpu")
         for module in self.model.modules():
             if isinstance(module, malora.MaloraLayer):
-                module.group.release(frozen=True)
+                module.group.release(include_frozen=True)
 
 
 def _compile_loss(model: nn.Module) -> None:

@@ -1,1 +1,5 @@
-"""TODO."""
+"""What makes the frozen part of a model fast. Nothing here runs unless the user calls it."""
+
+from malora.backbone.optimize import optimize_backbone, restore_backbone
+
+__all__ = ["optimize_backbone", "restore_backbone"]

@@ -90,7 +90,7 @@ def _launch(n: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
 
 
-def add_norm(
+def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """s = x + residual, of [..., n] each, and its RMSNorm s / √(mean(s²) + eps) · weight, with a frozen weight [n].

@@ -1,4 +1,14 @@
-"""Kernels for the frozen parts of one model: Liger's for rotary positions and SwiGLU, torch's and ours for norms."""
+"""Liger's kernels for the frozen parts of one model, with torch's and our own kernels for its norms.
+
+How it works:
+
+1. Liger patches names in the transformers module of a model's code, for the whole process. That would also affect other
+   models in this process, including baselines that must run without Liger. So the patch is active only inside `with`.
+2. RMSNorm runs torch's kernel: Liger's backward pass also computes the gradient of a weight that is not trained.
+3. In Llama models each residual sum and the RMSNorm that reads it run as one kernel (`add_rms_norm.py`).
+
+This module will move behind one public function for any architecture; until then it is what `bench` uses.
+"""
 
 from __future__ import annotations
 
@@ -14,29 +24,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
 
-from malora import MaloraLayer
-
 
 class LigerKernels:
-    """Liger's kernels in one model, which runs inside `with`; nothing changes where Liger does not know the model.
+    """Liger's kernels in one model, while it runs inside `with`. A model that Liger does not know stays as it is.
 
-    Liger replaces names in the module of the model's code for the whole process; other models there may be on another
-    device, or are to be measured without it. So the module has Liger's names inside `with` only.
+    Args:
+        model: the base model.
+        out_of_the_box: use everything of Liger's as it recommends: also its norms, and its loss, which saves memory and
+            makes the host wait.
+
+    Raises:
+        ImportError: liger-kernel is not installed.
     """
 
     def __init__(self, model: nn.Module, out_of_the_box: bool = False) -> None:
-        """As it comes Liger also does the norms, and the loss, which saves memory and makes the host wait."""
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
         self.names = vars(sys.modules[type(model).__module__])
         before = dict(self.names)
         _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=out_of_the_box, cross_entropy=False)
-        self.norms = [] if out_of_the_box else [module for module in model.modules() if _is_ligers(module)]
+        self.norms = [] if out_of_the_box else [module for module in model.modules() if _is_liger_norm(module)]
         for norm in self.norms:
             norm.forward = MethodType(_rms_norm, norm)
         if self.norms and isinstance(model, LlamaForCausalLM):
             _join_sums_and_norms(model)
-        # torch.compile adds names of its own in between; they are not Liger's to put back.
+        # torch.compile adds names of its own in between, which are not to be put back.
         self.before = {name: value for name, value in before.items() if self.names[name] is not value}
         self.ligers = {name: self.names[name] for name in self.before}
         self.__exit__()
@@ -46,33 +58,31 @@ class LigerKernels:
 
     def __exit__(self, *_: object) -> None:
         self.names.update(self.before)
-        for norm in self.norms:  # of a pass that was broken off
-            norm.made = None
+        for norm in self.norms:  # of a pass that raised
+            norm.precomputed = None
 
 
-def _is_ligers(norm: nn.Module) -> bool:
-    """Whether it is a norm that Liger has taken, of Llama's kind."""
-    return getattr(norm, "casting_mode", None) == "llama"
-
-
-def _rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """RMSNorm of x [..., h] by torch's kernel, or as the layer before has made it.
-
-    Liger's backward pass also makes the gradient of a weight that nobody trains, most of its time at small width.
-    """
-    made, norm.made = norm.made, None
-    if made and made.of is x and made.version == _version(x):
-        return made.y
-    with torch.autocast(x.device.type, enabled=False):  # it would widen x to float32
-        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
-
-
-class _Made(NamedTuple):
-    """What a norm makes of a tensor as it was at a version."""
+class _Precomputed(NamedTuple):
+    """The output of a norm for a tensor at a version, computed together with that tensor."""
 
     of: Tensor
     version: int | None
     y: Tensor
+
+
+def _is_liger_norm(norm: nn.Module) -> bool:
+    """Return whether Liger has patched a norm, and it is of Llama's kind."""
+    return getattr(norm, "casting_mode", None) == "llama"
+
+
+def _rms_norm(norm: Any, x: Tensor) -> Tensor:
+    """Return the RMSNorm of x [..., n], computed by torch's kernel or already computed by the layer before."""
+    precomputed: _Precomputed | None = norm.precomputed
+    norm.precomputed = None
+    if precomputed and precomputed.of is x and precomputed.version == _version(x):
+        return precomputed.y
+    with torch.autocast(x.device.type, enabled=False):  # it would cast x to float32
+        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
 def _version(x: Tensor) -> int | None:
@@ -80,49 +90,42 @@ def _version(x: Tensor) -> int | None:
 
 
 def _join_sums_and_norms(model: LlamaForCausalLM) -> None:
-    """Has each residual sum made together with the norm that follows, the layer's own or the next layer's."""
+    """Compute each residual sum together with the norm that reads it, the layer's own or the next layer's."""
     layers = list(model.model.layers)
-    following = [(layer.input_layernorm, layer.self_attn) for layer in layers[1:]] + [(model.model.norm, None)]
-    for layer, (norm, reader) in zip(layers, following, strict=True):
-        if type(layer) is LlamaDecoderLayer and _is_ligers(layer.post_attention_layernorm) and _is_ligers(norm):
-            layer.forward = partial(_decoder_layer, layer, layer.forward, norm, reader)
+    next_norms = [layer.input_layernorm for layer in layers[1:]] + [model.model.norm]
+    for layer, norm in zip(layers, next_norms, strict=True):
+        if type(layer) is LlamaDecoderLayer and _is_liger_norm(layer.post_attention_layernorm) and _is_liger_norm(norm):
+            layer.forward = partial(_decoder_layer, layer, layer.forward, norm)
 
 
 def _decoder_layer(
-    layer: LlamaDecoderLayer,
-    apart: Callable[..., Tensor],
-    following: nn.Module,
-    reader: nn.Module | None,
-    hidden_states: Tensor,
-    **options: Any,
+    layer: Any, original_forward: Callable[..., Tensor], next_norm: Any, hidden_states: Tensor, **options: Any
 ) -> Tensor:
-    """The layer's forward pass. The norm that follows finds what it would make of the result in its `made`.
+    """Run a decoder layer. The norm after it finds its output in `next_norm.precomputed`.
 
-    The layer's own second norm is not called where it is made with a sum, and its hooks do not run.
+    The layer's own second norm is not called where it is computed together with a sum, so its hooks do not run.
     """
-    if layer.gradient_checkpointing and layer.training:  # a checkpoint gives back a layer's result and no more
-        return apart(hidden_states, **options)
+    if layer.gradient_checkpointing and layer.training:  # a checkpoint returns a layer's output and nothing else
+        return original_forward(hidden_states, **options)
     attention, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **options)
-    hidden_states, normed = _add_norm(attention, hidden_states, layer.post_attention_layernorm, layer.mlp)
+    hidden_states, normed = _add_rms_norm(attention, hidden_states, layer.post_attention_layernorm)
     if normed is None:
         normed = layer.post_attention_layernorm(hidden_states)
-    hidden_states, normed = _add_norm(layer.mlp(normed), hidden_states, following, reader)
+    hidden_states, normed = _add_rms_norm(layer.mlp(normed), hidden_states, next_norm)
     if normed is not None:
-        following.made = _Made(hidden_states, _version(hidden_states), normed)
+        next_norm.precomputed = _Precomputed(hidden_states, _version(hidden_states), normed)
     return hidden_states
 
 
-def _add_norm(x: Tensor, residual: Tensor, norm: nn.Module, reader: nn.Module | None) -> tuple[Tensor, Tensor | None]:
-    """The sum, and the norm of it where the kernel makes both, laid out for the attention or MLP that reads it."""
+def _add_rms_norm(x: Tensor, residual: Tensor, norm: Any) -> tuple[Tensor, Tensor | None]:
+    """Return the sum, and its norm if one kernel can compute both."""
     if x.dtype != residual.dtype or norm.weight.requires_grad:
         return residual + x, None
-    from malora.backbone.add_rms_norm import add_norm  # needs Triton
-    from malora.fused.augmented_weights import input_with_room
+    from malora.backbone.add_rms_norm import add_rms_norm  # needs Triton
 
-    first = getattr(reader, "q_proj", None) or getattr(reader, "gate_proj", None)
-    out = input_with_room(first, residual) if isinstance(first, MaloraLayer) else None
-    return add_norm(x, residual, norm.weight, norm.variance_epsilon, out)
+    return add_rms_norm(x, residual, norm.weight, norm.variance_epsilon)
 
 
 def has_liger() -> bool:
+    """Return whether liger-kernel is installed."""
     return find_spec("liger_kernel") is not None

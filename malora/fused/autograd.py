@@ -1,12 +1,26 @@
-"""Base product and experts of sibling layers in as few passes over the data as there can be.
+"""Forward and backward of a projection group: frozen layers, routers and experts together.
 
-Layers that read the same input (Q, K and V; Gate and Up) are computed together: the down sides and routers of all are
-one product, what comes out is routed and gated in one kernel, each up side is added to its base product in place or is
-part of it (`beside.py`), and in the backward pass the gradients of the input are added up by the products that make
-them. Weights are read from narrow copies, stacked as the products want them; sums and weight gradients are float32. A
-sibling's dropout is its siblings': one mask for the input they share, kept as bits.
+How one pass goes, for G projections that read the same input x:
 
-Shapes: T tokens, n in, m out, G siblings, N experts, r rank, H = N·r, R rows of a sibling's down side.
+1. The down projections and routers of all G are one GEMM over x, with dropout inside: `down_out`.
+2. One kernel turns the logits into gates and applies them at rank width: `h`.
+3. Each frozen layer and its up projection give x Wᵀ + h B (`bases.py`).
+
+Backward, in reverse order: dh, then the gate's gradients `d_down_out`, then the gradients of x and of the down
+projections by one kernel. The GEMMs that make the gradient of x add it up themselves.
+
+The weights are read from packed copies in the dtype of the matmuls; sums and weight gradients are in float32 or wider.
+All projections of a group share one dropout mask, because they share their input. It is kept as bits. The router reads
+x without dropout.
+
+| symbol | meaning | size |
+| --- | --- | --- |
+| T, n, m | tokens, input features, output features | |
+| G, N, r | projections, experts, rank | H = N·r |
+| x_and_h | x and the h of all projections next to each other | [T, n + G·H8] |
+| down_out | outputs of the down projections, then router logits | [T, G·(R8 + N8)] |
+| h | gated outputs at rank width | [G, T, H8] |
+| gated_dh | gradient of h times the gates, of which dP is made | [G, T, H8] |
 """
 
 from __future__ import annotations
@@ -18,209 +32,199 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from malora.fused import augmented_weights
-from malora.fused.kernels import (
-    down_backward,
-    down_forward,
-    down_tiling,
-    dropout,
-    gate,
-    quantize_fp8,
-    transpose_copy,
-    up_backward,
-)
-from malora.fused.packed_weights import Narrow, Stack
+from malora.fused.bases import Base, choose_base
+from malora.fused.kernels import down_forward, dropout, gate, up_backward
+from malora.fused.kernels.down_backward import down_proj_backward
+from malora.fused.kernels.down_tiling import aligned_rows, matmul_tn_fp32
+from malora.fused.packed_weights import PackedLayout, PackedWeights
 from malora.fused.streams import run_on_parallel_streams, saturates_device
-from malora.fused.tensor_utils import dtype_of_products, flat
+from malora.fused.tensor_utils import flatten_tokens
+from malora.fused.weight_cache import GroupAdapter, GroupWeightCache
 from malora.routing import Routing
 
 
-def outputs(stack: Stack, x: Tensor) -> list[Tensor]:
-    """Every layer's output for x [..., n]; leaves what was routed in the layers."""
-    config, xh, seed = stack.config, None, None
-    parameters = [p for layer in stack.layers for p in stack.parameters(layer)]
-    if config.lora_dropout and stack.layers[0].training:
-        seed = torch.randint(2**31 - 1, (1,), device=x.device)
-        if x.dtype == dtype_of_products(x):
-            xh = augmented_weights.taken_room(x, len(stack.layers) * stack.H8)
-    x_Tn = flat(x) if xh is None else x.flatten(0, -2)
-    ys = _Experts.apply(x_Tn, xh, seed, stack, stack.narrow(parameters, x_Tn), *parameters)
-    if config.has_router:
-        ys, probabilities = ys[: len(stack.layers)], ys[len(stack.layers) :]
-        for layer, probability in zip(stack.layers, probabilities, strict=True):
-            if layer.routing_log.listening:
-                layer.routings[stack.adapter] = Routing(probability.unflatten(0, x.shape[:-1]), config.top_k)
+def forward_group(adapter: GroupAdapter, x: Tensor) -> list[Tensor]:
+    """Return the output [..., m] of each layer for x [..., n], and leave the routing in the layers."""
+    config, layers, layout = adapter.config, adapter.layers, adapter.layout
+    has_dropout = config.lora_dropout > 0 and layers[0].training
+    seed = torch.randint(2**31 - 1, (1,), device=x.device) if has_dropout else None
+    x_Tn, parameters = flatten_tokens(x), adapter.parameters()
+    packed = adapter.packed_for(x_Tn, parameters)
+    base = choose_base(adapter, packed, x_Tn, has_dropout=has_dropout)
+    results = FusedExperts.apply(  # type: ignore[no-untyped-call]
+        x_Tn, seed, config.lora_dropout, layout, packed, base, adapter.cache, *parameters
+    )
+    ys, probabilities = results[: layout.G], results[layout.G :]
+    for layer, probability in zip(layers, probabilities, strict=False):  # none without a router
+        if layer.routing_log.listening:
+            layer.routings[adapter.adapter] = Routing(probability.unflatten(0, x.shape[:-1]), config.top_k)
     return [y.unflatten(0, x.shape[:-1]) for y in ys]
 
 
-class _Experts(torch.autograd.Function):
-    """(x [T, n], x with room for h [T, n + G·H] or None, dropout's seed [1] or None, the stack, its narrow weights, its
-    parameters) -> outputs [T, m] of each layer, and then, of routed ones, the probabilities [T, N] of each."""
+class FusedExperts(torch.autograd.Function):
+    """Compute a projection group.
+
+    Inputs: x [T, n]; dropout's seed [1] or None, and its probability; the layout; the packed weights; the frozen base;
+    the group's cache; the parameters, each projection's in the order of the layout's kinds. Outputs: y [T, m] of each
+    projection, then, with routers, the probabilities [T, N] of each.
+
+    Nothing that the context keeps refers to a layer or a model: a routing that a layer keeps leads to the context, and
+    Python's garbage collector does not see cycles through the autograd graph.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, xh: Tensor | None, seed: Tensor | None, stack: Stack, narrow: Narrow, *parameters: Tensor
-    ) -> tuple[Tensor, ...]:
-        config, alpha, n = stack.config, stack.alpha, x.shape[1]
-        bases = [layer.base_layer for layer in stack.layers]
-        frozen = stack.frozen(ctx.needs_input_grad[0])
-        there = stack.beside(narrow, frozen)
-        weights = [] if frozen else [base.weight.to(x.dtype) for base in bases]
-        biases = [base.bias for base in bases]
-        bits = None if seed is None else dropout.mask(*x.shape, seed, config.lora_dropout)
-        if frozen:
-            units, puts = (there.units, []) if there else frozen.beside(narrow.B, alpha)
-            routed = partial(_routed, stack, x, bits, narrow)
-            (zl, h, probabilities), *_ = run_on_parallel_streams(x, [routed, *puts])
-            ys = frozen.outputs(x, biases, quantize_fp8.UpOperand(h, units))
-        elif wholes := stack.wholes(x) if bits is not None else None:
-            made = down_tiling.aligned_rows(x, n + len(wholes) * stack.H8) if xh is None else xh
-            routed = partial(_routed, stack, x, bits, narrow, made, copies=xh is None)
-            fills = [] if there else [partial(transpose_copy.write_up_proj, wholes, narrow.B, alpha)]
-            (zl, h, probabilities), *_ = run_on_parallel_streams(x, [routed, *fills])
-            ys = augmented_weights.outputs(made, wholes, biases)
-            if xh is None:
-                x = made[:, :n]
-        else:
-            zl, h, probabilities = _routed(stack, x, bits, narrow)
-            of_each = zip(weights, biases, h, narrow.B, strict=True)
-            ys = run_on_parallel_streams(
-                x, [partial(_output, x, W, bias, h_g, B, alpha) for W, bias, h_g, B in of_each]
-            )
-        ctx.stack, ctx.frozen, ctx.beside = stack, frozen, there
+        ctx: Any, x: Tensor, seed: Tensor | None, p: float, layout: PackedLayout, packed: PackedWeights, base: Base,
+        cache: GroupWeightCache, *parameters: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Return the outputs and the router probabilities."""
+        alpha = layout.alpha
+        bits = None if seed is None else dropout.draw_mask(*x.shape, seed, p)
+        x_and_h = base.allocate_x_and_h(x)
+        down = partial(_down_and_gate, layout, x, bits, p, packed, x_and_h)
+        (down_out, h, probabilities), *_ = run_on_parallel_streams(x, [down, *base.load_up_proj(packed.B, alpha)])
+        ys = base.outputs(x if x_and_h is None else x_and_h, h, packed.B, alpha)
+        if x_and_h is not None:  # not to keep two copies of x
+            x = x_and_h[:, : x.shape[1]]
+        ctx.layout, ctx.p, ctx.base, ctx.cache = layout, p, base.for_backward(), cache
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, bits, zl, h if config.has_router else None, *narrow[:2], *narrow.B, *weights)
+        saved_h = h if layout.has_router else None  # else it is a part of down_out
+        ctx.save_for_backward(x, bits, down_out, saved_h, packed.down, packed.P, *packed.B, *base.saved())
         return (*ys, *probabilities)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        stack, alpha = ctx.stack, ctx.stack.alpha
-        config, s, G = stack.config, stack.shape, len(stack.layers)
-        x, bits, zl, h, down, P, *rest = ctx.saved_tensors
+        """Return the gradients of x and of the parameters."""
+        layout: PackedLayout = ctx.layout
+        G, alpha = layout.G, layout.alpha
+        x, bits, down_out, h, down, P, *rest = ctx.saved_tensors
         Bs, weights = rest[:G], rest[G:]
+        needs_dx, wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[7:]
+        needs = {kind: any(wanted[i :: len(layout.kinds)]) for i, kind in enumerate(layout.kinds)}
         dys = [
             x.new_zeros(len(x), B.shape[1]) if dy is None else dy.contiguous()
             for dy, B in zip(gradients[:G], Bs, strict=True)
         ]
-        wanted = ctx.needs_input_grad[5:]
-        needs = {kind: any(wanted[i :: len(stack.kinds)]) for i, kind in enumerate(stack.kinds)}  # of any sibling
+        d_down_out = aligned_rows(x, len(down))
+        if layout.has_gaps:
+            d_down_out.zero_()
+        h, dh = (h, None) if layout.has_router else (layout.by_projection(down_out), layout.by_projection(d_down_out))
+        joint = ctx.base.joint_gradients(dys, Bs, alpha) if needs_dx else None
+        dx_base, dh, dBs = _gradients_of_h(layout, x, dys, h, dh, Bs, joint, needs_dB=needs["B"])
+        gated_dh = None
+        if layout.has_router:
+            d_probability = _stack_grads(gradients[G:], x, layout.gate.N)
+            gated_dh = gate.gate_backward(down_out, P, dh, d_probability, d_down_out, layout.gate)
 
-        frozen = ctx.frozen if ctx.needs_input_grad[0] else None
-        dzl = down_tiling.aligned_rows(x, len(down))
-        if stack.has_gaps:
-            dzl.zero_()
-        if config.has_router:
-            dh = None if frozen else x.new_empty(h.shape)
-        else:
-            h, dh = stack.by_sibling(zl), stack.by_sibling(dzl)
-
-        def of_h(g: int) -> None:
-            dh_g = dh[g]
-            torch.addmm(dh_g, dys[g], Bs[g].T, beta=0, alpha=alpha, out=dh_g)
-
-        dBs, base = [], None
-        if frozen:
-            is_there = ctx.beside is not None and stack.group.beside is ctx.beside
-            if not is_there:
-                stack.group.beside = None
-            base, of_each = frozen.gradients(dys, Bs, alpha, puts=not is_there)
-            dh = of_each if config.has_router else dh.copy_(of_each)
-        elif (
-            saturates_device(x)
-            and needs["B"]
-            and all(up_backward.is_profitable(dy, h_g, stack.H8) for dy, h_g in zip(dys, h, strict=True))
-        ):
-            dBs = up_backward.gradients(dys, h, Bs, alpha, dh)
-        else:  # what follows waits for h's alone
-            run_on_parallel_streams(x, [partial(of_h, g) for g in range(G)])
-        if config.has_router:
-            e = gate.gate_backward(zl, P, dh, _stacked(gradients[G:], x, s.N), dzl, s)
-
-        def of_x() -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-            of = {
-                "of_input": ctx.needs_input_grad[0],
-                "of_weights": any(needs.get(kind) for kind in ("A", "S", "router")),
-                "of_p": stack.of_p(e, zl) if needs.get("P") else None,
-                "counts": stack.counts(x),
-            }
-            found = down_backward.gradients(dzl, x, bits, down, s.logits_at, config.lora_dropout, base, **of)
-            if of["of_input"]:
-                for dy, W in zip(dys, weights, strict=False):  # none with 8 bits
+        def input_and_down() -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+            subspace = layout.subspace_grad(gated_dh, down_out) if needs.get("P") and gated_dh is not None else None
+            found = down_proj_backward(
+                d_down_out, x, bits, down, layout.gate.logits_at, ctx.p, dx_base, of_input=needs_dx,
+                of_weights=any(needs.get(kind) for kind in ("A", "S", "router")), of_p=subspace,
+                counts=ctx.cache.split_k_counters(x),
+            )  # fmt: skip
+            if found[0] is not None:
+                for dy, W in zip(dys, weights, strict=False):  # none where dx_base has them
                     found[0].addmm_(dy, W)
             return found
 
-        def of_ups() -> list[Tensor]:
-            if dBs or not needs["B"]:
-                return dBs
-            made = [down_tiling.matmul_tn_fp32(h[g], dys[g]) for g in range(G)]
-            if alpha != 1:
-                torch._foreach_mul_(made, alpha)
-            return made
+        def up() -> list[Tensor]:
+            return dBs if dBs is not None or not needs["B"] else _up_proj_weight_grads(h, dys, alpha)
 
-        (dx, ddown, dP), dBs = run_on_parallel_streams(x, [of_x, of_ups])
-        # What is not trained gets its weights for gradients, which are then left out.
-        ddown, dBs, dP = down if ddown is None else ddown, dBs or Bs, P if dP is None else stack.of_each(dP)
-        found = [part for g in range(G) for part in stack.parts(ddown, dP, dBs[g], g)]
-        return (
-            dx,
-            None,
-            None,
-            None,
-            None,
-            *(part if needed else None for part, needed in zip(found, wanted, strict=True)),
-        )
+        (dx, ddown, dP), dBs = run_on_parallel_streams(x, [input_and_down, up])
+        # What is not trained gets its weights in place of gradients, and is left out below.
+        ddown, dBs, dP = down if ddown is None else ddown, dBs or Bs, P if dP is None else layout.dP_by_expert(dP)
+        found = [grad for g in range(G) for grad in layout.views(ddown, dP, dBs[g], g)]
+        trained = (grad if needed else None for grad, needed in zip(found, wanted, strict=True))
+        return (dx, None, None, None, None, None, None, *trained)
 
 
-def _routed(
-    stack: Stack, x: Tensor, bits: Tensor | None, narrow: Narrow, xh: Tensor | None = None, copies: bool = False
+def _down_and_gate(
+    layout: PackedLayout, x: Tensor, bits: Tensor | None, p: float, packed: PackedWeights, x_and_h: Tensor | None
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """zl [T, G·(R + N)], h [G, T, H] and the probabilities [T, N] of each sibling.
+    """Return down_out, h and each projection's probabilities [T, N].
 
-    Writes h, and x where it `copies` that, into `xh` [T, n + G·H], if there is one. Without a router h is z, a view of
-    zl.
+    With `x_and_h`, x and h are written there. Without a router, h is a view of down_out.
     """
-    config, s, down, G = stack.config, stack.shape, narrow.down, len(stack.layers)
-    x_there, h_there = (None, None) if xh is None else xh.tensor_split([x.shape[1]], 1)
-    x_there = x_there if copies else None
-    parts = None
+    s, down, G = layout.gate, packed.down, layout.G
+    x_copy, h_memory = (None, None) if x_and_h is None else x_and_h.tensor_split([x.shape[1]], 1)
+    splits = None
     if bits is None:
-        zl = torch.mm(x, down.T, out=down_tiling.aligned_rows(x, len(down)))
-    elif config.has_router:
-        zl, parts = down_forward.dropout_matmul_split_k(x, bits, down, s.logits_at, config.lora_dropout, x_there)
+        down_out = torch.mm(x, down.T, out=aligned_rows(x, len(down)))
+    elif layout.has_router:
+        down_out, splits = down_forward.dropout_matmul_split_k(x, bits, down, s.logits_at, p, x_copy)
     else:
-        zl = down_forward.down(x, bits, down, s.logits_at, config.lora_dropout, x_there, h_there)
-    if not config.has_router:
-        return zl, stack.by_sibling(zl), ()
-    h = x.new_empty(G, len(x), stack.H8) if xh is None else h_there.unflatten(1, (G, stack.H8)).transpose(0, 1)
-    if stack.has_gaps:
+        down_out = down_forward.dropout_matmul(x, bits, down, s.logits_at, p, x_copy, h_memory)
+    if not layout.has_router:
+        return down_out, layout.by_projection(down_out), ()
+    if h_memory is None:
+        h = x.new_empty(G, len(x), layout.H8)
+    else:
+        h = h_memory.unflatten(1, (G, layout.H8)).transpose(0, 1)
+    if layout.has_gaps:
         h.zero_()
-    return zl, h, gate.gate(zl, narrow.P, h, s, parts).unbind()
+    return down_out, h, gate.gate(down_out, packed.P, h, s, splits).unbind()
 
 
-def _output(x: Tensor, W: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, alpha: float) -> Tensor:
-    """x Wᵀ + bias + alpha · h B: [T, m]. The base product comes second: adding to what is there hides behind it."""
-    start = x.new_empty(()) if bias is None else bias.to(x.dtype)
-    y = torch.addmm(start, h, B, beta=0 if bias is None else 1, alpha=alpha)
-    return y.addmm_(x, W.T)
+def _gradients_of_h(
+    layout: PackedLayout, x: Tensor, dys: list[Tensor], h: Tensor, dh: Tensor | None, Bs: list[Tensor],
+    joint: tuple[Tensor, Tensor] | None, *, needs_dB: bool,
+) -> tuple[Tensor | None, Tensor, list[Tensor] | None]:  # fmt: skip
+    """Return the base's share of dx, dh [G, T, H8], and the gradients of the Bs, the first and last only if made here.
+
+    Args:
+        layout: sizes.
+        x: the input.
+        dys: gradients of the outputs, each [T, m].
+        h: see above.
+        dh: where dh is to be written; None for memory of its own.
+        Bs: the up projections, each [H8, m].
+        joint: dx and dh, if the base computes both at once.
+        needs_dB: whether any B is trained.
+    """
+    if joint is not None:
+        dx_base, made = joint
+        return dx_base, made if dh is None else dh.copy_(made), None
+    dh = x.new_empty(h.shape) if dh is None else dh
+    pairs = zip(dys, h, strict=True)
+    if saturates_device(x) and needs_dB and all(up_backward.is_profitable(dy, h_g, layout.H8) for dy, h_g in pairs):
+        return None, dh, up_backward.up_proj_backward(dys, h, Bs, layout.alpha, dh)
+
+    def of_projection(dh_g: Tensor, dy: Tensor, B: Tensor) -> None:
+        torch.addmm(dh_g, dy, B.T, beta=0, alpha=layout.alpha, out=dh_g)
+
+    # The gate waits for dh alone, so the gradients of B come later.
+    operands = zip(dh, dys, Bs, strict=True)
+    run_on_parallel_streams(x, [partial(of_projection, *of_each) for of_each in operands])
+    return None, dh, None
 
 
-def _stacked(gradients: tuple[Tensor | None, ...], x: Tensor, N: int) -> Tensor | None:
-    """The gradients of the probabilities, [G, T, N]; None where no sibling has one."""
+def _up_proj_weight_grads(h: Tensor, dys: list[Tensor], alpha: float) -> list[Tensor]:
+    """Return alpha · hᵀ dy of each projection, [H8, m]."""
+    made = [matmul_tn_fp32(h_g, dy) for h_g, dy in zip(h, dys, strict=True)]
+    if alpha != 1:
+        torch._foreach_mul_(made, alpha)
+    return made
+
+
+def _stack_grads(gradients: tuple[Tensor | None, ...], x: Tensor, N: int) -> Tensor | None:
+    """Return the gradients of the probabilities as [G, T, N], or None if no projection has one."""
     if all(gradient is None for gradient in gradients):
         return None
-    if any(gradient is None for gradient in gradients):
+    present = [gradient for gradient in gradients if gradient is not None]
+    if len(present) < len(gradients):
         zero = x.new_zeros(len(x), N, dtype=torch.promote_types(x.dtype, torch.float32))
         return torch.stack([zero if gradient is None else gradient for gradient in gradients])
-    if _side_by_side(gradients):  # as a balance loss over all layers leaves them
-        first = gradients[0]
-        return first.as_strided((len(gradients), *first.shape), (first.numel(), *first.stride()))
-    return torch.stack(gradients)
+    if _lie_stacked(present):  # as a balance loss over all layers leaves them
+        first = present[0]
+        return first.as_strided((len(present), *first.shape), (first.numel(), *first.stride()))
+    return torch.stack(present)
 
 
-def _side_by_side(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether tensors of one shape lie in memory as `torch.stack` would lay them."""
+def _lie_stacked(tensors: list[Tensor]) -> bool:
+    """Return whether tensors of one shape lie in memory as `torch.stack` would put them."""
     first, storages = tensors[0], {tensor.untyped_storage().data_ptr() for tensor in tensors}
     places = [first.storage_offset() + place * first.numel() for place in range(len(tensors))]
-    contiguous = all(tensor.is_contiguous() for tensor in tensors)
-    return contiguous and len(storages) == 1 and [tensor.storage_offset() for tensor in tensors] == places
+    is_contiguous = all(tensor.is_contiguous() for tensor in tensors)
+    return is_contiguous and len(storages) == 1 and [tensor.storage_offset() for tensor in tensors] == places

@@ -6,25 +6,22 @@ import importlib.util
 import logging
 import os
 from functools import cache
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 logger = logging.getLogger(__name__)
 
 
 @cache
 def has_triton() -> bool:
+    """Return whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
 def interprets_triton() -> bool:
-    """Whether Triton was told to run kernels without a GPU, slowly, to test them."""
+    """Return whether Triton's interpreter runs kernels without a GPU, slowly, to test them."""
     return has_triton() and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache
 def warn_once(backend: str, reason: str, instead: str) -> None:
+    """Log that a backend cannot compute something and what does; each message appears once per process."""
     logger.warning("backend %r cannot compute %s; %s does.", backend, reason, instead)

@@ -1,6 +1,10 @@
-"""Layers that read the same input, and are computed together by the fused backend.
+"""Projection groups: layers that read the same input and are computed together.
 
-Each stays a module of its own, called by the model's code as before.
+Q, K and V of an attention block read the same input; so do Gate and Up of an MLP. Each layer stays a module of its own
+and is called by the model's code as before. The first one that is called computes all of them, and the others fetch
+their output.
+
+This module needs no Triton, so that every adapted layer can belong to a group; what does is imported where it runs.
 """
 
 from __future__ import annotations
@@ -8,73 +12,53 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from malora.fused.fp8_weights import Kept
-    from malora.fused.packed_weights import Beside, Stack
-    from malora.layer import MaloraLayer
+    from malora.fused.protocol import FusedLayer
+    from malora.fused.weight_cache import GroupAdapter, GroupWeightCache
 
-
-# Layers of one parent that read the same input, under the names that model families use.
+# Layers of one parent that read the same input, under the names that model architectures use.
 PROJECTION_GROUPS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
 
-@contextmanager
-def prefetch_packed_weights(families: list[ProjectionGroup]) -> Iterator[None]:
-    """For one training pass of a model: the weights of all its fused layers are copied at once, before the first runs.
-
-    A layer that runs again, as under gradient checkpointing, copies its own. Layers that FSDP has sharded are found
-    here: while one of them runs, its weights look like any others.
-    """
-    for family in families:
-        family.is_sharded = _are_sharded(family.layers)
-    stacks = []
-    if torch.is_grad_enabled():
-        stacks = [stack for family in families for stack in family.stacks() if stack.held is None]
-    if stacks:
-        from malora.fused.packed_weights import copy_ahead  # it needs Triton, which is not everywhere
-
-        copy_ahead(stacks)
-    try:
-        yield
-    finally:
-        for stack in stacks:
-            stack.drop_ahead()
-
-
-def _are_sharded(layers: list[MaloraLayer]) -> bool:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return any(isinstance(parameter, DTensor) for layer in layers for parameter in layer.parameters())
-
-
 class ProjectionGroup:
-    """Layers that read the same input. The first that is called computes for all, the others fetch their part."""
+    """Layers that read the same input, and the copies of their weights.
+
+    Attributes:
+        layers: the layers, in the order in which they were adapted.
+        is_sharded: whether FSDP2 had sharded them when the model's last forward pass began.
+    """
 
     def __init__(self) -> None:
-        self.layers: list[MaloraLayer] = []
-        self.is_sharded = False  # by FSDP2, when the model's last pass began
-        self._stacks: dict[str, Stack] = {}
-        self.tables: dict[tuple, Tensor] = {}  # of `malora.backends.copies`
-        self.frozen: Kept = {}  # of the fp8 backend
-        self.rooms: dict[int, int] = {}  # columns that `malora.backends.beside` made beside weights, by the layer's id
-        self.beside: Beside | None = None  # what is in them while weights are held
-        self.counts: Tensor | None = None  # of `malora.backends.stack`
-        self._forget()
+        self.layers: list[FusedLayer] = []
+        self.is_sharded = False
+        self._adapters: dict[tuple[str, tuple[int, ...]], GroupAdapter] = {}
+        self._forget_outputs()
 
-    def _forget(self) -> None:
+    @cached_property
+    def cache(self) -> GroupWeightCache:
+        """Copies of the layers' weights."""
+        from malora.fused.weight_cache import GroupWeightCache  # needs Triton
+
+        return GroupWeightCache()
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether the fused path has run, or was prepared."""
+        return "cache" in vars(self)
+
+    def _forget_outputs(self) -> None:
         self._input: Tensor | None = None
-        self._state: tuple = ()
+        self._state: tuple[object, ...] = ()
         self._outputs: dict[int, Tensor] = {}
 
-    def __deepcopy__(self, memo: dict) -> ProjectionGroup:
-        """A copy has the copied layers, and no part of a pass that the original is in the middle of."""
+    def __deepcopy__(self, memo: dict[int, Any]) -> ProjectionGroup:
+        """Copy the layers; copies of weights and outputs that wait to be fetched stay with the original."""
         copied = memo[id(self)] = ProjectionGroup()
         copied.layers = copy.deepcopy(self.layers, memo)
         return copied
@@ -83,65 +67,66 @@ class ProjectionGroup:
         return {"layers": self.layers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()
+        ProjectionGroup.__init__(self)
         self.layers = state["layers"]
 
-    def stacks(self) -> list[Stack]:
-        """Those that have run since the last `release` and would run again, as their layers now are."""
-        return [
-            packed_weights
-            for packed_weights in self._stacks.values()
-            if all(layer.adapter_for_fused_path() == packed_weights.adapter for layer in packed_weights.layers)
-        ]
+    def adapter_on(self, layers: list[FusedLayer], adapter: str) -> GroupAdapter:
+        """Return an adapter on some layers of the group, the same object until `release`."""
+        from malora.fused.weight_cache import GroupAdapter  # needs Triton
 
-    def columns_beside_input(self, like: Tensor) -> int:
-        """How many columns of room the next pass would use beside an input like this; 0 where it uses none."""
-        fits = self.layers[0].in_features == like.shape[-1]
-        if not (fits and self.rooms and self.layers[0].training and torch.is_grad_enabled()):
-            return 0
-        found = [packed_weights for packed_weights in self.stacks() if packed_weights.layers == self.layers]
-        uses = len(found) == 1 and found[0].config.lora_dropout and found[0].wholes(like)
-        return len(self.layers) * found[0].H8 if uses else 0
+        key = adapter, tuple(map(id, layers))
+        if key not in self._adapters:
+            self._adapters[key] = GroupAdapter(layers, adapter, self.cache)
+        return self._adapters[key]
 
-    def drop_kept(self) -> None:
-        """Drop copies of weights that passes without gradients have kept; a next one makes them again."""
-        for packed_weights in self._stacks.values():
-            packed_weights.drop_kept()
+    def trained_adapters(self) -> list[GroupAdapter]:
+        """Return the adapters that have run since the last `release` and would run again."""
+        return [adapter for adapter in self._adapters.values() if adapter.can_run()]
 
-    def release(self, frozen: bool = False) -> None:
-        """Drop what is kept of the adapters' weights and settings, and of frozen weights; a next pass makes it again.
+    def clear_inference_cache(self) -> None:
+        """Drop packed weights of passes without gradients; the weights may have changed."""
+        for adapter in self._adapters.values():
+            adapter.inference = None
 
-        Frozen weights are many, and do not change: only if asked for, their 8-bit copies are dropped, and weights with
-        room for B are plain again.
+    def release(self, *, include_frozen: bool = False) -> None:
+        """Drop all packed weights, for example because an adapter was added. The next pass packs them again.
+
+        Args:
+            include_frozen: also drop float8 copies of frozen weights, and the columns next to them.
         """
-        if frozen:
-            self.frozen.clear()
-            if self.rooms:
-                from malora.fused.augmented_weights import take_back  # it needs Triton, which is not everywhere
+        self._adapters.clear()
+        self._forget_outputs()
+        if not self.has_cache:
+            return
+        self.cache.loaded = None
+        if include_frozen:
+            from malora.fused.augmented_weights import free_padding  # needs Triton
 
-                for layer in self.layers:
-                    take_back(layer)
-        self._stacks.clear()
-        self.beside = None
-        self._forget()
+            self.cache.float8.clear()
+            free_padding(self.layers, self.cache)
 
-    def drop_rooms(self) -> None:
-        """Drop 8-bit copies that have room for adapters of a size that no layer has any more."""
-        if self.frozen:
-            from malora.fused.fp8_weights import room_for  # it needs Triton, which is not everywhere
+    def clear_float8(self) -> None:
+        """Drop float8 copies of frozen weights; the next pass makes them again."""
+        if self.has_cache:
+            self.cache.float8.clear()
+
+    def drop_unused_padding(self) -> None:
+        """Drop float8 copies whose padded columns fit no adapter that is left."""
+        if self.has_cache and self.cache.float8:
+            from malora.fused.fp8_weights import padded_rank  # needs Triton
 
             configs = [config for layer in self.layers for config in layer.settings.values()]
-            left = {0} | {room_for(config.num_experts * config.r) for config in configs}
-            self.frozen = {place: found for place, found in self.frozen.items() if place[-1] in left}
+            in_use = {0} | {padded_rank(config.num_experts * config.r) for config in configs}
+            self.cache.float8 = {key: found for key, found in self.cache.float8.items() if key[-1] in in_use}
 
-    @torch.compiler.disable  # a compiled layer calls the kernels, it does not look into them
-    def output(self, layer: MaloraLayer, adapter: str, x: Tensor) -> Tensor:
-        """The layer's output for x [..., n], base included."""
-        if x.is_inference():  # it cannot be told whether such a tensor has changed
+    @torch.compiler.disable  # a compiled layer calls the kernels, and does not trace them
+    def output(self, layer: FusedLayer, adapter: str, x: Tensor) -> Tensor:
+        """Return a layer's output [..., m] for x [..., n], the frozen layer included."""
+        if x.is_inference():  # such a tensor has no version, so that a change of it could not be seen
             return self._compute([layer], adapter, x)[0]
         state = (adapter, x._version, torch.is_grad_enabled(), layer.training)
         if x is not self._input or state != self._state or id(layer) not in self._outputs:
-            self._forget()
+            self._forget_outputs()
             together = [other for other in self.layers if other.adapter_for_fused_path() == adapter]
             if together == [layer] or layer not in together:
                 return self._compute([layer], adapter, x)[0]
@@ -149,13 +134,43 @@ class ProjectionGroup:
             self._input, self._state = x, state
         y = self._outputs.pop(id(layer))
         if not self._outputs:
-            self._forget()
+            self._forget_outputs()
         return y
 
-    def _compute(self, layers: list[MaloraLayer], adapter: str, x: Tensor) -> list[Tensor]:
-        from malora.fused import autograd, packed_weights  # they need Triton, which is not everywhere
+    def _compute(self, layers: list[FusedLayer], adapter: str, x: Tensor) -> list[Tensor]:
+        from malora.fused.autograd import forward_group  # needs Triton
 
-        key = adapter + "".join(f" {id(layer)}" for layer in layers)
-        if key not in self._stacks:
-            self._stacks[key] = packed_weights.Stack(layers, adapter)
-        return autograd.outputs(self._stacks[key], x)
+        if torch.is_grad_enabled():
+            self.clear_inference_cache()  # whoever makes gradients is about to change weights
+        return forward_group(self.adapter_on(layers, adapter), x)
+
+
+@contextmanager
+def prefetch_packed_weights(groups: list[ProjectionGroup]) -> Iterator[None]:
+    """Pack the weights of a whole model at once for one forward pass with gradients.
+
+    A layer that runs again, as under gradient checkpointing, packs its own weights. This is also where layers that
+    FSDP2 has sharded are found: while one of them runs, its weights look like any others.
+    """
+    for group in groups:
+        group.is_sharded = _are_sharded(group.layers)
+    adapters: list[GroupAdapter] = []
+    if torch.is_grad_enabled():
+        adapters = [a for group in groups for a in group.trained_adapters() if a.step is None]
+    if adapters:
+        from malora.fused.weight_cache import prefetch  # needs Triton
+
+        prefetch(adapters)
+    try:
+        yield
+    finally:
+        for adapter in adapters:  # of a layer that did not run
+            adapter.prefetched = None
+
+
+def _are_sharded(layers: list[FusedLayer]) -> bool:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for layer in layers for parameter in layer.parameters())

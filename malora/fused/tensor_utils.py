@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
 
-
-def dtype_of_products(x: Tensor) -> torch.dtype:
-    """Autocast's where that is on, else x's own."""
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of matmuls over `x`: autocast's where it is on, else the dtype of `x`."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def flat(x: Tensor) -> Tensor:
-    """x [..., n] as products read it: [T, n], contiguous, in their dtype."""
-    return x.to(dtype_of_products(x)).reshape(-1, x.shape[-1]).contiguous()
+def flatten_tokens(x: Tensor) -> Tensor:
+    """Return x [..., n] as matmuls read it: [T, n], contiguous, in `matmul_dtype`."""
+    return x.to(matmul_dtype(x)).reshape(-1, x.shape[-1]).contiguous()
 
 
 def is_captured(like: Tensor) -> bool:
-    """Whether what runs now on the tensor's device becomes a CUDA graph: it has no values until that is replayed."""
+    """Return whether work on the tensor's device is being captured into a CUDA graph.
+
+    Captured work has no values until the graph is replayed.
+    """
     return like.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -1,18 +1,18 @@
-"""Weights that are copied once for several passes: the same results, and no stale ones."""
+"""Weights that are packed once for several passes: the same results, and no stale ones."""
 
 import pytest
 import torch
 
 import malora
-from malora.fused import augmented_weights, packed_weights
-from tests.malora.fused.test_augmented_weights import assert_close, rooms
+from malora.fused import augmented_weights, weight_cache
+from tests.malora.fused.test_augmented_weights import assert_close, padding
 from tests.malora.fused.test_group import DEVICE, adapted
 
 CASES = [("malora", "fused"), ("asylora", "fused"), ("malora-small", "fused"), ("malora", "fp8"), ("asylora", "fp8")]
 
 
 @pytest.fixture(autouse=True)
-def of_any_size(monkeypatch):
+def without_size_limit(monkeypatch):
     monkeypatch.setattr(augmented_weights, "MIN_ELEMENTS", 1)
 
 
@@ -21,8 +21,15 @@ def ids(ids):
     return ids.to(DEVICE)
 
 
+def made(method="malora", backend="fused"):
+    """Return an adapted model with an optimized backbone."""
+    model = adapted(method, backend=backend, lora_dropout=0.3)
+    malora.optimize_backbone(model)
+    return model
+
+
 def gradients(model, ids, seed=3):
-    """Logits and gradients of two passes, one after the other."""
+    """Return logits and gradients of two passes, one after the other."""
     model.zero_grad()
     torch.manual_seed(seed)
     found = {}
@@ -34,29 +41,30 @@ def gradients(model, ids, seed=3):
 
 
 def change(model):
-    """As a fused optimizer does: their versions stay."""
+    """Change the trained weights as a fused optimizer does, which does not increase their versions."""
     for p in model.parameters():
         if p.requires_grad:
             p.data.mul_(1.3)
 
 
-def of_two_adapters(backend):
-    """Of one size, "default" active."""
+def with_two_adapters(backend):
+    """Return a model with two adapters of one size, "default" active."""
     model = adapted(backend=backend, lora_dropout=0.3)
     model.add_adapter("other", malora.METHODS["malora"](backend=backend, lora_dropout=0.3))
     for name, p in model.named_parameters():
         if ".other" in name:
             p.data = p.data.to(DEVICE, torch.get_default_dtype()).fill_(0.1).to(p)
+    malora.optimize_backbone(model)
     return model.train()
 
 
-class Works:
-    """How often weights are copied and B is put beside others."""
+class Tasks:
+    """Counts how often weights are packed and up projections written next to frozen weights."""
 
     def __init__(self, monkeypatch):
         self.counts = {}
         for where, name in (("malora.fused.packed_weights", "multi_tensor_copy"),
-                            ("malora.fused.kernels.transpose_copy", "write_up_proj"),
+                            ("malora.fused.bases", "write_up_proj"),
                             ("malora.fused.fp8_weights", "quantize_up_proj")):  # fmt: skip
             self.watch(monkeypatch, where, name)
 
@@ -75,98 +83,98 @@ class Works:
 
 
 @pytest.mark.parametrize("method, backend", CASES)
-def test_passes_that_find_weights_held_compute_the_same(method, backend, ids, monkeypatch):
-    """Before the first pass nothing is held; after that each refresh is all the work there is."""
-    held_model, model = (adapted(method, backend=backend, lora_dropout=0.3) for _ in range(2))
-    held, works = malora.WeightCache(held_model), Works(monkeypatch)
-    # In 8 bits each of six maps has room, else two families of a layer have: Down's outputs are too few.
+def test_passes_with_a_cache_compute_the_same(method, backend, ids, monkeypatch):
+    """Before the first pass the cache is empty; after that each refresh does all the packing."""
+    cached_model, model = (made(method, backend) for _ in range(2))
+    weights, tasks = malora.WeightCache(cached_model), Tasks(monkeypatch)
+    # In float8 each of six layers has padded columns, else two groups of a layer: Down has too few outputs.
     puts = {"quantize_up_proj": 2 * 6} if backend == "fp8" else {"write_up_proj": 2 * 2}
     for step in range(2):
-        held.refresh()
-        assert bool(held) is (step > 0)
-        assert works.since() == ({"multi_tensor_copy": 1} | puts if step else {})
-        with held:
-            got = gradients(held_model, ids)
-        assert bool(works.since()) is (step == 0)
+        weights.refresh()
+        assert bool(weights) is (step > 0)
+        assert tasks.since() == ({"multi_tensor_copy": 1} | puts if step else {})
+        with weights:
+            got = gradients(cached_model, ids)
+        assert bool(tasks.since()) is (step == 0)
         assert_close(got, gradients(model, ids))
-        works.since()
-        change(held_model), change(model)
+        tasks.since()
+        change(cached_model), change(model)
     if backend == "fused":
-        assert rooms(held_model)
-    gradients(held_model, ids)
-    assert works.since()["multi_tensor_copy"] == 2  # outside of `with` each pass makes its own
+        assert padding(cached_model)
+    gradients(cached_model, ids)
+    assert tasks.since()["multi_tensor_copy"] == 2  # outside of `with` each pass packs its own
 
 
 @pytest.mark.parametrize("backend", ["fused", "fp8"])
-def test_what_another_adapter_put_there_is_not_taken_for_ones_own(backend, ids):
-    """Of the same size, so it has the same room."""
-    models = [of_two_adapters(backend) for _ in range(2)]
+def test_an_up_projection_of_another_adapter_is_not_used(backend, ids):
+    """The other adapter has the same size, so it writes to the same padded columns."""
+    models = [with_two_adapters(backend) for _ in range(2)]
     for model in models:
         gradients(model, ids)
-    held = malora.WeightCache(models[0])
-    held.refresh()
+    weights = malora.WeightCache(models[0])
+    weights.refresh()
     found = []
     for model in models:
-        with held:
+        with weights:
             torch.manual_seed(3)
             loss = model(ids, use_cache=False).logits.pow(2).mean()
             model.set_adapter("other")
             model(ids, use_cache=False).logits.sum().backward()
             model.set_adapter("default")
             model.zero_grad()
-            loss.backward()  # of a pass before the other's
+            loss.backward()  # of the pass before the other adapter's
             first = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
             found.append([first, gradients(model, ids)])
     for got, expected in zip(*found, strict=True):
         assert_close(got, expected)
 
 
-def test_a_backward_pass_of_before_a_refresh_fails(ids):
-    model = adapted(lora_dropout=0.3)
+def test_a_backward_pass_across_a_refresh_fails(ids):
+    model = made()
     gradients(model, ids)
-    held = malora.WeightCache(model)
-    held.refresh()
-    with held:
+    weights = malora.WeightCache(model)
+    weights.refresh()
+    with weights:
         loss = model(ids, use_cache=False).logits.sum()
-    held.refresh()
+    weights.refresh()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-def test_a_model_without_copies_has_nothing_to_refresh(ids):
+def test_a_model_without_packed_weights_has_nothing_to_refresh(ids):
     model = adapted(backend="dense")
     gradients(model, ids)
-    held = malora.WeightCache(model)
-    held.refresh()
-    with held:
-        assert not held
+    weights = malora.WeightCache(model)
+    weights.refresh()
+    with weights:
+        assert not weights
         gradients(model, ids)
 
 
 def test_frozen_weights_that_change_are_seen(ids):
-    """In 8 bits they are rounded again, and B with them."""
-    models = [adapted(backend="fp8", lora_dropout=0.3) for _ in range(2)]
+    """In float8 they are quantized again, and B with them."""
+    models = [made(backend="fp8") for _ in range(2)]
     for model in models:
         gradients(model, ids)
-    held = malora.WeightCache(models[0])
-    held.refresh()
+    weights = malora.WeightCache(models[0])
+    weights.refresh()
     for model in models:
         with torch.no_grad():
             model.base_model.malora_layers[0].base_layer.weight.mul_(2)
-    with held:
+    with weights:
         assert_close(gradients(models[0], ids), gradients(models[1], ids))
 
 
-def test_what_graphs_read_and_write_outlives_passes_of_other_kinds(ids):
-    """Copies, B's units and the counts of sums stay where they are through evaluation and back."""
-    model, fresh = (adapted(backend="fp8", lora_dropout=0.3) for _ in range(2))
+def test_memory_of_graphs_outlives_evaluation(ids):
+    """Packed weights, factors of h and split-K counters stay at their addresses."""
+    model, fresh = (made(backend="fp8") for _ in range(2))
     gradients(model, ids)
-    held = malora.WeightCache(model)
-    family = model.base_model.malora_layers[0].group
+    weights = malora.WeightCache(model)
+    cache = model.base_model.malora_layers[0].group.cache
 
     def read():
-        held.refresh()
-        return [copies.flat for copies in held._copies], family.beside.units, family.counts
+        weights.refresh()
+        return [buffer.flat for buffer, _ in weights._buffers], cache.loaded.up_scales, cache._counters
 
     flats, units, counts = read()
     with torch.no_grad():
@@ -179,30 +187,30 @@ def test_what_graphs_read_and_write_outlives_passes_of_other_kinds(ids):
     flats_now, units_now, counts_now = read()
     assert counts is not None and counts_now is counts and not counts.any()
     assert units_now is units and all(a is b for a, b in zip(flats, flats_now, strict=True))
-    with held:
+    with weights:
         assert_close(gradients(model, ids), gradients(fresh, ids))
 
 
-def test_counts_that_a_graph_would_make_are_not_kept(ids, monkeypatch):
-    """They are zero only once it is replayed."""
-    model = adapted(lora_dropout=0.3)
-    monkeypatch.setattr(packed_weights, "is_captured", lambda like: True)
+def test_counters_made_while_a_graph_is_captured_are_not_kept(ids, monkeypatch):
+    """They are zero only once the graph is replayed."""
+    model = made()
+    monkeypatch.setattr(weight_cache, "is_captured", lambda like: True)
     gradients(model, ids)
-    assert all(layer.group.counts is None for layer in model.base_model.malora_layers)
+    assert all(layer.group.cache._counters is None for layer in model.base_model.malora_layers)
 
 
 @pytest.mark.parametrize("backend", ["fused", "fp8"])
-def test_a_refresh_within_with_after_adapters_were_switched_leaves_nothing_held(backend, ids):
-    models = [of_two_adapters(backend) for _ in range(2)]
-    held = malora.WeightCache(models[0])
+def test_a_refresh_inside_with_after_adapters_were_switched_leaves_nothing_stale(backend, ids):
+    models = [with_two_adapters(backend) for _ in range(2)]
+    weights = malora.WeightCache(models[0])
     gradients(models[0], ids)
-    held.refresh()
-    with held:
+    weights.refresh()
+    with weights:
         gradients(models[0], ids)
         models[0].set_adapter("other")
         torch.manual_seed(5)
         models[0](ids, use_cache=False)
-        held.refresh()
+        weights.refresh()
         models[0].set_adapter("default")
     change(models[0]), change(models[1])
     assert_close(gradients(models[0], ids), gradients(models[1], ids))
@@ -212,7 +220,7 @@ def test_a_refresh_within_with_after_adapters_were_switched_leaves_nothing_held(
 def test_a_refresh_while_an_adapter_is_merged_changes_nothing(backend, ids):
     outputs = []
     for refreshes in (False, True):
-        model = adapted("asylora", backend=backend, lora_dropout=0.3)
+        model = made("asylora", backend)
         gradients(model, ids)
         model.merge_adapter()
         if refreshes:
@@ -222,57 +230,60 @@ def test_a_refresh_while_an_adapter_is_merged_changes_nothing(backend, ids):
     assert_close(*outputs)
 
 
-def test_a_weight_that_was_away_during_a_refresh_does_not_find_an_old_up_side(ids):
-    models = [adapted(lora_dropout=0.3) for _ in range(2)]
+def test_a_weight_that_was_away_during_a_refresh_has_no_stale_up_projection(ids):
+    models = [made() for _ in range(2)]
     for model in models:
         gradients(model, ids)
-    held = malora.WeightCache(models[0])
-    held.refresh()
+    weights = malora.WeightCache(models[0])
+    weights.refresh()
     weight = models[0].base_model.malora_layers[0].base_layer.weight
     there, weight.data = weight.data, weight.data.clone()
     change(models[0]), change(models[1])
-    held.refresh()
+    weights.refresh()
     weight.data = there
-    with held:
+    with weights:
         assert_close(gradients(models[0], ids), gradients(models[1], ids))
 
 
-def test_passes_in_another_dtype_are_held_after_the_next_refresh(ids, monkeypatch):
+def test_passes_in_another_dtype_are_cached_after_the_next_refresh(ids, monkeypatch):
     model = adapted(lora_dropout=0.3).bfloat16()
+    malora.optimize_backbone(model)
     gradients(model, ids)
-    held, works = malora.WeightCache(model), Works(monkeypatch)
-    held.refresh()
+    weights, tasks = malora.WeightCache(model), Tasks(monkeypatch)
+    weights.refresh()
     model.float()
-    with held:
+    with weights:
         gradients(model, ids)
-    held.refresh()
-    works.since()
-    with held:
+    weights.refresh()
+    tasks.since()
+    with weights:
         gradients(model, ids)
-    assert not works.since()
+    assert not tasks.since()
 
 
-def test_a_refresh_is_of_what_trains_alone(ids, monkeypatch):
-    """Layers that inference computed one by one are not refreshed."""
-    model = adapted(backend="fp8", lora_dropout=0.3)
+def test_a_refresh_packs_only_what_trains(ids, monkeypatch):
+    """Layers that inference mode computed one by one are not refreshed."""
+    model = made(backend="fp8")
     gradients(model, ids)
     with torch.inference_mode():
         model(ids, use_cache=False)
-    held, works = malora.WeightCache(model), Works(monkeypatch)
-    held.refresh()
-    assert works.since() == {"multi_tensor_copy": 1, "quantize_up_proj": 2 * 6}
-    with held:
+    weights, tasks = malora.WeightCache(model), Tasks(monkeypatch)
+    weights.refresh()
+    assert tasks.since() == {"multi_tensor_copy": 1, "quantize_up_proj": 2 * 6}
+    with weights:
         gradients(model, ids)
-    assert not works.since()
+    assert not tasks.since()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("method, backend", CASES)
-def test_graphs_of_passes_read_what_a_graph_of_a_refresh_left(method, backend, ids):
-    from malora.backbone.cuda_graphs import capture, refreshing, warm_up
+def test_graphs_of_passes_read_what_a_graph_of_a_refresh_wrote(method, backend, ids):
+    from malora.backbone.cuda_graphs import capture, capture_refresh, warm_up
 
     dtype = torch.bfloat16 if backend == "fp8" else torch.float32
     models = [adapted(method, backend=backend, lora_dropout=0.3).to(dtype) for _ in range(2)]
+    for model in models:
+        malora.optimize_backbone(model)
     seed = torch.full((1,), 5, device=DEVICE)
     trainable = [[p for p in model.parameters() if p.requires_grad] for model in models]
 
@@ -281,13 +292,13 @@ def test_graphs_of_passes_read_what_a_graph_of_a_refresh_left(method, backend, i
         return [logits, *torch.autograd.grad(logits.float().pow(2).mean(), trainable[n])]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "randint", lambda *_, **__: seed)  # one mask for all
+        patch.setattr(torch, "randint", lambda *_, **__: seed)  # one dropout mask for all
         warm_up(lambda: step(0))
-        held, captured = malora.WeightCache(models[0]), []
-        refresh = refreshing(held)
-        with held:
+        weights, captured = malora.WeightCache(models[0]), []
+        refresh = capture_refresh(weights)
+        with weights:
             graph = capture(lambda: captured.append(step(0)), passes=0)
-        assert held
+        assert weights
         for _ in range(2):
             change(models[0]), change(models[1])
             refresh()

@@ -198,7 +198,7 @@ class SubspaceGrad(NamedTuple):
         return matmul_tn_fp32(self.e, self.z)[:, : self.H, : self.D]
 
 
-def gradients(
+def down_proj_backward(
     dzl: Tensor, x: Tensor, bits: Tensor | None, weights: Tensor, Z: int, p: float, base: Tensor | None = None,
     of_input: bool = True, of_weights: bool = True, of_p: SubspaceGrad | None = None, counts: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip

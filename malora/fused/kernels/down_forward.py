@@ -65,7 +65,7 @@ def _down_kernel(
         tl.store(place + l_rows[None, :], logits, mask=row_inside & (l_rows < Z + L)[None, :])
 
 
-def down(
+def dropout_matmul(
     x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float, copy: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
     """[dropout(x) Dᵀ, x Gᵀ]: [T, Z + L] of x [T, n]; weights are the Z rows of D above the L of G.

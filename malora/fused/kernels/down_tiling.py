@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from malora.fused.kernels import tiling
-from malora.fused.kernels.dropout import scale
+from malora.fused.kernels.dropout import rescale
 from malora.fused.kernels.tiling import accumulator_dtype, has_ptx, split_tile, tile_size
 
 # The fastest of those tried on an H100 at 4,096 tokens and inputs of 4,096 and 11,008.
@@ -82,6 +82,6 @@ def fitting(tuned: dict[str, int], Z: int, L: int, device: torch.device) -> dict
 def constants_of(weights: Tensor, Z: int, p: float) -> dict[str, Any]:
     L, z = len(weights) - Z, split_tile(Z)
     return {
-        "SCALE": scale(p), "Z": Z, "L": L, "PAD_Z": z["first"], "REST": z["rest"], "PAD_REST": z["pad_rest"],
+        "SCALE": rescale(p), "Z": Z, "L": L, "PAD_Z": z["first"], "REST": z["rest"], "PAD_REST": z["pad_rest"],
         "PAD_L": tile_size(L), "WIDE": accumulator_dtype(weights.dtype), "PTX": has_ptx(weights),
     }  # fmt: skip

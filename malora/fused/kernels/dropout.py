@@ -32,14 +32,14 @@ def _mask_kernel(bits_ptr, seed_ptr, size, KEPT: tl.constexpr, BLOCK: tl.constex
     tl.store(bits_ptr + place, bits, mask=place < size)
 
 
-def mask(T: int, n: int, seed: Tensor, p: float) -> Tensor:
+def draw_mask(T: int, n: int, seed: Tensor, p: float) -> Tensor:
     """[T, W] int32: bit j of word w is 0 where dropout takes column 32·w + j, by a seed [1] of int64."""
     bits = torch.empty(T, triton.cdiv(n, 32), dtype=torch.int32, device=seed.device)
     _mask_kernel[(triton.cdiv(bits.numel(), 256),)](bits, seed, bits.numel(), KEPT=_kept(p), BLOCK=256)
     return bits
 
 
-def scale(p: float) -> float:
+def rescale(p: float) -> float:
     """What is left is multiplied by, so that its expectation is what it was."""
     return LEVELS / _kept(p)
 
@@ -102,5 +102,5 @@ def apply_dropout(x: Tensor, bits: Tensor, p: float) -> Tensor:
     out = x.new_empty(x.shape)
     grid = (triton.cdiv(len(x), 32), triton.cdiv(x.shape[1], 128))
     sizes = (*x.shape, bits.shape[1], x.stride(0))
-    _dropout_kernel[grid](x, bits, out, *sizes, SCALE=scale(p), BLOCK_T=32, BLOCK_N=128)
+    _dropout_kernel[grid](x, bits, out, *sizes, SCALE=rescale(p), BLOCK_T=32, BLOCK_N=128)
     return out

@@ -132,7 +132,7 @@ def _up_kernel(
               WIDE, BLOCK, BLOCK_SUM)  # fmt: skip
 
 
-def gradients(dys: list[Tensor], h: Tensor, Bs: list[Tensor], alpha: float, dh: Tensor) -> list[Tensor]:
+def up_proj_backward(dys: list[Tensor], h: Tensor, Bs: list[Tensor], alpha: float, dh: Tensor) -> list[Tensor]:
     """Writes alpha · dy Bᵀ of each sibling into dh [G, T, H]; returns alpha · hᵀ dy, [H, m] in float32 or wider.
 
     Args:

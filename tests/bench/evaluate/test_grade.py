@@ -3,7 +3,7 @@
 import pytest
 
 from bench.evaluate.grade import grader, last_number
-from tasks.base import LAST_NUMBER, PASS, ROUGE_L
+from tasks.metrics import LAST_NUMBER, PASS, ROUGE_L
 
 
 @pytest.mark.parametrize("text, number", [

@@ -1,4 +1,4 @@
-"""Which tokens see which: packed rows against their examples one by one, and no mask where none is needed."""
+"""Attention in packed sequences equals that of their examples one by one; no mask is made without need."""
 
 import pytest
 import torch
@@ -9,16 +9,16 @@ from bench.train.batching import Encoded, collate
 from tests.conftest import SHAPES, make_model
 
 
-def test_no_attention_mask_is_made_even_while_a_graph_is_captured(monkeypatch):
-    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: True)  # what transformers then finds
+def test_no_attention_mask_is_made_during_graph_capture(monkeypatch):
+    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: True)  # transformers' test for a capture
     masks = []
     forward = LlamaAttention.forward
 
-    def looking(self, *args, attention_mask=None, **options):
+    def record_mask(self, *args, attention_mask=None, **options):
         masks.append(attention_mask)
         return forward(self, *args, attention_mask=attention_mask, **options)
 
-    monkeypatch.setattr(LlamaAttention, "forward", looking)
+    monkeypatch.setattr(LlamaAttention, "forward", record_mask)
     model = make_model()
     with no_attention_mask(model):
         model(input_ids=torch.ones(2, 5, dtype=torch.long))
@@ -27,12 +27,12 @@ def test_no_attention_mask_is_made_even_while_a_graph_is_captured(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_examples_that_share_a_row_do_not_see_each_other(shape):
-    """Outputs and gradients of a row are those of its examples one by one."""
+def test_examples_of_a_packed_sequence_do_not_attend_to_each_other(shape):
+    """Outputs and gradients of a packed sequence are those of its examples one by one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = make_model(shape).to(device)
     texts = [[7, 3, 9, 11, 2, 5], [4, 8, 1], [6, 6, 2, 3]]
-    (batch,) = [part.to(device) for part in collate([Encoded(text, 1) for text in texts], 0)]
+    (batch,) = [micro_batch.to(device) for micro_batch in collate([Encoded(text, 1) for text in texts], 0)]
     with exact_with_masks(device):
         packed = model(
             input_ids=batch.ids, position_ids=batch.position, attention_mask=batch.attention_bias(model.dtype)

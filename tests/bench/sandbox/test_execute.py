@@ -1,6 +1,6 @@
-"""Programs that try to get out of the sandbox: each is contained and fails, and the harness goes on.
+"""Programs that try to escape the sandbox: each is contained and fails, and the harness continues.
 
-Where it does no harm, the same attack is made without the sandbox and succeeds: it was the sandbox that stopped it.
+Harmless attacks are also run without the sandbox, where they succeed. This shows that the sandbox stopped them.
 """
 
 import os
@@ -18,12 +18,12 @@ from bench.errors import UserError
 from bench.sandbox import bubblewrap, execute
 from bench.sandbox.execute import Outcome, require_sandbox, run_program, run_programs
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(autouse=True)
 def harness_unharmed(monkeypatch):
-    """After each test: no descriptor stays open, and no process lives that was started in it."""
+    """Check after each test that no descriptor is left open and no started process is alive."""
     mark = uuid.uuid4().hex
     monkeypatch.setattr(execute, "RUNNER", f"{execute.RUNNER}\n# {mark}\n")
     before = len(os.listdir("/proc/self/fd"))
@@ -109,7 +109,7 @@ EARLY = {
 
 
 @pytest.mark.parametrize("name", EARLY)
-def test_what_ends_before_its_tests_has_failed(name, unsafe):
+def test_a_program_that_ends_before_its_tests_fails(name, unsafe):
     outcome = run_program(EARLY[name], TESTS, unsafe=unsafe)
     assert outcome.reason in ("failed", "output"), outcome
 
@@ -173,13 +173,13 @@ def test_neither_processes_nor_memory_escape_their_limits(program, sandboxed):
         "while True: threading.Thread(target=time.sleep, args=[60]).start()",
     ],
 )
-def test_bombs_go_off_unheard(program, sandboxed):
+def test_fork_and_thread_bombs_do_not_disturb_other_programs(program, sandboxed):
     outcomes = run_programs([(program, ""), (RIGHT, TESTS), (program, ""), (RIGHT, TESTS)], seconds=1)
     assert [outcome.passed for outcome in outcomes] == [False, True, False, True]
 
 
 @pytest.mark.parametrize("family", ["AF_INET", "AF_INET6", "AF_UNIX"])
-def test_no_connection_leaves(family, sandboxed, tmp_path):
+def test_no_connection_leaves_the_sandbox(family, sandboxed, tmp_path):
     address = {"AF_INET": ("127.0.0.1", 0), "AF_INET6": ("::1", 0), "AF_UNIX": f"\0{uuid.uuid4().hex}"}[family]
     with socket.socket(getattr(socket, family)) as listener:
         try:
@@ -197,12 +197,12 @@ def test_no_connection_leaves(family, sandboxed, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["AF_VSOCK", "AF_NETLINK", "AF_ALG"])
-def test_no_socket_is_opened_that_has_no_namespace(family, sandboxed):
+def test_no_socket_without_a_namespace_is_opened(family, sandboxed):
     outcome = run_program(f"import socket\nsocket.socket(socket.{family}, socket.SOCK_RAW)", "")
     assert outcome.detail.startswith("PermissionError")
 
 
-def test_no_file_of_the_host_is_there(sandboxed, tmp_path):
+def test_host_files_are_not_visible(sandboxed, tmp_path):
     mine = tmp_path / "secret"
     mine.write_text("of the host")
     needed = [Path(bubblewrap.interpreter()), Path(sysconfig.get_path("stdlib")).resolve()]
@@ -216,7 +216,7 @@ def test_no_file_of_the_host_is_there(sandboxed, tmp_path):
     assert run_program(f"text = open({str(mine)!r}).read()", "assert text == 'of the host'", unsafe=True).passed
 
 
-def test_nothing_of_the_interpreter_can_be_written(sandboxed):
+def test_the_interpreter_cannot_be_written_to(sandboxed):
     library = Path(sysconfig.get_path("stdlib")).resolve()
     packages = sysconfig.get_path("purelib")
     paths = [str(library / "os.py"), str(library / "new.py"), str(library / "site-packages" / "new.py"), packages]
@@ -247,7 +247,7 @@ def test_the_environment_and_the_folder_are_empty(unsafe, monkeypatch):
     assert run_program(program, "assert not seen, seen", unsafe=unsafe) == Outcome("passed")
 
 
-def test_a_process_left_behind_does_not_hold_up_the_harness():
+def test_a_process_left_behind_does_not_delay_the_harness():
     leave = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(3)\nos._exit(0)"
     began = time.monotonic()
     assert run_program(leave, "", unsafe=True).reason == "failed"
@@ -261,15 +261,15 @@ def test_outcomes_keep_the_order_of_their_programs(unsafe):
     assert [outcome.detail[:17] for outcome in outcomes[::3]] == [f"AssertionError: {i}" for i in (0, 3, 6, 9)]
 
 
-def test_it_runs_from_a_virtual_environment(sandboxed, tmp_path):
+def test_the_sandbox_runs_from_a_virtual_environment(sandboxed, tmp_path):
     venv.create(tmp_path / "env", with_pip=False, symlinks=True)
-    script = "import sys\nfrom bench.sandbox import run_program\nassert sys.prefix != sys.base_prefix\n"
+    script = "import sys\nfrom bench.sandbox.execute import run_program\nassert sys.prefix != sys.base_prefix\n"
     script += "print(run_program('import ssl, ctypes, decimal, zoneinfo', '').passed)"
     python = str(tmp_path / "env" / "bin" / "python")
     assert subprocess.run([python, "-c", script], cwd=ROOT, capture_output=True, text=True).stdout == "True\n"
 
 
-def test_it_refuses_without_bubblewrap(monkeypatch, tmp_path):
+def test_a_missing_bubblewrap_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     for attempt in (require_sandbox, lambda: run_program("", ""), lambda: run_programs([("", "")])):
         with pytest.raises(UserError, match=r"not installed.*apt install bubblewrap.*--unsafe-code") as caught:
@@ -278,7 +278,7 @@ def test_it_refuses_without_bubblewrap(monkeypatch, tmp_path):
     require_sandbox(unsafe=True)
 
 
-def test_it_refuses_where_bubblewrap_may_not_make_namespaces(monkeypatch, tmp_path):
+def test_forbidden_namespaces_are_an_error(monkeypatch, tmp_path):
     fake = tmp_path / "bwrap"
     fake.write_text("#!/bin/sh\necho 'bwrap: setting up uid map: Permission denied' >&2\nexit 1\n")
     fake.chmod(0o755)
@@ -288,7 +288,7 @@ def test_it_refuses_where_bubblewrap_may_not_make_namespaces(monkeypatch, tmp_pa
     assert "\n" not in str(caught.value)
 
 
-def test_it_refuses_a_machine_whose_system_calls_it_does_not_know(monkeypatch):
+def test_unknown_machines_are_an_error(monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: "vax")
     with pytest.raises(UserError, match=r"not vax.*--unsafe-code"):
         bubblewrap.one_process_filter()

@@ -37,7 +37,7 @@ class FusedMask(torch.nn.Module):
     def forward(self, x):
         if not self.p:
             return x
-        bits = dropout.mask(x[..., 0].numel(), x.shape[-1], torch.randint(2**31 - 1, (1,)), self.p)
+        bits = dropout.draw_mask(x[..., 0].numel(), x.shape[-1], torch.randint(2**31 - 1, (1,)), self.p)
         kept = (bits[:, :, None] >> torch.arange(32) & 1).flatten(1)[:, : x.shape[-1]]
         return x * kept.view_as(x) / (1 - round(dropout.LEVELS * self.p) / dropout.LEVELS)
 

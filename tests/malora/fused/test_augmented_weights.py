@@ -1,4 +1,4 @@
-"""Base and up side as one product, in weights with room for B: the same sums, and weights that can be had back."""
+"""Base and up projection as one GEMM: the same sums, only when asked for, and weights that can be restored."""
 
 import copy
 
@@ -11,7 +11,6 @@ from torch import nn
 import malora
 from malora.fused import augmented_weights
 from malora.fused.availability import interprets_triton
-from malora.fused.kernels import down_forward
 from tests.malora.backends.test_backends import assert_agrees, layer
 from tests.malora.fused.hopper import printed
 from tests.malora.fused.test_group import CLOSE, DEVICE, DTYPE, adapted
@@ -30,18 +29,18 @@ def ids(ids):
     return ids.to(DEVICE)
 
 
-def rooms(model) -> dict[str, int]:
-    """Columns that each weight has beside it."""
+def padding(model) -> dict[str, int]:
+    """Return the padded columns of each weight that has any."""
     found = {}
     for made in model.base_model.malora_layers:
         weight = made.base_layer.weight
-        if room := weight.stride(0) - weight.shape[1]:
-            found[made.name.rpartition(".")[2]] = room
+        if columns := weight.stride(0) - weight.shape[1]:
+            found[made.name.rpartition(".")[2]] = columns
     return found
 
 
 def trained(model, ids, passes=1) -> dict[str, torch.Tensor]:
-    """Logits and gradients of so many passes before one backward pass."""
+    """Return logits and gradients of several forward passes and one backward pass."""
     model.zero_grad()
     torch.manual_seed(3)
     logits = torch.stack([model(ids.roll(n, 1), use_cache=False).logits for n in range(passes)])
@@ -55,12 +54,16 @@ def assert_close(got, expected):
         torch.testing.assert_close(got[name], value, **CLOSE, msg=name)
 
 
+def optimized(method="malora", **options):
+    """Return an adapted model with padded columns."""
+    model = adapted(method, **{"lora_dropout": 0.3} | options)
+    malora.optimize_backbone(model)
+    return model
+
+
 def pair(method="malora", **options):
-    """Twice the same, of which one has no room."""
-    models = [adapted(method, lora_dropout=0.3, **options) for _ in range(2)]
-    for made in models[1].base_model.malora_layers:
-        made.group.rooms = dict.fromkeys(map(id, made.group.layers), 0)
-    return models
+    """Return the same model twice, the first with padded columns."""
+    return [optimized(method, **options), adapted(method, lora_dropout=0.3, **options)]
 
 
 @pytest.mark.skipif(not interprets_triton(), reason="Triton runs on a CPU as its interpreter only")
@@ -68,8 +71,9 @@ def pair(method="malora", **options):
     "method, options", [(m, {}) for m in METHODS] + [(m, {"num_experts": 3}) for m in METHODS[1:3]]
 )
 def test_agrees_with_the_reference(method, options):
-    """With a bias too."""
-    made = layer(malora.METHODS[method](lora_dropout=0.3, **options), m=152)
+    """The layer has a bias."""
+    made = layer(malora.METHODS[method](lora_dropout=0.3, backend="fused", **options), m=152)
+    malora.optimize_backbone(made)
     assert_agrees(made, "fused", torch.randn(3, 11, 72, dtype=torch.float64))
     config = made.settings["default"]
     assert made.base_layer.weight.stride(0) == 72 + -(-config.num_experts * config.r // 8) * 8
@@ -84,66 +88,82 @@ def test_a_model_computes_the_same_and_sees_what_an_optimizer_did(method, ids):
             torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
     config = models[0].peft_config["default"]
     H = -(-config.num_experts * config.r // 8) * 8
-    places = {name: g + 1 for family in (QKV, GATE_UP) for g, name in enumerate(family)}
-    assert rooms(models[0]) == {name: place * H for name, place in places.items()} and not rooms(models[1])
+    places = {name: g + 1 for group in (QKV, GATE_UP) for g, name in enumerate(group)}
+    assert padding(models[0]) == {name: place * H for name, place in places.items()} and not padding(models[1])
 
 
 def test_gradient_checkpointing_recomputes_the_same(ids):
-    model = adapted(lora_dropout=0.3)
+    model = optimized()
     plain = trained(model, ids)
     model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     assert_close(trained(model, ids), plain)
-    assert rooms(model)
+    assert padding(model)
 
 
-def test_room_is_for_training_with_dropout_where_there_is_enough_to_gain(ids, monkeypatch):
-    model = adapted()
+def test_nothing_moves_unless_the_user_asks(ids):
+    model = adapted(lora_dropout=0.3)
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
     trained(model, ids)
-    assert not rooms(model)
-    model = adapted(lora_dropout=0.3).eval()
-    trained(model, ids)
-    assert not rooms(model)
+    with torch.no_grad():
+        model.eval()(ids)
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == before and not padding(model)
+
+
+def test_padding_is_for_dropout_and_for_large_groups(monkeypatch):
+    assert not padding(optimized(lora_dropout=0.0))
     with torch.inference_mode():  # a weight of its own could not be trained with
-        model.train()(ids)
-    assert not rooms(model)
+        assert not padding(optimized())
     monkeypatch.setattr(augmented_weights, "MIN_ELEMENTS", 64 * 192)
-    trained(model, ids)
-    assert set(rooms(model)) == set(GATE_UP)
+    assert set(padding(optimized())) == set(GATE_UP)
+
+
+def test_the_backbone_is_restored(ids):
+    model, plain = pair()
+    before = trained(model, ids)
+    malora.optimize_backbone(model)  # again changes nothing
+    assert padding(model)
+    malora.restore_backbone(model)
+    assert not padding(model) and all(p.is_contiguous() for p in model.parameters())
+    assert_close(trained(model, ids), trained(plain, ids))
+    malora.optimize_backbone(model)
+    assert padding(model)
+    assert_close(trained(model, ids), before)
+    malora.release_caches(model)
+    assert not padding(model)
 
 
 def test_weights_that_are_not_a_layers_alone_stay_where_they_are(ids):
-    model, other = pair()
+    model, other = (adapted(lora_dropout=0.3) for _ in range(2))
     attention, mlp = (getattr(model.base_model.model.model.layers[0], name) for name in ("self_attn", "mlp"))
     key, gate = attention.k_proj.base_layer, mlp.gate_proj.base_layer
     packed = torch.zeros(2 * 32, 64, dtype=DTYPE, device=DEVICE)
     packed[:32] = key.weight
     key.weight.data = packed[:32]
     gate._hf_hook = "accelerate brings the weight for each pass"
+    malora.optimize_backbone(model)
     expected = trained(other, ids)
     assert_close(trained(model, ids), expected)
     assert key.weight.data_ptr() == packed.data_ptr() and not packed[32:].any()
     first, second = (layer.parameters() for layer in model.base_model.model.model.layers)
-    assert all(p.is_contiguous() for p in first)  # their siblings stay too: one product needs them all
+    assert all(p.is_contiguous() for p in first)  # the rest of their groups stays too: one input feeds all
     assert sum(not p.is_contiguous() for p in second) == 5
 
 
-def test_a_weight_that_was_exchanged_is_computed_without_room(ids):
+def test_a_weight_that_was_exchanged_is_computed_without_padding(ids):
     model, other = pair()
     trained(model, ids)
     for each in (model, other):
         for made in each.base_model.malora_layers:
             made.base_layer.weight.data = 2 * made.base_layer.weight.data
     assert_close(trained(model, ids), trained(other, ids))
-    assert not rooms(model) and not any(
-        augmented_weights.whole(made) is not None for made in model.base_model.malora_layers
-    )
+    assert not padding(model)
 
 
-def test_another_adapter_of_another_size_is_computed_without_room(ids):
+def test_an_adapter_of_another_size_is_computed_without_padding(ids):
     models = pair()
     trained(models[0], ids)
-    before = rooms(models[0])
+    before = padding(models[0])
     for model in models:
         torch.manual_seed(0)
         model.add_adapter("second", malora.METHODS["molora"](backend="fused", lora_dropout=0.3, r=3))
@@ -153,11 +173,11 @@ def test_another_adapter_of_another_size_is_computed_without_room(ids):
     for model in models:
         model.set_adapter("default")
     assert_close(*(trained(model, ids) for model in models))
-    assert rooms(models[0]) == before
+    assert padding(models[0]) == before
 
 
 def test_a_pass_of_both_adapters_in_turns(ids):
-    """They write to the same room."""
+    """They write to the same padded columns."""
     models = pair()
     for model in models:
         model.add_adapter("second", malora.METHODS["malora"](backend="fused", lora_dropout=0.3))
@@ -179,33 +199,35 @@ def test_a_pass_of_both_adapters_in_turns(ids):
         }
 
     assert_close(*map(in_turns, models))
-    assert rooms(models[0])
+    assert padding(models[0])
 
 
-def test_weights_can_be_had_back(ids, tmp_path):
+def test_weights_are_saved_copied_and_unloaded_without_padding(ids, tmp_path):
     model = adapted(lora_dropout=0.3)
     before = copy.deepcopy(model.state_dict())
+    malora.optimize_backbone(model)
     trained(model, ids)
-    assert rooms(model)
+    assert padding(model)
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
     again = copy.deepcopy(model)
-    assert not rooms(again)
+    assert not padding(again)
     assert_close(trained(again, ids), trained(model, ids))
     torch.save(model, tmp_path / "whole.pt")
     read = torch.load(tmp_path / "whole.pt", weights_only=False)
     assert_close(trained(read, ids), trained(model, ids))
     model.add_adapter("second", malora.METHODS["malora"]())
     model.delete_adapter("second")
-    assert rooms(model)
+    assert padding(model)
     model.delete_adapter("default")
-    assert not rooms(model)
+    assert not padding(model)
     plain = again.unload()
     assert all(p.is_contiguous() for p in plain.parameters())
     config = malora.METHODS["malora"](backend="fused", lora_dropout=0.3)
     wrapped = get_peft_model(plain, config).to(DEVICE, DTYPE).train()
+    malora.optimize_backbone(wrapped)
     trained(wrapped, ids)
-    assert rooms(wrapped)
+    assert padding(wrapped)
     plain = wrapped.unload()
     plain.save_pretrained(tmp_path)
     saved = safetensors.torch.load_file(tmp_path / "model.safetensors")
@@ -214,82 +236,10 @@ def test_weights_can_be_had_back(ids, tmp_path):
     assert isinstance(plain.model.layers[0].self_attn.q_proj, nn.Linear)
 
 
-def readers(model):
-    """Q, K and V of the first layer, and what they are called with, made where they have room."""
-    attention = model.base_model.model.model.layers[0].self_attn
-    torch.manual_seed(5)
-    plain = torch.randn(2, 7, attention.q_proj.in_features, device=DEVICE, dtype=DTYPE)
-    return [attention.q_proj, attention.k_proj, attention.v_proj], plain
-
-
-def outputs(layers, x):
-    torch.manual_seed(6)
-    ys = [layer(x) for layer in layers]
-    return [*ys, *torch.autograd.grad(sum(y.square().sum() for y in ys), [layers[0].malora_S["default"], x])]
-
-
-def test_an_input_that_has_room_is_not_copied(ids, monkeypatch):
-    """But once only: a second pass over it would write over what the first has saved."""
-    copies, down = [], down_forward.dropout_matmul_split_k
-    monkeypatch.setattr(down_forward, "dropout_matmul_split_k", lambda *a: copies.append(a[5] is not None) or down(*a))
-    model = adapted(lora_dropout=0.3)
-    layers, plain = readers(model)
-    assert augmented_weights.input_with_room(layers[0], plain) is None  # before weights have moved
-    expected = outputs(layers, plain.requires_grad_())
-    for taken in (False, True):
-        x = augmented_weights.input_with_room(layers[0], plain).copy_(plain.detach()).requires_grad_()
-        version = x._version
-        if taken:
-            layers[0](x)
-        del copies[:]
-        got = outputs(layers, x)
-        assert copies == [taken] and x._version == version
-        for a, b in zip(got, expected, strict=True):
-            torch.testing.assert_close(a, b, **CLOSE)
-
-
-def test_an_input_that_has_room_and_changes_is_seen(ids):
-    model = adapted(lora_dropout=0.3)
-    layers, plain = readers(model)
-    outputs(layers, plain.requires_grad_())
-    x = augmented_weights.input_with_room(layers[0], plain).copy_(plain.detach())
-    ys = [layer(x) for layer in layers]
-    x.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        sum(y.sum() for y in ys).backward()
-
-
-def test_room_of_another_dtype_than_autocasts_is_left(ids):
-    """Products are in autocast's then, and the input is copied into it."""
-    model = adapted(lora_dropout=0.3).float()
-    layers, plain = readers(model)
-    plain = plain.float()
-    outputs(layers, plain.requires_grad_())
-    x = augmented_weights.input_with_room(layers[0], plain).copy_(plain.detach()).requires_grad_()
-    with torch.autocast(plain.device.type, torch.bfloat16):
-        for got, expected in zip(outputs(layers, x), outputs(layers, plain), strict=True):
-            assert torch.equal(got, expected)
-
-
-@pytest.mark.parametrize("change", ["eval", "no dropout", "no gradients", "another width"])
-def test_there_is_no_room_where_it_is_of_no_use(change, ids):
-    model = adapted(lora_dropout=0.3)
-    layers, plain = readers(model)
-    outputs(layers, plain.requires_grad_())
-    assert augmented_weights.input_with_room(layers[0], plain) is not None
-    if change == "eval":
-        model.eval()
-    if change == "no dropout":
-        layers[0].settings["default"].lora_dropout = 0.0
-    with torch.set_grad_enabled(change != "no gradients"):
-        like = plain[..., :8] if change == "another width" else plain
-        assert augmented_weights.input_with_room(layers[0], like) is None
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("method", METHODS[:3])
 def test_a_graph_replays_what_a_pass_computes(method, ids):
-    """It fills the room while it routes; with weights that an optimizer changed after the capture."""
+    """It writes the up projection while it routes. An optimizer changes weights after the capture."""
     model, other = pair(method)
     trainable = [[p for p in each.parameters() if p.requires_grad] for each in (model, other)]
     dropout_seed = torch.full((1,), 5, device=DEVICE)
@@ -300,7 +250,7 @@ def test_a_graph_replays_what_a_pass_computes(method, ids):
         return [logits, *torch.autograd.grad(logits.pow(2).mean(), parameters)]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "randint", lambda *_, **__: dropout_seed)  # one mask for all
+        patch.setattr(torch, "randint", lambda *_, **__: dropout_seed)  # one dropout mask for all
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -310,7 +260,7 @@ def test_a_graph_replays_what_a_pass_computes(method, ids):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = step(model, trainable[0])
-        assert rooms(model)
+        assert padding(model)
         for factor in (1.0, 0.5):
             with torch.no_grad():
                 for parameter in (*trainable[0], *trainable[1]):
@@ -321,12 +271,12 @@ def test_a_graph_replays_what_a_pass_computes(method, ids):
 
 
 COMPILE = """
-from malora.backends import beside
-from tests.malora.hopper import compiled
-print(compiled(beside._fill_one, {"SCALE": 2.0, "BLOCK_H": 32, "BLOCK_M": 128}, aligned=("H", "m")), end="\\f")
+from malora.fused.kernels import transpose_copy
+from tests.malora.fused.hopper import compiled
+print(compiled(transpose_copy._write_one_up_proj, {"SCALE": 2.0, "BLOCK_H": 32, "BLOCK_M": 128}, aligned=("H", "m")), end="\\f")
 """
 
 
-def test_room_is_filled_in_wide_stores(tmp_path):
+def test_the_up_projection_is_written_in_wide_stores(tmp_path):
     (code,) = printed(COMPILE, tmp_path)
     assert "tt.trans" in code and code.count("tt.store") == 1

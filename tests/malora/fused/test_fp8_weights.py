@@ -1,4 +1,4 @@
-"""Products in 8 bits: what is rounded, and how often; all else is the fused backend's."""
+"""Float8 GEMMs: what is quantized, and how often. All else is the fused backend's."""
 
 import copy
 
@@ -15,22 +15,26 @@ from malora.routing import RoutingLog
 from tests.conftest import make_model
 
 ON_GPU = torch.cuda.is_available()
-# The interpreter computes in float64; a GPU in what its 8-bit products give.
+# The interpreter computes in float64; the float8 matmuls of a GPU give bfloat16.
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float64)
 CASES = {
     "malora": {},
     "malora with dropout": {"lora_dropout": 0.3},
     "asylora": {"method": "asylora", "lora_dropout": 0.0},  # no router
     "asylora with dropout": {"method": "asylora", "lora_dropout": 0.3},
-    "molora of high rank": {"method": "molora", "lora_dropout": 0.3, "r": 16},  # its dropout is a pass of its own
+    "molora of high rank": {
+        "method": "molora",
+        "lora_dropout": 0.3,
+        "r": 16,
+    },  # its rank is too high for the fused dropout
 }
 
 
 def group(method="malora", sizes=(48, 16, 16), n=64, bias=True, **options) -> list[MaloraLayer]:
     torch.manual_seed(0)
-    family, made = ProjectionGroup(), []
+    shared, made = ProjectionGroup(), []
     for m in sizes:
-        layer = MaloraLayer(torch.nn.Linear(n, m, bias).requires_grad_(False), "layer", RoutingLog(), family)
+        layer = MaloraLayer(torch.nn.Linear(n, m, bias).requires_grad_(False), "layer", RoutingLog(), shared)
         layer.update_layer("default", METHODS[method](**{"backend": "fp8", "lora_dropout": 0.0} | options))
         made.append(layer.to(DEVICE, DTYPE).train())
     with torch.no_grad():
@@ -62,15 +66,15 @@ def data(layers, T=37):
     return x, dys
 
 
-def in_8_bits(t, least=0.0):
-    """Values in 8 bits and their scales, one a row."""
+def in_float8(t, least=0.0):
+    """Return values in float8 and their scales, one per row."""
     t = t.flatten(0, -2).float()
     scale = t.abs().amax(1, keepdim=True).clamp(min=least) / 448
     return torch.where(scale > 0, t / scale, 0).to(torch.float8_e4m3fn).double(), scale.double()
 
 
 def with_identities(layers):
-    """Copies in which W is zero and B the identity: what goes through them is α·h, and dh comes back."""
+    """Return copies in which W is zero and B the identity: their output is α·h, and dh comes back."""
     layers = copy.deepcopy(layers)
     with torch.no_grad():
         for layer in layers:
@@ -82,27 +86,27 @@ def with_identities(layers):
 
 
 def expected_outputs(layers, x, dys):
-    """[x h·u] [W (B/u)ᵀ]ᵀ + bias of factors in 8 bits, where B is in scales of W's rows and u brings it to 448."""
+    """Return [x h·u] [W (B/u)ᵀ]ᵀ + bias of float8 factors: B in scales of W's rows, and u brings it to 448."""
     hs, weights = run(with_identities(layers), x, dys, "fused")[0], []
     least = max(layer.base_layer.weight.detach().abs().max().float() for layer in layers) / 256
     for layer in layers:
         W, B = layer.base_layer.weight.detach(), layer.factors("default").B.detach().flatten(0, 1)
-        W, scale = in_8_bits(W, least)
-        weights.append((W, scale.T, *in_8_bits(B / scale.T)))
+        W, scale = in_float8(W, least)
+        weights.append((W, scale.T, *in_float8(B / scale.T)))
     hs = [h[0].double()[:, : len(unit)] * unit.T for h, (*_, unit) in zip(hs, weights, strict=True)]
-    row, of_row = in_8_bits(torch.cat([x[0].double(), *hs], 1))
+    row, of_row = in_float8(torch.cat([x[0].double(), *hs], 1))
     x, *hs = (row * of_row).split([x.shape[2], *(h.shape[1] for h in hs)], 1)
     each = zip(layers, hs, weights, strict=True)
     return [(x @ W.T + h @ B) * scale + layer.base_layer.bias.detach() for layer, h, (W, scale, B, _) in each]
 
 
 def expected_gradients(layers, x, dys):
-    """dx, and those of all that trains: [dx dh] = dy [W Bᵀ] of factors in 8 bits, and the rest as it is made of dh."""
-    dy, of_dy = in_8_bits(torch.cat(dys, 2))
-    W, of_W = in_8_bits(torch.cat([layer.base_layer.weight.detach() for layer in layers]).T)
+    """Return dx and the gradients of what trains: [dx dh] = dy [W Bᵀ] of float8 factors, the rest follows from dh."""
+    dy, of_dy = in_float8(torch.cat(dys, 2))
+    W, of_W = in_float8(torch.cat([layer.base_layer.weight.detach() for layer in layers]).T)
     dhs = []
     for layer, part in zip(layers, dy.split([dy.shape[-1] for dy in dys], 1), strict=True):
-        B, of_B = in_8_bits(layer.factors("default").B.detach().flatten(0, 1))
+        B, of_B = in_float8(layer.factors("default").B.detach().flatten(0, 1))
         dh = torch.zeros_like(part)  # as wide as y, to go back through an identity
         dh[:, : len(B)] = of_dy * (part @ B.T) * of_B.T
         dhs.append(dh.to(x.dtype)[None])
@@ -111,7 +115,7 @@ def expected_gradients(layers, x, dys):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_products_with_frozen_weights_and_with_B_are_rounded_and_no_others(case):
+def test_only_gemms_with_frozen_weights_and_up_projections_are_quantized(case):
     layers = group(sizes=(160, 128, 128), **CASES[case])
     x, dys = data(layers)
     exact = run(layers, x, dys, "fused")[2]
@@ -120,7 +124,7 @@ def test_products_with_frozen_weights_and_with_B_are_rounded_and_no_others(case)
     pairs = [*zip(ys, expected_outputs(layers, x, dys), strict=True), (dx, expected_dx)]
     names = [name for layer in layers for name, p in layer.named_parameters() if p.requires_grad]
     for name, *of_each in zip(names, gradients, exact, expected, strict=True):
-        is_B = name.startswith("malora_B")  # whose gradient is of h and dy as they came
+        is_B = name.startswith("malora_B")  # its gradient is of h and dy, which are not quantized
         pairs.append((of_each[0][None], of_each[1 if is_B else 2].double()))
         assert is_B or not torch.equal(of_each[0], of_each[1])
     bound = 1e-2 if ON_GPU else 1e-6  # a GPU rounds to bfloat16 in between
@@ -129,7 +133,7 @@ def test_products_with_frozen_weights_and_with_B_are_rounded_and_no_others(case)
 
 
 def numbers_of_the_format(*shape, seed):
-    """In rows that each have a 448. The interpreter halves what is rounded up to a power of two, so no others."""
+    """Return rows that each have a 448. The interpreter halves what is rounded up to a power of two, so no others."""
     generator = torch.Generator().manual_seed(seed)
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     every = every[every.abs() >= 1]  # so that a sixtieth of it has as many bits
@@ -150,20 +154,20 @@ def noisy_on_a_gpu(x, seed):
 @pytest.mark.parametrize("H", [0, 8, 24])
 @pytest.mark.parametrize("parts", [1, 2, 3])
 @pytest.mark.parametrize("alpha, least", [(1.0, None), (0.5, 448.0)])
-def test_the_kernel_rounds_rows(parts, H, alpha, least):
+def test_the_kernel_quantizes_rows(parts, H, alpha, least):
     least = None if least is None else torch.tensor(least)
     scales = powers_of_two(9, 1, seed=parts, of=9 if least is None else 3)
     x = noisy_on_a_gpu(numbers_of_the_format(9, 96, seed=parts) * scales, parts)
     x[4] = 0
     up = gpu_up = None
-    if H:  # two siblings, with room up to the next multiple of 16; some rows have their largest magnitude in h
+    if H:  # two projections, columns up to a multiple of 16; some rows have their largest magnitude in h
         unit = powers_of_two(2, -(-H // 16) * 16, seed=3)
         h = numbers_of_the_format(2 * 9, H, seed=4).view(2, 9, H) * powers_of_two(2, 9, 1, seed=5, of=3)
         h = noisy_on_a_gpu(h * (x.abs().amax(1) / 448)[:, None], 6) / unit[:, None, :H]
         up, gpu_up = quantize_fp8.UpOperand(h, unit), quantize_fp8.UpOperand(h.to(DEVICE), unit.to(DEVICE))
     widths = {1: [96], 2: [80, 16], 3: [16, 48, 32]}[parts]
     expected = quantize_fp8.quantize_rows([x], up, None, alpha, least)
-    parts = x.to(DEVICE).split(widths, 1)  # whose rows lie apart
+    parts = x.to(DEVICE).split(widths, 1)  # their rows lie apart
     got = quantize_fp8.Float8Rows(*(torch.empty_like(t, device=DEVICE) for t in expected))
     quantize_fp8.quantize_rows_triton(parts, gpu_up, got, alpha, None if least is None else least.to(DEVICE))
     assert torch.equal(got.scale.cpu(), expected.scale)
@@ -172,15 +176,15 @@ def test_the_kernel_rounds_rows(parts, H, alpha, least):
 
 
 @pytest.mark.parametrize("H, m", [(8, 48), (16, 528), (24, 640)])
-def test_the_kernel_puts_B_beside_a_weight(H, m):
-    n, room = 32, -(-H // 16) * 16
+def test_the_kernel_quantizes_B_next_to_a_weight(H, m):
+    n, columns = 32, -(-H // 16) * 16
     scale = powers_of_two(m, 1, seed=1)
     B = noisy_on_a_gpu(numbers_of_the_format(H, m, seed=2), 2) * scale.T * powers_of_two(H, 1, seed=3)
     B[5] = 0
     found = {}
     for device, put in (("cpu", quantize_fp8.quantize_up_proj), (DEVICE, quantize_fp8.quantize_up_proj_triton)):
-        values = torch.full((m, n + room), 3.0).to(torch.float8_e4m3fn)
-        W, unit = quantize_fp8.Float8Rows(values.to(device), scale.to(device)), torch.empty(room, device=device)
+        values = torch.full((m, n + columns), 3.0).to(torch.float8_e4m3fn)
+        W, unit = quantize_fp8.Float8Rows(values.to(device), scale.to(device)), torch.empty(columns, device=device)
         put(W, B.to(device), 0.5, unit)
         found[put] = W.values.cpu().float(), unit.cpu()
     (expected, of_expected), (got, of_got) = found.values()
@@ -191,38 +195,38 @@ def test_the_kernel_puts_B_beside_a_weight(H, m):
     assert (near.T - B).norm() < 0.05 * B.norm()
 
 
-def test_weights_are_rounded_once_and_again_when_they_changed():
+def test_weights_are_quantized_once_and_again_when_they_change():
     layers = group()
-    family, (x, dys) = layers[0].group, data(layers)
+    shared, (x, dys) = layers[0].group, data(layers)
 
-    def kept():
+    def cached():
         run(layers, x, dys, "fp8")
-        (found,) = family.frozen.values()
+        (found,) = shared.cache.float8.values()
         return found
 
     with torch.no_grad():
         before = layers[0](x)
-    (forward_only,) = family.frozen.values()
+    (forward_only,) = shared.cache.float8.values()
     assert forward_only.by_input is None  # nobody asked for a gradient
-    first = kept()
+    first = cached()
     assert first.by_input is not None and first.by_output is forward_only.by_output
     for layer in layers:
         layer.eval().train()
-    assert kept() is first
+    assert cached() is first
     with torch.no_grad():
         layers[0].base_layer.weight.mul_(2)
         assert not torch.equal(layers[0](x), before)
-    second = kept()
+    second = cached()
     assert second is not first and torch.equal(second.by_output[0].scale, 2 * first.by_output[0].scale)
     layers[1].base_layer.weight.data = layers[1].base_layer.weight.data.clone()
-    assert kept() is not second
-    family.release(frozen=True)
-    assert not family.frozen
+    assert cached() is not second
+    shared.release(include_frozen=True)
+    assert not shared.cache.float8
 
 
 @pytest.mark.parametrize("share", [1e-3, 1e-8, 0.0])
-def test_small_weights_leave_their_siblings_and_their_other_rows_as_they_are(share):
-    """What B is in scales of W would else be so much that x beside it is rounded to zero."""
+def test_small_weights_do_not_disturb_their_group_or_their_other_rows(share):
+    """B in scales of W would otherwise be so large that x next to it is rounded to zero."""
     layers = group(sizes=(160, 128, 128))
     with torch.no_grad():
         layers[1].base_layer.weight.mul_(share)
@@ -232,7 +236,7 @@ def test_small_weights_leave_their_siblings_and_their_other_rows_as_they_are(sha
         assert (got - expected).norm() < 0.05 * expected.norm()
 
 
-def test_a_row_of_a_weight_that_is_not_finite_is_lost_alone():
+def test_a_row_of_a_weight_that_is_not_finite_loses_itself_only():
     layers = group(sizes=(160,))
     with torch.no_grad():
         layers[0].base_layer.weight[7, 3] = torch.inf
@@ -242,23 +246,23 @@ def test_a_row_of_a_weight_that_is_not_finite_is_lost_alone():
 
 def test_copies_go_with_the_last_adapter_of_their_size_and_with_the_device():
     layers = group(r=4)
-    family, (x, _) = layers[0].group, data(layers)
+    shared, (x, _) = layers[0].group, data(layers)
     for layer in layers:
         layer.update_layer("larger", METHODS["malora"](backend="fp8", r=16))
         layer.to(DEVICE, DTYPE)
 
-    def rooms(adapter):
+    def columns(adapter):
         for layer in layers:
             layer.set_adapter(adapter)
         layers[0](x)
-        return sorted(place[-1] for place in family.frozen)
+        return sorted(key[-1] for key in shared.cache.float8)
 
-    assert rooms("default") == [32] and rooms("larger") == [32, 128] and rooms("default") == [32, 128]
+    assert columns("default") == [32] and columns("larger") == [32, 128] and columns("default") == [32, 128]
     for layer in layers:
         layer.delete_adapter("larger")
-    assert rooms("default") == [32]
+    assert columns("default") == [32]
     layers[0].to("meta")
-    assert not family.frozen
+    assert not shared.cache.float8
 
 
 def test_an_adapter_may_be_switched_between_the_passes():
@@ -281,7 +285,7 @@ def test_an_adapter_may_be_switched_between_the_passes():
     assert torch.equal(*found)
 
 
-def test_a_layer_that_does_not_fit_is_said_and_computed_in_full(caplog):
+def test_a_layer_that_does_not_fit_is_logged_and_computed_in_full(caplog):
     warn_once.cache_clear()
     layers = group(sizes=(48, 24))
     x, dys = data(layers)
@@ -292,10 +296,10 @@ def test_a_layer_that_does_not_fit_is_said_and_computed_in_full(caplog):
     assert caplog.text.count("'fp8' cannot compute a layer with a side of 24, no multiple of 16; the fused") == 1
 
 
-def test_where_no_kernel_runs_it_is_said_and_computed_densely(caplog, monkeypatch):
+def test_without_triton_it_is_logged_and_computed_densely(caplog, monkeypatch):
     warn_once.cache_clear()
-    monkeypatch.setattr("malora.layer.interprets_triton", lambda: False)
-    monkeypatch.setattr("malora.layer.has_triton", lambda: False)
+    monkeypatch.setattr("malora.fused.eligibility.interprets_triton", lambda: False)
+    monkeypatch.setattr("malora.fused.eligibility.has_triton", lambda: False)
     layers = group()
     x, dys = data(layers)
     ys, *_ = run(layers, x, dys, "fp8")
@@ -306,8 +310,8 @@ def test_where_no_kernel_runs_it_is_said_and_computed_densely(caplog, monkeypatc
 
 
 def test_a_model_is_near_the_fused_one(ids):
-    """Through two layers of a model of random weights; the bound is four times float8's rounding, 2^-4 of a number."""
-    results, options = {}, {"lora_dropout": 0.0, "top_k": 8}  # a choice of experts is no small change
+    """The model has two layers of random weights. The bound is four times float8's rounding, 2^-4 of a number."""
+    results, options = {}, {"lora_dropout": 0.0, "top_k": 8}  # another choice of experts is no small change
     for backend in ("fused", "fp8"):
         torch.manual_seed(0)
         model = get_peft_model(make_model(), METHODS["malora"](**options, backend=backend)).to(DEVICE).train()
@@ -324,7 +328,7 @@ def test_a_model_is_near_the_fused_one(ids):
     assert not torch.equal(results["fp8"]["logits"], results["fused"]["logits"])
 
 
-@pytest.mark.skipif(not ON_GPU, reason="a GPU multiplies in 8 bits and captures graphs")
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 @pytest.mark.parametrize("sizes, n", [((4096,) * 3, 4096), ((11008,) * 2, 4096), ((4096,), 11008), ((576, 192), 576)])
 def test_a_graph_replays_what_is_near_the_fused_one(sizes, n):
     layers = group(sizes=sizes, n=n, bias=False, lora_dropout=0.05)
@@ -336,7 +340,7 @@ def test_a_graph_replays_what_is_near_the_fused_one(sizes, n):
         assert (got - expected).norm() < 0.05 * expected.norm()
     x.requires_grad_()
     for layer in layers:
-        layer.settings["default"].lora_dropout = 0.0  # which would draw anew
+        layer.settings["default"].lora_dropout = 0.0  # it would draw a new mask
 
     def step():
         found = [layer(x) for layer in layers]

@@ -1,4 +1,4 @@
-"""Layers that the fused backend computes together, inside whole models: nothing but the speed may change."""
+"""Projection groups inside whole models: nothing but the speed may change."""
 
 import copy
 
@@ -33,7 +33,7 @@ def adapted(method="malora", shape="llama", **options):
 
 
 def computed(model, ids, backend, more=malora.balance_loss):
-    """Logits, and gradients of a loss, to which `more` of a routed model is added."""
+    """Return logits, and gradients of a loss that includes `more` of a routed model."""
     for layer in model.base_model.malora_layers:
         layer.settings["default"].backend = backend
     model.zero_grad()
@@ -60,7 +60,7 @@ def test_a_model_computes_the_same(method, shape, ids):
 
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("frozen", ["malora_B", "malora_"])
-def test_siblings_need_not_train_alike(frozen, large, ids, monkeypatch):
+def test_layers_of_a_group_need_not_train_alike(frozen, large, ids, monkeypatch):
     monkeypatch.setattr("malora.fused.streams.MIN_SATURATING_ELEMENTS", 1 if large else 1 << 23)
     model = adapted()
     for name, parameter in model.named_parameters():
@@ -71,17 +71,16 @@ def test_siblings_need_not_train_alike(frozen, large, ids, monkeypatch):
     assert all(p.grad is not None for n, p in model.named_parameters() if "k_proj" in n and "malora_B" in n)
 
 
-def test_siblings_are_computed_once(ids, monkeypatch):
+def test_a_group_is_computed_once(ids, monkeypatch):
     from malora.fused import autograd
 
-    sizes = []
-    outputs = autograd.outputs
-    monkeypatch.setattr(autograd, "outputs", lambda stack, x: sizes.append(len(stack.layers)) or outputs(stack, x))
+    sizes, forward = [], autograd.forward_group
+    monkeypatch.setattr(autograd, "forward_group", lambda a, x: sizes.append(len(a.layers)) or forward(a, x))
     adapted()(ids)
     assert sizes == [3, 2, 1] * 2  # Q, K, V; Gate, Up; Down; of two layers
 
 
-def test_a_training_pass_copies_all_weights_at_once(ids, monkeypatch):
+def test_a_training_pass_packs_all_weights_at_once(ids, monkeypatch):
     sizes = []
     copy = torch._foreach_copy_
     monkeypatch.setattr(torch, "_foreach_copy_", lambda to, source: sizes.append(len(to)) or copy(to, source))
@@ -94,9 +93,9 @@ def test_a_training_pass_copies_all_weights_at_once(ids, monkeypatch):
     assert sizes == [36]
 
 
-def test_the_gradients_of_a_balance_loss_are_read_where_they_lie(ids, monkeypatch):
+def test_the_gradients_of_a_balance_loss_are_read_in_place(ids, monkeypatch):
     def computed():
-        """Gradients, and how many tensors were copied to lie side by side, each time."""
+        """Return gradients, and how many tensors each call of torch.stack copied."""
         model, copied = adapted("molora"), []
         with monkeypatch.context() as patch:
             patch.setattr(torch, "stack", lambda tensors: copied.append(len(tensors)) or stack(tensors))
@@ -106,13 +105,13 @@ def test_the_gradients_of_a_balance_loss_are_read_where_they_lie(ids, monkeypatc
     stack = torch.stack
     got, copied = computed()
     assert not {2, 3} & set(copied)  # Gate, Up and Q, K, V
-    monkeypatch.setattr("malora.fused.autograd._side_by_side", lambda _: False)
+    monkeypatch.setattr("malora.fused.autograd._lie_stacked", lambda _: False)
     expected, copied = computed()
     assert copied.count(3) == copied.count(2) == 2  # of two layers
     assert all(torch.equal(got[name], gradient) for name, gradient in expected.items())
 
 
-def test_a_balance_loss_of_one_sibling(ids):
+def test_a_balance_loss_of_one_layer_of_a_group(ids):
     def of_key(model):
         return model.base_model.model.model.layers[1].self_attn.k_proj.routings["default"].probability.pow(2).sum()
 
@@ -120,8 +119,8 @@ def test_a_balance_loss_of_one_sibling(ids):
 
 
 @pytest.mark.parametrize("method", [*METHODS, "malora-small"])
-def test_what_is_saved_for_the_backward_pass_may_be_packed(method, ids):
-    """As whoever carries it off the GPU does; it comes back in rows that are not padded."""
+def test_saved_tensors_may_be_packed_by_hooks(method, ids):
+    """As hooks that offload them do; they come back without padded rows."""
     model = adapted(method)
 
     def gradients(pack):
@@ -139,7 +138,7 @@ def test_what_is_saved_for_the_backward_pass_may_be_packed(method, ids):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_optimizers_step_is_seen(fused, ids):
-    """A fused one does not raise the version of what it changes."""
+    """A fused optimizer does not increase the version of what it changes."""
     model = adapted()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=fused)
     for _ in range(2):
@@ -179,7 +178,7 @@ def test_two_passes_before_one_backward(ids):
             torch.testing.assert_close(got[name], p.grad, **CLOSE, msg=name)
 
 
-def test_a_sibling_called_alone_or_again(ids):
+def test_one_layer_of_a_group_called_alone_or_again(ids):
     attention = adapted().base_model.model.model.layers[0].self_attn
     x = torch.randn(2, 3, attention.q_proj.in_features, dtype=DTYPE, device=DEVICE)
     y = attention.v_proj(x)
@@ -190,7 +189,7 @@ def test_a_sibling_called_alone_or_again(ids):
     torch.testing.assert_close(twice, attention.v_proj(x), **CLOSE)
 
 
-def test_what_has_no_fused_way_is_said_and_computed_densely(ids, caplog):
+def test_what_the_fused_path_cannot_compute_is_logged_and_computed_densely(ids, caplog):
     model = adapted("malora-decomposed-b")
     assert_same(model, ids)
     model = adapted()
@@ -216,14 +215,14 @@ def test_a_copy_and_generation(ids):
     again = copy.deepcopy(model)
     assert torch.equal(again(ids).logits, model(ids).logits)
     with torch.no_grad():
-        autograd = model.generate(ids[:1, :4], max_new_tokens=5, do_sample=False)
+        fused = model.generate(ids[:1, :4], max_new_tokens=5, do_sample=False)
         for layer in model.base_model.malora_layers:
             layer.settings["default"].backend = "dense"
-        assert torch.equal(autograd, model.generate(ids[:1, :4], max_new_tokens=5, do_sample=False))
+        assert torch.equal(fused, model.generate(ids[:1, :4], max_new_tokens=5, do_sample=False))
 
 
 def test_inference_after_training_sees_weights_that_a_fused_optimizer_changed(ids):
-    """Which leaves their versions; layers are computed one by one there, which training does not do."""
+    """A fused optimizer does not increase versions, and inference mode computes layers one by one."""
     model = adapted()
     with torch.inference_mode():
         before = model(ids, use_cache=False).logits
@@ -239,8 +238,8 @@ def test_inference_after_training_sees_weights_that_a_fused_optimizer_changed(id
     assert (after - before).norm() > 0.01 * before.norm()
 
 
-def test_inference_mode_computes_the_same_and_leaves_nothing_that_training_cannot_use(ids):
-    """Its tensors do not say whether they have changed."""
+def test_inference_mode_computes_the_same_and_leaves_training_as_it_was(ids):
+    """Its tensors have no version, so a change of them could not be seen."""
     model = adapted(lora_dropout=0.3)
     with torch.inference_mode():
         model(ids)

@@ -1,4 +1,4 @@
-"""FSDP2 over one process: its weights come and go, so what fused backends keep of them would be stale."""
+"""FSDP2 over one process: its weights come and go, so copies of them would be stale."""
 
 import pytest
 import torch
@@ -18,10 +18,10 @@ def one_process():
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="sharded over gloo, which is a CPU's")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs on a CPU only: it shards over gloo")
 @pytest.mark.parametrize("backend", ["fused", "fp8"])
 @pytest.mark.parametrize("unit", ["decoder layers", "adapted layers"])
-def test_a_sharded_model_trains_as_a_dense_one_does_and_says_so(unit, backend, one_process, ids, caplog):
+def test_a_sharded_model_trains_like_a_dense_one_and_logs_it(unit, backend, one_process, ids, caplog):
     def losses(backend, shards):
         torch.manual_seed(0)
         model = get_peft_model(make_model(), malora.METHODS["malora"](backend=backend, lora_dropout=0.0))

@@ -1,0 +1,55 @@
+"""The interface of an adapted layer that the fused path relies on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from malora.config import MaloraConfig
+    from malora.factors import Factors
+    from malora.routing import Routing, RoutingLog
+
+
+class FusedLayer(Protocol):
+    """An adapted layer as `malora.fused` sees it; `malora.MaloraLayer` is one.
+
+    Attributes:
+        base_layer: the frozen linear layer, weight [m, n].
+        settings: the config of each adapter, by its name.
+        routings: the routing of the model's last forward pass, by adapter.
+    """
+
+    base_layer: nn.Linear
+    in_features: int
+    out_features: int
+    training: bool
+    settings: dict[str, MaloraConfig]
+    routing_log: RoutingLog
+    routings: dict[str, Routing]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters that are switched on."""
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether all adapters are switched off."""
+
+    @property
+    def merged(self) -> bool:
+        """Whether an adapter is merged into the frozen weight."""
+
+    def factors(self, adapter: str) -> Factors:
+        """Return the adapter's stacked experts."""
+
+    def router(self, adapter: str) -> Tensor | None:
+        """Return the adapter's router weight [N, n], or None if it has one expert."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Iterate over all parameters, the frozen ones included."""
+
+    def adapter_for_fused_path(self) -> str | None:
+        """Return the adapter that can be computed together with the frozen layer, or None."""

@@ -1,0 +1,172 @@
+"""The one owner of every copy of weights that the fused path makes for a projection group.
+
+The GEMMs read packed weights (`packed_weights.py`), and some read frozen weights with the up projection in columns
+next to them. A copy is good until a weight changes, and nothing tells us when that is: a fused optimizer does not
+increase `Tensor._version`. So each copy has one of three lifetimes:
+
+| lifetime | made by | good for |
+| --- | --- | --- |
+| pass | a forward pass with gradients; for a whole model at once where it has trained before | that pass |
+| step | `malora.WeightCache.refresh()` | the passes inside its `with` |
+| mode | the first forward pass without gradients | such passes until `train()`, `eval()` or a pass with gradients |
+
+Copies of frozen weights (float8, and columns allocated next to them) stay until the weights change or move, or until
+`malora.release_caches`. The cache holds tensors and numbers only, never a layer, a parameter or a model, so it keeps
+none of them alive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from malora.fused.fp8_weights import Float8Weights
+from malora.fused.kernels.down_backward import split_k_counters
+from malora.fused.packed_weights import PackedBuffer, PackedLayout, PackedWeights
+from malora.fused.tensor_utils import is_captured
+
+if TYPE_CHECKING:
+    from malora.config import MaloraConfig
+    from malora.fused.protocol import FusedLayer
+
+Form = tuple[torch.dtype, torch.device]  # of the matmuls
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedUpProj:
+    """Whose up projection lies next to the frozen weights for the passes of a step.
+
+    Attributes:
+        packed: the packed weights whose B it is.
+        float8: the frozen weights, where they are in float8.
+        up_scales: factors of h there, [G, C].
+    """
+
+    packed: PackedWeights
+    float8: Float8Weights | None
+    up_scales: Tensor | None
+
+
+class GroupWeightCache:
+    """Copies of the weights of one projection group.
+
+    Attributes:
+        float8: float8 copies of frozen weights, by the ids of their linear layers and the columns next to them.
+        padding: columns that `augmented_weights.allocate_padding` put next to each weight, by its place in the group.
+        loaded: whose up projection is in those columns, while one stays there for a whole step.
+        copy_tables: addresses that `multi_tensor_copy` reads on the device.
+    """
+
+    def __init__(self) -> None:
+        self.float8: dict[tuple[int, ...], Float8Weights] = {}
+        self.padding: dict[int, int] = {}
+        self.loaded: LoadedUpProj | None = None
+        self.copy_tables: dict[tuple, Tensor] = {}
+        self._counters: Tensor | None = None
+
+    def loaded_for(self, packed: PackedWeights, float8: Float8Weights | None) -> LoadedUpProj | None:
+        """Return the up projection next to the frozen weights if it is that of `packed`.
+
+        If it is not, the pass writes its own there, and what was there is lost.
+        """
+        loaded = self.loaded
+        if loaded is None or loaded.packed is not packed or loaded.float8 is not float8:
+            self.loaded = loaded = None
+        return loaded
+
+    def split_k_counters(self, x: Tensor) -> Tensor:
+        """Return the counters of `down_proj_backward` for x [T, n]. They are zero between its calls.
+
+        They outlive changes of adapters, because CUDA graphs count in them.
+        """
+        found = self._counters
+        if found is None or found.device != x.device:
+            found = split_k_counters(x)
+            if not is_captured(x):  # captured zeros are zero only once the graph is replayed
+                self._counters = found
+        return found
+
+
+class GroupAdapter:
+    """One adapter on some layers of a projection group, with its packed weights by lifetime.
+
+    Attributes:
+        layers: the layers that are computed together.
+        layout: sizes of the packed weights.
+        cache: the group's other copies of weights.
+        last_form: dtype and device of the last pass with gradients.
+        prefetched: lifetime "pass", made for the whole model at once.
+        step: lifetime "step"; None outside of the user's `with`.
+        inference: lifetime "mode", behind the state of the parameters that it was packed from.
+    """
+
+    def __init__(self, layers: list[FusedLayer], adapter: str, cache: GroupWeightCache) -> None:
+        self.layers, self.adapter, self.cache = layers, adapter, cache
+        self.config: MaloraConfig = layers[0].settings[adapter]
+        self.layout = PackedLayout.of(layers, adapter)
+        self.last_form: Form | None = None
+        self.prefetched: PackedWeights | None = None
+        self.step: PackedWeights | None = None
+        self.inference: tuple[tuple[object, ...], PackedWeights] | None = None
+
+    def parameters(self) -> list[Tensor]:
+        """Return the parameters of all layers, each layer's in the order of the layout's kinds."""
+        found: list[Tensor | None] = []
+        for layer in self.layers:
+            factors = layer.factors(self.adapter)._asdict() | {"router": layer.router(self.adapter)}
+            found += [factors[kind] for kind in self.layout.kinds]
+        return [parameter for parameter in found if parameter is not None]
+
+    @property
+    def next_form(self) -> Form | None:
+        """Dtype and device of the next pass with gradients, if it is like the last; None before one or after a move."""
+        form = self.last_form
+        return form if form and form[1] == self.layers[0].base_layer.weight.device else None
+
+    def can_run(self) -> bool:
+        """Return whether the layers, as they now are, would compute this adapter by the fused path."""
+        return all(layer.adapter_for_fused_path() == self.adapter for layer in self.layers)
+
+    def packed_for(self, x: Tensor, parameters: list[Tensor]) -> PackedWeights:
+        """Return the packed weights for a pass over x [T, n], which has the dtype of the matmuls."""
+        form = (x.dtype, x.device)
+        if torch.is_grad_enabled():
+            self.last_form, prefetched, self.prefetched = form, self.prefetched, None
+            for packed in (self.step, prefetched):
+                if packed and (packed.down.dtype, packed.down.device) == form:
+                    return packed
+            return self._pack(parameters, form)
+        key = (*form, is_captured(x), *((p.data_ptr(), p._version) for p in parameters))
+        if self.inference is None or self.inference[0] != key:
+            self.inference = key, self._pack(parameters, form)
+        return self.inference[1]
+
+    def _pack(self, parameters: list[Tensor], form: Form) -> PackedWeights:
+        buffer = PackedBuffer([self.layout], *form)
+        buffer.fill(parameters, self.cache.copy_tables)
+        return buffer.weights[0]
+
+
+def pack_together(adapters: list[tuple[GroupAdapter, Form]]) -> list[tuple[PackedBuffer, list[GroupAdapter]]]:
+    """Allocate one buffer per dtype and device for the packed weights of several adapters. It is not filled yet."""
+    by_form: dict[Form, list[GroupAdapter]] = {}
+    for adapter, form in adapters:
+        by_form.setdefault(form, []).append(adapter)
+    return [(PackedBuffer([adapter.layout for adapter in alike], *form), alike) for form, alike in by_form.items()]
+
+
+def fill_buffer(buffer: PackedBuffer, adapters: list[GroupAdapter]) -> None:
+    """Copy the current parameters of the adapters into their buffer, in one launch."""
+    buffer.fill([p for adapter in adapters for p in adapter.parameters()], adapters[0].cache.copy_tables)
+
+
+def prefetch(adapters: list[GroupAdapter]) -> None:
+    """Pack the weights of adapters that have trained before, for the next pass of each."""
+    ready = [(adapter, form) for adapter in adapters if (form := adapter.next_form)]
+    for buffer, alike in pack_together(ready):
+        fill_buffer(buffer, alike)
+        for adapter, packed in zip(alike, buffer.weights, strict=True):
+            adapter.prefetched = packed

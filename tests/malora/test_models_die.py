@@ -1,0 +1,116 @@
+"""A deleted model frees everything: modules, weights and all copies of weights."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import malora
+from malora import BACKENDS, METHODS, MaloraConfig
+from malora.fused import augmented_weights
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+MiB = 2**20
+OURS = [name for name, config in METHODS.items() if isinstance(config(), MaloraConfig)]
+# On a GPU large enough that a leaked layer is more than the 1 MiB of noise that is allowed.
+SHAPE = (
+    {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2, "num_attention_heads": 8}
+    if ON_GPU
+    else {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+)
+
+
+@pytest.fixture(autouse=True)
+def without_size_limit(monkeypatch):
+    monkeypatch.setattr(augmented_weights, "MIN_ELEMENTS", 1)
+
+
+def train(model, ids):
+    weights = malora.WeightCache(model)
+    for _ in range(2):
+        weights.refresh()
+        with weights, torch.autocast(DEVICE, torch.bfloat16, enabled=ON_GPU):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            if malora.has_router(model):
+                loss = loss + malora.balance_loss(model)
+        loss.backward()
+
+
+def evaluate(model, ids):
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16, enabled=ON_GPU):
+        model.eval()(input_ids=ids, use_cache=False)
+
+
+def break_off(model, ids):
+    """Raise in the middle of a forward pass, when a layer waits for the other layers of its group."""
+
+    def raises(*_):
+        raise RuntimeError("broken off")
+
+    handle = model.base_model.malora_layers[1].register_forward_pre_hook(raises)
+    with pytest.raises(RuntimeError, match="broken off"):
+        model(input_ids=ids, use_cache=False)
+    handle.remove()
+
+
+def capture(model, ids):
+    from malora.backbone import cuda_graphs
+
+    weights = malora.WeightCache(model)
+
+    def step():
+        with torch.autocast(DEVICE, torch.bfloat16, cache_enabled=False):
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+    cuda_graphs.warm_up(step)
+    refresh = cuda_graphs.capture_refresh(weights)
+    with weights:
+        graph = cuda_graphs.capture(step, passes=0)
+    refresh()
+    graph.replay()
+
+
+def references(method, backend, use):
+    """Build a model, use it, and return weak references to it, its layers and their weights."""
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**SHAPE, vocab_size=64)).to(DEVICE, torch.bfloat16 if ON_GPU else None)
+    model = get_peft_model(base, METHODS[method](backend=backend)).train()
+    malora.optimize_backbone(model)
+    use(model, torch.randint(64, (2, 8), device=DEVICE))
+    layers = model.base_model.malora_layers
+    return [weakref.ref(one) for one in (model, base, *layers, *(layer.base_layer.weight for layer in layers))]
+
+
+def assert_nothing_is_left(method, backend, use):
+    gc.collect()
+    before = torch.cuda.memory_allocated() if ON_GPU else 0
+    found = references(method, backend, use)
+    gc.collect()
+    assert [reference for reference in found if reference() is not None] == []
+    if ON_GPU:
+        assert torch.cuda.memory_allocated() - before < MiB
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ("auto", "reference")])
+@pytest.mark.parametrize("method", OURS)
+def test_after_training(method, backend):
+    assert_nothing_is_left(method, backend, train)
+
+
+@pytest.mark.parametrize("use", [evaluate, break_off], ids=["evaluation", "an exception"])
+@pytest.mark.parametrize("backend", ["dense", "fused", "fp8"])
+@pytest.mark.parametrize("method", ["asylora", "molora", "malora"])
+def test_after(use, method, backend):
+    assert_nothing_is_left(method, backend, use)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["dense", "fused", "fp8"])
+@pytest.mark.parametrize("method", ["asylora", "molora", "malora"])
+def test_after_capture(method, backend):
+    torch.cuda.synchronize()
+    assert_nothing_is_left(method, backend, capture)
