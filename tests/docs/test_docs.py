@@ -102,5 +102,5 @@ def test_the_task_of_the_guide_reads_a_record():
     names: dict = {}
     exec(program, names)
     record = {"question": "?", "correct_answer": "b", "distractor1": "a", "distractor2": "d", "distractor3": "c"}
-    question = names["SCIQ"].question(record)
+    question = names["SCIQ"].parse_record(record)
     assert question.choices == ("a", "b", "c", "d") and question.choices[question.answer] == "b"
