@@ -1,1 +1,1 @@
-"""TODO."""
+"""Faster execution of the frozen part of a model: fused norms, Liger's kernels and CUDA graphs."""

@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
 
-from malora import MaloraLayer
-
 
 class LigerKernels:
     """Liger's kernels in one model, which runs inside `with`; nothing changes where Liger does not know the model.
@@ -113,15 +111,12 @@ def _decoder_layer(
 
 
 def _add_norm(x: Tensor, residual: Tensor, norm: nn.Module, reader: nn.Module | None) -> tuple[Tensor, Tensor | None]:
-    """The sum, and the norm of it where the kernel makes both, laid out for the attention or MLP that reads it."""
+    """The sum, and the norm of it where the kernel makes both."""
     if x.dtype != residual.dtype or norm.weight.requires_grad:
         return residual + x, None
-    from malora.backbone.add_rms_norm import add_norm  # needs Triton
-    from malora.fused.augmented_weights import input_with_room
+    from malora.backbone.add_rms_norm import add_rms_norm  # needs Triton
 
-    first = getattr(reader, "q_proj", None) or getattr(reader, "gate_proj", None)
-    out = input_with_room(first, residual) if isinstance(first, MaloraLayer) else None
-    return add_norm(x, residual, norm.weight, norm.variance_epsilon, out)
+    return add_rms_norm(x, residual, norm.weight, norm.variance_epsilon)
 
 
 def has_liger() -> bool:

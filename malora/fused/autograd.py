@@ -67,7 +67,7 @@ class _Experts(torch.autograd.Function):
         there = stack.beside(narrow, frozen)
         weights = [] if frozen else [base.weight.to(x.dtype) for base in bases]
         biases = [base.bias for base in bases]
-        bits = None if seed is None else dropout.mask(*x.shape, seed, config.lora_dropout)
+        bits = None if seed is None else dropout.draw_mask(*x.shape, seed, config.lora_dropout)
         if frozen:
             units, puts = (there.units, []) if there else frozen.beside(narrow.B, alpha)
             routed = partial(_routed, stack, x, bits, narrow)
@@ -131,7 +131,7 @@ class _Experts(torch.autograd.Function):
             and needs["B"]
             and all(up_backward.is_profitable(dy, h_g, stack.H8) for dy, h_g in zip(dys, h, strict=True))
         ):
-            dBs = up_backward.gradients(dys, h, Bs, alpha, dh)
+            dBs = up_backward.up_proj_backward(dys, h, Bs, alpha, dh)
         else:  # what follows waits for h's alone
             run_on_parallel_streams(x, [partial(of_h, g) for g in range(G)])
         if config.has_router:
@@ -139,13 +139,13 @@ class _Experts(torch.autograd.Function):
 
         def of_x() -> tuple[Tensor | None, Tensor | None, Tensor | None]:
             of = {
-                "of_input": ctx.needs_input_grad[0],
-                "of_weights": any(needs.get(kind) for kind in ("A", "S", "router")),
-                "of_p": stack.of_p(e, zl) if needs.get("P") else None,
-                "counts": stack.counts(x),
+                "needs_dx": ctx.needs_input_grad[0],
+                "needs_dweights": any(needs.get(kind) for kind in ("A", "S", "router")),
+                "subspace": stack.of_p(e, zl) if needs.get("P") else None,
+                "counters": stack.counts(x),
             }
-            found = down_backward.gradients(dzl, x, bits, down, s.logits_at, config.lora_dropout, base, **of)
-            if of["of_input"]:
+            found = down_backward.down_proj_backward(dzl, x, bits, down, s.logits_at, config.lora_dropout, base, **of)
+            if of["needs_dx"]:
                 for dy, W in zip(dys, weights, strict=False):  # none with 8 bits
                     found[0].addmm_(dy, W)
             return found
@@ -189,7 +189,7 @@ def _routed(
     elif config.has_router:
         zl, parts = down_forward.dropout_matmul_split_k(x, bits, down, s.logits_at, config.lora_dropout, x_there)
     else:
-        zl = down_forward.down(x, bits, down, s.logits_at, config.lora_dropout, x_there, h_there)
+        zl = down_forward.dropout_matmul(x, bits, down, s.logits_at, config.lora_dropout, x_there, h_there)
     if not config.has_router:
         return zl, stack.by_sibling(zl), ()
     h = x.new_empty(G, len(x), stack.H8) if xh is None else h_there.unflatten(1, (G, stack.H8)).transpose(0, 1)

@@ -124,7 +124,7 @@ def frozen(
             )
             least = _min_row_magnitude(weights) if room else None
             for (values, scale), W in zip(found.by_output, weights, strict=True):
-                quantize_rows([W], out=Float8Rows(values[:, :n], scale), least=least)
+                quantize_rows([W], out=Float8Rows(values[:, :n], scale), min_magnitude=least)
         if backward and found.by_input is None:
             by_input = zero_rows(weights[0], n + len(weights) * room, sum(map(len, weights)))
             quantize_rows([W.T for W in weights], out=Float8Rows(by_input.values[:n], by_input.scale[:n]))

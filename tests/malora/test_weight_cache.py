@@ -269,7 +269,7 @@ def test_a_refresh_is_of_what_trains_alone(ids, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("method, backend", CASES)
 def test_graphs_of_passes_read_what_a_graph_of_a_refresh_left(method, backend, ids):
-    from malora.backbone.cuda_graphs import capture, refreshing, warm_up
+    from malora.backbone.cuda_graphs import capture, capture_refresh, warm_up
 
     dtype = torch.bfloat16 if backend == "fp8" else torch.float32
     models = [adapted(method, backend=backend, lora_dropout=0.3).to(dtype) for _ in range(2)]
@@ -284,7 +284,7 @@ def test_graphs_of_passes_read_what_a_graph_of_a_refresh_left(method, backend, i
         patch.setattr(torch, "randint", lambda *_, **__: seed)  # one mask for all
         warm_up(lambda: step(0))
         held, captured = malora.WeightCache(models[0]), []
-        refresh = refreshing(held)
+        refresh = capture_refresh(held)
         with held:
             graph = capture(lambda: captured.append(step(0)), passes=0)
         assert held

@@ -1,5 +1,6 @@
 """Every exact backend computes what the reference does: forward and every gradient, in float64, dropout included."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -37,7 +38,7 @@ class FusedMask(torch.nn.Module):
     def forward(self, x):
         if not self.p:
             return x
-        bits = dropout.mask(x[..., 0].numel(), x.shape[-1], torch.randint(2**31 - 1, (1,)), self.p)
+        bits = dropout.draw_mask(x[..., 0].numel(), x.shape[-1], torch.randint(2**31 - 1, (1,)), self.p)
         kept = (bits[:, :, None] >> torch.arange(32) & 1).flatten(1)[:, : x.shape[-1]]
         return x * kept.view_as(x) / (1 - round(dropout.LEVELS * self.p) / dropout.LEVELS)
 
@@ -85,7 +86,7 @@ odd = [("malora", {"num_experts": 3}), ("molora", {"num_experts": 3}), ("malora"
 def test_a_down_side_summed_in_parts_agrees_with_the_reference(method, options, monkeypatch):
     """With a router the gate's kernel adds them up."""
     monkeypatch.setattr(down_tiling, "MIN_BLOCKS_PER_SPLIT", 1)
-    monkeypatch.setattr(down_tiling, "DOWN", down_tiling.DOWN | {"BLOCK_N": 32})
+    monkeypatch.setattr(down_tiling, "FORWARD", dataclasses.replace(down_tiling.FORWARD, block_n=32))
     gated, real_gate = [], gate.gate
     monkeypatch.setattr(gate, "gate", lambda *args: gated.append(args[-1]) or real_gate(*args))
     made = layer(METHODS[method](lora_dropout=0.3, **options))
