@@ -13,7 +13,6 @@ from malora.fused import augmented_weights
 from malora.fused.availability import interprets_triton
 from malora.fused.kernels import down_forward
 from tests.malora.backends.test_backends import assert_agrees, layer
-from tests.malora.fused.hopper import printed
 from tests.malora.fused.test_group import CLOSE, DEVICE, DTYPE, adapted
 
 METHODS = ("asylora", "molora", "malora", "malora-small", "malora-fixed-s", "malora-unshared-s")
@@ -318,15 +317,3 @@ def test_a_graph_replays_what_a_pass_computes(method, ids):
             graph.replay()
             for got, expected in zip(captured, step(other, trainable[1]), strict=True):
                 assert (got - expected).norm() < 1e-3 * expected.norm()
-
-
-COMPILE = """
-from malora.backends import beside
-from tests.malora.hopper import compiled
-print(compiled(beside._fill_one, {"SCALE": 2.0, "BLOCK_H": 32, "BLOCK_M": 128}, aligned=("H", "m")), end="\\f")
-"""
-
-
-def test_room_is_filled_in_wide_stores(tmp_path):
-    (code,) = printed(COMPILE, tmp_path)
-    assert "tt.trans" in code and code.count("tt.store") == 1
