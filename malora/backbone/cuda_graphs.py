@@ -22,7 +22,7 @@ def warm_up(run: Callable[[], Any], passes: int = 2) -> None:
 
     Kernels are compiled and libraries initialized in the first calls; neither may happen while a graph is captured.
     """
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(passes):
@@ -77,18 +77,19 @@ def accumulate_grads(sums: list[Tensor] | None, replayed: list[Tensor], alone: b
     Returns:
         The sums so far.
     """
+    if sums is None and alone:
+        return replayed
     if sums is None:
-        if alone:
-            return replayed
-        sums, add = [torch.empty_like(gradient) for gradient in replayed], torch._foreach_copy_
-    else:
-        add = torch._foreach_add_
-    if sums:
-        add(sums, replayed)
+        sums = [torch.empty_like(gradient) for gradient in replayed]
+        if sums:  # the foreach functions refuse empty lists
+            torch._foreach_copy_(sums, replayed)
+    elif sums:
+        torch._foreach_add_(sums, replayed)
     return sums
 
 
 def can_capture(model: nn.Module) -> bool:
     """Return whether a pass of the model can be captured: it is on a GPU, and its backends never wait for a result."""
     backends = {getattr(config, "backend", None) for config in getattr(model, "peft_config", {}).values()}
-    return bool(model.device.type == "cuda") and all(BACKENDS[name].graph_safe for name in backends - {None})
+    is_on_gpu = next(model.parameters()).device.type == "cuda"
+    return is_on_gpu and all(BACKENDS[name].graph_safe for name in backends if name is not None)

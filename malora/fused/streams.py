@@ -49,7 +49,8 @@ def run_on_parallel_streams(like: Tensor, tasks: Sequence[Callable[[], Any]]) ->
     if saturates_device(like) or not is_captured(like):
         return [task() for task in tasks]
     current, streams = torch.cuda.current_stream(), _streams(like.device)
-    streams += [torch.cuda.Stream(like.device) for _ in range(len(tasks) - 1 - len(streams))]
+    for _ in range(len(tasks) - 1 - len(streams)):
+        streams.append(torch.cuda.Stream(like.device))  # type: ignore[no-untyped-call]  # torch leaves it unannotated
     started, others = [], []
     try:
         for stream, task in zip(streams, tasks[1:], strict=False):

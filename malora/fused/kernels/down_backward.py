@@ -24,7 +24,7 @@ too small to fill a GPU alone.
 | x | input | [T, n] |
 | bits | dropout mask, see `dropout.py` | [T, W] int32 |
 | weights (w) | down projections Wd above routers Wr | [Z + L, n] |
-| d_down_out (d_out) | gradient of down_out: dz beside dlogits | [T, Z + L] |
+| d_down_out (d_out) | gradient of down_out: columns dz, dlogits | [T, Z + L] |
 | dx_base | what is added to dx, for example dy W of the base layers | [T, n] |
 | gated_dh | gradient of P z, see `gate.py` | [G, T, ≥H] |
 | z | output of the down projections | [G, T, ≥D] |
@@ -340,9 +340,8 @@ def _backward_by_kernel(
     sizes = [rows * n * needs_dweights, G * H * D]
     t_per_split = _tokens_per_split(x, Z, rows - Z)
     splits = triton.cdiv(T, t_per_split)
-    options = {"dtype": torch.promote_types(x.dtype, torch.float32), "device": x.device}
-    partial_sums = torch.empty(splits, sum(sizes), **options)
-    total = torch.empty(sum(sizes), **options) if splits > 1 else partial_sums[0]
+    partial_sums = x.new_empty(splits, sum(sizes), dtype=torch.promote_types(x.dtype, torch.float32))
+    total = partial_sums.new_empty(sum(sizes)) if splits > 1 else partial_sums[0]
     if counters is None and splits > 1:
         counters = split_k_counters(x)
     dx = x.new_empty(T, n) if needs_dx else None

@@ -24,7 +24,7 @@ Z may lie far above a power of two. So its columns are covered by two tiles, a h
 | x | input | [T, n] |
 | bits | dropout mask, see `dropout.py` | [T, W] int32 |
 | weights (w) | Wd above Wr | [Z + L, n] |
-| down_out (out) | z beside the logits | [T, Z + L] |
+| down_out (out) | columns z, logits | [T, Z + L] |
 | splits | partial sums of down_out | [splits, T, Z + L] float32 |
 | copy | where x is copied to | [T, n] |
 | head, tail | first and second tile of the Z columns | PAD_HEAD, PAD_TAIL |

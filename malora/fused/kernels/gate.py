@@ -32,7 +32,7 @@ expert's z is its down projection (MoLoRA).
 | R, H | rank of an expert, of all experts of a projection | H = N·R |
 | D | columns of P: size of the z that one expert reads; R without P | |
 | E_STEP | experts per step of the loop | |
-| down_out | z of all projections beside their logits, see `GateLayout` | [T, columns] |
+| down_out | z of all projections, then their logits; see `GateLayout` | [T, columns] |
 | P | maps z to an expert's rank space | [G, N, R, ≥D] |
 | h | gated output of the experts | [G, T, ≥H] |
 | probability | router probabilities | [G, T, N] float32 |

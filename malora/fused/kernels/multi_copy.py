@@ -83,7 +83,7 @@ def copy_with_table(table: Tensor, buffer: Tensor) -> None:
 def table_rows(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[int, int, int]]:
     """Return address, offset in the buffer and size of each block of (source, target) pairs."""
     return [
-        (source.data_ptr() + 4 * start, target.storage_offset() + start, min(BLOCK, source.numel() - start))
+        (source.data_ptr() + 4 * start, int(target.storage_offset()) + start, min(BLOCK, source.numel() - start))
         for source, target in pairs
         for start in range(0, source.numel(), BLOCK)
     ]
@@ -101,7 +101,7 @@ def _find_table(pairs: list[tuple[Tensor, Tensor]], tables: Tables) -> Tensor | 
 
     None while a CUDA graph is captured, since building copies from the host, and if there are MAX_TABLES tables.
     """
-    key = tuple((source.data_ptr(), source.numel(), target.storage_offset()) for source, target in pairs)
+    key = tuple((source.data_ptr(), source.numel(), int(target.storage_offset())) for source, target in pairs)
     if key not in tables and pairs and not is_captured(pairs[0][1]) and len(tables) < MAX_TABLES:
         tables[key] = torch.tensor(table_rows(pairs), device=pairs[0][1].device)
     return tables.get(key)

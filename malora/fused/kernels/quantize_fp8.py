@@ -2,15 +2,15 @@
 
     X ≈ scale ⊙ values        scale_i = max_j |X_ij| / 448        values = float8_e4m3fn(X / scale)
 
-(Micikevicius et al. 2022, arXiv 2209.05433.) The frozen matmul and the up projection are one matmul, whose left operand
-is x beside h, and whose right operand is the frozen W beside B:
+(Micikevicius et al. 2022, arXiv 2209.05433.) The frozen matmul and the up projection are one matmul of concatenated
+operands, [x, h] and [W, B]:
 
     y = [x, h ⊙ u] [W, (B / u)ᵀ]ᵀ
 
 A row of the right operand has a single scale, that of W's row. The up scale u_k brings row k of B into the range of
 these scales; h is multiplied by it in turn.
 
-1. `quantize_rows` quantizes x beside h ⊙ u: one program per row reads the row once, keeps it in registers, finds its
+1. `quantize_rows` quantizes [x, h ⊙ u]: one program per row reads the row once, keeps it in registers, finds its
    largest magnitude and stores the quantized values.
 2. `quantize_up_proj` writes (B / u)ᵀ into the last C columns of the quantized W, and u.
 3. `scaled_matmul` multiplies two quantized matrices.
@@ -21,7 +21,7 @@ these scales; h is multiplied by it in turn.
 | T, m | tokens, out features | |
 | H | total rank of a projection's experts | |
 | C | H, rounded up to ALIGNMENT: columns of h or B in a quantized matrix | |
-| parts | matrices that are quantized side by side, as one | [rows, columns] each |
+| matrices | what is concatenated along columns and quantized as one matrix | [rows, columns] each |
 | h | gated output of the experts | [G, T, H] |
 | B | up projection | [H, m] |
 | up_scale (u) | up scales of a projection; of a group [G, C] | [C] float32 |
@@ -63,7 +63,7 @@ class Float8Rows(NamedTuple):
 
 
 class UpOperand(NamedTuple):
-    """The columns beside x in the left operand: h ⊙ up_scale of each projection.
+    """The last columns of the left operand: h ⊙ up_scale of each projection.
 
     Attributes:
         h: [G, T, H].
@@ -76,24 +76,25 @@ class UpOperand(NamedTuple):
 
 @triton.jit
 def _quantize_rows_kernel(
-    parts, h_ptr, up_scale_ptr, min_magnitude_ptr, values_ptr, scale_ptr, h_stride, h_group_stride, values_stride,
+    matrices, h_ptr, up_scale_ptr, min_magnitude_ptr, values_ptr, scale_ptr, h_stride, h_group_stride, values_stride,
     WIDTHS: tl.constexpr, ALPHA: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr, C: tl.constexpr,
     UP_COLUMNS: tl.constexpr, BLOCK_UP: tl.constexpr, E4M3_MAX: tl.constexpr, MIN_SCALE: tl.constexpr,
 ):  # fmt: skip
     """Quantize one row: program (row).
 
-    `parts` is a tuple of pointers to contiguous matrices of WIDTHS columns each. UP_COLUMNS is G·C, the columns of h
+    `matrices` is a tuple of pointers to contiguous matrices of WIDTHS columns each. UP_COLUMNS is G·C, the columns of h
     with their padding; 0 without h. `min_magnitude_ptr` may be None. BLOCK and BLOCK_UP are powers of two that cover a
-    part's columns, and UP_COLUMNS.
+    matrix's columns, and UP_COLUMNS.
     """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     largest = 0.0
     loaded = ()
-    for part in tl.static_range(len(parts)):
-        x = tl.load(parts[part] + row * WIDTHS[part] + columns, mask=columns < WIDTHS[part], other=0.0).to(tl.float32)
+    for i in tl.static_range(len(matrices)):
+        x = tl.load(matrices[i] + row * WIDTHS[i] + columns, mask=columns < WIDTHS[i], other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.max(tl.abs(x)))
-        loaded = loaded + (x,)  # noqa: RUF005 (Triton does not know starred expressions)
+        # Triton does not know starred expressions; mypy takes `loaded` for an empty tuple.
+        loaded = loaded + (x,)  # type: ignore[assignment]  # noqa: RUF005
     if UP_COLUMNS > 0:
         up_columns = tl.arange(0, BLOCK_UP)
         mask = (up_columns < UP_COLUMNS) & (up_columns % C < H)
@@ -107,65 +108,65 @@ def _quantize_rows_kernel(
     tl.store(scale_ptr + row, scale * ALPHA)
     inverse = tl.div_rn(1.0, scale)
     values_ptr += row * values_stride
-    for part in tl.static_range(len(parts)):
-        tl.store(values_ptr + columns, (loaded[part] * inverse).to(tl.float8e4nv), mask=columns < WIDTHS[part])
-        values_ptr += WIDTHS[part]
+    for i in tl.static_range(len(matrices)):
+        tl.store(values_ptr + columns, (loaded[i] * inverse).to(tl.float8e4nv), mask=columns < WIDTHS[i])
+        values_ptr += WIDTHS[i]
     if UP_COLUMNS > 0:
         tl.store(values_ptr + up_columns, (h * inverse).to(tl.float8e4nv), mask=up_columns < UP_COLUMNS)
 
 
 def quantize_rows(
-    parts: list[Tensor],
+    matrices: list[Tensor],
     up: UpOperand | None = None,
     out: Float8Rows | None = None,
     alpha: float = 1.0,
     min_magnitude: Tensor | None = None,
 ) -> Float8Rows:
-    """Quantize matrices side by side, and h beside them, with one scale per row.
+    """Quantize the concatenation [matrices, h ⊙ up_scale] with one scale per row.
 
     Args:
-        parts: [rows, columns] each.
-        up: h and its scales, in the columns behind the parts, or None.
+        matrices: [rows, columns] each, concatenated along columns.
+        up: h and its up scales, for the last columns, or None.
         out: Where the result is written; None allocates it.
         alpha: Factor of the result, applied to the scales.
         min_magnitude: [] float32 or None. The scale of a row is that of its largest magnitude, or of this if larger.
 
     Returns:
-        alpha · [parts, h ⊙ up_scale], quantized.
+        alpha · [matrices, h ⊙ up_scale], quantized.
     """
     if out is None:
         up_columns = 0 if up is None else up.up_scale.numel()
-        out = _empty(parts[0], len(parts[0]), sum(part.shape[1] for part in parts) + up_columns)
-    (quantize_rows_triton if parts[0].is_cuda else quantize_rows_torch)(parts, up, out, alpha, min_magnitude)
+        out = _empty(matrices[0], len(matrices[0]), sum(matrix.shape[1] for matrix in matrices) + up_columns)
+    (quantize_rows_triton if matrices[0].is_cuda else quantize_rows_torch)(matrices, up, out, alpha, min_magnitude)
     return out
 
 
 def quantize_rows_triton(
-    parts: list[Tensor], up: UpOperand | None, out: Float8Rows, alpha: float, min_magnitude: Tensor | None
+    matrices: list[Tensor], up: UpOperand | None, out: Float8Rows, alpha: float, min_magnitude: Tensor | None
 ) -> None:
     """Quantize into `out` in one launch that reads each element once. Arguments as in `quantize_rows`."""
-    parts = [part.contiguous() for part in parts]  # W may be a column slice of an augmented weight
-    widths = tuple(part.shape[1] for part in parts)
+    matrices = [matrix.contiguous() for matrix in matrices]  # W may be a column slice of an augmented weight
+    widths = tuple(matrix.shape[1] for matrix in matrices)
     block = triton.next_power_of_2(max(widths))
     h, up_scale = up or (None, None)
     H, C, up_columns = (0, 1, 0) if up is None else (up.h.shape[2], up.up_scale.shape[1], up.up_scale.numel())
     strides = (0, 0) if up is None else (up.h.stride(1), up.h.stride(0))
-    _quantize_rows_kernel[(len(parts[0]),)](
-        tuple(parts), h, up_scale, min_magnitude, *out, *strides, out.values.stride(0), widths, alpha, block,
+    _quantize_rows_kernel[(len(matrices[0]),)](
+        tuple(matrices), h, up_scale, min_magnitude, *out, *strides, out.values.stride(0), widths, alpha, block,
         H, C, up_columns, triton.next_power_of_2(max(up_columns, 1)), E4M3_MAX, MIN_SCALE,
         num_warps=min(max(8, block // 2048), 32),
     )  # fmt: skip
 
 
 def quantize_rows_torch(
-    parts: list[Tensor], up: UpOperand | None, out: Float8Rows, alpha: float, min_magnitude: Tensor | None
+    matrices: list[Tensor], up: UpOperand | None, out: Float8Rows, alpha: float, min_magnitude: Tensor | None
 ) -> None:
     """Quantize into `out` by PyTorch operations, for tensors on a CPU. Arguments as in `quantize_rows`."""
     if up is not None:
         H, C = up.h.shape[2], up.up_scale.shape[1]
         scaled_h = up.h.float() * up.up_scale[:, None, :H]
-        parts = [*parts, *nn.functional.pad(scaled_h, (0, C - H))]
-    joined = torch.cat([part.float() for part in parts], 1)
+        matrices = [*matrices, *nn.functional.pad(scaled_h, (0, C - H))]
+    joined = torch.cat([matrix.float() for matrix in matrices], 1)
     largest = joined.abs().amax(1, keepdim=True)
     if min_magnitude is not None:
         largest = largest.clamp(min=min_magnitude)

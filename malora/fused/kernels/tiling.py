@@ -76,7 +76,8 @@ def shared_memory_bytes(device: torch.device) -> int:
     """Return the bytes of shared memory that one thread block can use; off a GPU, those of an H100."""
     if device.type != "cuda":
         return HOPPER_SHARED_BYTES
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]  # torch's stubs lack it
 
 
 def has_ptx(x: Tensor) -> bool:

@@ -77,10 +77,13 @@ def with_kernels(monkeypatch):
     return liger.LigerKernels
 
 
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.0}, {"lora_dropout": 0.3, "backend": "fused"}])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_model_with_fused_norms_computes_the_same(checkpointing, with_kernels, monkeypatch):
+def test_a_model_with_fused_norms_computes_the_same(checkpointing, options, with_kernels, monkeypatch):
+    """With the fused backend the norms feed the kernels of the down projections."""
+
     def run(kernels):
-        model = get_peft_model(make_model(), malora.METHODS["malora"](lora_dropout=0.0)).to(DEVICE).train()
+        model = get_peft_model(make_model(), malora.METHODS["malora"](**options)).to(DEVICE).train()
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if "malora_B" in name:
@@ -90,6 +93,7 @@ def test_a_model_with_fused_norms_computes_the_same(checkpointing, with_kernels,
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
         if kernels:
             with_kernels(model.get_base_model())
+        torch.manual_seed(0)  # one dropout mask for both
         logits = model(IDS).logits
         logits.square().mean().backward()
         return logits, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}

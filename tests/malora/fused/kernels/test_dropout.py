@@ -1,4 +1,4 @@
-"""The dropout mask: rate of dropped elements, and independence of neighbouring bits and of seeds."""
+"""The dropout mask: rate of dropped elements, and independence of adjacent bits and of seeds."""
 
 import pytest
 import torch
