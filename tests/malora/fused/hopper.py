@@ -52,12 +52,13 @@ def compile_for_hopper(
     )
     made = triton.compile(source, triton.backends.compiler.GPUTarget("cuda", 90, 32), options)
     assert made.metadata.shared <= tiling.HOPPER_SHARED_BYTES, (kernel.__name__, constants, made.metadata.shared)
-    return made.asm["ttgir"]
+    return str(made.asm["ttgir"])
 
 
 def unfinished_matmuls(ttgir: str) -> list[int]:
     """Return, for each innermost loop with asynchronous matmuls, how many an iteration leaves unfinished."""
-    found, regions = [], []  # `regions` is a stack: of a loop [matmuls started, matmuls unfinished], else None
+    found: list[int] = []
+    regions: list[list[int] | None] = []  # a stack: of a loop [matmuls started, matmuls unfinished], else None
     for line in map(str.strip, ttgir.splitlines()):
         loop = next(filter(None, reversed(regions)), None)
         if line.startswith("}") and (closed := regions.pop()) and closed[0]:
