@@ -1,4 +1,9 @@
-"""Work as CUDA graphs: what thousands of small kernels do, launched at once."""
+"""Capture of training and inference passes as CUDA graphs.
+
+A pass of a small model launches thousands of short kernels, and the launches take the host longer than the kernels take
+the GPU. A CUDA graph replays all of them by one launch. It reads and writes the same memory in each replay, so inputs
+are copied into static tensors beforehand, and results must be used before the next replay.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +18,30 @@ from malora.backends import BACKENDS
 
 
 def warm_up(run: Callable[[], Any], passes: int = 2) -> None:
-    """Calls it as a capture does. Compilers and libraries set themselves up, which a graph cannot hold."""
-    stream = torch.cuda.Stream()
+    """Call `run` on a stream of its own, as a capture does.
+
+    Kernels are compiled and libraries initialized in the first calls; neither may happen while a graph is captured.
+    """
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(passes):
             run()
     torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.empty_cache()  # what those passes used is another stream's, and would stay so
+    torch.cuda.empty_cache()  # the allocator keeps freed memory per stream, and this stream is not used again
 
 
 def capture(run: Callable[[], Any], passes: int = 2, pool: Any = None) -> torch.cuda.CUDAGraph:
-    """The call as a graph, after so many `passes` of it.
+    """Capture a call of `run` as a CUDA graph.
 
-    Graphs of one `pool` share memory: what one of them leaves is good until another is replayed.
+    Args:
+        run: Work on static tensors, which waits for no result on the host.
+        passes: Calls of `run` before the capture, see `warm_up`.
+        pool: Memory pool of another graph, or None for a new one. Graphs that share a pool overwrite each other's
+            results, so those of one must be used before another is replayed.
+
+    Returns:
+        The graph. `graph.replay()` runs it.
     """
     warm_up(run, passes)
     graph = torch.cuda.CUDAGraph()
@@ -34,7 +49,7 @@ def capture(run: Callable[[], Any], passes: int = 2, pool: Any = None) -> torch.
         with torch.cuda.graph(graph, pool=pool):
             run()
     except Exception:
-        # The device's generator would take itself to be captured for ever, and no later work could use it.
+        # The default generator would remain in capture mode, and every later random draw would fail.
         fresh = torch.Generator("cuda").graphsafe_get_state()
         torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh)
         raise
@@ -42,28 +57,39 @@ def capture(run: Callable[[], Any], passes: int = 2, pool: Any = None) -> torch.
 
 
 def capture_refresh(weights: WeightCache) -> Callable[[], None]:
-    """What refreshes the weights of a model that has run, as a graph: to be called before graphs of its passes."""
+    """Capture `weights.refresh()` as a CUDA graph and return its replay.
+
+    Call the replay once per optimizer step, before the graphs of the forward passes. The model must have run before.
+    If there is nothing to refresh, the returned function does nothing.
+    """
     weights.refresh()
     return capture(weights.refresh, passes=0).replay if weights else lambda: None
 
 
 def accumulate_grads(sums: list[Tensor] | None, replayed: list[Tensor], alone: bool) -> list[Tensor]:
-    """The gradients of a part of a batch added to those of the parts before it.
+    """Add the gradients of a replayed micro-batch to those of the micro-batches before it.
 
-    They are copied first, unless the part is `alone`: the next replay writes where they stand.
+    Args:
+        sums: Result of the call for the previous micro-batch; None for the first one.
+        replayed: Gradients in the memory of the graph. The next replay overwrites them.
+        alone: Whether the batch has a single micro-batch. Then `replayed` itself is returned, without a copy.
+
+    Returns:
+        The sums so far.
     """
+    if sums is None and alone:
+        return replayed
     if sums is None:
-        if alone:
-            return replayed
-        sums, add = [torch.empty_like(gradient) for gradient in replayed], torch._foreach_copy_
-    else:
-        add = torch._foreach_add_
-    if sums:  # many at a launch
-        add(sums, replayed)
+        sums = [torch.empty_like(gradient) for gradient in replayed]
+        if sums:  # the foreach functions refuse empty lists
+            torch._foreach_copy_(sums, replayed)
+    elif sums:
+        torch._foreach_add_(sums, replayed)
     return sums
 
 
 def can_capture(model: nn.Module) -> bool:
-    """Whether a CUDA graph can hold a pass: on a GPU, by backends that never wait for its results."""
+    """Return whether a pass of the model can be captured: it is on a GPU, and its backends never wait for a result."""
     backends = {getattr(config, "backend", None) for config in getattr(model, "peft_config", {}).values()}
-    return model.device.type == "cuda" and all(BACKENDS[name].graph_safe for name in backends - {None})
+    is_on_gpu = next(model.parameters()).device.type == "cuda"
+    return is_on_gpu and all(BACKENDS[name].graph_safe for name in backends if name is not None)

@@ -120,9 +120,9 @@ class FusedExperts(torch.autograd.Function):
         def input_and_down() -> tuple[Tensor | None, Tensor | None, Tensor | None]:
             subspace = layout.subspace_grad(gated_dh, down_out) if needs.get("P") and gated_dh is not None else None
             found = down_proj_backward(
-                d_down_out, x, bits, down, layout.gate.logits_at, ctx.p, dx_base, of_input=needs_dx,
-                of_weights=any(needs.get(kind) for kind in ("A", "S", "router")), of_p=subspace,
-                counts=ctx.cache.split_k_counters(x),
+                d_down_out, x, bits, down, layout.gate.logits_at, ctx.p, dx_base, needs_dx=needs_dx,
+                needs_dweights=any(needs.get(kind) for kind in ("A", "S", "router")), subspace=subspace,
+                counters=ctx.cache.split_k_counters(x),
             )  # fmt: skip
             if found[0] is not None:
                 for dy, W in zip(dys, weights, strict=False):  # none where dx_base has them

@@ -149,7 +149,7 @@ def quantized_weights(
             found = Float8Weights(source, columns, rows, None)
             least = _min_row_magnitude(weights) if columns else None
             for (values, scale), W in zip(found.by_output, weights, strict=True):
-                quantize_rows([W], out=Float8Rows(values[:, :n], scale), least=least)
+                quantize_rows([W], out=Float8Rows(values[:, :n], scale), min_magnitude=least)
         if backward and found.by_input is None:
             by_input = zero_rows(weights[0], n + len(weights) * columns, sum(map(len, weights)))
             quantize_rows([W.T for W in weights], out=Float8Rows(by_input.values[:n], by_input.scale[:n]))

@@ -1,13 +1,13 @@
-"""Products that do not wait for each other, side by side in a CUDA graph.
+"""Independent tasks on parallel CUDA streams.
 
-Kernels of a small model leave most of a GPU idle, and most of a step is the time from one to the next. What is captured
-on streams of its own, a graph runs at once. Outside of a graph the host's launches take longer than the kernels, so
-there everything stays in one row.
+The kernels of a small model leave most of a GPU idle. Tasks that are captured on separate streams become parallel
+branches of a CUDA graph, and run at the same time when it is replayed. Outside graph capture the host's launches take
+longer than the kernels, so parallel streams gain nothing, and all tasks run on the current stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -16,42 +16,50 @@ from torch import Tensor
 
 from malora.fused.tensor_utils import is_captured
 
-MIN_SATURATING_ELEMENTS = 1 << 23  # elements of an input
+# Elements of an input from which on a single task keeps the GPU busy; parallel branches would then only add the
+# graph's own synchronization.
+MIN_SATURATING_ELEMENTS = 1 << 23
 
 
 @cache
 def _streams(device: torch.device) -> list[torch.cuda.Stream]:
-    """The device's, as many as were ever needed: each keeps a workspace of the matrix products."""
+    """Return the device's side streams. The list grows on demand; cuBLAS keeps a workspace for each stream."""
     return []
 
 
 def saturates_device(like: Tensor) -> bool:
-    """Whether kernels over so large an input leave no room beside them; their works stay in one row.
+    """Return whether tasks over an input of this size keep the GPU busy one by one.
 
-    So do small works between them: a graph with a lane to the side takes longer from each kernel to the next.
+    All tasks of such a pass then run on the current stream, the small ones as well: a branch in a graph delays each
+    kernel that follows it.
     """
     return like.numel() >= MIN_SATURATING_ELEMENTS
 
 
-def run_on_parallel_streams(like: Tensor, works: list[Callable[[], Any]]) -> list[Any]:
-    """What works give that neither write to the same tensors nor read what another writes; on `like`'s device.
+def run_on_parallel_streams(like: Tensor, tasks: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Run independent tasks, in parallel if a CUDA graph is being captured, and return their results in order.
 
-    Memory is the stream's that it was allocated on, and comes back to it: every stream waits for this one before it
-    begins, and this one for all of them, so nobody can write to it while it is still read.
+    Args:
+        like: The tasks' input, which tells their device and size.
+        tasks: No task may write a tensor that another one reads or writes. The first runs on the current stream.
+
+    The caching allocator reuses freed memory on the stream where it was allocated. Each side stream first waits for the
+    current one, which in the end waits for all of them. So no memory is reused while a task still reads it.
     """
     if saturates_device(like) or not is_captured(like):
-        return [work() for work in works]
-    here, streams = torch.cuda.current_stream(), _streams(like.device)
-    streams += [torch.cuda.Stream(like.device) for _ in range(len(works) - 1 - len(streams))]
-    begun, others = [], []
+        return [task() for task in tasks]
+    current, streams = torch.cuda.current_stream(), _streams(like.device)
+    for _ in range(len(tasks) - 1 - len(streams)):
+        streams.append(torch.cuda.Stream(like.device))  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+    started, others = [], []
     try:
-        for stream, work in zip(streams, works[1:], strict=False):
-            stream.wait_stream(here)
-            begun.append(stream)
+        for stream, task in zip(streams, tasks[1:], strict=False):
+            stream.wait_stream(current)
+            started.append(stream)
             with torch.cuda.stream(stream):
-                others.append(work())
-        first = works[0]()
-    finally:  # a capture that ends with a stream of its own left over would hide what went wrong
-        for stream in begun:
-            here.wait_stream(stream)
+                others.append(task())
+        first = tasks[0]()
+    finally:  # a capture that ended with an unjoined stream would raise an error of its own and hide the task's
+        for stream in started:
+            current.wait_stream(stream)
     return [first, *others]

@@ -1,8 +1,20 @@
-"""Tile sizes of the down-projection kernels, and what fits into shared memory."""
+"""Tile sizes of the down-projection kernels, and when to use torch's matmuls instead.
+
+Both kernels walk over x [T, n] in tiles and keep all Z + L columns of their output in registers. That bounds Z and L,
+and the number of tiles that can be prefetched is bounded by shared memory.
+
+| symbol | meaning |
+| --- | --- |
+| T, n | tokens, in features |
+| Z | rows of the stacked down projections |
+| L | rows of the stacked routers |
+| stages | tiles that are loaded in advance of the matmul (`num_stages` of Triton) |
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,33 +25,96 @@ from malora.fused.kernels import tiling
 from malora.fused.kernels.dropout import rescale
 from malora.fused.kernels.tiling import accumulator_dtype, has_ptx, split_tile, tile_size
 
-# The fastest of those tried on an H100 at 4,096 tokens and inputs of 4,096 and 11,008.
-DOWN = {"BLOCK_T": 64, "BLOCK_N": 64, "num_stages": 3}
-GRADIENTS = {"BLOCK_T": 64, "BLOCK_N": 64, "num_stages": 3}
-PROGRAMS = 264  # two for each multiprocessor of an H100
-MIN_BLOCKS_PER_SPLIT = 16  # of columns in a part of a sum; not tuned again since the gate's kernel adds up the parts
-MAX_ROWS = 256  # of down sides, and of routers beside them; the sums of a block of tokens stay in registers
+TARGET_PROGRAMS = 264  # two per multiprocessor of an H100
+# Tiles of features per split of the forward sum. Shorter splits make the gate kernel add more of them. Tuned when the
+# splits were added by a kernel of their own.
+MIN_BLOCKS_PER_SPLIT = 16
+MAX_ROWS = 256  # bound of Z and of L: beyond it the accumulators of a tile of tokens do not fit into registers
+
+
+@dataclass(frozen=True)
+class TunedLaunch:
+    """Tile sizes of one of the kernels.
+
+    Attributes:
+        block_t: Tokens per tile.
+        block_n: In features per tile.
+        max_stages: Largest number of prefetched tiles.
+        is_backward: Whether it is the backward kernel, whose use of shared memory differs.
+    """
+
+    block_t: int
+    block_n: int
+    max_stages: int
+    is_backward: bool
+
+    def shared_bytes(self, Z: int, L: int, stages: int) -> int:
+        """Return the shared memory in bytes for 16-bit elements, as Triton 3.6 allocates it for Hopper.
+
+        Each stage has a buffer for every tile that the loop loads. The backward kernel also keeps a tile of the
+        weights for the duration of the loop, and a second copy of the tile of x in another layout.
+        """
+        rows = split_tile(Z).padded + (tile_size(L) if L else 0)
+        if self.is_backward:
+            fixed, loaded_columns = 2 * (self.block_t + rows) * self.block_n, self.block_t
+        else:
+            fixed, loaded_columns = 0, self.block_n
+        return 1024 + fixed + stages * 2 * (self.block_t * self.block_n + rows * loaded_columns)
+
+    def stages(self, Z: int, L: int, device: torch.device) -> int:
+        """Return how many stages fit into shared memory, at most `max_stages`; 0 if not even one fits."""
+        available = tiling.shared_memory_bytes(device)
+        fitting = [s for s in range(1, self.max_stages + 1) if self.shared_bytes(Z, L, s) <= available]
+        return max(fitting, default=0)
+
+    def options(self, Z: int, L: int, device: torch.device) -> dict[str, int]:
+        """Return the launch options; many output columns are spread over more warps."""
+        stages = self.stages(Z, L, device)
+        num_warps = 4 if Z + L <= 224 else 8
+        return {"BLOCK_T": self.block_t, "BLOCK_N": self.block_n, "num_stages": stages, "num_warps": num_warps}
+
+
+# The fastest tried on an H100 with 4,096 tokens and 4,096 or 11,008 in features.
+FORWARD = TunedLaunch(block_t=64, block_n=64, max_stages=3, is_backward=False)
+BACKWARD = TunedLaunch(block_t=64, block_n=64, max_stages=3, is_backward=True)
 
 
 def prefers_plain_matmul(x: Tensor, Z: int, L: int) -> bool:
-    """Whether plain products of a dropped input are better: of many rows a block does not fit, nor of wide elements,
-    and the arithmetic, which tensor cores do not do in full float32, then outweighs the passes over the input. Of no
-    tokens there are no blocks."""
+    """Return whether to drop out x in a pass of its own and call torch's matmuls.
+
+    That is so if the accumulators or the tiles do not fit, and for 32-bit data on a GPU: without tensor cores the
+    arithmetic costs more than the additional passes over x. It is also so for an empty x, which has no tiles.
+    """
     if Z > MAX_ROWS or L > MAX_ROWS or not x.numel() or (x.is_cuda and x.element_size() > 2):
         return True
-    return not (_stages(DOWN, Z, L, x.device) and _stages(GRADIENTS, Z, L, x.device))
+    return not (FORWARD.stages(Z, L, x.device) and BACKWARD.stages(Z, L, x.device))
 
 
-def split_count(blocks: int, others: int, programs: int = PROGRAMS) -> int:
-    """In how many parts a sum is cut where `blocks` programs leave the device idle; a power of two, at most `others`.
+def split_count(programs: int, max_splits: int, target: int = TARGET_PROGRAMS) -> int:
+    """Return into how many splits (split-K) to cut a sum, so that about `target` programs run.
 
-    The parts are added up in a fixed order, and few different numbers mean few compilations.
+    It is a power of two, since each different count compiles a kernel of its own. It is at most the power of two next
+    to `max_splits`.
+
+    Args:
+        programs: Programs of the launch without splits.
+        max_splits: Tiles of the sum, divided by the fewest tiles worth a split.
+        target: Programs that keep the device busy.
     """
-    return min(2 ** max(0, round(math.log2(programs / blocks))), triton.next_power_of_2(max(1, others)))
+    wanted = 2 ** max(0, round(math.log2(target / programs)))
+    return int(min(wanted, triton.next_power_of_2(max(1, max_splits))))
 
 
 def matmul_tn_fp32(left: Tensor, right: Tensor) -> Tensor:
-    """leftᵀ right of [..., T, a] and [..., T, b], summed and kept in float32 or wider."""
+    """Return leftᵀ @ right, accumulated and returned in float32 (float64 for float64 data).
+
+    Args:
+        left: [..., T, a].
+        right: [..., T, b].
+
+    Returns:
+        [..., a, b].
+    """
     if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
         multiply = torch.mm if left.dim() == 2 else torch.bmm
         return multiply(left.mT, right, out_dtype=torch.float32)
@@ -47,41 +122,23 @@ def matmul_tn_fp32(left: Tensor, right: Tensor) -> Tensor:
 
 
 def aligned_rows(x: Tensor, columns: int) -> Tensor:
-    """Like x.new_empty(len(x), columns), in rows that begin at multiples of 16 elements.
+    """Return an uninitialized [len(x), columns] like x, whose row stride is a multiple of 16 elements.
 
-    Otherwise Triton reads and writes an element at a time; the products were four times slower.
+    With another row stride Triton loads and stores single elements, which made the matmuls several times slower.
     """
     return x.new_empty(len(x), -(-columns // 16) * 16)[:, :columns]
 
 
-def bytes_of(tuned: dict[str, int], Z: int, L: int, stages: int) -> int:
-    """Of shared memory, for elements of two, as Triton 3.6 lays them out for Hopper.
+def tile_constants(weights: Tensor, Z: int, p: float) -> dict[str, Any]:
+    """Return the compile-time constants that both kernels take.
 
-    Loads have a block for each stage. The gradients keep a block of the weights, and lay out one of x anew.
+    Args:
+        weights: [Z + L, n].
+        Z: Rows of the stacked down projections.
+        p: Dropout probability.
     """
-    T, n, z = tuned["BLOCK_T"], tuned["BLOCK_N"], split_tile(Z)
-    rows = z["first"] + (z["pad_rest"] if z["rest"] else 0) + (tile_size(L) if L else 0)
-    kept, loaded = (2 * (T + rows) * n, T) if tuned is GRADIENTS else (0, n)
-    return 1024 + kept + stages * 2 * (T * n + rows * loaded)
-
-
-def _stages(tuned: dict[str, int], Z: int, L: int, device: torch.device) -> int:
-    """Stages of loads that shared memory has room for, at most those of `tuned`; 0 if for none."""
-    return max(
-        s
-        for s in range(tuned["num_stages"] + 1)
-        if not s or bytes_of(tuned, Z, L, s) <= tiling.shared_memory_bytes(device)
-    )
-
-
-def fitting(tuned: dict[str, int], Z: int, L: int, device: torch.device) -> dict[str, int]:
-    """`tuned`, with as many stages as fit, and more warps where there are many rows."""
-    return tuned | {"num_stages": _stages(tuned, Z, L, device), "num_warps": 4 if Z + L <= 224 else 8}
-
-
-def constants_of(weights: Tensor, Z: int, p: float) -> dict[str, Any]:
     L, z = len(weights) - Z, split_tile(Z)
     return {
-        "SCALE": rescale(p), "Z": Z, "L": L, "PAD_Z": z["first"], "REST": z["rest"], "PAD_REST": z["pad_rest"],
-        "PAD_L": tile_size(L), "WIDE": accumulator_dtype(weights.dtype), "PTX": has_ptx(weights),
+        "SCALE": rescale(p), "Z": Z, "L": L, "PAD_HEAD": z.head, "TAIL": z.tail, "PAD_TAIL": z.pad_tail,
+        "PAD_L": tile_size(L), "ACC": accumulator_dtype(weights.dtype), "PTX": has_ptx(weights),
     }  # fmt: skip

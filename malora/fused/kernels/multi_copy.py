@@ -1,7 +1,20 @@
-"""Narrow copies of a model's weights in one launch.
+"""Copy many float32 weights into one packed buffer of another dtype, in one launch.
 
-`torch._foreach_copy_` launches a kernel for every few dozen tensors, and gives a tensor of a small model to so few
-blocks of threads that a GPU stands idle.
+    target_i = cast(source_i)        for all i
+
+1. The sources are cut into blocks of at most BLOCK elements.
+2. A table in GPU memory has one row per block: the address of its first element, its offset in the buffer, its size.
+3. Program k copies the block of row k. So tensors of all sizes keep the multiprocessors equally busy.
+4. The table is built once for a set of addresses, and reused as long as the weights stay where they are.
+
+| symbol | meaning | size |
+| --- | --- | --- |
+| source | a weight | any shape, float32 |
+| target | a view of the buffer | shape of its source |
+| buffer | packed weights of a model | [elements] |
+| table | address, offset and size per block | [blocks, 3] int64 |
+
+`torch._foreach_copy_` takes a launch for every few dozen tensors, and uses too few thread blocks for the small ones.
 """
 
 from __future__ import annotations
@@ -13,61 +26,82 @@ from torch import Tensor
 
 from malora.fused.tensor_utils import is_captured
 
-BLOCK = 4096  # elements a program
-ALIGNMENT = 16  # of addresses and sizes: Triton then knows that it may move 16 bytes at a time
-MIN_TENSORS = 32  # tensors that one launch of torch's takes anyway
-MAX_TABLES = 8  # of a model whose weights do not stay where they are
+BLOCK = 4096  # elements per program
+ALIGNMENT = 16  # elements, of addresses, offsets and sizes: Triton then moves 16 bytes at a time
+MIN_TENSORS = 32  # up to here `torch._foreach_copy_` needs a single launch
+MAX_TABLES = 8  # bounds the memory of tables if the weights keep moving
+
+Key = tuple[tuple[int, int, int], ...]  # address, size and offset of each pair
+Tables = dict[Key, Tensor]
 
 
 @triton.jit
-def _copy_kernel(table_ptr, flat_ptr, BLOCK: tl.constexpr):
-    entry = table_ptr + tl.program_id(0) * 3
-    source_ptr = tl.multiple_of(tl.load(entry).to(tl.pointer_type(tl.float32)), 16)
-    start = tl.multiple_of(tl.load(entry + 1), 16)
-    place = tl.arange(0, BLOCK)
-    inside = place < tl.multiple_of(tl.load(entry + 2), 16)
-    tl.store(flat_ptr + start + place, tl.load(source_ptr + place, mask=inside), mask=inside)
+def _copy_kernel(table_ptr, buffer_ptr, BLOCK: tl.constexpr):
+    """Copy the block that row `program_id` of the table describes."""
+    row_ptr = table_ptr + tl.program_id(0) * 3
+    source_ptr = tl.multiple_of(tl.load(row_ptr).to(tl.pointer_type(tl.float32)), 16)
+    start = tl.multiple_of(tl.load(row_ptr + 1), 16)
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < tl.multiple_of(tl.load(row_ptr + 2), 16)
+    tl.store(buffer_ptr + start + offsets, tl.load(source_ptr + offsets, mask=mask), mask=mask)
 
 
-def multi_tensor_copy(sources: list[Tensor], targets: list[Tensor], flat: Tensor, tables: dict[tuple, Tensor]) -> None:
-    """Copies each source to its target, a view of `flat`.
+def multi_tensor_copy(sources: list[Tensor], targets: list[Tensor], buffer: Tensor, tables: Tables) -> None:
+    """Copy each source to its target, cast to the dtype of the buffer.
 
-    `tables` must live as long as the weights do: CUDA graphs read what is in it.
+    On a GPU, aligned contiguous float32 sources share one launch if there are more than a few. torch copies the others.
+
+    Args:
+        sources: Weights on one device.
+        targets: One view of `buffer` per source, of the same shape.
+        buffer: [elements].
+        tables: Cache of the tables, owned by the caller. It must live as long as the weights, since CUDA graphs that
+            captured the copy read the tables in each replay.
     """
-    if flat.is_cuda and len(sources) > MIN_TENSORS:
-        fitting = [_fits(source, target) for source, target in zip(sources, targets, strict=True)]
-        pairs = zip(sources, targets, strict=True)
-        table = _table([pair for pair, fits in zip(pairs, fitting, strict=True) if fits], tables)
+    if buffer.is_cuda and len(sources) > MIN_TENSORS:
+        pairs = list(zip(sources, targets, strict=True))
+        fits = [_fits(*pair) for pair in pairs]
+        table = _find_table([pair for pair, fit in zip(pairs, fits, strict=True) if fit], tables)
         if table is not None:
-            copy_with_table(table, flat)
-            sources = [source for source, fits in zip(sources, fitting, strict=True) if not fits]
-            targets = [target for target, fits in zip(targets, fitting, strict=True) if not fits]
+            copy_with_table(table, buffer)
+            others = [pair for pair, fit in zip(pairs, fits, strict=True) if not fit]
+            sources, targets = [source for source, _ in others], [target for _, target in others]
     if sources:
         torch._foreach_copy_(targets, sources)
 
 
-def copy_with_table(table: Tensor, flat: Tensor) -> None:
-    """Each row of a table [blocks, 3] is an address of float32 numbers, where they go in `flat`, and how many."""
-    _copy_kernel[(len(table),)](table, flat, BLOCK=BLOCK)
+def copy_with_table(table: Tensor, buffer: Tensor) -> None:
+    """Copy the blocks of a table into the buffer.
+
+    Args:
+        table: [blocks, 3] int64, the rows of `table_rows`.
+        buffer: [elements], contiguous, in any floating dtype.
+    """
+    _copy_kernel[(len(table),)](table, buffer, BLOCK=BLOCK)
 
 
 def table_rows(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[int, int, int]]:
+    """Return address, offset in the buffer and size of each block of (source, target) pairs."""
     return [
-        (source.data_ptr() + 4 * start, target.storage_offset() + start, min(BLOCK, source.numel() - start))
+        (source.data_ptr() + 4 * start, int(target.storage_offset()) + start, min(BLOCK, source.numel() - start))
         for source, target in pairs
         for start in range(0, source.numel(), BLOCK)
     ]
 
 
 def _fits(source: Tensor, target: Tensor) -> bool:
-    at = (source.numel(), source.data_ptr() // 4, target.storage_offset())
+    """Return whether the kernel can copy this pair."""
+    places = (source.numel(), source.data_ptr() // 4, target.storage_offset())
     is_plain = source.is_contiguous() and target.is_contiguous() and source.device == target.device
-    return is_plain and source.dtype == torch.float32 and not any(place % ALIGNMENT for place in at)
+    return is_plain and source.dtype == torch.float32 and not any(place % ALIGNMENT for place in places)
 
 
-def _table(pairs: list[tuple[Tensor, Tensor]], tables: dict[tuple, Tensor]) -> Tensor | None:
-    """The table on the device; None where a CUDA graph that is being captured could not wait for it to be made."""
-    key = tuple((source.data_ptr(), source.numel(), target.storage_offset()) for source, target in pairs)
+def _find_table(pairs: list[tuple[Tensor, Tensor]], tables: Tables) -> Tensor | None:
+    """Return the table of the pairs, built if needed.
+
+    None while a CUDA graph is captured, since building copies from the host, and if there are MAX_TABLES tables.
+    """
+    key = tuple((source.data_ptr(), source.numel(), int(target.storage_offset())) for source, target in pairs)
     if key not in tables and pairs and not is_captured(pairs[0][1]) and len(tables) < MAX_TABLES:
         tables[key] = torch.tensor(table_rows(pairs), device=pairs[0][1].device)
     return tables.get(key)

@@ -1,4 +1,35 @@
-"""Quantize matrices to float8 by rows."""
+"""Quantize matrices to float8 with one scale per row, and multiply them.
+
+    X ≈ scale ⊙ values        scale_i = max_j |X_ij| / 448        values = float8_e4m3fn(X / scale)
+
+(Micikevicius et al. 2022, arXiv 2209.05433.) The frozen matmul and the up projection are one matmul of concatenated
+operands, [x, h] and [W, B]:
+
+    y = [x, h ⊙ u] [W, (B / u)ᵀ]ᵀ
+
+A row of the right operand has a single scale, that of W's row. The up scale u_k brings row k of B into the range of
+these scales; h is multiplied by it in turn.
+
+1. `quantize_rows` quantizes [x, h ⊙ u]: one program per row reads the row once, keeps it in registers, finds its
+   largest magnitude and stores the quantized values.
+2. `quantize_up_proj` writes (B / u)ᵀ into the last C columns of the quantized W, and u.
+3. `scaled_matmul` multiplies two quantized matrices.
+
+| symbol | meaning | size |
+| --- | --- | --- |
+| G | projections of the group | |
+| T, m | tokens, out features | |
+| H | total rank of a projection's experts | |
+| C | H, rounded up to ALIGNMENT: columns of h or B in a quantized matrix | |
+| matrices | what is concatenated along columns and quantized as one matrix | [rows, columns] each |
+| h | gated output of the experts | [G, T, H] |
+| B | up projection | [H, m] |
+| up_scale (u) | up scales of a projection; of a group [G, C] | [C] float32 |
+| values | quantized matrix | [rows, columns] float8_e4m3fn |
+| scale | scales of its rows | [rows, 1] float32 |
+
+PyTorch has no call that quantizes by rows in a single pass: `amax`, division and cast read the matrix three times.
+"""
 
 from __future__ import annotations
 
@@ -9,179 +40,234 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-E4M3_MAX = 448.0  # of float8_e4m3fn
-MIN_SCALE = torch.finfo(torch.float32).tiny  # as a scale: a row of zeros has one too, and its inverse is finite
-ALIGNMENT = 16  # of both sides of a weight and of the room beside it, by torch._scaled_mm
-CACHE_LINE_BYTES = (
-    128  # bytes of a cache's line: products of rows that begin with one take 1 to 4% less, in a probe on an H100
-)
+E4M3_MAX = 448.0  # largest finite float8_e4m3fn
+MIN_SCALE = torch.finfo(torch.float32).tiny  # scale of a row of zeros: its inverse is finite
+ALIGNMENT = 16  # `torch._scaled_mm` wants both sides of a weight to be multiples of it
+CACHE_LINE_BYTES = 128  # rows start at cache lines: matmuls took 1 to 4% less time in a probe on an H100
 
 
 class Float8Rows(NamedTuple):
-    """A matrix, rounded: row i is scale_i · values_i."""
+    """A matrix quantized by rows: row i is scale_i · values_i.
 
-    values: Tensor  # [rows, columns] float8_e4m3fn
-    scale: Tensor  # [rows, 1] float32
+    Attributes:
+        values: [rows, columns] float8_e4m3fn.
+        scale: [rows, 1] float32.
+    """
 
-    def wide(self, dtype: torch.dtype) -> Tensor:
+    values: Tensor
+    scale: Tensor
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the matrix in `dtype`."""
         return self.values.to(dtype) * self.scale.to(dtype)
 
 
 class UpOperand(NamedTuple):
-    """What lies beside x: h of each sibling, and what it is multiplied by."""
+    """The last columns of the left operand: h ⊙ up_scale of each projection.
 
-    h: Tensor  # [G, T, H]
-    unit: Tensor  # [G, C] float32
+    Attributes:
+        h: [G, T, H].
+        up_scale: [G, C] float32, with C ≥ H.
+    """
+
+    h: Tensor
+    up_scale: Tensor
 
 
 @triton.jit
 def _quantize_rows_kernel(
-    parts, h_ptr, unit_ptr, least_ptr, values_ptr, scale_ptr, h_stride, h_group, values_stride, WIDTHS: tl.constexpr,
-    ALPHA: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr, C: tl.constexpr, ROOM: tl.constexpr,
-    BLOCK_ROOM: tl.constexpr, E4M3_MAX: tl.constexpr, MIN_SCALE: tl.constexpr,
+    matrices, h_ptr, up_scale_ptr, min_magnitude_ptr, values_ptr, scale_ptr, h_stride, h_group_stride, values_stride,
+    WIDTHS: tl.constexpr, ALPHA: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr, C: tl.constexpr,
+    UP_COLUMNS: tl.constexpr, BLOCK_UP: tl.constexpr, E4M3_MAX: tl.constexpr, MIN_SCALE: tl.constexpr,
 ):  # fmt: skip
+    """Quantize one row: program (row).
+
+    `matrices` is a tuple of pointers to contiguous matrices of WIDTHS columns each. UP_COLUMNS is G·C, the columns of h
+    with their padding; 0 without h. `min_magnitude_ptr` may be None. BLOCK and BLOCK_UP are powers of two that cover a
+    matrix's columns, and UP_COLUMNS.
+    """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     largest = 0.0
-    read = ()
-    for part in tl.static_range(len(parts)):
-        x = tl.load(parts[part] + row * WIDTHS[part] + columns, mask=columns < WIDTHS[part], other=0.0).to(tl.float32)
+    loaded = ()
+    for i in tl.static_range(len(matrices)):
+        x = tl.load(matrices[i] + row * WIDTHS[i] + columns, mask=columns < WIDTHS[i], other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.max(tl.abs(x)))
-        read = read + (x,)  # noqa: RUF005 (Triton knows no starred expression)
-    if ROOM > 0:
-        places = tl.arange(0, BLOCK_ROOM)
-        inside = (places < ROOM) & (places % C < H)
-        h_ptr += (places // C).to(tl.int64) * h_group + row * h_stride + places % C
-        h = tl.load(h_ptr, mask=inside, other=0.0).to(tl.float32) * tl.load(unit_ptr + places, mask=inside, other=0.0)
+        # Triton does not know starred expressions; mypy takes `loaded` for an empty tuple.
+        loaded = loaded + (x,)  # type: ignore[assignment]  # noqa: RUF005
+    if UP_COLUMNS > 0:
+        up_columns = tl.arange(0, BLOCK_UP)
+        mask = (up_columns < UP_COLUMNS) & (up_columns % C < H)
+        h_ptr += (up_columns // C).to(tl.int64) * h_group_stride + row * h_stride + up_columns % C
+        h = tl.load(h_ptr, mask=mask, other=0.0).to(tl.float32)
+        h *= tl.load(up_scale_ptr + up_columns, mask=mask, other=0.0)
         largest = tl.maximum(largest, tl.max(tl.abs(h)))
-    if least_ptr is not None:
-        largest = tl.maximum(largest, tl.load(least_ptr))
+    if min_magnitude_ptr is not None:
+        largest = tl.maximum(largest, tl.load(min_magnitude_ptr))
     scale = tl.maximum(tl.div_rn(largest, E4M3_MAX), MIN_SCALE)
     tl.store(scale_ptr + row, scale * ALPHA)
     inverse = tl.div_rn(1.0, scale)
     values_ptr += row * values_stride
-    for part in tl.static_range(len(parts)):
-        tl.store(values_ptr + columns, (read[part] * inverse).to(tl.float8e4nv), mask=columns < WIDTHS[part])
-        values_ptr += WIDTHS[part]
-    if ROOM > 0:
-        tl.store(values_ptr + places, (h * inverse).to(tl.float8e4nv), mask=places < ROOM)
+    for i in tl.static_range(len(matrices)):
+        tl.store(values_ptr + columns, (loaded[i] * inverse).to(tl.float8e4nv), mask=columns < WIDTHS[i])
+        values_ptr += WIDTHS[i]
+    if UP_COLUMNS > 0:
+        tl.store(values_ptr + up_columns, (h * inverse).to(tl.float8e4nv), mask=up_columns < UP_COLUMNS)
 
 
 def quantize_rows(
-    parts: list[Tensor],
+    matrices: list[Tensor],
     up: UpOperand | None = None,
     out: Float8Rows | None = None,
     alpha: float = 1.0,
-    least: Tensor | None = None,
+    min_magnitude: Tensor | None = None,
 ) -> Float8Rows:
-    """alpha times matrices [rows, columns] side by side, and h beside them, with one scale a row.
+    """Quantize the concatenation [matrices, h ⊙ up_scale] with one scale per row.
 
-    It is of the row's largest magnitude, or of `least`, float32, if that is more. Written to `out`, if that is given.
+    Args:
+        matrices: [rows, columns] each, concatenated along columns.
+        up: h and its up scales, for the last columns, or None.
+        out: Where the result is written; None allocates it.
+        alpha: Factor of the result, applied to the scales.
+        min_magnitude: [] float32 or None. The scale of a row is that of its largest magnitude, or of this if larger.
+
+    Returns:
+        alpha · [matrices, h ⊙ up_scale], quantized.
     """
     if out is None:
-        room = 0 if up is None else up.unit.numel()
-        out = _empty(parts[0], len(parts[0]), sum(part.shape[1] for part in parts) + room)
-    (quantize_rows_triton if parts[0].is_cuda else quantize_rows_torch)(parts, up, out, alpha, least)
+        up_columns = 0 if up is None else up.up_scale.numel()
+        out = _empty(matrices[0], len(matrices[0]), sum(matrix.shape[1] for matrix in matrices) + up_columns)
+    (quantize_rows_triton if matrices[0].is_cuda else quantize_rows_torch)(matrices, up, out, alpha, min_magnitude)
     return out
 
 
 def quantize_rows_triton(
-    parts: list[Tensor], up: UpOperand | None, out: Float8Rows, alpha: float, least: Tensor | None
+    matrices: list[Tensor], up: UpOperand | None, out: Float8Rows, alpha: float, min_magnitude: Tensor | None
 ) -> None:
-    """One launch that reads everything once: a row stays in registers."""
-    parts = [part.contiguous() for part in parts]  # a weight's rows may have room beside them
-    widths = tuple(part.shape[1] for part in parts)
+    """Quantize into `out` in one launch that reads each element once. Arguments as in `quantize_rows`."""
+    matrices = [matrix.contiguous() for matrix in matrices]  # W may be a column slice of an augmented weight
+    widths = tuple(matrix.shape[1] for matrix in matrices)
     block = triton.next_power_of_2(max(widths))
-    h, unit = up or (None, None)
-    H, C, room = (0, 1, 0) if up is None else (h.shape[2], unit.shape[1], unit.numel())
-    strides = (0, 0) if up is None else (h.stride(1), h.stride(0))
-    _quantize_rows_kernel[(len(parts[0]),)](
-        tuple(parts), h, unit, least, *out, *strides, out.values.stride(0), widths, alpha, block,
-        H, C, room, triton.next_power_of_2(max(room, 1)), E4M3_MAX, MIN_SCALE,
+    h, up_scale = up or (None, None)
+    H, C, up_columns = (0, 1, 0) if up is None else (up.h.shape[2], up.up_scale.shape[1], up.up_scale.numel())
+    strides = (0, 0) if up is None else (up.h.stride(1), up.h.stride(0))
+    _quantize_rows_kernel[(len(matrices[0]),)](
+        tuple(matrices), h, up_scale, min_magnitude, *out, *strides, out.values.stride(0), widths, alpha, block,
+        H, C, up_columns, triton.next_power_of_2(max(up_columns, 1)), E4M3_MAX, MIN_SCALE,
         num_warps=min(max(8, block // 2048), 32),
     )  # fmt: skip
 
 
 def quantize_rows_torch(
-    parts: list[Tensor], up: UpOperand | None, out: Float8Rows, alpha: float, least: Tensor | None
+    matrices: list[Tensor], up: UpOperand | None, out: Float8Rows, alpha: float, min_magnitude: Tensor | None
 ) -> None:
+    """Quantize into `out` by PyTorch operations, for tensors on a CPU. Arguments as in `quantize_rows`."""
     if up is not None:
-        h = up.h.float() * up.unit[:, None, : up.h.shape[2]]
-        parts = [*parts, *nn.functional.pad(h, (0, up.unit.shape[1] - h.shape[2]))]
-    whole = torch.cat([part.float() for part in parts], 1)
-    largest = whole.abs().amax(1, keepdim=True)
-    scale = ((largest if least is None else largest.clamp(min=least)) / E4M3_MAX).clamp(min=MIN_SCALE)
-    out.values.copy_((whole * (1 / scale)).to(out.values.dtype))
+        H, C = up.h.shape[2], up.up_scale.shape[1]
+        scaled_h = up.h.float() * up.up_scale[:, None, :H]
+        matrices = [*matrices, *nn.functional.pad(scaled_h, (0, C - H))]
+    joined = torch.cat([matrix.float() for matrix in matrices], 1)
+    largest = joined.abs().amax(1, keepdim=True)
+    if min_magnitude is not None:
+        largest = largest.clamp(min=min_magnitude)
+    scale = (largest / E4M3_MAX).clamp(min=MIN_SCALE)
+    out.values.copy_((joined * (1 / scale)).to(out.values.dtype))
     torch.mul(scale, alpha, out=out.scale)
 
 
 def _empty(like: Tensor, rows: int, columns: int) -> Float8Rows:
+    """Return an uninitialized quantized matrix whose rows start at cache lines."""
     values = like.new_empty(rows, -(-columns // CACHE_LINE_BYTES) * CACHE_LINE_BYTES, dtype=torch.float8_e4m3fn)
     return Float8Rows(values[:, :columns], like.new_empty(rows, 1, dtype=torch.float32))
 
 
 def zero_rows(like: Tensor, rows: int, columns: int) -> Float8Rows:
-    made = _empty(like, rows, columns)
-    made.values.view(torch.uint8).zero_()  # torch fills no 8-bit floats
-    made.scale.zero_()
-    return made
+    """Return a quantized matrix [rows, columns] of zeros on the device of `like`, whose rows start at cache lines."""
+    zeros = _empty(like, rows, columns)
+    zeros.values.view(torch.uint8).zero_()  # torch cannot fill float8
+    zeros.scale.zero_()
+    return zeros
 
 
 @triton.jit
 def _quantize_up_proj_kernel(
-    B_ptr, scale_ptr, room_ptr, unit_ptr, H, C, room_stride, m: tl.constexpr, ALPHA: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr, READ: tl.constexpr, E4M3_MAX: tl.constexpr, MIN_SCALE: tl.constexpr,
+    B_ptr, scale_ptr, out_ptr, up_scale_ptr, H, C, out_stride, m: tl.constexpr, ALPHA: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_MAX: tl.constexpr, E4M3_MAX: tl.constexpr,
+    MIN_SCALE: tl.constexpr,
 ):  # fmt: skip
+    """Quantize a tile of B: program (tile of ranks, tile of out features).
+
+    `scale_ptr` is that of the scales of W's rows, `out_ptr` that of the last C columns of W's values. The largest
+    magnitude of a rank needs all m out features. Each program finds it by itself, BLOCK_MAX at a time; sharing it would
+    take a second launch.
+    """
     ranks = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    largest = tl.zeros([BLOCK_H, READ], tl.float32)
-    for start in range(0, m, READ):  # all of a rank, in each of its programs: to wait for others would be a launch more
-        B = _over_row_scales(B_ptr, scale_ptr, m, H, start + tl.arange(0, READ), ranks)
+    largest = tl.zeros([BLOCK_H, BLOCK_MAX], tl.float32)
+    for start in range(0, m, BLOCK_MAX):
+        B = _load_B_over_scales(B_ptr, scale_ptr, m, H, start + tl.arange(0, BLOCK_MAX), ranks)
         largest = tl.maximum(largest, tl.abs(B))
-    unit = tl.maximum(tl.div_rn(tl.max(largest, 1), E4M3_MAX), MIN_SCALE)
+    up_scale = tl.maximum(tl.div_rn(tl.max(largest, 1), E4M3_MAX), MIN_SCALE)
     if tl.program_id(1) == 0:
-        tl.store(unit_ptr + ranks, unit * ALPHA, mask=ranks < C)
-    outputs = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    B = _over_row_scales(B_ptr, scale_ptr, m, H, outputs, ranks) * tl.div_rn(1.0, unit)[:, None]
-    place = room_ptr + outputs.to(tl.int64)[:, None] * room_stride + ranks[None, :]
-    tl.store(place, tl.trans(B.to(tl.float8e4nv)), mask=(outputs < m)[:, None] & (ranks < C)[None, :])
+        tl.store(up_scale_ptr + ranks, up_scale * ALPHA, mask=ranks < C)
+    columns = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    B = _load_B_over_scales(B_ptr, scale_ptr, m, H, columns, ranks) * tl.div_rn(1.0, up_scale)[:, None]
+    place = out_ptr + columns.to(tl.int64)[:, None] * out_stride + ranks[None, :]
+    tl.store(place, tl.trans(B.to(tl.float8e4nv)), mask=(columns < m)[:, None] & (ranks < C)[None, :])
 
 
 @triton.jit
-def _over_row_scales(B_ptr, scale_ptr, m, H, outputs, ranks):
-    """B over the scales of the weight's rows, [ranks, outputs]."""
-    inverse = tl.div_rn(1.0, tl.load(scale_ptr + outputs, mask=outputs < m, other=1.0))
-    inside = (ranks < H)[:, None] & (outputs < m)[None, :]
-    B = tl.load(B_ptr + ranks[:, None] * m + outputs[None, :], mask=inside, other=0.0)
+def _load_B_over_scales(B_ptr, scale_ptr, m, H, columns, ranks):
+    """Load a tile of B [ranks, columns], divided by the scales of W's rows."""
+    inverse = tl.div_rn(1.0, tl.load(scale_ptr + columns, mask=columns < m, other=1.0))
+    mask = (ranks < H)[:, None] & (columns < m)[None, :]
+    B = tl.load(B_ptr + ranks[:, None] * m + columns[None, :], mask=mask, other=0.0)
     return B.to(tl.float32) * inverse[None, :]
 
 
-def quantize_up_proj_triton(W: Float8Rows, B: Tensor, alpha: float, unit: Tensor) -> None:
-    """`put_beside`, in one launch."""
-    (H, m), C = B.shape, len(unit)
+def quantize_up_proj(W: Float8Rows, B: Tensor, alpha: float, up_scale: Tensor) -> None:
+    """Write B, quantized with the row scales of W, into the last C columns of W, and its up scales.
+
+    Args:
+        W: Quantized frozen weight [m, n + padding]; its last C columns are written.
+        B: [H, m], contiguous.
+        alpha: Scaling of the up projection. It is applied to the up scales, so B does not contain it.
+        up_scale: [C] float32 with C ≥ H, written: the factor of h.
+    """
+    if B.is_cuda:
+        return quantize_up_proj_triton(W, B, alpha, up_scale)
+    C = len(up_scale)
+    relative = nn.functional.pad(B.T.float() * (1 / W.scale), (0, C - len(B)))
+    largest = (relative.abs().amax(0) / E4M3_MAX).clamp(min=MIN_SCALE)
+    W.values[:, -C:] = (relative * (1 / largest)).to(W.values.dtype)
+    up_scale.copy_(largest * alpha)
+
+
+def quantize_up_proj_triton(W: Float8Rows, B: Tensor, alpha: float, up_scale: Tensor) -> None:
+    """Do the work of `quantize_up_proj` in one launch. Arguments as there."""
+    (H, m), C = B.shape, len(up_scale)
     _quantize_up_proj_kernel[(triton.cdiv(C, 8), triton.cdiv(m, 1024))](
-        B, W.scale, W.values[:, -C:], unit, H, C, W.values.stride(0), m, alpha, 8, 1024, 2048, E4M3_MAX, MIN_SCALE,
+        B, W.scale, W.values[:, -C:], up_scale, H, C, W.values.stride(0), m, alpha, 8, 1024, 2048, E4M3_MAX, MIN_SCALE,
         num_warps=16,
     )  # fmt: skip
 
 
-def quantize_up_proj(W: Float8Rows, B: Tensor, alpha: float, unit: Tensor) -> None:
-    """Writes B [H, m] over `unit` into the last C columns of W, and alpha · `unit`, what h is multiplied by: [C]."""
-    if B.is_cuda:
-        return quantize_up_proj_triton(W, B, alpha, unit)
-    C = len(unit)
-    in_scales = nn.functional.pad(B.T.float() * (1 / W.scale), (0, C - len(B)))
-    largest = (in_scales.abs().amax(0) / E4M3_MAX).clamp(min=MIN_SCALE)
-    W.values[:, -C:] = (in_scales * (1 / largest)).to(W.values.dtype)
-    unit.copy_(largest * alpha)
-
-
 def scaled_matmul(left: Float8Rows, right: Float8Rows, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
-    """left rightᵀ + bias, in `dtype`. On a GPU it is rounded to bfloat16 first; elsewhere sums are float32 or wider."""
+    """Return left @ rightᵀ + bias of two quantized matrices.
+
+    Args:
+        left: [T, k].
+        right: [m, k].
+        dtype: Dtype of the result. A GPU rounds to bfloat16 first; a CPU accumulates in float32 or wider.
+        bias: [m] or None.
+
+    Returns:
+        [T, m].
+    """
     if left.values.is_cuda:
         bias = None if bias is None else bias.bfloat16()
         return torch._scaled_mm(
             left.values, right.values.T, left.scale, right.scale.T, bias, out_dtype=torch.bfloat16, use_fast_accum=True
         ).to(dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    y = left.wide(wide) @ right.wide(wide).T
+    acc_dtype = torch.promote_types(dtype, torch.float32)
+    y = left.dequantize(acc_dtype) @ right.dequantize(acc_dtype).T
     return (y if bias is None else y + bias).to(dtype)

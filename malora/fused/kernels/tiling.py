@@ -1,61 +1,90 @@
-"""What the kernels of products share: sizes of their blocks, in what they sum, and how they wait.
+"""Tile sizes, accumulator dtypes and a wait that all matmul kernels share.
 
-Triton's blocks are powers of two, of a product's sides 16 or more.
+A kernel processes a matrix in tiles. Triton wants the sides of a tile to be powers of two, and `tl.dot`, the matmul of
+two tiles, wants them to be at least 16. A size in between is padded: its tile is larger, and the padding is masked when
+it is loaded and stored.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Columns of a product's right side that lie as they do in memory. Triton 3.6 made a wrong product of 16, 128 rows deep,
-# where it could not copy them ahead: their rows began at odd places.
+MIN_TILE = 16  # `tl.dot` accepts no smaller side
+
+# Smallest column count for a right operand of `tl.dot` that is read as it lies in memory. With 16 columns and 128 rows
+# Triton 3.6 computed wrong results when the row stride was odd, so that it could not prefetch the operand.
 MIN_RIGHT_COLUMNS = 32
-HOPPER_SHARED_BYTES = 227 << 10  # bytes of shared memory that a block of threads can have on an H100
+
+# Shared memory that one thread block can use on an H100 (CUDA programming guide, compute capability 9.0).
+HOPPER_SHARED_BYTES = 227 << 10
 
 
 @triton.jit
-def wait_for_dot(sums, PTX: tl.constexpr):
-    """The sums of a product, float32, once it has ended."""
-    # On Hopper a product may run on while its loop writes the registers (Triton 3.6, its issue 9433) or the buffer that
-    # it still reads, and AsyLoRA trained to NaN. Whoever reads the sums waits for them; ptxas drops the mov.
+def wait_for_dot(acc, PTX: tl.constexpr):
+    """Return the float32 accumulator of a `tl.dot` once that matmul has finished.
+
+    On Hopper a matmul is asynchronous. Triton 3.6 lets it run on while the loop overwrites its registers (Triton issue
+    9433) or the shared memory that it still reads; training then diverged to NaN. Reading the accumulator forces the
+    wait. `ptxas` removes the `mov`.
+    """
     if PTX:
-        sums = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [sums], dtype=tl.float32, is_pure=True, pack=1)
-    return sums
+        acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=True, pack=1)
+    return acc
 
 
-def split_tile(rows: int, least: int = 16) -> dict[str, int]:
-    """Rows as one block, padded to a power of two, or as two, padded each, where those are fewer."""
-    whole = tile_size(rows, least)
-    first, pad_rest = whole // 2, tile_size(rows - whole // 2, least)
-    if first >= least and first + pad_rest < whole:
-        return {"first": first, "rest": rows - first, "pad_rest": pad_rest}
-    return {"first": whole, "rest": 0, "pad_rest": least}
+class SplitTile(NamedTuple):
+    """A size covered by one tile, or by two where two need less padding.
+
+    Attributes:
+        head: Side of the first tile, a power of two.
+        tail: Elements left for the second tile, unpadded; 0 if there is none.
+        pad_tail: Side of the second tile, a power of two.
+    """
+
+    head: int
+    tail: int
+    pad_tail: int
+
+    @property
+    def padded(self) -> int:
+        """Sum of the sides of the tiles that are in use."""
+        return self.head + (self.pad_tail if self.tail else 0)
 
 
-def tile_size(size: int, least: int = 16) -> int:
-    return max(least, triton.next_power_of_2(size))  # tl.dot takes no less than 16
+def split_tile(size: int, min_tile: int = MIN_TILE) -> SplitTile:
+    """Cover `size` elements by one power-of-two tile, or by two if they are smaller in sum."""
+    single = tile_size(size, min_tile)
+    head, pad_tail = single // 2, tile_size(size - single // 2, min_tile)
+    if head >= min_tile and head + pad_tail < single:
+        return SplitTile(head, size - head, pad_tail)
+    return SplitTile(single, 0, min_tile)
+
+
+def tile_size(size: int, min_tile: int = MIN_TILE) -> int:
+    """Return the smallest power of two that is at least `size` and `min_tile`."""
+    return max(min_tile, int(triton.next_power_of_2(size)))
 
 
 @cache
 def shared_memory_bytes(device: torch.device) -> int:
-    """Bytes of shared memory that a block of threads can have."""
-    return (
-        torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-        if device.type == "cuda"
-        else HOPPER_SHARED_BYTES
-    )
+    """Return the bytes of shared memory that one thread block can use; off a GPU, those of an H100."""
+    if device.type != "cuda":
+        return HOPPER_SHARED_BYTES
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]  # torch's stubs lack it
 
 
 def has_ptx(x: Tensor) -> bool:
-    """Whether kernels over x are compiled to what Nvidia's GPUs read."""
+    """Return whether kernels over x compile to PTX, that is, run on an NVIDIA GPU."""
     return x.is_cuda and not torch.version.hip
 
 
 def accumulator_dtype(dtype: torch.dtype) -> tl.dtype:
-    """What kernels sum in."""
+    """Return the dtype in which kernels accumulate: float64 for float64 data, else float32."""
     return tl.float64 if dtype == torch.float64 else tl.float32

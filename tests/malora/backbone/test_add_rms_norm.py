@@ -1,4 +1,4 @@
-"""Residual sums and norms as one kernel, through Triton's interpreter or on a GPU."""
+"""Residual sum and RMSNorm in one kernel, alone and in a model, through Triton's interpreter or on a GPU."""
 
 import pytest
 import torch
@@ -8,13 +8,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import malora
 from malora.backbone import liger
-from malora.fused.availability import interprets_triton
-from malora.fused.kernels import down_forward
 from tests.bench.conftest import stand_in_for_liger
 from tests.conftest import make_model
 
-norms = pytest.importorskip("malora.backbone.add_rms_norm")
-CAN_FUSE = torch.cuda.is_available() or interprets_triton()
+add_rms_norm = pytest.importorskip("malora.backbone.add_rms_norm").add_rms_norm
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IDS = torch.arange(1, 15, device=DEVICE).view(2, 7)
 
@@ -25,51 +22,51 @@ def reference(x, residual, weight, eps):
 
 @pytest.mark.parametrize("shape", [(2, 3, 64), (5, 40), (1, 1), (3, 576)])
 @pytest.mark.parametrize("used", ["both", "sum", "norm"])
-def test_sum_norm_and_gradients_are_float64s(shape, used):
+def test_results_and_gradients_equal_those_in_float64(shape, used):
     torch.manual_seed(0)
     inputs = [torch.randn(shape, dtype=torch.float64, device=DEVICE, requires_grad=True) for _ in range(2)]
     weight = torch.rand(shape[-1], dtype=torch.float64, device=DEVICE) + 0.5
-    wanted = [torch.randn(shape, dtype=torch.float64, device=DEVICE) for _ in range(2)]
-    keep = {"both": [0, 1], "sum": [0], "norm": [1]}[used]
+    grads = [torch.randn(shape, dtype=torch.float64, device=DEVICE) for _ in range(2)]
+    indices = {"both": [0, 1], "sum": [0], "norm": [1]}[used]
 
-    def both(function, dtype):
-        narrow = [x.detach().to(dtype).requires_grad_() for x in inputs]
-        results = function(*narrow, weight.to(dtype), 1e-5)
-        gradients = torch.autograd.grad([results[i] for i in keep], narrow, [wanted[i].to(dtype) for i in keep])
-        return [*results, *gradients]
+    def run(function, dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        results = function(*leaves, weight.to(dtype), 1e-5)
+        outputs, output_grads = [results[i] for i in indices], [grads[i].to(dtype) for i in indices]
+        return [*results, *torch.autograd.grad(outputs, leaves, output_grads)]
 
-    expected, got = both(reference, torch.float64), both(norms.add_norm, torch.float32)
+    expected, got = run(reference, torch.float64), run(add_rms_norm, torch.float32)
     for a, b in zip(expected, got, strict=True):
         torch.testing.assert_close(b, a.float(), rtol=1e-4, atol=1e-5)
 
 
-def test_the_norm_is_that_of_the_rounded_sum():
+def test_the_norm_is_computed_from_the_rounded_sum():
     torch.manual_seed(0)
     x, residual = (torch.randn(50, 64, device=DEVICE).half() for _ in range(2))
     weight = torch.rand(64, device=DEVICE).half() + 0.5
-    total, y = norms.add_norm(x, residual, weight, 1e-5)
+    total, y = add_rms_norm(x, residual, weight, 1e-5)
     assert total.equal(x + residual)
 
-    def differ(summed):
+    def share_that_differs(summed):
         return (y != F.rms_norm(summed, (64,), weight.float(), 1e-5).half()).float().mean()
 
-    assert differ(total.float()) < 0.01 < differ(x.float() + residual.float())
+    assert share_that_differs(total.float()) < 0.01 < share_that_differs(x.float() + residual.float())
 
 
-def test_gradients_may_lie_in_wider_rows():
+def test_gradients_may_be_column_slices():
     torch.manual_seed(0)
     inputs = [torch.randn(2, 5, 48, device=DEVICE, requires_grad=True) for _ in range(2)]
     weight = torch.rand(48, device=DEVICE)
-    wider = [torch.randn(2, 5, 70, device=DEVICE)[..., 16:64] for _ in range(2)]
-    got = torch.autograd.grad(norms.add_norm(*inputs, weight, 1e-5), inputs, wider)
-    expected = torch.autograd.grad(reference(*inputs, weight, 1e-5), inputs, wider)
+    slices = [torch.randn(2, 5, 70, device=DEVICE)[..., 16:64] for _ in range(2)]
+    got = torch.autograd.grad(add_rms_norm(*inputs, weight, 1e-5), inputs, slices)
+    expected = torch.autograd.grad(reference(*inputs, weight, 1e-5), inputs, slices)
     for a, b in zip(expected, got, strict=True):
         torch.testing.assert_close(b, a)
 
 
 @pytest.fixture
 def with_kernels(monkeypatch):
-    """The kernels around a model as with Liger, whose norms are known by a mark."""
+    """Patch a model as with Liger installed; the norms that Liger replaces carry a mark."""
 
     def apply(model, **_):
         for norm in model.modules():
@@ -80,10 +77,13 @@ def with_kernels(monkeypatch):
     return liger.LigerKernels
 
 
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.0}, {"lora_dropout": 0.3, "backend": "fused"}])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_model_makes_its_sums_with_its_norms_and_computes_the_same(checkpointing, with_kernels, monkeypatch):
-    def passed(kernels):
-        model = get_peft_model(make_model(), malora.METHODS["malora"](lora_dropout=0.0)).to(DEVICE).train()
+def test_a_model_with_fused_norms_computes_the_same(checkpointing, options, with_kernels, monkeypatch):
+    """With the fused backend the norms feed the kernels of the down projections."""
+
+    def run(kernels):
+        model = get_peft_model(make_model(), malora.METHODS["malora"](**options)).to(DEVICE).train()
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if "malora_B" in name:
@@ -93,61 +93,24 @@ def test_a_model_makes_its_sums_with_its_norms_and_computes_the_same(checkpointi
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
         if kernels:
             with_kernels(model.get_base_model())
+        torch.manual_seed(0)  # one dropout mask for both
         logits = model(IDS).logits
         logits.square().mean().backward()
         return logits, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
-    expected, gradients = passed(kernels=False)
-    apart = []
-    monkeypatch.setattr(liger.F, "rms_norm", lambda *a, f=F.rms_norm: apart.append(a) or f(*a))
-    got, joined = passed(kernels=True)
-    # Of five norms the first has no sum before it. Checkpointed layers make their own two again in the backward pass.
-    assert len(apart) == (5 + 4 if checkpointing else 1)
+    expected, gradients = run(kernels=False)
+    unfused = []
+    monkeypatch.setattr(liger.F, "rms_norm", lambda *a, f=F.rms_norm: unfused.append(a) or f(*a))
+    got, fused_gradients = run(kernels=True)
+    # Of five norms, the first follows no sum. Checkpointed layers compute their own two norms once more when they are
+    # recomputed.
+    assert len(unfused) == (5 + 4 if checkpointing else 1)
     torch.testing.assert_close(got, expected)
     for name, gradient in gradients.items():
-        torch.testing.assert_close(joined[name], gradient, msg=name)
+        torch.testing.assert_close(fused_gradients[name], gradient, msg=name)
 
 
-@pytest.mark.skipif(not CAN_FUSE, reason="needs a GPU, or Triton's interpreter")
-@pytest.mark.parametrize("method", ["malora", "asylora"])
-def test_norms_are_made_where_siblings_want_their_input(method, with_kernels, monkeypatch):
-    """From the second pass on, when weights have room; the first norm, which has no sum before it, is copied."""
-    from malora.fused import augmented_weights
-
-    monkeypatch.setattr(augmented_weights, "MIN_ELEMENTS", 1)
-    copies = []
-    down = down_forward.down_in_parts
-    monkeypatch.setattr(
-        down_forward, "dropout_matmul_split_k", lambda *a, f=down: copies.append(a[5] is not None) or f(*a)
-    )
-
-    def passed(kernels):
-        options = {"lora_dropout": 0.3, "backend": "fused"}
-        model = get_peft_model(make_model(), malora.METHODS[method](**options)).to(DEVICE).train()
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if "malora_B" in name:
-                    p.normal_(generator=torch.Generator(DEVICE).manual_seed(1), std=0.1)
-        if kernels:
-            with_kernels(model.get_base_model())
-        for seed in range(2):
-            del copies[:]
-            model.zero_grad()
-            torch.manual_seed(seed)
-            logits = model(IDS).logits
-            logits.square().mean().backward()
-        return logits, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-    expected, gradients = passed(kernels=False)
-    assert copies == [True, True, False] * 2  # Q, K, V; Gate, Up; Down
-    got, joined = passed(kernels=True)
-    assert copies == [True, False, False] + [False] * 3
-    torch.testing.assert_close(got, expected)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(joined[name], gradient, msg=name)
-
-
-def test_a_result_that_a_hook_changes_in_place_has_its_norm_made_anew(with_kernels):
+def test_the_norm_is_computed_again_if_a_hook_changes_a_result_in_place(with_kernels):
     def logits(kernels):
         model = make_model().to(DEVICE).requires_grad_(False)
         if kernels:
@@ -158,7 +121,7 @@ def test_a_result_that_a_hook_changes_in_place_has_its_norm_made_anew(with_kerne
     torch.testing.assert_close(logits(kernels=True), logits(kernels=False))
 
 
-def test_a_norm_that_is_trained_stays_a_norm(with_kernels):
+def test_a_norm_that_is_trained_is_not_fused(with_kernels):
     def gradients(kernels):
         model = make_model().to(DEVICE)
         if kernels:
@@ -172,17 +135,17 @@ def test_a_norm_that_is_trained_stays_a_norm(with_kernels):
         torch.testing.assert_close(got[name], gradient, msg=name)
 
 
-def test_a_pass_that_is_broken_off_leaves_nothing(with_kernels):
+def test_an_interrupted_pass_leaves_no_result_behind(with_kernels):
     model = make_model().to(DEVICE).requires_grad_(False)
     kernels = with_kernels(model)
     following = model.model.layers[1].input_layernorm
-    left = []
+    pending = []
 
     def interrupt(*_):
-        left.append(following.made)
+        pending.append(following.made)
         raise KeyboardInterrupt
 
     model.model.layers[1].register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt), kernels:
         model(IDS)
-    assert left[0] is not None and following.made is None
+    assert pending[0] is not None and following.made is None

@@ -1,5 +1,6 @@
 """Every exact backend agrees with the reference: outputs and all gradients, in float64, with dropout."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -85,7 +86,7 @@ odd = [("malora", {"num_experts": 3}), ("molora", {"num_experts": 3}), ("malora"
 def test_a_split_k_down_projection_agrees_with_the_reference(method, options, monkeypatch):
     """With a router the gate kernel adds up the partial sums."""
     monkeypatch.setattr(down_tiling, "MIN_BLOCKS_PER_SPLIT", 1)
-    monkeypatch.setattr(down_tiling, "DOWN", down_tiling.DOWN | {"BLOCK_N": 32})
+    monkeypatch.setattr(down_tiling, "FORWARD", dataclasses.replace(down_tiling.FORWARD, block_n=32))
     gated, real_gate = [], gate.gate
     monkeypatch.setattr(gate, "gate", lambda *args: gated.append(args[-1]) or real_gate(*args))
     made = layer(METHODS[method](lora_dropout=0.3, **options))

@@ -1,25 +1,42 @@
-"""Kernels compiled for Hopper, which needs no GPU, in a process of its own where Triton does not interpret."""
+"""Compile kernels for Hopper, which needs no GPU, in a process where Triton does not interpret."""
+
+from __future__ import annotations
 
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 from malora.fused.kernels import tiling
 
 
-def compiled(kernel, constants, types=(), aligned=(), **options):
-    """Triton's intermediate code of a kernel, which fits into an H100's shared memory.
+def compile_for_hopper(
+    kernel: Any,
+    constants: Mapping[str, Any],
+    types: Mapping[str, Any] | None = None,
+    aligned: Iterable[str] = (),
+    **options: int,
+) -> str:
+    """Return the kernel's Triton GPU IR (TTGIR), and assert that it fits into an H100's shared memory.
+
+    Pointers are those of bfloat16 and divisible by 16, numbers are int32, strides are multiples of 16.
 
     Args:
-        constants: values by name; an argument that is None is not there.
-        types: by name, of pointers that are not to bfloat16, and of tuples of them. What is no pointer is an int32.
-        aligned: names of numbers that are multiples of 16, as pointers and strides are.
+        kernel: A `triton.jit` function.
+        constants: Compile-time values by argument name. None stands for a missing tensor. Names that the kernel does
+            not have are ignored.
+        types: Types by argument name, of pointers that are not to bfloat16 and of tuples of pointers.
+        aligned: Names of further numbers that are multiples of 16.
+        options: Launch options, such as `num_warps`.
     """
     import triton
 
-    names, constants = kernel.arg_names, {name: value for name, value in constants.items() if name in kernel.arg_names}
-    types = dict(types) | dict.fromkeys(constants, "constexpr")
+    names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
+    types = dict(types or {}) | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "*bf16" if name.endswith("_ptr") else "i32") for name in names}
     places = [
         (i, *place)
@@ -35,13 +52,14 @@ def compiled(kernel, constants, types=(), aligned=(), **options):
     )
     made = triton.compile(source, triton.backends.compiler.GPUTarget("cuda", 90, 32), options)
     assert made.metadata.shared <= tiling.HOPPER_SHARED_BYTES, (kernel.__name__, constants, made.metadata.shared)
-    return made.asm["ttgir"]
+    return str(made.asm["ttgir"])
 
 
-def products_left_running(code):
-    """Of each innermost loop that has products: how many a pass leaves running that nothing in the loop waits for."""
-    found, regions = [], []  # of a region its loop's [begun, running], or None
-    for line in map(str.strip, code.splitlines()):
+def unfinished_matmuls(ttgir: str) -> list[int]:
+    """Return, for each innermost loop with asynchronous matmuls, how many an iteration leaves unfinished."""
+    found: list[int] = []
+    regions: list[list[int] | None] = []  # a stack: of a loop [matmuls started, matmuls unfinished], else None
+    for line in map(str.strip, ttgir.splitlines()):
         loop = next(filter(None, reversed(regions)), None)
         if line.startswith("}") and (closed := regions.pop()) and closed[0]:
             found.append(closed[1])
@@ -55,8 +73,13 @@ def products_left_running(code):
     return found
 
 
-def printed(code, cache):
-    """What Python code prints, each up to a form feed; `cache` is a folder for what it compiles."""
+def run_compile_script(code: str, cache: Path) -> list[str]:
+    """Run Python code in a process where Triton compiles, and return what it prints, split at form feeds.
+
+    Args:
+        code: Source text that ends each output with a form feed.
+        cache: Folder for compiled kernels.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr

@@ -12,7 +12,6 @@ import malora
 from malora.fused import augmented_weights
 from malora.fused.availability import interprets_triton
 from tests.malora.backends.test_backends import assert_agrees, layer
-from tests.malora.fused.hopper import printed
 from tests.malora.fused.test_group import CLOSE, DEVICE, DTYPE, adapted
 
 METHODS = ("asylora", "molora", "malora", "malora-small", "malora-fixed-s", "malora-unshared-s")
@@ -268,15 +267,3 @@ def test_a_graph_replays_what_a_pass_computes(method, ids):
             graph.replay()
             for got, expected in zip(captured, step(other, trainable[1]), strict=True):
                 assert (got - expected).norm() < 1e-3 * expected.norm()
-
-
-COMPILE = """
-from malora.fused.kernels import transpose_copy
-from tests.malora.fused.hopper import compiled
-print(compiled(transpose_copy._write_one_up_proj, {"SCALE": 2.0, "BLOCK_H": 32, "BLOCK_M": 128}, aligned=("H", "m")), end="\\f")
-"""
-
-
-def test_the_up_projection_is_written_in_wide_stores(tmp_path):
-    (code,) = printed(COMPILE, tmp_path)
-    assert "tt.trans" in code and code.count("tt.store") == 1

@@ -172,7 +172,7 @@ def test_the_kernel_quantizes_rows(parts, H, alpha, least):
     quantize_fp8.quantize_rows_triton(parts, gpu_up, got, alpha, None if least is None else least.to(DEVICE))
     assert torch.equal(got.scale.cpu(), expected.scale)
     assert torch.equal(got.values.cpu().float(), expected.values.float())
-    assert (got.wide(torch.float32)[4] == 0).all()
+    assert (got.dequantize(torch.float32)[4] == 0).all()
 
 
 @pytest.mark.parametrize("H, m", [(8, 48), (16, 528), (24, 640)])

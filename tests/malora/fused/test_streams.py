@@ -1,28 +1,31 @@
+"""Tasks on parallel CUDA streams: order outside a graph, equal results and plain errors in one."""
+
 import pytest
 import torch
 
 from malora.fused.streams import run_on_parallel_streams
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-def test_outside_of_a_graph_works_run_in_their_order():
+
+def test_outside_a_graph_tasks_run_in_order():
     done = []
-    found = run_on_parallel_streams(
-        torch.ones(1), [lambda place=place: done.append(place) or place for place in range(3)]
+    results = run_on_parallel_streams(
+        torch.ones(1), [lambda index=index: done.append(index) or index for index in range(3)]
     )
-    assert found == done == [0, 1, 2]
+    assert results == done == [0, 1, 2]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_graph_with_works_side_by_side_computes_as_a_row_of_them_does():
-    """Chains of works whose memory comes back to the streams it is of, replayed with new inputs."""
+@needs_gpu
+def test_a_graph_with_parallel_tasks_equals_sequential_tasks():
+    """Chains of tasks whose memory returns to the stream where it was allocated, replayed with new inputs."""
     size, times = 256, 20
     x, weights = torch.randn(size, size, device="cuda"), torch.randn(3, size, size, device="cuda") / size**0.5
 
     def chain() -> torch.Tensor:
         y = x
         for _ in range(times):
-            parts = run_on_parallel_streams(y, [lambda y=y, w=w: (y @ w).tanh() @ w for w in weights])
-            y = sum(parts).tanh()
+            y = sum(run_on_parallel_streams(y, [lambda y=y, w=w: (y @ w).tanh() @ w for w in weights])).tanh()
         return y
 
     torch.cuda.synchronize()
@@ -39,19 +42,19 @@ def test_a_graph_with_works_side_by_side_computes_as_a_row_of_them_does():
         torch.testing.assert_close(replayed, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_work_that_fails_in_a_capture_says_so_itself():
+@needs_gpu
+def test_a_task_that_fails_during_capture_raises_its_own_error():
     x = torch.ones(8, 8, device="cuda")
 
     def fails():
-        raise torch.cuda.OutOfMemoryError("no room")
+        raise torch.cuda.OutOfMemoryError("no memory left")
 
-    x @ x  # the library of matrix products is set up outside of a capture
+    x @ x  # cuBLAS must be initialized outside a capture
     torch.cuda.synchronize()
-    with pytest.raises(torch.cuda.OutOfMemoryError, match="no room"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="no memory left"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         run_on_parallel_streams(x, [lambda: x @ x, lambda: x + x, fails])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        scaled_matmul, _ = run_on_parallel_streams(x, [lambda: x @ x, lambda: x + x])
+        product, _ = run_on_parallel_streams(x, [lambda: x @ x, lambda: x + x])
     graph.replay()
-    assert scaled_matmul.eq(8).all()
+    assert product.eq(8).all()
