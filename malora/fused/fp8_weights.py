@@ -165,7 +165,10 @@ def padded_rank(H: int) -> int:
 
 
 def _min_row_magnitude(weights: list[Tensor]) -> Tensor:
-    """Return the magnitude that each row counts for at least, [] float32. A row that is not finite loses itself only."""
+    """Return the magnitude that each row counts for at least, [] float32.
+
+    A row that is not finite loses only itself.
+    """
     largest = torch.cat([W.abs().amax(1) for W in weights]).float()
     return (MIN_ROW_SHARE * largest.nan_to_num(0.0, 0.0).max()).clamp(min=MIN_MAGNITUDE)
 
