@@ -142,10 +142,10 @@ def test_an_interrupted_pass_leaves_no_result_behind(with_kernels):
     pending = []
 
     def interrupt(*_):
-        pending.append(following.made)
+        pending.append(following.precomputed)
         raise KeyboardInterrupt
 
     model.model.layers[1].register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt), kernels:
         model(IDS)
-    assert pending[0] is not None and following.made is None
+    assert pending[0] is not None and following.precomputed is None
