@@ -35,7 +35,7 @@ class Kind:
 
     def is_of(self, record: SpeedRecord) -> bool:
         is_alike = self.mode == record.mode and self.shape in (None, record.shape) and record.complete
-        is_asked = all(record.options[name] == value for name, value in self.options)
+        is_asked = all(getattr(record.options, name) == value for name, value in self.options)
         return is_alike and is_asked and None not in (malora_row(record), seconds(named(record, self.against)))
 
 
@@ -78,18 +78,20 @@ FLOOR = _row("floor-compiled")
 
 
 def _good_dispatch(record: SpeedRecord) -> SpeedRow | None:
-    return fastest(record, lambda row: row["name"].startswith("molora-sorted"))
+    return fastest(record, lambda row: row.name.startswith("molora-sorted"))
 
 
 def _others_over_floor(record: SpeedRecord) -> float | None:
     """The slower of MoLoRA and of LoRA through the backend that MALoRA's row has."""
-    mine = malora_row(record)["name"]
+    mine = malora_row(record).name
     found = [_over(_row(mine.replace("malora", method, 1)), FLOOR)(record) for method in ("molora", "lora")]
     return None if None in found else max(found)
 
 
 def _memory(record: SpeedRecord) -> float | None:
-    peaks = [(row["peak_bytes"] or {}).get("allocated") for row in (malora_row(record), named(record, "peft-lora"))]
+    peaks = [
+        row and row.peak_bytes and row.peak_bytes.allocated for row in (malora_row(record), named(record, "peft-lora"))
+    ]
     return ratio(*peaks)
 
 
@@ -103,7 +105,7 @@ GOALS = (
     Goal("MoLoRA by a good dispatch / MALoRA", "≥", 1.2, LARGE, _over(_good_dispatch, malora_row)),
     Goal("MoLoRA, LoRA (ours) through the same backend / compiled floor", "≤", 1.12, LARGE, _others_over_floor),
     Goal("peak memory of MALoRA / PEFT LoRA as it comes", "≤", 0.85, LARGE, _memory),
-    Goal("host synchronisations in a step", "=", 0, LARGE, lambda record: malora_row(record)["synchronisations"]),
+    Goal("host synchronisations in a step", "=", 0, LARGE, lambda record: malora_row(record).synchronisations),
     Goal("135M shape, 16 × 128, tokens a second / PEFT LoRA as it comes", "≥", 12, SMALL,
          _over(_row("peft-lora"), malora_row)),
     Goal("decode, tokens a second / PEFT LoRA as it comes, the least of all batches", "≥", 1.5, DECODE,
@@ -121,7 +123,7 @@ def sources(records: list[SpeedRecord], kind: Kind) -> dict[str, list[list[Speed
     """
     found: dict[str, list[list[SpeedRecord]]] = {}
     for group in by_work([r for r in records if kind.is_of(r)]):
-        found.setdefault(group[0].provenance["device"], []).append(newest(group))
+        found.setdefault(group[0].provenance.device, []).append(newest(group))
     if kind.mode == "decode":
         return {device: [[first for first, *_ in groups]] for device, groups in found.items()}
     return {device: [[r] for r in max(groups, key=lambda g: compared(g[0]))] for device, groups in found.items()}
@@ -165,7 +167,7 @@ def _note(device: str, records: list[SpeedRecord]) -> str:
     """Which records a device's figures are of."""
     found = [r for kind in (LARGE, SMALL, DECODE) for group in sources(records, kind).get(device, []) for r in group]
     rows = ((r, malora_row(r)) for r in found)
-    texts = (f"`{r.id}` (`{row['name']}`, steps timed: {len(row['seconds']['step'])})" for r, row in rows)
+    texts = (f"`{r.id}` (`{row.name}`, steps timed: {len(row.seconds['step'])})" for r, row in rows)
     return f"- {device}: {', '.join(texts)}"
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
-from bench.records.schema import SpeedRecord
+from bench.records.schema import SpeedRecord, SpeedRow
 from malora.backends import BACKENDS
 
-SpeedRow = dict[str, Any]
 # Rows of a large model's training that MALoRA is compared with.
 COMPARED = ("peft-lora", "lora-plain-compiled", "molora-loop", "molora-sorted-compiled", "malora-fp8-liger-captured")
 
@@ -26,19 +24,19 @@ def summary(samples: list[float]) -> tuple[float, float]:
 
 def seconds(row: SpeedRow | None, part: str = "step") -> float | None:
     """Median of a row's samples; None if it was not measured."""
-    samples = row["seconds"].get(part) if row and row["status"] == "ok" else None
+    samples = row.seconds.get(part) if row and row.status == "ok" else None
     return summary(samples)[0] if samples else None
 
 
 def by_round(record: SpeedRecord, row: SpeedRow) -> np.ndarray:
     """Mean seconds of a step in each round: steps that follow each other are alike in what the device was like."""
-    samples = np.array(row["seconds"]["step"])
-    return samples.reshape(-1, max(1, len(samples) // record.options["rounds"])).mean(1)
+    samples = np.array(row.seconds["step"])
+    return samples.reshape(-1, max(1, len(samples) // record.options.rounds)).mean(1)
 
 
 def tokens_per_second(record: SpeedRecord, row: SpeedRow | None) -> float | None:
-    sequences = record.options["batch"] if record.mode == "decode" else 1
-    return ratio(sequences * record.options["tokens"], seconds(row))
+    sequences = record.options.batch if record.mode == "decode" else 1
+    return ratio(sequences * record.options.tokens, seconds(row))
 
 
 def ratio(above: float | None, below: float | None) -> float | None:
@@ -46,12 +44,12 @@ def ratio(above: float | None, below: float | None) -> float | None:
 
 
 def named(record: SpeedRecord, name: str) -> SpeedRow | None:
-    return next((row for row in record.rows if row["name"] == name), None)
+    return next((row for row in record.rows if row.name == name), None)
 
 
 def exact_rows(record: SpeedRecord) -> list[SpeedRow]:
     """Those that compute what their method says, within rounding."""
-    return [row for row in record.rows if row["backend"] not in BACKENDS or BACKENDS[row["backend"]].exact]
+    return [row for row in record.rows if row.backend not in BACKENDS or BACKENDS[row.backend].exact]
 
 
 def fastest(record: SpeedRecord, choose: Callable[[SpeedRow], bool]) -> SpeedRow | None:
@@ -63,9 +61,9 @@ def fastest(record: SpeedRecord, choose: Callable[[SpeedRow], bool]) -> SpeedRow
 def work_of(record: SpeedRecord) -> tuple[str, ...]:
     """What was asked for and on which device, whatever the rows: figures of equal works can stand side by side."""
     options = record.options
-    asked = [str(options[name]) for name in ("sweep", "batch", "length", "tokens", "layers")]
-    swept = options["variant"] if options["sweep"] else ""  # a sweep's rows are not beside anything
-    return record.shape, record.mode, *asked, swept, record.provenance["device"]
+    asked = [str(getattr(options, name)) for name in ("sweep", "batch", "length", "tokens", "layers")]
+    swept = options.variant if options.sweep else ""  # a sweep's rows are not beside anything
+    return record.shape, record.mode, *asked, swept, record.provenance.device
 
 
 def by_work(records: list[SpeedRecord]) -> list[list[SpeedRecord]]:
@@ -82,14 +80,14 @@ def compared(record: SpeedRecord) -> tuple[int, str, str]:
 
 
 def age(record: SpeedRecord) -> tuple[str, str]:
-    return record.provenance["time"], record.id
+    return record.provenance.time, record.id
 
 
 def newest(records: list[SpeedRecord]) -> list[SpeedRecord]:
     """Of records of one work the last that has most rivals, then all others of the same code or later, by age."""
     first = max(records, key=compared)
-    sha = first.provenance["source_sha256"]
-    others = (r for r in records if r.provenance["source_sha256"] == sha or age(r) > age(first))
+    sha = first.provenance.source_sha256
+    others = (r for r in records if r.provenance.source_sha256 == sha or age(r) > age(first))
     return [first, *sorted((r for r in others if r is not first), key=age)]
 
 
@@ -97,14 +95,14 @@ def shown(records: list[SpeedRecord]) -> list[SpeedRecord]:
     """What pages show whole of each work: the first of its newest and, of others, the last with each set of rows."""
     found = []
     for first, *others in map(newest, by_work(records)):
-        last = {r.options["variant"]: r for r in others}
-        found += [first, *(r for variant, r in last.items() if variant != first.options["variant"])]
+        last = {r.options.variant: r for r in others}
+        found += [first, *(r for variant, r in last.items() if variant != first.options.variant)]
     return found
 
 
 def malora_row(record: SpeedRecord) -> SpeedRow | None:
     """MALoRA's fastest exact row."""
-    return fastest(record, lambda row: row["method"] == "malora")
+    return fastest(record, lambda row: row.method == "malora")
 
 
 def number(value: float | None, digits: int = 4) -> str:

@@ -39,7 +39,7 @@ def pages(records: list[SpeedRecord]) -> dict[str, str]:
     made = {"table10.md": "\n\n".join(parts) + "\n"}
     trained = [r for r in shown(records) if r.mode == "train" and fastest(r, lambda row: True)]
     if trained:
-        biggest = max(trained, key=lambda r: (r.options["flops"], compared(r)))
+        biggest = max(trained, key=lambda r: (r.options.flops, compared(r)))
         made["figure4c.svg"] = figure4c(biggest)
     return made
 
@@ -50,8 +50,8 @@ def _others(records: list[SpeedRecord]) -> str:
     for r in sorted(records, key=age):
         step = seconds(malora_row(r))
         ratios = [number(ratio(step, seconds(named(r, name)))) for name in ("floor-compiled", "peft-lora")]
-        commit = (r.provenance["commit"] or "unknown")[:12]
-        body.append([f"`{r.id}`", f"`{commit}`", r.options["rounds"], len(r.rows), number(step), *ratios])
+        commit = (r.provenance.commit or "unknown")[:12]
+        body.append([f"`{r.id}`", f"`{commit}`", r.options.rounds, len(r.rows), number(step), *ratios])
     head = ["record", "commit", "rounds", "rows", "MALoRA's step, s", "× compiled floor", "× PEFT LoRA"]
     align = ("left", "left", *["right"] * 5)
     table = tabulate(body, head, tablefmt="pipe", disable_numparse=True, colalign=align)
@@ -61,32 +61,32 @@ def _others(records: list[SpeedRecord]) -> str:
 def section(record: SpeedRecord) -> str:
     """What one call measured, with how to read it."""
     options = record.options
-    what = f"{record.shape}, " + (f"one linear map, {options['sweep']}" if record.mode == "layer" else record.mode)
+    what = f"{record.shape}, " + (f"one linear map, {options.sweep}" if record.mode == "layer" else record.mode)
     table = _sweep_table(record) if record.mode == "layer" else _table(record)
-    title = f"## {what}, {record.provenance['device']}"
+    title = f"## {what}, {record.provenance.device}"
     return "\n\n".join(filter(None, [title, _intro(record), table, _notes(record), _where(record)]))
 
 
 def _intro(record: SpeedRecord) -> str:
     o, p = record.options, record.provenance
     work = {
-        "train": f"{o['tokens']:,} tokens a step in micro-batches of {o['batch']} × {o['length']}",
-        "prefill": f"{o['batch']} × {o['length']} tokens a pass",
-        "decode": f"{o['tokens']} tokens after a prompt of {o['length']}, {o['batch']} at a time",
-        "layer": ("" if o["sweep"] == "tokens" else f"{o['tokens']:,} tokens, ") + "forward and backward",
+        "train": f"{o.tokens:,} tokens a step in micro-batches of {o.batch} × {o.length}",
+        "prefill": f"{o.batch} × {o.length} tokens a pass",
+        "decode": f"{o.tokens} tokens after a prompt of {o.length}, {o.batch} at a time",
+        "layer": ("" if o.sweep == "tokens" else f"{o.tokens:,} tokens, ") + "forward and backward",
     }[record.mode]
-    rates = [[record.ceilings[when][what] for when in ("before", "after")] for what in _CEILINGS]
-    versions = ", ".join(f"{name} {p['packages'][name]}" for name in ("torch", "transformers", "peft"))
+    rates = [[getattr(record.peak_rates[when], what) for when in ("before", "after")] for what in _CEILINGS]
+    versions = ", ".join(f"{name} {p.packages[name]}" for name in ("torch", "transformers", "peft"))
     lines = [
-        f"{work[0].upper()}{work[1:]}, on {p['device']}; {versions}; commit `{(p['commit'] or 'unknown')[:12]}`. "
-        f"Random weights, dropout {o['dropout']:g}, {o['rounds']} rounds. The device's ceilings before and after: "
+        f"{work[0].upper()}{work[1:]}, on {p.device}; {versions}; commit `{(p.commit or 'unknown')[:12]}`. "
+        f"Random weights, dropout {o.dropout:g}, {o.rounds} rounds. The device's ceilings before and after: "
         f"matrix product {rates[0][0] / 1e12:.3g} and {rates[0][1] / 1e12:.3g} TFLOP/s, "
         f"copy {rates[1][0] / 1e12:.3g} and {rates[1][1] / 1e12:.3g} TB/s."
     ]
-    if p["cuda"] is None:
+    if p.cuda is None:
         lines.append("**These are a CPU's figures**: they show that the command works, and say nothing about a GPU.")
     if not record.complete:
-        lines.append(f"**The backbone was cut to {o['layers']} layers** (`--layers`): this measures nothing.")
+        lines.append(f"**The backbone was cut to {o.layers} layers** (`--layers`): this measures nothing.")
     return "\n\n".join(lines)
 
 
@@ -102,7 +102,7 @@ def _table(record: SpeedRecord) -> str:
     floors = {title: seconds(named(record, name)) for name, title in _FLOORS.items()}
     floors = {title: floor for title, floor in floors.items() if floor}
     lora = seconds(named(record, "peft-lora"))
-    rate = max(record.ceilings[when]["matrix_flops_per_second"] for when in ("before", "after"))
+    rate = max(record.peak_rates[when].matrix_flops_per_second for when in ("before", "after"))
     head = ["variant", *(_PARTS if train else ()), "step, s", "spread", "tokens/s", *(f"× {title}" for title in floors),
             "× PEFT LoRA", "share of rate", "allocated, GiB", "reserved, GiB", "MHz", "W", "kernels", "launches",
             "waits", "trainable", "note"]  # fmt: skip
@@ -110,19 +110,19 @@ def _table(record: SpeedRecord) -> str:
     for row in record.rows:
         step = seconds(row)
         if step is None:
-            body.append([row["name"], *[""] * (len(head) - 2), f"{row['status']}: {row['reason']}"])
+            body.append([row.name, *[""] * (len(head) - 2), f"{row.status}: {row.reason}"])
             continue
-        peak, sensors = row["peak_bytes"] or {}, row.get("sensors", {})  # older records have none
-        share = record.options["flops"] and record.options["flops"] / step / rate
+        peak, sensors = row.peak_bytes, row.sensors
+        share = record.options.flops and record.options.flops / step / rate
         body.append([
-            row["name"], *([number(seconds(row, part)) for part in _PARTS] if train else []),
-            number(step), number(summary(row["seconds"]["step"])[1], 2), f"{tokens_per_second(record, row):,.0f}",
+            row.name, *([number(seconds(row, part)) for part in _PARTS] if train else []),
+            number(step), number(summary(row.seconds["step"])[1], 2), f"{tokens_per_second(record, row):,.0f}",
             *(number(ratio(step, other), 3) for other in (*floors.values(), lora)),
             "" if share is None else f"{share:.1%}",
-            *(f"{peak[kind] / 2**30:.1f}" if peak else "" for kind in ("allocated", "reserved")),
+            *(f"{getattr(peak, kind) / 2**30:.1f}" if peak else "" for kind in ("allocated", "reserved")),
             *(f"{statistics.median(sensors[what]):.0f}" if what in sensors else "" for what in ("clock_mhz", "watts")),
-            *("" if row[what] is None else f"{row[what]:,}" for what in ("kernels", "launches", "synchronisations")),
-            f"{row['trainable']:,}", row["reason"] or "",
+            *("" if (number_of := getattr(row, what)) is None else f"{number_of:,}" for what in ("kernels", "launches", "synchronisations")),
+            f"{row.trainable:,}", row.reason or "",
         ])  # fmt: skip
     if train:
         body += _paper_rows(len(head), len(floors))
@@ -143,32 +143,32 @@ def _paper_rows(columns: int, floors: int) -> list[list[str]]:
 
 def _sweep_table(record: SpeedRecord) -> str:
     """Milliseconds by value and backend; the fastest of a value is bold."""
-    names = list(dict.fromkeys(row["name"] for row in record.rows))
+    names = list(dict.fromkeys(row.name for row in record.rows))
     body = []
-    for value in dict.fromkeys(row["value"] for row in record.rows):
-        rows = {row["name"]: row for row in record.rows if row["value"] == value}
+    for value in dict.fromkeys(row.value for row in record.rows):
+        rows = {row.name: row for row in record.rows if row.value == value}
         best = min((s for s in map(seconds, rows.values()) if s is not None), default=None)
         cells = []
         for name in names:
             step = seconds(rows.get(name))
-            cell = rows[name]["status"] if step is None else f"{1e3 * step:.3g}"
+            cell = rows[name].status if step is None else f"{1e3 * step:.3g}"
             cells.append(f"**{cell}**" if step is not None and step == best else cell)
         body.append([value, *cells])
-    head = [record.options["sweep"], *names]
+    head = [record.options.sweep, *names]
     return tabulate(body, head, tablefmt="pipe", disable_numparse=True, colalign=["right"] * len(head))
 
 
 def _crossovers(record: SpeedRecord) -> list[str]:
     """Of each method, the values at which a sparse row is the fastest that ran."""
     lines = []
-    for method in dict.fromkeys(row["method"] for row in record.rows):
+    for method in dict.fromkeys(row.method for row in record.rows):
         won: dict[str, list[int]] = {}
-        for value in dict.fromkeys(row["value"] for row in record.rows):
-            best = fastest(record, lambda row, at=(method, value): (row["method"], row["value"]) == at)
-            if best and best["backend"] in _SPARSE:
-                won.setdefault(best["name"], []).append(value)
+        for value in dict.fromkeys(row.value for row in record.rows):
+            best = fastest(record, lambda row, at=(method, value): (row.method, row.value) == at)
+            if best and best.backend in _SPARSE:
+                won.setdefault(best.name, []).append(value)
         where = (f"`{name}` is the fastest at {', '.join(map(str, values))}" for name, values in won.items())
-        lines.append(f"Crossover, {method} by {record.options['sweep']}: {'; '.join(where) or 'no sparse row wins'}.")
+        lines.append(f"Crossover, {method} by {record.options.sweep}: {'; '.join(where) or 'no sparse row wins'}.")
     return lines
 
 
@@ -194,13 +194,13 @@ def _where(record: SpeedRecord) -> str:
     """The kernels that took longest in a step of MALoRA's fastest row, beside the compiled floor's."""
     parts = []
     for row in (malora_row(record), named(record, "floor-compiled")):
-        if row is None or not row.get("where") or record.mode == "layer":
+        if row is None or not row.where or record.mode == "layer":
             continue
-        busy = sum(taken for _, _, taken in row["where"])
-        body = [[f"`{name[:60]}`", f"{calls:,}", f"{1e3 * taken:.1f}"] for name, calls, taken in row["where"]]
+        busy = sum(taken for _, _, taken in row.where)
+        body = [[f"`{name[:60]}`", f"{calls:,}", f"{1e3 * taken:.1f}"] for name, calls, taken in row.where]
         table = tabulate(body, ["kernel", "calls", "ms"], tablefmt="pipe", disable_numparse=True,
                          colalign=("left", "right", "right"))  # fmt: skip
-        parts.append(f"Where a step of `{row['name']}` spends its time; these kernels take {busy:.3g} s:\n\n{table}")
+        parts.append(f"Where a step of `{row.name}` spends its time; these kernels take {busy:.3g} s:\n\n{table}")
     return "\n\n".join(parts)
 
 
@@ -209,11 +209,11 @@ def figure4c(record: SpeedRecord) -> str:
 
     SVG written by hand, so that its bytes are the record's alone.
     """
-    ours = sorted(((seconds(row), row["name"]) for row in record.rows if seconds(row) is not None), reverse=True)
+    ours = sorted(((seconds(row), row.name) for row in record.rows if seconds(row) is not None), reverse=True)
     theirs = sorted(((row["step_s"], name) for name, row in paper()["table10"].items()), reverse=True)
     bars, height = [], 0
     for title, rows in (
-        (f"Seconds of a training step, {record.shape}, {record.provenance['device']}", ours),
+        (f"Seconds of a training step, {record.shape}, {record.provenance.device}", ours),
         (f"The paper's: {paper()['table10_source']}", theirs),
     ):
         bars += _bars(title, rows, height)

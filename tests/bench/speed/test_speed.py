@@ -44,12 +44,12 @@ def run(tmp_path, *arguments) -> SpeedRecord:
 def test_a_call_makes_a_record_a_table_and_a_figure(tmp_path, capsys):
     names = ["floor", "peft-lora", "malora-dense", "molora-loop"]
     made = run(tmp_path, "--variant", ",".join(names), "--rounds", 2, "--layers", 1)
-    assert [row["name"] for row in made.rows] == names
+    assert [row.name for row in made.rows] == names
     for row in made.rows:
-        parts = row["seconds"]
+        parts = row.seconds
         assert len(parts["step"]) >= 2 and set(parts) == {"forward", "backward", "optimizer", "step"}
         assert parts["step"][0] == pytest.approx(sum(parts[part][0] for part in ("forward", "backward", "optimizer")))
-    assert made.ceilings["before"]["matrix_flops_per_second"] > 0 and not made.complete
+    assert made.peak_rates["before"].matrix_flops_per_second > 0 and not made.complete
     page = (tmp_path / "table10.md").read_text()
     assert "These are a CPU's figures" in page and "cut to 1 layers" in page
     assert "*14.687*" in page and "*1.07*" in page  # the paper's MALoRA, and what it is of its LoRA
@@ -62,7 +62,7 @@ def test_a_call_makes_a_record_a_table_and_a_figure(tmp_path, capsys):
 @pytest.mark.parametrize("mode", ["prefill", "decode"])
 def test_inference(mode, tmp_path, capsys):
     made = run(tmp_path, "--variant", "peft-lora,malora-dense", "--rounds", 1, "--layers", 1, "--mode", mode)
-    assert all(row["status"] == "ok" for row in made.rows)
+    assert all(row.status == "ok" for row in made.rows)
     assert f"## toy, {mode}" in capsys.readouterr().out
 
 
@@ -70,7 +70,7 @@ def test_a_sweep_has_a_row_a_value_and_backend(tmp_path, capsys):
     arguments = ("--variant", "molora,malora", "--sweep", "top-k", "--tokens", 16, "--rounds", 1)
     made = run(tmp_path, *arguments)
     assert len(made.rows) == 4 * 2 * len({*DEFAULT_BACKENDS, "sorted"} - {"fused"})
-    assert {row["status"] for row in made.rows} == {"ok"} and "| top-k |" in capsys.readouterr().out.replace("  ", "")
+    assert {row.status for row in made.rows} == {"ok"} and "| top-k |" in capsys.readouterr().out.replace("  ", "")
 
 
 def test_ligers_functions_are_there_only_while_its_row_runs(monkeypatch):

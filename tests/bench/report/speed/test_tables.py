@@ -2,8 +2,8 @@
 
 import pytest
 
-from bench.records import provenance, store
-from bench.records.schema import SpeedRecord
+from bench.records import store
+from bench.records.schema import SpeedRecord, SpeedRow
 from bench.report.speed import goals, summary, tables
 from tests.bench.conftest import CLEAN
 
@@ -23,7 +23,6 @@ def make_speed(shape="llama2-7b", mode="train", rows=None, **options) -> SpeedRe
     asked = {"variant": "all", "sweep": None, "batch": 4, "length": 1024, "tokens": 16384, "dropout": 0.05,
              "rounds": 3, "layers": None, "flops": 8}  # fmt: skip
     rate = {"matrix_flops_per_second": 16.0, "copy_bytes_per_second": 1.0}
-    packages = {"packages": dict.fromkeys(("torch", "transformers", "peft"), "1.0"), "cuda": "13"}
     rows = rows or [
         row("floor", 1.2), row("floor-compiled", 1.0), row("peft-lora", 2.0), row("lora-plain-compiled", 1.25),
         row("malora-dense", 4.0, 99.0, "malora", 3), row("malora-dense-compiled", 1.0625, 8.0, "malora"),
@@ -31,7 +30,18 @@ def make_speed(shape="llama2-7b", mode="train", rows=None, **options) -> SpeedRe
         row("molora-dense-compiled", 1.125, method="molora"), row("lora-dense-compiled", 1.0, method="lora"),
         row("molora-loop", 17.0), row("molora-sorted", 1.5), row("molora-sorted-compiled", 1.275),
     ]  # fmt: skip
-    return SpeedRecord(shape, mode, asked | options, CLEAN | packages, {"before": rate, "after": rate}, rows)
+    return SpeedRecord(
+        shape=shape,
+        mode=mode,
+        options=asked | options,
+        provenance=CLEAN.replace(cuda="13"),
+        peak_rates={"before": rate, "after": rate},
+        rows=rows,
+    )
+
+
+def made_at(record: SpeedRecord, time: str = CLEAN.time, **provenance) -> SpeedRecord:
+    return record.replace(provenance=record.provenance.replace(time=time, **provenance))
 
 
 def records() -> list[SpeedRecord]:
@@ -83,25 +93,25 @@ def test_the_goals_are_arithmetic_on_records():
 
 def test_records_of_the_same_code_and_later_ones_stand_beside_the_one_of_most_rivals():
     most, same, few, old = (make_speed(variant=name) for name in ("all", "all again", "malora", "before"))
-    few.rows = [row for row in few.rows if row["name"] != "molora-loop"]
+    few = few.replace(rows=[row for row in few.rows if row.name != "molora-loop"])
     for made, step in ((same, 1.03125), (few, 1.125), (old, 1.5)):
-        made.rows[5] = row("malora-dense-compiled", step, 8.0, "malora")
-    most.provenance = most.provenance | {"time": "2026-01-02T00:00:00Z"}
-    few.provenance = few.provenance | {"time": "2026-01-03T00:00:00Z", "source_sha256": "of later code"}
-    old.provenance = old.provenance | {"source_sha256": "of earlier code"}
+        made.rows[5] = SpeedRow(**row("malora-dense-compiled", step, 8.0, "malora"))
+    most = made_at(most, "2026-01-02T00:00:00Z")
+    few = made_at(few, "2026-01-03T00:00:00Z", source_sha256="of later code")
+    old = made_at(old, source_sha256="of earlier code")
     all_figures = figures([old, few, same, most])
     assert all_figures[0] == {"a CPU": [1.0625, 1.03125, 1.125]} and all_figures[3] == {"a CPU": [16, 17 / 1.03125]}
     assert table([old, few, same, most])[1][2:] == ["1.062, 1.031, **1.125**", "**not always**"]
     assert few.id in goals.goal_table([most, few]) and old.id not in goals.goal_table([most, old])
     again = make_speed(variant="most, later")
-    again.provenance = again.provenance | {"time": "2026-01-04T00:00:00Z", "source_sha256": "of the last code"}
+    again = made_at(again, "2026-01-04T00:00:00Z", source_sha256="of the last code")
     assert figures([most, same, few, again])[0] == {"a CPU": [1.0625]}
 
 
 def test_each_device_has_a_column():
     here, there = make_speed(), make_speed()
-    there.provenance = there.provenance | {"device": "a GPU"}
-    there.rows[5] = row("malora-dense-compiled", 1.125, 8.0, "malora")
+    there = made_at(there, device="a GPU")
+    there.rows[5] = SpeedRow(**row("malora-dense-compiled", 1.125, 8.0, "malora"))
     assert table([there, here])[0] == ["figure", "goal", "a CPU", "a GPU", "reached"]
     assert table([there, here])[1][2:] == ["1.062", "**1.125**", "**not always**"]
     assert table([there])[9][2:] == ["not measured", "not measured"]
@@ -109,25 +119,23 @@ def test_each_device_has_a_column():
 
 def test_a_page_shows_each_set_of_rows_of_the_newest_code_and_a_line_for_the_rest():
     def made(variant, day, code):
-        store = make_speed(variant=variant, rounds=day)
-        provenance.provenance = provenance.provenance | {"time": f"2026-01-0{day}T00:00:00Z", "source_sha256": code}
-        return store
+        return made_at(make_speed(variant=variant, rounds=day), f"2026-01-0{day}T00:00:00Z", source_sha256=code)
 
     old, few, most, again = made("all", 1, "a"), made("dispatch", 2, "b"), made("all", 3, "b"), made("all", 4, "b")
-    few.rows = few.rows[:5]
+    few = few.replace(rows=few.rows[:5])
     small = make_speed("smollm2-135m", batch=16, length=128)
     assert summary.shown([small, again, few, most, old]) == [again, few, small]
     page = tables.pages([most, few, small, old, again])["table10.md"]
     assert page.count("## llama2-7b, train, a CPU") == 2 and page.count("## smollm2-135m, train, a CPU") == 1
     lines = [[c.strip() for c in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `llama2")]
     commit = "`000000000000`"
-    assert lines == [[f"`{r.id}`", commit, str(r.options["rounds"]), "12", "1.062", "1.062", "0.5312"]
+    assert lines == [[f"`{r.id}`", commit, str(r.options.rounds), "12", "1.062", "1.062", "0.5312"]
                      for r in (old, most)]  # fmt: skip
 
 
 def test_a_row_that_did_not_run_is_no_figure():
     made = make_speed()
-    made.rows[-3] |= {"status": "oom", "reason": "too much", "seconds": {}}
+    made.rows[-3] = made.rows[-3].replace(status="oom", reason="too much", seconds={})
     assert figures([made])[3] == {"a CPU": []} and "oom: too much" in tables.section(made)
 
 
@@ -164,8 +172,7 @@ def test_pages_are_the_same_in_any_order_and_from_what_was_read_back(tmp_path, h
 
 
 def test_a_record_of_a_machine_without_history_is_published_once(tmp_path, history):
-    made = make_speed()
-    made.provenance |= {"commit": "earlier", "dirty": True}
+    made = made_at(make_speed(), commit="earlier", dirty=True)
     assert len(store.publish([made], tmp_path)[0]) == 1
     assert store.publish([made], tmp_path) == ([], [])
 
