@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 
 from bench.errors import UserError
@@ -15,6 +16,7 @@ from bench.experiments.registry import open_data_mixture, tuning_groups_of
 from bench.models.adapters import check_adapter, load_adapter
 from bench.models.base import load, prepare
 from bench.records import provenance, schema, store
+from bench.records.schema import TaskScore
 from bench.report import readme
 from bench.report.claims import claims
 from bench.report.scores import experiment_page
@@ -138,14 +140,14 @@ def score_adapter(options: argparse.Namespace) -> int:
     data = build(MIXTURES[setting.mixture_name], setting.source, format=setting.profile.format, seed=0)
     tests = {task: items[: setting.max_items] for task, items in data.test.items()}
     results, _ = score(model, tokenizer, tests, **score_options(setting))
-    _print_scores(results)
+    _print_scores({task: TaskScore(**result) for task, result in results.items()})
     return 0
 
 
-def _print_scores(scores: dict[str, dict]) -> None:
+def _print_scores(scores: Mapping[str, TaskScore]) -> None:
     for task, result in scores.items():
-        half = f" ± {196 * result['stderr']:.1f}" if result["stderr"] is not None else ""
-        print(f"{task:16} {100 * result['value']:5.1f}{half}  ({result['metric']}, {result['n']} items)")
+        half = f" ± {196 * result.stderr:.1f}" if result.stderr is not None else ""
+        print(f"{task:16} {100 * result.value:5.1f}{half}  ({result.metric}, {result.n} items)")
 
 
 def write_leaderboards(options: argparse.Namespace) -> int:

@@ -144,7 +144,7 @@ def _better(
     if d is None:
         return claim
     profile, pair = found
-    sizes = [row.records[0].parameters["trainable"] for row in pair]
+    sizes = [row.records[0].parameters.trainable for row in pair]
     ours = f" with {1 - sizes[1] / sizes[0]:.0%} fewer" if fewer else ""
     mixture = pair[0].records[0].config.mixture
     tested = _tested(claim, d, bound, profile, mixture, pair, ours)
@@ -234,7 +234,7 @@ def _faster(speeds: list[SpeedRecord], by: str | None) -> Claim | _Tested:
             continue
         pair = []
         for method in ("molora", "malora"):
-            mine = [r for r in exact_rows(record) if r["method"] == method and by in (None, r["backend"])]
+            mine = [r for r in exact_rows(record) if r.method == method and by in (None, r.backend)]
             ran = [r for r in mine if seconds(r) and len(by_round(record, r)) > 1]
             pair.append(min(ran, key=seconds, default=None))
         if None in pair:
@@ -245,9 +245,9 @@ def _faster(speeds: list[SpeedRecord], by: str | None) -> Claim | _Tested:
         test = ttest_ind(slow - bound, fast, equal_var=False)
         middle = math.exp(slow.mean() - fast.mean())
         low, high = np.exp(np.array(test.confidence_interval(LEVEL)) + bound)
-        names = " over ".join(f"`{row['name']}`" for row in pair)
+        names = " over ".join(f"`{row.name}`" for row in pair)
         ours = f"{middle:.2f} [{low:.2f}, {high:.2f}], {names}"
-        on = f", on {record.provenance['device']}"
+        on = f", on {record.provenance.device}"
         return _Tested(
             replace(claim, ours=ours, records=[record.id], profile="speed"),
             math.log(middle) > bound,

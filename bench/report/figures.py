@@ -173,10 +173,10 @@ def steps(title: str, record: SpeedRecord) -> str | None:
 
     def panel(axes: Axes) -> None:
         for at, row in enumerate(rows):
-            colour = style((row["method"] or BASE).removeprefix("peft-"))[0]
+            colour = style((row.method or BASE).removeprefix("peft-"))[0]
             axes.barh(at, seconds(row), color=colour, height=0.65, url=link([record.id]))
-            axes.plot(np.quantile(row["seconds"]["step"], (0.25, 0.75)), (at, at), color=INK)
-        axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+            axes.plot(np.quantile(row.seconds["step"], (0.25, 0.75)), (at, at), color=INK)
+        axes.set_yticks(range(len(rows)), [row.name for row in rows])
         axes.grid(axis="y", visible=False)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(EngFormatter("s"))

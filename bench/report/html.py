@@ -7,12 +7,9 @@ The records that a figure is made of are in the page too, and open where the fig
 from __future__ import annotations
 
 import base64
-import dataclasses
-import functools
 import gzip
 import itertools
 import json
-import operator
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +29,7 @@ from bench.report import figures
 from bench.report.claims import NOTES, Claim
 from bench.report.figures import Line, handle, link
 from bench.report.readme import published_parts
-from bench.report.scores.adapter_tables import readings
+from bench.report.scores.adapter_tables import reading, readings
 from bench.report.scores.document import Leaderboard, Section
 from bench.report.scores.selection import TableRow
 from bench.report.speed.goals import goal_table
@@ -104,9 +101,9 @@ def _method(name: str, title: str = "") -> Markup:
 
 def _embedded(record: Record | SpeedRecord) -> dict[str, Any]:
     """A record as JSON, without the outcomes of its items."""
-    fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name not in ("items", "path")}
-    config = {"config": dataclasses.asdict(record.config)} if isinstance(record, Record) else {}
-    return {"id": record.id} | fields | config
+    return {"id": record.id} | record.model_dump(
+        mode="json", by_alias=True, exclude_unset=True, exclude={"items", "path"}
+    )
 
 
 def _packed(value: Any) -> str:
@@ -161,7 +158,7 @@ def _runs(records: list[Record]) -> Table:
         options = ", ".join(f"{name}={value}" for name, value in r.config.method_options.items())
         means = ["" if mean is None else f"{mean:.1f}" for mean in (r.mean("validation"), r.mean())]
         rate = "" if r.config.learning_rate is None else f"{r.config.learning_rate:g}"
-        texts = [rate, r.config.seed, r.config.mixture, options, r.status, *means, r.provenance["device"]]
+        texts = [rate, r.config.seed, r.config.mixture, options, r.status, *means, r.provenance.device]
         rows.append(("", _cells([_method(r.config.method), *texts], link([r.id]))))
     head = ["method", "rate", "seed", "mixture", "options", "status", "validation", "test", "device"]
     return Table(head, rows)
@@ -177,8 +174,10 @@ def _scores(experiment: Experiment, rows: list[TableRow], speeds: list[SpeedReco
     runs = [r for row in rows for r in row.sources if r.train]
 
     def over_steps(part: str, key: str) -> list[Line]:
-        readings = [(r, [p for p in r.train[part] if p[key] is not None]) for r in runs]
-        return [Line(r.config.method, [p["step"] for p in ps], [p[key] for p in ps], r) for r, ps in readings if ps]
+        readings = [(r, [p for p in getattr(r.train, part) if getattr(p, key) is not None]) for r in runs]
+        return [
+            Line(r.config.method, [p.step for p in ps], [getattr(p, key) for p in ps], r) for r, ps in readings if ps
+        ]
 
     entropy, share = over_steps("router", "entropy"), over_steps("router", "largest_share")
     return _made(
@@ -199,13 +198,13 @@ def _inside(experiment: Experiment, rows: list[TableRow], speeds: list[SpeedReco
     runs = {row.title: [r for r in row.sources if r.inside] for row in rows if not row.entry.single_task}
 
     def over(*path: str) -> list[Line]:
-        found = [(r, functools.reduce(operator.getitem, path, r.inside)) for of in runs.values() for r in of]
+        found = [(r, reading(r.inside, *path)) for of in runs.values() for r in of]
         return [Line(r.config.method, range(len(values)), values, r) for r, values in found]
 
     heats = []
-    for title, routing in ((title, [r.inside["routing"] for r in of]) for title, of in runs.items() if of):
-        shares = {t: np.mean([r["largest_share"][t] for r in routing], 0) for t in routing[0]["largest_share"]}
-        load = np.mean([r["load"] for r in routing], 0).T
+    for title, routing in ((title, [r.inside.routing for r in of]) for title, of in runs.items() if of):
+        shares = {t: np.mean([r.largest_share[t] for r in routing], 0) for t in routing[0].largest_share}
+        load = np.mean([r.load for r in routing], 0).T
         heats += [(figures.heat, f"{title}: the busiest expert's share, by layer and task", "task",
                    {TASKS[t].title: share for t, share in shares.items()}),
                   (figures.heat, f"{title}: load of the experts, the busiest first, by layer", "expert",
@@ -229,7 +228,7 @@ def _d(row: TableRow) -> str:
 
 
 def _trainable(row: TableRow) -> int | None:
-    return row.records[0].parameters and row.records[0].parameters["trainable"]
+    return row.records[0].parameters and row.records[0].parameters.trainable
 
 
 def step_seconds(
@@ -243,10 +242,10 @@ def step_seconds(
     def step(row: TableRow, record: SpeedRecord) -> float | None:
         adapter = row.method, _trainable(row)
         rows = exact_rows(record)
-        same = [s for s in rows if ((s["method"] or BASE).removeprefix("peft-"), s["trainable"]) == adapter]
+        same = [s for s in rows if ((s.method or BASE).removeprefix("peft-"), s.trainable) == adapter]
         return min(filter(None, map(seconds, same)), default=None)
 
     scored = [row for row in found if row.records]
     trained = [record for record in speeds if record.mode == "train"]
     best = max(trained, key=lambda record: sum(step(row, record) is not None for row in scored), default=None)
-    return f"a step on {best.provenance['device'] if best else ''}", scored if best else [], lambda row: step(row, best)
+    return f"a step on {best.provenance.device if best else ''}", scored if best else [], lambda row: step(row, best)

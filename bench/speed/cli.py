@@ -23,7 +23,7 @@ from bench.errors import UserError
 from bench.models.backbone import SHAPES, backbone
 from bench.records import store
 from bench.records.provenance import provenance
-from bench.records.schema import SpeedRecord
+from bench.records.schema import PeakRates, SpeedOptions, SpeedRecord, SpeedRow
 from bench.report.speed import tables
 from bench.speed.baselines import registered_baselines
 from bench.speed.layer_sweep import SWEEPS, sweep_rows
@@ -122,20 +122,20 @@ def _benchmark(options: argparse.Namespace) -> int:
     record = SpeedRecord(
         shape=options.shape,
         mode="layer" if options.sweep else options.mode,
-        options={
-            "variant": options.variant,
-            "sweep": options.sweep,
-            "batch": work.batch,
-            "length": work.length,
-            "tokens": work.tokens,
-            "dropout": work.dropout,
-            "rounds": rounds,
-            "layers": options.layers,
-            "flops": flops,
-        },
+        options=SpeedOptions(
+            variant=options.variant,
+            sweep=options.sweep,
+            batch=work.batch,
+            length=work.length,
+            tokens=work.tokens,
+            dropout=work.dropout,
+            rounds=rounds,
+            layers=options.layers,
+            flops=flops,
+        ),
         provenance=provenance(device, jobs=1),
-        ceilings={"before": before, "after": peak_rates(device, dtype)},
-        rows=found,
+        peak_rates={"before": PeakRates(**before), "after": PeakRates(**peak_rates(device, dtype))},
+        rows=[SpeedRow(**row) for row in found],
     )
     path = store.write_speed(record, options.results)
     for name, page in tables.pages([*known, record]).items():

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bench.experiments.profiles import PROFILES
 from bench.models import tiny
 from bench.records import provenance
+from bench.records.schema import Provenance
 from bench.runs.setting import RunSettings
 from bench.speed import rounds
 from tasks import Generator
@@ -58,13 +59,24 @@ def short_rounds(monkeypatch):
 
 
 # A record's provenance as far as publishing and tables need it.
-CLEAN = {"commit": "0" * 40, "dirty": False, "source_sha256": "x", "device": "a CPU", "time": "2026-01-01T00:00:00Z"}
+CLEAN = Provenance(
+    time="2026-01-01T00:00:00Z",
+    commit="0" * 40,
+    dirty=False,
+    source_sha256="x",
+    python="3.12.0",
+    packages=dict.fromkeys(("torch", "transformers", "peft"), "1.0"),
+    device="a CPU",
+    cuda=None,
+    driver=None,
+    concurrent_runs=1,
+)
 
 
 @pytest.fixture
 def history(monkeypatch):
     """A clone whose commits have known sources."""
-    sources = {"later": "y", CLEAN["commit"]: CLEAN["source_sha256"], "earlier": "z"}
+    sources = {"later": "y", CLEAN.commit: CLEAN.source_sha256, "earlier": "z"}
     monkeypatch.setattr(provenance, "_git", lambda *arguments: "\n".join(sources))
     monkeypatch.setattr(provenance, "source_hash_of", sources.get)
     provenance.commit_of.cache_clear()

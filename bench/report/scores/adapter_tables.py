@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from bench.experiments.methods import TITLES
 from bench.experiments.registry import Experiment
-from bench.records.schema import Record
+from bench.records.schema import InsideSection, Record
 from bench.report.paper import paper
 from bench.report.scores.selection import TableRow
 from bench.report.stats import half_width
@@ -36,10 +36,10 @@ def readings(rows: list[TableRow], statistic: str) -> dict[tuple[str, str, str],
     for row in rows:
         names = {"ST(S)": "ST(S)", "ST(D)": "ST(D)"} if row.entry.single_task else {"within": "MT", "start": START}
         for record in row.sources:
-            for name in names.keys() & (record.inside or {"similarity": {}})["similarity"].keys():
-                for side, reading in record.inside["similarity"][name][statistic].items():
-                    if reading:
-                        found[row.method, names[name], side].append((record, *reading))
+            for name in names.keys() & (record.inside.similarity.keys() if record.inside else set()):
+                for side, measured in record.inside.similarity[name][statistic].items():
+                    if measured:
+                        found[row.method, names[name], side].append((record, *measured))
     return found
 
 
@@ -88,11 +88,11 @@ def _inside(rows: list[TableRow]) -> str:
             at = [values[round(share * (len(values) - 1))] for share in (0, 0.25, 0.5, 0.75, 1)]
             ranks = [_over(insides, "spectra", side, rank) for rank in ("stable_rank", "effective_rank")]
             spectra.append([row.title, side, len(values), *map(show, at), *map(show, ranks)])
-        relative, angles = _over(insides, "movement", "relative"), [one["movement"]["angle"] for one in insides]
-        factor = {"S": "S_A", "A": "A_t"}[insides[0]["movement"]["factor"]]
+        relative, angles = _over(insides, "movement", "relative"), [one.movement.angle for one in insides]
+        factor = {"S": "S_A", "A": "A_t"}[insides[0].movement.factor]
         moved.append([row.title, factor, show(relative.mean()), show(relative.min()), show(relative.max()),
                       show(np.mean(angles)), len(insides)])  # fmt: skip
-        for task in insides[0]["routing"]["entropy"]:
+        for task in insides[0].routing.entropy:
             kinds = ("entropy", "largest_share", "unused")
             tasks.append([row.title, TASKS[task].title if task in TASKS else task,
                           *(show(_over(insides, "routing", kind, task).mean()) for kind in kinds)])  # fmt: skip
@@ -126,14 +126,16 @@ def _inside(rows: list[TableRow]) -> str:
     ])  # fmt: skip
 
 
-def _over(insides: list[dict[str, Any]], *path: str) -> np.ndarray | None:
-    """Mean over runs of what stands at a path; None where no run has it."""
-    found = []
-    for value in insides:
-        for key in path:
-            value = value[key]
-        if value is not None:
-            found.append(value)
+def reading(section: Any, *path: str) -> Any:
+    """Return the value at a path of field names and keys."""
+    for key in path:
+        section = section[key] if isinstance(section, dict) else getattr(section, key)
+    return section
+
+
+def _over(insides: list[InsideSection], *path: str) -> np.ndarray | None:
+    """Return the mean over runs of the value at a path, or None where no run has it."""
+    found = [value for inside in insides if (value := reading(inside, *path)) is not None]
     return np.mean(found, axis=0) if found else None
 
 

@@ -112,7 +112,7 @@ def _policy(
 
 
 def _intro(records: list[Record], config: RunConfig, others: int) -> str:
-    devices = sorted({r.provenance["device"] for r in records})
+    devices = sorted({r.provenance.device for r in records})
     lines = [
         f"Base `{config.model}` (`{config.model_hash[:12]}`), mixture `{config.mixture}`, format `{config.format}`, "
         f"{config.epochs} epochs, {config.batch_size} examples a batch, on {', '.join(devices)}. "
@@ -120,17 +120,17 @@ def _intro(records: list[Record], config: RunConfig, others: int) -> str:
     ]
     if note := MIXTURES[config.mixture].note:
         lines.append(f"**{note}**")
-    train = next((r.data["train"] for r in records if r.data and r.data.get("train")), {})
+    train = next((r.data.train for r in records if r.data and r.data.train), {})
     if train:
-        parts = (f"{n['examples']:,} of {TASKS[t].title} ({n['label_tokens']:,})" for t, n in sorted(train.items()))
+        parts = (f"{n.examples:,} of {TASKS[t].title} ({n.label_tokens:,})" for t, n in sorted(train.items()))
         lines.append(f"Training examples an epoch, and their label tokens: {', '.join(parts)}.")
-    dropped = {t: n for t, n in sorted((records[0].data or {}).get("dropped", {}).items()) if n}
+    dropped = {t: n for t, n in sorted((records[0].data.dropped if records[0].data else {}).items()) if n}
     if dropped:
         parts = (f"{n} of {TASKS[t].title}" for t, n in dropped.items())
         lines.append(f"Left out of training, because they stand in a validation or test set: {', '.join(parts)}.")
-    cleaned = [r for r in records if r.data and r.data.get("dropped_validation") is not None]
-    if cleaned and any(cleaned[0].data["dropped_validation"].values()):
-        parts = (f"{n} of {TASKS[t].title}" for t, n in sorted(cleaned[0].data["dropped_validation"].items()) if n)
+    cleaned = [r for r in records if r.data and r.data.dropped_validation is not None]
+    if cleaned and any(cleaned[0].data.dropped_validation.values()):
+        parts = (f"{n} of {TASKS[t].title}" for t, n in sorted(cleaned[0].data.dropped_validation.items()) if n)
         lines.append(f"Left out of validation, because they stand in a test set: {', '.join(parts)}.")
     if older := [r for r in records if r.data and r not in cleaned]:
         lines.append(f"{_of_methods(older)}: those questions were still in the validation sets.")
@@ -146,14 +146,14 @@ def _intro(records: list[Record], config: RunConfig, others: int) -> str:
 
 def _metrics(records: list[Record]) -> str:
     """What the scores are, by task where that is not the accuracy of a choice."""
-    metrics = {task: score["metric"] for r in records for task, score in (r.test or {}).items()}
+    metrics = {task: score.metric for r in records for task, score in (r.test or {}).items()}
     others = [f"{m} of {TASKS[t].title}" for t, m in sorted(metrics.items()) if m not in ("acc", "acc_norm")]
     return ", ".join(["accuracy", *others])
 
 
 def _scorer(record: Record) -> int | None:
     """The scorer's version."""
-    return next((score["version"] for score in (record.test or {}).values()), None)
+    return next((score.version for score in (record.test or {}).values()), None)
 
 
 def _of_methods(records: list[Record]) -> str:

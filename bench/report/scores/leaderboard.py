@@ -48,7 +48,7 @@ def leaderboard(
         parameters = row.records[0].parameters
         lines.append((row, [
             row.title, "" if row.rate is None else f"{row.rate:g}",
-            f"{parameters['trainable']:,}" if parameters else "",
+            f"{parameters.trainable:,}" if parameters else "",
             *(f"{row.task_mean(task):.1f}" for task in tasks),
             str(row.mean), len(row.records),
             ". ".join(filter(None, [verdicts.get(row.title, ""), _broken(row), partly.get(row.method)])),

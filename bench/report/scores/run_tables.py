@@ -29,7 +29,7 @@ def sweep_table(experiment: Experiment, records: list[Record], tuned: dict[str, 
             if record is None:
                 cells.append("not run")
             elif record.status != "ok":
-                steps = f" by step {record.train['steps']}" if record.train else ""
+                steps = f" by step {record.train.steps}" if record.train else ""
                 cells.append(f"{record.status}{steps}")
             else:
                 cell = f"{record.mean('validation'):.1f}"
@@ -48,18 +48,18 @@ def router_table(experiment: Experiment, records: list[Record]) -> str:
     """How decided the routers were at the end of each run of the sweep's seed, and how far gradients had grown."""
     body = []
     for r in sorted(records, key=lambda r: (r.config.method, r.config.learning_rate or 0)):
-        if r.config.seed == SWEEP_SEED and r.train and r.train["router"]:
-            first, last = r.train["router"][0], r.train["router"][-1]
-            norms = [point["grad_norm"] for point in r.train["curve"] if point["grad_norm"] is not None]
+        if r.config.seed == SWEEP_SEED and r.train and r.train.router:
+            first, last = r.train.router[0], r.train.router[-1]
+            norms = [point.grad_norm for point in r.train.curve if point.grad_norm is not None]
             body.append(
                 [
                     TITLES.get(r.config.method, r.config.method),
                     f"{r.config.learning_rate:g}",
                     r.status,
-                    f"{show(first['gate_sum'])} → {show(last['gate_sum'])}",
-                    f"{show(first['entropy'])} → {show(last['entropy'])}",
-                    show(last["largest_share"]),
-                    last["unused_experts"],
+                    f"{show(first.gate_sum)} → {show(last.gate_sum)}",
+                    f"{show(first.entropy)} → {show(last.entropy)}",
+                    show(last.largest_share),
+                    last.unused_experts,
                     show(max(norms, default=None)),
                     show(norms[-1] if norms else None),
                 ]
@@ -94,7 +94,7 @@ def options_table(records: list[Record], mine: list[Record], runs_vary: Spread |
         twin = next(
             (r for r in mine if r.test and r.config.config_key_without("method_options", "data_hash") == alike), None
         )
-        if twin is None or record.data["sha256"]["test"] != twin.data["sha256"]["test"]:
+        if twin is None or record.data.sha256["test"] != twin.data.sha256["test"]:
             continue
         usual = twin.config.method_options
         set_to = {k: v for k, v in record.config.method_options.items() if v != usual.get(k)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from bench.experiments.methods import BASE
 from bench.experiments.registry import EXPERIMENTS, SWEEP_SEED, Experiment, TableEntry, parts, tuning_groups_of
@@ -70,7 +70,7 @@ class TableRow:
         return mean_over_seeds([record.items for record in self.records])
 
     def task_mean(self, task: str) -> float:
-        return 100 * sum(record.test[task]["value"] for record in self.records) / len(self.records)
+        return 100 * sum(record.test[task].value for record in self.records) / len(self.records)
 
 
 def select_comparable(
@@ -89,7 +89,7 @@ def select_comparable(
     if like is not None:
         group = groups.get(_setting(like, experiment), [])
     else:
-        group = max(groups.values(), key=lambda g: (len(g), max(r.provenance["time"] for r in g)), default=[])
+        group = max(groups.values(), key=lambda g: (len(g), max(r.provenance.time for r in g)), default=[])
     group = [r for r in _same_test(group) if any(experiment.has(entry, r.config) for entry in entries)]
     group.sort(key=lambda r: (r.config.mixture not in experiment.mixtures, r.config.id))  # parts last
     return group, len(of_suite) - len(group)
@@ -108,9 +108,9 @@ def _same_test(records: list[Record]) -> list[Record]:
     tests: dict[str, Counter] = {}
     for record in records:
         if record.data:
-            tests.setdefault(record.config.mixture, Counter())[record.data["sha256"]["test"]] += 1
+            tests.setdefault(record.config.mixture, Counter())[record.data.sha256["test"]] += 1
     commonest = {mixture: max(sorted(counts), key=counts.get) for mixture, counts in tests.items()}
-    return [r for r in records if not r.data or r.data["sha256"]["test"] == commonest[r.config.mixture]]
+    return [r for r in records if not r.data or r.data.sha256["test"] == commonest[r.config.mixture]]
 
 
 def _setting(config: RunConfig, experiment: Experiment) -> tuple:
@@ -184,7 +184,7 @@ def _joined(runs: list[Record]) -> list[Record]:
         if {r.config.mixture for r in mine} == names:
             tests = {task: score for r in mine for task, score in r.test.items()}
             items = {task: outcomes for r in mine for task, outcomes in r.items.items()}
-            joined.append(replace(mine[0], test=tests, items=items, data=None))
+            joined.append(mine[0].replace(test=tests, items=items, data=None))
     return joined
 
 

@@ -36,7 +36,7 @@ def figure4c(record: SpeedRecord) -> str:
     table = paper()["table10"]
     theirs = [Bar(name, row["step_s"], style(name.lower())[0]) for name, row in table.items()]
     theirs.sort(key=lambda bar: -bar.seconds)
-    title = f"Seconds of a training step, {record.shape}, {record.provenance['device']}"
+    title = f"Seconds of a training step, {record.shape}, {record.provenance.device}"
     return _svg("Figure 4c", [(title, _bars(record)), (f"The paper's: {paper()['table10_source']}", theirs)]) + "\n"
 
 
@@ -49,10 +49,10 @@ def step_figure(title: str, record: SpeedRecord, link: str) -> str | None:
 def _bars(record: SpeedRecord) -> list[Bar]:
     return [
         Bar(
-            row["name"],
+            row.name,
             step,
-            style((row["method"] or BASE).removeprefix("peft-"))[0],
-            tuple(np.quantile(row["seconds"]["step"], (0.25, 0.75)).tolist()),
+            style((row.method or BASE).removeprefix("peft-"))[0],
+            tuple(np.quantile(row.seconds["step"], (0.25, 0.75)).tolist()),
         )
         for step, row in rows_by_seconds(record)
     ]

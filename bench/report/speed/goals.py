@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 from tabulate import tabulate
 
-from bench.records.schema import SpeedRecord
+from bench.records.schema import SpeedRecord, SpeedRow
 from bench.report.speed.summary import (
     COMPILED_BACKBONE,
     PEFT_LORA,
-    SpeedRow,
     by_work,
     compared,
     fastest,
@@ -45,7 +44,7 @@ class RecordFilter:
     def accepts(self, record: SpeedRecord) -> bool:
         """Return whether a goal can be measured on the record."""
         is_alike = self.mode == record.mode and self.shape in (None, record.shape) and record.complete
-        is_asked = all(record.options[name] == value for name, value in self.options)
+        is_asked = all(getattr(record.options, name) == value for name, value in self.options)
         return is_alike and is_asked and None not in (malora_row(record), seconds(named(record, self.against)))
 
 
@@ -108,7 +107,7 @@ def _row(name: str) -> SelectRow:
 
 
 def _grouped_gemm_row(record: SpeedRecord) -> SpeedRow | None:
-    return fastest(record, lambda row: row["name"].startswith("molora-sorted"))
+    return fastest(record, lambda row: row.name.startswith("molora-sorted"))
 
 
 def _other_methods(record: SpeedRecord) -> float | None:
@@ -116,7 +115,7 @@ def _other_methods(record: SpeedRecord) -> float | None:
     malora = malora_row(record)
     if malora is None:
         return None
-    rows = [_row(malora["name"].replace("malora", method, 1)) for method in ("molora", "lora")]
+    rows = [_row(malora.name.replace("malora", method, 1)) for method in ("molora", "lora")]
     ratios = [value for row in rows if (value := _step_ratio(row, _row(COMPILED_BACKBONE))(record)) is not None]
     return max(ratios) if len(ratios) == len(rows) else None
 
@@ -124,14 +123,14 @@ def _other_methods(record: SpeedRecord) -> float | None:
 def _memory(record: SpeedRecord) -> float | None:
     """Measure MALoRA's peak allocated memory over that of PEFT's LoRA."""
     malora, lora = (
-        row and (row["peak_bytes"] or {}).get("allocated") for row in (malora_row(record), named(record, PEFT_LORA))
+        row and row.peak_bytes and row.peak_bytes.allocated for row in (malora_row(record), named(record, PEFT_LORA))
     )
     return ratio(malora, lora)
 
 
 def _synchronisations(record: SpeedRecord) -> float | None:
     row = malora_row(record)
-    return row and row["synchronisations"]
+    return row and row.synchronisations
 
 
 # Steps are training steps unless a figure says otherwise. MALoRA is represented by its fastest exact row.
@@ -167,7 +166,7 @@ def sources(records: list[SpeedRecord], wanted: RecordFilter) -> dict[str, list[
     """
     found: dict[str, list[list[SpeedRecord]]] = {}
     for group in by_work([r for r in records if wanted.accepts(r)]):
-        found.setdefault(group[0].provenance["device"], []).append(newest(group))
+        found.setdefault(group[0].provenance.device, []).append(newest(group))
     if wanted.mode == "decode":
         return {device: [[first for first, *_ in groups]] for device, groups in found.items()}
     return {device: [[r] for r in max(groups, key=lambda g: compared(g[0]))] for device, groups in found.items()}
@@ -244,7 +243,7 @@ def _source_table(records: list[SpeedRecord]) -> str:
         for record in (r for by_device in found for group in by_device.get(device, []) for r in group):
             row = malora_row(record)
             assert row is not None, "RecordFilter accepts records with MALoRA only"
-            body.append([device, f"`{record.id}`", f"`{row['name']}`", len(row["seconds"]["step"])])
+            body.append([device, f"`{record.id}`", f"`{row.name}`", len(row.seconds["step"])])
     head = ["device", "record", "MALoRA's row", "steps timed"]
     align = ("left", "left", "left", "right")
     return str(tabulate(body, head, tablefmt="pipe", disable_numparse=True, colalign=align))

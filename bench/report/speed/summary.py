@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
-from bench.records.schema import SpeedRecord
+from bench.records.schema import SpeedRecord, SpeedRow
 from malora.backends import BACKENDS
 
-SpeedRow = dict[str, Any]
 COMPILED_BACKBONE = "floor-compiled"  # the row of the frozen backbone, compiled
 PEFT_LORA = "peft-lora"  # the row of PEFT's LoRA out of the box
 # Rows of a large model's training that the goals compare MALoRA with.
@@ -28,7 +26,7 @@ def median_and_iqr(samples: list[float]) -> tuple[float, float]:
 
 def seconds(row: SpeedRow | None, phase: str = "step") -> float | None:
     """Return the median seconds of a phase, or None if it was not measured."""
-    samples = row["seconds"].get(phase) if row and row["status"] == "ok" else None
+    samples = row.seconds.get(phase) if row and row.status == "ok" else None
     return median_and_iqr(samples)[0] if samples else None
 
 
@@ -40,15 +38,15 @@ def rows_by_seconds(record: SpeedRecord) -> list[tuple[float, SpeedRow]]:
 
 def by_round(record: SpeedRecord, row: SpeedRow) -> np.ndarray:
     """Return the mean seconds per step of each round; steps within a round are not independent samples."""
-    samples = np.array(row["seconds"]["step"])
-    means: np.ndarray = samples.reshape(-1, max(1, len(samples) // record.options["rounds"])).mean(1)
+    samples = np.array(row.seconds["step"])
+    means: np.ndarray = samples.reshape(-1, max(1, len(samples) // record.options.rounds)).mean(1)
     return means
 
 
 def tokens_per_second(record: SpeedRecord, row: SpeedRow | None) -> float | None:
     """Return the tokens that a row processes per second; in decode, over all sequences of the batch."""
-    sequences = record.options["batch"] if record.mode == "decode" else 1
-    return ratio(sequences * record.options["tokens"], seconds(row))
+    sequences = record.options.batch if record.mode == "decode" else 1
+    return ratio(sequences * record.options.tokens, seconds(row))
 
 
 def ratio(above: float | None, below: float | None) -> float | None:
@@ -58,12 +56,12 @@ def ratio(above: float | None, below: float | None) -> float | None:
 
 def named(record: SpeedRecord, name: str) -> SpeedRow | None:
     """Return the row of this name, if the record has it."""
-    return next((row for row in record.rows if row["name"] == name), None)
+    return next((row for row in record.rows if row.name == name), None)
 
 
 def exact_rows(record: SpeedRecord) -> list[SpeedRow]:
     """Return the rows that compute their method up to rounding, which float8 does not."""
-    return [row for row in record.rows if row["backend"] not in BACKENDS or BACKENDS[row["backend"]].exact]
+    return [row for row in record.rows if row.backend not in BACKENDS or BACKENDS[row.backend].exact]
 
 
 def fastest(record: SpeedRecord, choose: Callable[[SpeedRow], bool]) -> SpeedRow | None:
@@ -74,15 +72,15 @@ def fastest(record: SpeedRecord, choose: Callable[[SpeedRow], bool]) -> SpeedRow
 
 def malora_row(record: SpeedRecord) -> SpeedRow | None:
     """Return MALoRA's fastest exact row."""
-    return fastest(record, lambda row: bool(row["method"] == "malora"))
+    return fastest(record, lambda row: bool(row.method == "malora"))
 
 
 def work_of(record: SpeedRecord) -> tuple[str, ...]:
     """Return the workload and the device. Records that agree in both can be compared."""
     options = record.options
-    asked = [str(options[name]) for name in ("sweep", "batch", "length", "tokens", "layers")]
-    swept = options["variant"] if options["sweep"] else ""  # the rows of two sweeps are not compared
-    return record.shape, record.mode, *asked, swept, record.provenance["device"]
+    asked = [str(getattr(options, name)) for name in ("sweep", "batch", "length", "tokens", "layers")]
+    swept = options.variant if options.sweep else ""  # the rows of two sweeps are not compared
+    return record.shape, record.mode, *asked, swept, record.provenance.device
 
 
 def by_work(records: list[SpeedRecord]) -> list[list[SpeedRecord]]:
@@ -100,7 +98,7 @@ def compared(record: SpeedRecord) -> tuple[int, str, str]:
 
 def age(record: SpeedRecord) -> tuple[str, str]:
     """Return a sort key that puts the oldest record first."""
-    return record.provenance["time"], record.id
+    return record.provenance.time, record.id
 
 
 def newest(records: list[SpeedRecord]) -> list[SpeedRecord]:
@@ -110,8 +108,8 @@ def newest(records: list[SpeedRecord]) -> list[SpeedRecord]:
     later than the first.
     """
     first = max(records, key=compared)
-    sha = first.provenance["source_sha256"]
-    others = (r for r in records if r.provenance["source_sha256"] == sha or age(r) > age(first))
+    sha = first.provenance.source_sha256
+    others = (r for r in records if r.provenance.source_sha256 == sha or age(r) > age(first))
     return [first, *sorted((r for r in others if r is not first), key=age)]
 
 
@@ -122,8 +120,8 @@ def shown(records: list[SpeedRecord]) -> list[SpeedRecord]:
     """
     found = []
     for first, *others in map(newest, by_work(records)):
-        last = {r.options["variant"]: r for r in others}
-        found += [first, *(r for variant, r in last.items() if variant != first.options["variant"])]
+        last = {r.options.variant: r for r in others}
+        found += [first, *(r for variant, r in last.items() if variant != first.options.variant)]
     return found
 
 

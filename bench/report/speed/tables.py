@@ -6,14 +6,13 @@ import statistics
 
 from tabulate import tabulate
 
-from bench.records.schema import SpeedRecord
+from bench.records.schema import SpeedRecord, SpeedRow
 from bench.report.paper import paper
 from bench.report.speed.figure4c import figure4c
 from bench.report.speed.goals import goal_table
 from bench.report.speed.summary import (
     COMPILED_BACKBONE,
     PEFT_LORA,
-    SpeedRow,
     age,
     by_work,
     compared,
@@ -30,7 +29,6 @@ from bench.report.speed.summary import (
 
 # Backends whose work grows with k·r; that of the others grows with N·r.
 _SPARSE = ("dispatch", "sorted")
-_PEAK_RATES = ("matrix_flops_per_second", "copy_bytes_per_second")
 _PHASES = ("forward", "backward", "optimizer")
 # Rows of the frozen backbone that others are divided by, and the title of that column.
 _BACKBONES = {
@@ -57,7 +55,7 @@ def pages(records: list[SpeedRecord]) -> dict[str, str]:
     found = {"table10.md": "\n\n".join(parts) + "\n"}
     trained = [r for r in shown(records) if r.mode == "train" and fastest(r, lambda row: True)]
     if trained:
-        largest = max(trained, key=lambda r: (r.options["flops"], compared(r)))
+        largest = max(trained, key=lambda r: (r.options.flops, compared(r)))
         found["figure4c.svg"] = figure4c(largest)
     return found
 
@@ -72,8 +70,8 @@ def _others(records: list[SpeedRecord]) -> str:
     for r in sorted(records, key=age):
         step = seconds(malora_row(r))
         ratios = [number(ratio(step, seconds(named(r, name)))) for name in (COMPILED_BACKBONE, PEFT_LORA)]
-        commit = (r.provenance["commit"] or "unknown")[:12]
-        body.append([f"`{r.id}`", f"`{commit}`", str(r.options["rounds"]), str(len(r.rows)), number(step), *ratios])
+        commit = (r.provenance.commit or "unknown")[:12]
+        body.append([f"`{r.id}`", f"`{commit}`", str(r.options.rounds), str(len(r.rows)), number(step), *ratios])
     head = ["record", "commit", "rounds", "rows", "MALoRA's step, s", "× compiled backbone", "× PEFT LoRA"]
     table = _table(body, head, ["left", "left", *["right"] * 5])
     return f"Other records of the same workload, of earlier code or with the same rows:\n\n{table}"
@@ -82,8 +80,8 @@ def _others(records: list[SpeedRecord]) -> str:
 def section(record: SpeedRecord) -> str:
     """Return what one call measured, and how to read it."""
     sweep = record.mode == "layer"
-    work = f"one linear layer, {record.options['sweep']}" if sweep else record.mode
-    title = f"## {record.shape}, {work}, {record.provenance['device']}"
+    work = f"one linear layer, {record.options.sweep}" if sweep else record.mode
+    title = f"## {record.shape}, {work}, {record.provenance.device}"
     if sweep:
         parts = [title, _intro(record), _sweep_table(record), _SWEEP_NOTE, *_crossovers(record)]
     else:
@@ -94,22 +92,24 @@ def section(record: SpeedRecord) -> str:
 def _intro(record: SpeedRecord) -> str:
     o, p = record.options, record.provenance
     work = {
-        "train": f"{o['tokens']:,} tokens per step in micro-batches of {o['batch']} × {o['length']}",
-        "prefill": f"{o['batch']} × {o['length']} tokens per pass",
-        "decode": f"{o['tokens']} new tokens after a prompt of {o['length']}, batch size {o['batch']}",
-        "layer": ("" if o["sweep"] == "tokens" else f"{o['tokens']:,} tokens, ") + "forward and backward",
+        "train": f"{o.tokens:,} tokens per step in micro-batches of {o.batch} × {o.length}",
+        "prefill": f"{o.batch} × {o.length} tokens per pass",
+        "decode": f"{o.tokens} new tokens after a prompt of {o.length}, batch size {o.batch}",
+        "layer": ("" if o.sweep == "tokens" else f"{o.tokens:,} tokens, ") + "forward and backward",
     }[record.mode]
-    matmul, copy = ([record.ceilings[when][rate] / 1e12 for when in ("before", "after")] for rate in _PEAK_RATES)
-    versions = ", ".join(f"{name} {p['packages'][name]}" for name in ("torch", "transformers", "peft"))
+    before, after = record.peak_rates["before"], record.peak_rates["after"]
+    matmul = [rates.matrix_flops_per_second / 1e12 for rates in (before, after)]
+    copy = [rates.copy_bytes_per_second / 1e12 for rates in (before, after)]
+    versions = ", ".join(f"{name} {p.packages[name]}" for name in ("torch", "transformers", "peft"))
     lines = [
-        f"{work[0].upper()}{work[1:]}, on {p['device']}; {versions}; commit `{(p['commit'] or 'unknown')[:12]}`. "
-        f"Random weights, dropout {o['dropout']:g}, {o['rounds']} rounds. The device's peak rates before and after: "
+        f"{work[0].upper()}{work[1:]}, on {p.device}; {versions}; commit `{(p.commit or 'unknown')[:12]}`. "
+        f"Random weights, dropout {o.dropout:g}, {o.rounds} rounds. The device's peak rates before and after: "
         f"matmul {matmul[0]:.3g} and {matmul[1]:.3g} TFLOP/s, copy {copy[0]:.3g} and {copy[1]:.3g} TB/s."
     ]
-    if p["cuda"] is None:
+    if p.cuda is None:
         lines.append("**Measured on a CPU**: this shows that the command works, and says nothing about a GPU.")
     if not record.complete:
-        lines.append(f"**The backbone was cut to {o['layers']} layers** (`--layers`): the figures mean nothing.")
+        lines.append(f"**The backbone was cut to {o.layers} layers** (`--layers`): the figures mean nothing.")
     return "\n\n".join(lines)
 
 
@@ -124,7 +124,7 @@ def _model_table(record: SpeedRecord) -> str:
     body = []
     for row in record.rows:
         if seconds(row) is None:
-            body.append([row["name"], *[""] * (len(head) - 2), f"{row['status']}: {row['reason']}"])
+            body.append([row.name, *[""] * (len(head) - 2), f"{row.status}: {row.reason}"])
         else:
             body.append(_model_cells(record, row, [*backbones.values(), seconds(named(record, PEFT_LORA))]))
     if train:
@@ -136,23 +136,23 @@ def _model_cells(record: SpeedRecord, row: SpeedRow, others: list[float | None])
     """Return the cells of a variant that ran; `others` are the steps that its own is divided by."""
     step = seconds(row)
     assert step is not None, "only rows that ran have cells"
-    peak_rate = max(record.ceilings[when]["matrix_flops_per_second"] for when in ("before", "after"))
-    share = record.options["flops"] and record.options["flops"] / step / peak_rate
-    peak_bytes, sensors = row["peak_bytes"] or {}, row.get("sensors", {})  # older records have no sensors
-    counts = [row[name] for name in ("kernels", "launches", "synchronisations")]
+    peak_rate = max(rates.matrix_flops_per_second for rates in record.peak_rates.values())
+    share = record.options.flops and record.options.flops / step / peak_rate
+    peak_bytes, sensors = row.peak_bytes, row.sensors
+    counts = [getattr(row, name) for name in ("kernels", "launches", "synchronisations")]
     return [
-        row["name"],
+        row.name,
         *([number(seconds(row, phase)) for phase in _PHASES] if record.mode == "train" else []),
         number(step),
-        number(median_and_iqr(row["seconds"]["step"])[1], 2),
+        number(median_and_iqr(row.seconds["step"])[1], 2),
         f"{tokens_per_second(record, row):,.0f}",
         *(number(ratio(step, other), 3) for other in others),
         "" if share is None else f"{share:.1%}",
-        *(f"{peak_bytes[kind] / 2**30:.1f}" if peak_bytes else "" for kind in ("allocated", "reserved")),
+        *(f"{getattr(peak_bytes, kind) / 2**30:.1f}" if peak_bytes else "" for kind in ("allocated", "reserved")),
         *(f"{statistics.median(sensors[name]):.0f}" if name in sensors else "" for name in ("clock_mhz", "watts")),
         *("" if count is None else f"{count:,}" for count in counts),
-        f"{row['trainable']:,}",
-        row["reason"] or "",
+        f"{row.trainable:,}",
+        row.reason or "",
     ]
 
 
@@ -188,14 +188,12 @@ def _longest_kernels(record: SpeedRecord) -> list[str]:
     """Return tables of the kernels that took longest: of MALoRA's fastest row, and of the compiled backbone."""
     parts = []
     for row in (malora_row(record), named(record, COMPILED_BACKBONE)):
-        if row is None or not row.get("where"):
+        if row is None or not row.where:
             continue
-        busy = sum(taken for _, _, taken in row["where"])
-        body = [
-            [f"`{name[:MAX_KERNEL_NAME]}`", f"{calls:,}", f"{1e3 * taken:.1f}"] for name, calls, taken in row["where"]
-        ]
+        busy = sum(taken for _, _, taken in row.where)
+        body = [[f"`{name[:MAX_KERNEL_NAME]}`", f"{calls:,}", f"{1e3 * taken:.1f}"] for name, calls, taken in row.where]
         table = _table(body, ["kernel", "calls", "ms"], ["left", "right", "right"])
-        parts.append(f"The longest kernels of a step of `{row['name']}`, which take {busy:.3g} s:\n\n{table}")
+        parts.append(f"The longest kernels of a step of `{row.name}`, which take {busy:.3g} s:\n\n{table}")
     return parts
 
 
@@ -204,34 +202,34 @@ _SWEEP_NOTE = "Median milliseconds of a forward and backward pass. Captured rows
 
 def _sweep_table(record: SpeedRecord) -> str:
     """Return milliseconds by value and backend, with the fastest of each value in bold."""
-    names = list(dict.fromkeys(row["name"] for row in record.rows))
+    names = list(dict.fromkeys(row.name for row in record.rows))
     body = []
-    for value in dict.fromkeys(row["value"] for row in record.rows):
-        rows = {row["name"]: row for row in record.rows if row["value"] == value}
+    for value in dict.fromkeys(row.value for row in record.rows):
+        rows = {row.name: row for row in record.rows if row.value == value}
         best = min((s for s in map(seconds, rows.values()) if s is not None), default=None)
         cells = []
         for name in names:
             step = seconds(rows.get(name))
-            cell = rows[name]["status"] if step is None else f"{1e3 * step:.3g}"
+            cell = rows[name].status if step is None else f"{1e3 * step:.3g}"
             cells.append(f"**{cell}**" if step is not None and step == best else cell)
         body.append([str(value), *cells])
-    head = [record.options["sweep"], *names]
+    head = [record.options.sweep, *names]
     return _table(body, head, ["right"] * len(head))
 
 
 def _crossovers(record: SpeedRecord) -> list[str]:
     """Return a line per method: the values at which a sparse row is the fastest that ran."""
     lines = []
-    for method in dict.fromkeys(row["method"] for row in record.rows):
+    for method in dict.fromkeys(row.method for row in record.rows):
         won: dict[str, list[int]] = {}
-        for value in dict.fromkeys(row["value"] for row in record.rows):
+        for value in dict.fromkeys(row.value for row in record.rows):
             best = _fastest_at(record, method, value)
-            if best and best["backend"] in _SPARSE:
-                won.setdefault(best["name"], []).append(value)
+            if best and best.backend in _SPARSE:
+                won.setdefault(best.name, []).append(value)
         where = [f"`{name}` is the fastest at {', '.join(map(str, values))}" for name, values in won.items()]
-        lines.append(f"Crossover, {method} by {record.options['sweep']}: {'; '.join(where) or 'no sparse row wins'}.")
+        lines.append(f"Crossover, {method} by {record.options.sweep}: {'; '.join(where) or 'no sparse row wins'}.")
     return lines
 
 
 def _fastest_at(record: SpeedRecord, method: str, value: int) -> SpeedRow | None:
-    return fastest(record, lambda row: (row["method"], row["value"]) == (method, value))
+    return fastest(record, lambda row: (row.method, row.value) == (method, value))

@@ -215,7 +215,7 @@ def test_the_inter_domain_path_in_miniature(base_folder, capsys, tmp_path):
     assert one.config.learning_rate == 5e-4  # the paper's for domains
     assert {score["metric"] for score in one.validation.values()} == {"likelihood"}
     assert all(0 < score["value"] < 1 for score in one.validation.values())
-    assert one.train["curve"][-1]["loss"] < one.train["curve"][0]["loss"]
+    assert one.train.curve[-1].loss < one.train.curve[0].loss
 
 
 def test_every_option_has_a_help_line_and_a_default():
@@ -248,11 +248,11 @@ def test_two_processes_train_together(base_folder, tmp_path):
     ]
     launch(*command, "--results", tmp_path / "two")
     (two,) = store.read_all(tmp_path / "two")
-    assert two.status == "ok" and two.train["steps"] == 12
+    assert two.status == "ok" and two.train.steps == 12
     assert main([str(a) for a in [*command, "--results", tmp_path / "one"]]) == 0
     (one,) = store.read_all(tmp_path / "one")
     # Dropout and the balance loss see other tokens together, so the curves are near and not equal.
-    assert two.train["curve"][0]["loss"] == pytest.approx(one.train["curve"][0]["loss"], rel=0.02)
+    assert two.train.curve[0].loss == pytest.approx(one.train.curve[0].loss, rel=0.02)
     assert two.config == one.config
 
 
@@ -304,7 +304,7 @@ def test_tasks_lend_domains_their_rates_whatever_the_format(setting):
 
     def run(**changes):
         one = make(0)
-        one.config = replace(make_run_config(setting, "malora", 0), **changes)
+        one.config = make_run_config(setting, "malora", 0).replace(**changes)
         return one
 
     like = run(mixture="inter-open", format="cloze").config

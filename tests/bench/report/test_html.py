@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import xml.etree.ElementTree as ElementTree
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -57,9 +56,15 @@ def speed(**seconds):
     ]
     options = {"variant": "all", "sweep": None, "batch": 1, "length": 8, "tokens": 8, "dropout": 0.0, "rounds": 1,
                "layers": None, "flops": 1}  # fmt: skip
-    about = CLEAN | {"packages": dict.fromkeys(("torch", "transformers", "peft")), "cuda": None}
     ceilings = {"matrix_flops_per_second": 1.0, "copy_bytes_per_second": 1.0}
-    return schema.SpeedRecord("toy", "train", options, about, {"before": ceilings, "after": ceilings}, rows)
+    return schema.SpeedRecord(
+        shape="toy",
+        mode="train",
+        options=options,
+        provenance=CLEAN,
+        peak_rates={"before": ceilings, "after": ceilings},
+        rows=rows,
+    )
 
 
 def svgs(text):
@@ -98,7 +103,7 @@ def test_step_times_are_of_the_same_adapter_computed_in_the_fastest_way():
     rows = [SimpleNamespace(method=m, records=[make(method=m)]) for m in ("lora", "molora")]
     _, _, step = step_seconds(rows, [measured])
     assert [step(row) for row in rows] == [0.3, None]
-    rows[0].records[0].parameters = {"trainable": 4321}
+    rows[0].records[0].parameters = {"trainable": 4321, "total": 9, "adapter_bytes": 9}
     assert step(rows[0]) is None
     drawn = svgs(page({"tiny": runs()}, [measured], []))
     assert TITLE in drawn and links(drawn["Seconds of a step"]) == {figures.link([measured.id])}
@@ -123,7 +128,7 @@ def test_figures_of_insides_and_of_settings_are_drawn_where_records_have_them():
     grid = [make(0, method="malora", rate=4e-4) for _ in entries]
     for run, entry in zip(grid, entries, strict=True):
         options = method_options("malora", tiny, "procedural", entry.changes(tiny))
-        run.config = replace(run.config, method_options=options)
+        run.config = run.config.replace(method_options=options)
     drawn = svgs(page({"tiny": grid}, [], []))["Mean score against β, for each d (Figure 4b)"]
     assert links(drawn) == {figures.link([r.id]) for r in grid} and {"d=16", "d=32", "d=48", "d=64"} <= set(
         drawn.itertext()

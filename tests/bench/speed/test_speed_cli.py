@@ -21,13 +21,13 @@ def run(tmp_path, *arguments) -> SpeedRecord:
 def test_a_call_writes_a_record_a_table_and_a_figure(tmp_path, capsys):
     names = ["floor", "peft-lora", "malora-dense", "molora-loop"]
     record = run(tmp_path, "--variant", ",".join(names), "--rounds", 2, "--layers", 1)
-    assert [row["name"] for row in record.rows] == names
+    assert [row.name for row in record.rows] == names
     for row in record.rows:
-        seconds = row["seconds"]
+        seconds = row.seconds
         assert len(seconds["step"]) >= 2 and set(seconds) == {"forward", "backward", "optimizer", "step"}
         phases = sum(seconds[phase][0] for phase in ("forward", "backward", "optimizer"))
         assert seconds["step"][0] == pytest.approx(phases)
-    assert record.ceilings["before"]["matrix_flops_per_second"] > 0 and not record.complete
+    assert record.peak_rates["before"].matrix_flops_per_second > 0 and not record.complete
     page = (tmp_path / "table10.md").read_text()
     assert "Measured on a CPU" in page and "cut to 1 layers" in page
     assert "*14.687*" in page and "*1.07*" in page  # the paper's MALoRA step, and its ratio to the paper's LoRA
@@ -40,7 +40,7 @@ def test_a_call_writes_a_record_a_table_and_a_figure(tmp_path, capsys):
 @pytest.mark.parametrize("mode", ["prefill", "decode"])
 def test_inference(mode, tmp_path, capsys):
     record = run(tmp_path, "--variant", "peft-lora,malora-dense", "--rounds", 1, "--layers", 1, "--mode", mode)
-    assert all(row["status"] == "ok" for row in record.rows)
+    assert all(row.status == "ok" for row in record.rows)
     assert f"## toy, {mode}" in capsys.readouterr().out
 
 
@@ -48,7 +48,7 @@ def test_a_sweep_has_a_row_per_value_method_and_backend(tmp_path, capsys):
     arguments = ("--variant", "molora,malora", "--sweep", "top-k", "--tokens", 16, "--rounds", 1)
     record = run(tmp_path, *arguments)
     assert len(record.rows) == 4 * 2 * len({*DEFAULT_BACKENDS, "sorted"} - {"fused"})
-    assert {row["status"] for row in record.rows} == {"ok"} and "| top-k |" in capsys.readouterr().out.replace("  ", "")
+    assert {row.status for row in record.rows} == {"ok"} and "| top-k |" in capsys.readouterr().out.replace("  ", "")
 
 
 @pytest.mark.parametrize(

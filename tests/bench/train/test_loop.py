@@ -115,7 +115,7 @@ def test_a_killed_run_ends_bitwise_where_the_unbroken_one_does(method, base_fold
     assert list((tmp_path / "killed" / "checkpoints").glob("*.pt")) and not (tmp_path / "killed" / "runs").exists()
     resumed, result = adapter("killed")
     assert resumed == unbroken
-    assert result.train["curve"] == expected.train["curve"] and result.items == expected.items
+    assert result.train.curve == expected.train.curve and result.items == expected.items
     assert not list((tmp_path / "killed" / "checkpoints").glob("*.pt"))
 
 
@@ -174,23 +174,21 @@ def test_what_finds_no_memory_beside_other_runs_is_made_again_alone(setting, mon
     runs = [(make_run_config(setting, method, seed=0), setting) for method in ("lora", "asylora", "malora")]
     made = list(run_all(runs, jobs=2))
     assert [(one.config.method, one.status) for one in made] == [("malora", "ok"), ("lora", "ok"), ("asylora", "ok")]
-    assert [one.provenance["concurrent_runs"] for one in made] == [2, 1, 1]
+    assert [one.provenance.concurrent_runs for one in made] == [2, 1, 1]
 
 
 @pytest.mark.parametrize("method", ["lora", "malora"])
 def test_training_lowers_the_loss_and_says_what_it_did(method, setting):
     result = run(make_run_config(setting, method, seed=0, learning_rate=1e-2), setting)
-    curve = [point["loss"] for point in result.train["curve"]]
+    curve = [point.loss for point in result.train.curve]
     assert curve[-1] < curve[0] - 0.1
-    given = result.data["train"].values()
-    assert result.train["steps"] == -(-sum(task["examples"] for task in given) // 8)
-    assert result.train["tokens"] == sum(task["tokens"] for task in given)
+    given = result.data.train.values()
+    assert result.train.steps == -(-sum(task.examples for task in given) // 8)
+    assert result.train.tokens == sum(task.tokens for task in given)
     passes = {"forward_backward"} if torch.cuda.is_available() else {"forward", "backward"}  # there they are one graph
-    assert set(result.train["seconds"]) == {"data", *passes, "optimizer", "evaluation"}
-    assert all(seconds > 0 for seconds in result.train["seconds"].values())
-    assert (
-        result.parameters["trainable"] > 0 and result.parameters["adapter_bytes"] == 4 * result.parameters["trainable"]
-    )
+    assert set(result.train.seconds) == {"data", *passes, "optimizer", "evaluation"}
+    assert all(seconds > 0 for seconds in result.train.seconds.values())
+    assert result.parameters.trainable > 0 and result.parameters.adapter_bytes == 4 * result.parameters.trainable
 
 
 def test_the_base_is_scored_and_not_trained(setting):
@@ -201,13 +199,13 @@ def test_the_base_is_scored_and_not_trained(setting):
 def test_a_limit_on_steps_ends_a_run(base_folder, tmp_path):
     setting = make_setting(base_folder, tmp_path, max_steps=3, max_items=4)
     result = run(make_run_config(setting, "lora", seed=0), setting)
-    assert result.train["steps"] == 3 and {len(v) for v in result.items.values()} == {4} and not result.complete
+    assert result.train.steps == 3 and {len(v) for v in result.items.values()} == {4} and not result.complete
 
 
 def test_seeds_change_the_run_and_the_same_seed_repeats_it(base_folder, tmp_path):
     def curve(folder, seed):
         setting = make_setting(base_folder, tmp_path / folder, max_steps=10, max_items=2)
-        return run(make_run_config(setting, "malora", seed), setting).train["curve"]
+        return run(make_run_config(setting, "malora", seed), setting).train.curve
 
     assert curve("a", 0) == curve("b", 0) != curve("c", 1)
 

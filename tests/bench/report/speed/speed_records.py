@@ -19,7 +19,6 @@ def make_speed(shape="llama2-7b", mode="train", rows=None, **options) -> SpeedRe
     asked = {"variant": "all", "sweep": None, "batch": 4, "length": 1024, "tokens": 16384, "dropout": 0.05,
              "rounds": 3, "layers": None, "flops": 8}  # fmt: skip
     rate = {"matrix_flops_per_second": 16.0, "copy_bytes_per_second": 1.0}
-    packages = {"packages": dict.fromkeys(("torch", "transformers", "peft"), "1.0"), "cuda": "13"}
     rows = rows or [
         row("floor", 1.2), row("floor-compiled", 1.0), row("peft-lora", 2.0), row("lora-plain-compiled", 1.25),
         row("malora-dense", 4.0, 99.0, "malora", 3), row("malora-dense-compiled", 1.0625, 8.0, "malora"),
@@ -27,7 +26,19 @@ def make_speed(shape="llama2-7b", mode="train", rows=None, **options) -> SpeedRe
         row("molora-dense-compiled", 1.125, method="molora"), row("lora-dense-compiled", 1.0, method="lora"),
         row("molora-loop", 17.0), row("molora-sorted", 1.5), row("molora-sorted-compiled", 1.275),
     ]  # fmt: skip
-    return SpeedRecord(shape, mode, asked | options, CLEAN | packages, {"before": rate, "after": rate}, rows)
+    return SpeedRecord(
+        shape=shape,
+        mode=mode,
+        options=asked | options,
+        provenance=CLEAN.replace(cuda="13"),
+        peak_rates={"before": rate, "after": rate},
+        rows=rows,
+    )
+
+
+def made_at(record: SpeedRecord, time: str = CLEAN.time, **provenance) -> SpeedRecord:
+    """Return the record with another time, and with these changes of its provenance."""
+    return record.replace(provenance=record.provenance.replace(time=time, **provenance))
 
 
 def records() -> list[SpeedRecord]:

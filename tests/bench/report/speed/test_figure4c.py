@@ -14,7 +14,7 @@ def texts(svg):
 
 def test_bars_are_medians_with_the_slowest_first_and_the_paper_s_below():
     record = make_speed()
-    record.rows[0] |= {"status": "oom", "seconds": {}}
+    record.rows[0] = record.rows[0].replace(status="oom", seconds={})
     names = texts(figure4c(record))
     assert names[:5] == ["Seconds of a training step, llama2-7b, a CPU", "molora-loop", "17", "malora-dense", "4"]
     assert "floor" not in names and names[-2:] == ["LoRA", "13.7"] and "17.6" in names  # of the paper's Table 10

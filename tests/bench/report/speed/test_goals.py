@@ -5,8 +5,9 @@ import re
 import pytest
 
 from bench.records import store
+from bench.records.schema import SpeedRow
 from bench.report.speed import goals
-from tests.bench.report.speed.speed_records import make_speed, records, row
+from tests.bench.report.speed.speed_records import made_at, make_speed, records, row
 
 
 def figures(records) -> list[dict]:
@@ -28,12 +29,12 @@ def test_the_goals_are_arithmetic_on_records():
 
 def test_records_of_the_same_code_and_later_ones_count_besides_the_one_with_most_baselines():
     most, same, few, old = (make_speed(variant=name) for name in ("all", "all again", "malora", "before"))
-    few.rows = [row for row in few.rows if row["name"] != "molora-loop"]
+    few = few.replace(rows=[row for row in few.rows if row.name != "molora-loop"])
     for record, step in ((same, 1.03125), (few, 1.125), (old, 1.5)):
-        record.rows[5] = row("malora-dense-compiled", step, 8.0, "malora")
-    most.provenance = most.provenance | {"time": "2026-01-02T00:00:00Z"}
-    few.provenance = few.provenance | {"time": "2026-01-03T00:00:00Z", "source_sha256": "of later code"}
-    old.provenance = old.provenance | {"source_sha256": "of earlier code"}
+        record.rows[5] = SpeedRow(**row("malora-dense-compiled", step, 8.0, "malora"))
+    most = made_at(most, "2026-01-02T00:00:00Z")
+    few = made_at(few, "2026-01-03T00:00:00Z", source_sha256="of later code")
+    old = made_at(old, source_sha256="of earlier code")
     all_figures = figures([old, few, same, most])
     assert all_figures[0] == {"a CPU": [1.0625, 1.03125, 1.125]} and all_figures[3] == {"a CPU": [16, 17 / 1.03125]}
     page = goals.goal_table([old, few, same, most])
@@ -41,15 +42,13 @@ def test_records_of_the_same_code_and_later_ones_count_besides_the_one_with_most
     assert few.id in goals.goal_table([most, few]) and old.id not in goals.goal_table([most, old])
     front = table(goals.front_page_goals([old, few, same, most]))
     assert front[1][2:] == ["**1.12**", "**not always**"]  # the worst of the device's records
-    again = make_speed(variant="most, later")
-    again.provenance = again.provenance | {"time": "2026-01-04T00:00:00Z", "source_sha256": "of the last code"}
+    again = made_at(make_speed(variant="most, later"), "2026-01-04T00:00:00Z", source_sha256="of the last code")
     assert figures([most, same, few, again])[0] == {"a CPU": [1.0625]}
 
 
 def test_each_device_has_a_column():
-    here, there = make_speed(), make_speed()
-    there.provenance = there.provenance | {"device": "a GPU"}
-    there.rows[5] = row("malora-dense-compiled", 1.125, 8.0, "malora")
+    here, there = make_speed(), made_at(make_speed(), device="a GPU")
+    there.rows[5] = SpeedRow(**row("malora-dense-compiled", 1.125, 8.0, "malora"))
     both = table(goals.goal_table([there, here]))
     assert both[0] == ["figure", "goal", "a CPU", "a GPU", "reached"]
     assert both[1][2:] == ["1.062", "**1.125**", "**not always**"]
@@ -58,7 +57,7 @@ def test_each_device_has_a_column():
 
 def test_a_row_that_did_not_run_is_no_figure():
     record = make_speed()
-    record.rows[-3] |= {"status": "oom", "reason": "too much", "seconds": {}}
+    record.rows[-3] = record.rows[-3].replace(status="oom", reason="too much", seconds={})
     assert figures([record])[3] == {"a CPU": []}
 
 

@@ -2,7 +2,7 @@
 
 from bench.records import store
 from bench.report.speed import summary, tables
-from tests.bench.report.speed.speed_records import make_speed, records, row
+from tests.bench.report.speed.speed_records import made_at, make_speed, records, row
 
 
 def test_a_sweep_names_the_values_at_which_a_sparse_row_is_the_fastest():
@@ -26,25 +26,23 @@ def test_a_sweep_names_the_values_at_which_a_sparse_row_is_the_fastest():
 
 def test_a_page_shows_each_set_of_rows_of_the_newest_code_and_a_line_for_the_rest():
     def made(variant, day, code):
-        record = make_speed(variant=variant, rounds=day)
-        record.provenance = record.provenance | {"time": f"2026-01-0{day}T00:00:00Z", "source_sha256": code}
-        return record
+        return made_at(make_speed(variant=variant, rounds=day), f"2026-01-0{day}T00:00:00Z", source_sha256=code)
 
     old, few, most, again = made("all", 1, "a"), made("dispatch", 2, "b"), made("all", 3, "b"), made("all", 4, "b")
-    few.rows = few.rows[:5]
+    few = few.replace(rows=few.rows[:5])
     small = make_speed("smollm2-135m", batch=16, length=128)
     assert summary.shown([small, again, few, most, old]) == [again, few, small]
     page = tables.pages([most, few, small, old, again])["table10.md"]
     assert page.count("## llama2-7b, train, a CPU") == 2 and page.count("## smollm2-135m, train, a CPU") == 1
     lines = [[c.strip() for c in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `llama2")]
     commit = "`000000000000`"
-    assert lines == [[f"`{r.id}`", commit, str(r.options["rounds"]), "12", "1.062", "1.062", "0.5312"]
+    assert lines == [[f"`{r.id}`", commit, str(r.options.rounds), "12", "1.062", "1.062", "0.5312"]
                      for r in (old, most)]  # fmt: skip
 
 
 def test_a_row_that_did_not_run_has_a_reason():
     record = make_speed()
-    record.rows[-3] |= {"status": "oom", "reason": "too much", "seconds": {}}
+    record.rows[-3] = record.rows[-3].replace(status="oom", reason="too much", seconds={})
     assert "oom: too much" in tables.section(record)
 
 
@@ -73,8 +71,7 @@ def test_pages_are_the_same_in_any_order_and_from_what_was_read_back(tmp_path, h
 
 
 def test_a_record_of_a_machine_without_history_is_published_once(tmp_path, history):
-    made = make_speed()
-    made.provenance |= {"commit": "earlier", "dirty": True}
+    made = made_at(make_speed(), commit="earlier", dirty=True)
     assert len(store.publish([made], tmp_path)[0]) == 1
     assert store.publish([made], tmp_path) == ([], [])
 
