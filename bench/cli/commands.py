@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from bench.errors import UserError
 from bench.evaluate.score import require_scoring, score
@@ -171,9 +172,11 @@ def write_report(options: argparse.Namespace) -> int:
         from bench.report.html import page  # what it needs is an extra, and slow to import
     except ImportError as error:
         raise UserError(f"the report needs {error.name}: pip install 'malora[report]'.") from error
+    path: Path = options.output or LOCAL / "report.html"
+    if path.is_dir():
+        raise UserError(f"--output {path} is a folder; name a file, such as {path / 'report.html'}.")
     records = {name: store.read_all(store.RESULTS / name) for name in PROFILES}
     speeds = store.read_speed(store.RESULTS / SPEED)
-    path = LOCAL / "report.html"
     text = page(records, speeds, claims(records, speeds))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)

@@ -103,7 +103,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     board.set_defaults(command=write_leaderboards)
 
-    page = commands.add_parser("report", help="one HTML page of all published records, into results/local")
+    page = commands.add_parser("report", help="write one HTML page of all published records", formatter_class=Help)
+    page.add_argument(
+        "--output", type=Path, metavar="FILE", help="the page's file (default: results/local/report.html)"
+    )
     page.set_defaults(command=write_report)
 
     publish = commands.add_parser("publish", help="copy clean, whole records to results/PROFILE", formatter_class=Help)

@@ -51,7 +51,7 @@ class RecordFilter:
 LARGE = RecordFilter("llama2-7b", "train", COMPILED_BACKBONE)
 SMALL = RecordFilter("smollm2-135m", "train", COMPILED_BACKBONE, (("batch", 16), ("length", 128)))
 DECODE = RecordFilter(None, "decode", PEFT_LORA)
-UNKNOWN = "not measured"
+UNKNOWN, REACHED = "not measured", "yes"
 # By sign: the comparison of a figure with its goal, and the worse of several figures.
 Worse = Callable[[list[float]], float]
 RELATIONS: dict[str, tuple[Callable[[float, float], bool], Worse]] = {
@@ -122,15 +122,16 @@ def _other_methods(record: SpeedRecord) -> float | None:
 
 def _memory(record: SpeedRecord) -> float | None:
     """Measure MALoRA's peak allocated memory over that of PEFT's LoRA."""
-    malora, lora = (
-        row and row.peak_bytes and row.peak_bytes.allocated for row in (malora_row(record), named(record, PEFT_LORA))
-    )
-    return ratio(malora, lora)
+    return ratio(_allocated(malora_row(record)), _allocated(named(record, PEFT_LORA)))
+
+
+def _allocated(row: SpeedRow | None) -> float | None:
+    return None if row is None or row.peak_bytes is None else row.peak_bytes.allocated
 
 
 def _synchronisations(record: SpeedRecord) -> float | None:
     row = malora_row(record)
-    return row and row.synchronisations
+    return None if row is None else row.synchronisations
 
 
 # Steps are training steps unless a figure says otherwise. MALoRA is represented by its fastest exact row.
@@ -178,12 +179,19 @@ def measured(goal: Goal, records: list[SpeedRecord]) -> dict[str, list[float]]:
     return {device: [v for v in values if v is not None] for device, values in found.items()}
 
 
+def count_reached(records: list[SpeedRecord]) -> tuple[int, int]:
+    """Return how many goals all their records reach, and how many goals are measured."""
+    found = [(goal, [v for values in measured(goal, records).values() for v in values]) for goal in GOALS]
+    verdicts = [verdict(goal, values) for goal, values in found if values]
+    return verdicts.count(REACHED), len(verdicts)
+
+
 def verdict(goal: Goal, values: list[float]) -> str:
     """Say whether all measured values reach the goal."""
     found = {goal.is_reached_by(value) for value in values}
     if not found:
         return UNKNOWN
-    return "**not always**" if len(found) == 2 else "yes" if found == {True} else "**no**"
+    return "**not always**" if len(found) == 2 else REACHED if found == {True} else "**no**"
 
 
 NOT_MEASURED = "The goals are set for a GPU and are not measured yet."

@@ -213,7 +213,7 @@ def _sweep_table(record: SpeedRecord) -> str:
             cell = rows[name].status if step is None else f"{1e3 * step:.3g}"
             cells.append(f"**{cell}**" if step is not None and step == best else cell)
         body.append([str(value), *cells])
-    head = [record.options.sweep, *names]
+    head = [record.options.sweep or "", *names]
     return _table(body, head, ["right"] * len(head))
 
 
@@ -221,15 +221,15 @@ def _crossovers(record: SpeedRecord) -> list[str]:
     """Return a line per method: the values at which a sparse row is the fastest that ran."""
     lines = []
     for method in dict.fromkeys(row.method for row in record.rows):
-        won: dict[str, list[int]] = {}
+        won: dict[str, list[str]] = {}
         for value in dict.fromkeys(row.value for row in record.rows):
             best = _fastest_at(record, method, value)
             if best and best.backend in _SPARSE:
-                won.setdefault(best.name, []).append(value)
-        where = [f"`{name}` is the fastest at {', '.join(map(str, values))}" for name, values in won.items()]
+                won.setdefault(best.name, []).append(str(value))
+        where = [f"`{name}` is the fastest at {', '.join(values)}" for name, values in won.items()]
         lines.append(f"Crossover, {method} by {record.options.sweep}: {'; '.join(where) or 'no sparse row wins'}.")
     return lines
 
 
-def _fastest_at(record: SpeedRecord, method: str, value: int) -> SpeedRow | None:
+def _fastest_at(record: SpeedRecord, method: str | None, value: int | None) -> SpeedRow | None:
     return fastest(record, lambda row: (row.method, row.value) == (method, value))
