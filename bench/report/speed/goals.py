@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -171,9 +170,6 @@ def _note(device: str, records: list[SpeedRecord]) -> str:
     return f"- {device}: {', '.join(texts)}"
 
 
-def fill_readme(readme: str, records: list[SpeedRecord]) -> str:
-    """The README with the part between `<!-- speed -->` and `<!-- end -->` made anew."""
-    text = goal_table(records)
-    return re.sub(
-        r"<!-- speed -->.*?<!-- end -->", lambda _: f"<!-- speed -->\n\n{text}\n\n<!-- end -->", readme, flags=re.DOTALL
-    )
+def front_page_goals(records: list[SpeedRecord]) -> str:
+    """Return the README's table of goals."""
+    return goal_table(records)
