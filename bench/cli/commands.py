@@ -17,12 +17,13 @@ from bench.experiments.registry import open_data_mixture, tuning_groups_of
 from bench.models.adapters import check_adapter, load_adapter
 from bench.models.base import load, prepare
 from bench.records import provenance, schema, store
+from bench.records.files import write_atomically
 from bench.records.schema import TaskScore
 from bench.report import readme
 from bench.report.claims import claims
-from bench.report.scores import experiment_page
-from bench.report.scores.selection import records_that_lend_rates, tuned_rates
-from bench.report.speed import goals, tables
+from bench.report.scores.experiment_page import experiment_page
+from bench.report.scores.selection import records_frame, records_that_lend_rates, select, tuned_rates
+from bench.report.speed import tables
 from bench.runs.plan import Runs, plan_runs, sweep
 from bench.runs.pool import run_all
 from bench.runs.run import run, score_options
@@ -65,31 +66,23 @@ def make_table(options: argparse.Namespace) -> int:
     tuning_groups = tuning_groups_of(entries)
     store.open_folder(setting.results)
     if options.sweep:
-        known = _run_and_print(sweep(setting, tuning_groups), jobs, "sweep")
+        known = records_frame(_run_and_print(sweep(setting, tuning_groups), jobs, "sweep"))
     else:
         # Rates are tuned for a model by name: its weights may differ by rounding where they were made.
-        known = records_that_lend_rates(published or mine, like)
-    tuned, rates_from = tuned_rates(experiment, known)
-    if (without := [m for m in tuning_groups if m not in tuned]) and processes().is_main_process:
+        known = records_that_lend_rates(records_frame(published or mine), like)
+    rates = tuned_rates(experiment, known)
+    if (without := [m for m in tuning_groups if m not in rates.tuned]) and processes().is_main_process:
         print(f"no rate is tuned for {', '.join(without)}: the paper's only; --sweep tunes.", file=sys.stderr)
     runs = []
-    for wave in plan_runs(setting, experiment, entries, options.seeds, tuned):
+    for wave in plan_runs(setting, experiment, entries, options.seeds, rates.tuned):
         runs += _run_and_print(wave, jobs, experiment.name)
     if processes().is_main_process:
+        frame = records_frame(store.read_all(setting.results))
+        selection = select(experiment, setting.profile.name, frame, like=like, rates=rates)
+        text = experiment_page(selection, swept=options.sweep, published=records_frame(published))
         page = setting.results / f"{experiment.name}.md"
-        page.write_text(
-            experiment_page.experiment_page(
-                experiment,
-                store.read_all(setting.results),
-                setting.profile.name,
-                tuned,
-                like=like,
-                swept=options.sweep,
-                published=published,
-                rates_from=rates_from,
-            )
-        )
-        print(f"\n{page.read_text()}\nwritten to {page}")
+        write_atomically(page, text)
+        print(f"\n{text}\nwritten to {page}")
     return int(any(r.status == "failed" for r in runs))
 
 
@@ -154,15 +147,17 @@ def _print_scores(scores: Mapping[str, TaskScore]) -> None:
 def write_leaderboards(options: argparse.Namespace) -> int:
     records = {name: store.read_all(store.RESULTS / name) for name in PROFILES}
     records = {name: found for name, found in records.items() if found}
-    pages = {store.RESULTS / name: text for name, text in readme.published_pages(records).items()}
     speeds = store.read_speed(store.RESULTS / SPEED)
+    tested = claims(records, speeds)
+    pages = {store.RESULTS / name: text for name, text in readme.published_pages(records, tested).items()}
     pages |= {store.RESULTS / SPEED / name: text for name, text in tables.pages(speeds).items()}
     front = provenance.ROOT / "README.md"
-    pages[front] = goals.fill_readme(readme.fill_readme(front.read_text(), records, speeds), speeds)
-    stale = [path for path, text in pages.items() if not path.is_file() or path.read_text() != text]
+    pages[front] = readme.fill_readme(front.read_text(encoding="utf-8"), records, speeds, tested)
+    stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         if not options.check:
-            path.write_text(pages[path])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, pages[path])
         print(f"{'not what the records give' if options.check else 'written'}: {path.relative_to(provenance.ROOT)}")
     return int(options.check and bool(stale))
 
@@ -179,7 +174,7 @@ def write_report(options: argparse.Namespace) -> int:
     speeds = store.read_speed(store.RESULTS / SPEED)
     text = page(records, speeds, claims(records, speeds))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    write_atomically(path, text)
     print(f"written to {path}")
     return 0
 

@@ -10,20 +10,23 @@ from bench.experiments.profiles import PROFILES
 from bench.experiments.registry import EXPERIMENTS, Experiment
 from bench.records.schema import SpeedRecord
 from bench.report.claims import EVIDENCE, FAILS, HOLDS, NOT_RUN, UNDECIDED, Claim
+from bench.report.markdown import number
 from bench.report.scores.document import Leaderboard, Section
 from bench.report.speed.goals import GOALS, count_reached, measured
-from bench.report.speed.summary import number
 
-# By the constant of `claims` that a verdict begins with: its word, and its verb after a number.
-WORDS = {HOLDS: "holds", FAILS: "fails", UNDECIDED: "undecided", NOT_RUN: "not run"}
-VERBS = {"holds": ("holds", "hold"), "fails": ("fails", "fail"), "undecided": ("is undecided", "are undecided"),
-         "not run": ("is not run", "are not run")}  # fmt: skip
+# A verdict begins with one of these words; here with its verb after the number 1 and after other numbers.
+VERBS = {
+    HOLDS: ("holds", "hold"),
+    FAILS: ("fails", "fail"),
+    UNDECIDED: ("is undecided", "are undecided"),
+    NOT_RUN: ("is not run", "are not run"),
+}
 SUMMARIZED = EXPERIMENTS["table2"]  # the experiment with all methods, each at its own learning rate
 
 
 def verdict_word(verdict: str) -> str:
     """Return the word that a verdict begins with: holds, fails, undecided or not run."""
-    return next(word for begin, word in WORDS.items() if verdict.startswith(begin))
+    return next(word for word in VERBS if verdict.startswith(word))
 
 
 Published = tuple[str, Experiment, list[Section]]  # profile, experiment and the sections of its page
@@ -39,9 +42,9 @@ def claims_sentence(claims: list[Claim]) -> str:
     if not claims:
         return "None of the paper's claims has been compared with records yet."
     counts = Counter(verdict_word(claim.verdict) for claim in claims)
-    parts = [f"{counts[word]} {VERBS[word][counts[word] > 1]}" for word in WORDS.values() if counts[word]]
-    whole = f"{len(claims)} claims that we test" if len(claims) > 1 else "one claim that we test"
-    return f"Of the paper's {whole}, {_and(parts)}."
+    parts = [f"{counts[word]} {verbs[counts[word] > 1]}" for word, verbs in VERBS.items() if counts[word]]
+    tested = f"{len(claims)} claims that we test" if len(claims) > 1 else "one claim that we test"
+    return f"Of the paper's {tested}, {_and(parts)}."
 
 
 def scores_sentence(published: Iterable[Published]) -> str:

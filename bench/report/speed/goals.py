@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import operator
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tabulate import tabulate
-
 from bench.records.schema import SpeedRecord, SpeedRow
+from bench.report.markdown import number, table
 from bench.report.speed.summary import (
     COMPILED_BACKBONE,
     PEFT_LORA,
@@ -19,7 +17,6 @@ from bench.report.speed.summary import (
     malora_row,
     named,
     newest,
-    number,
     ratio,
     seconds,
 )
@@ -199,31 +196,31 @@ NOT_MEASURED = "The goals are set for a GPU and are not measured yet."
 
 def goal_table(records: list[SpeedRecord]) -> str:
     """Return all goals with the figures of every device, and a table of the records they are measured on."""
-    table = _table(GOALS, records, lambda goal, values: ", ".join(_cell(goal, value) for value in values))
-    if table is None:
+    goals = _goals_by_device(GOALS, records, lambda goal, values: ", ".join(_cell(goal, value) for value in values))
+    if goals is None:
         return NOT_MEASURED
     note = (
         "MALoRA is represented by its fastest exact row. A step is a training step, at the 7B shape unless the figure "
         "names another. A cell has one figure per record, in the order of this table:"
     )
-    return "\n\n".join([table, note, _source_table(records)])
+    return "\n\n".join([goals, note, _source_table(records)])
 
 
 def front_page_goals(records: list[SpeedRecord]) -> str:
     """Return the goals that the README shows, with one figure per device: the worst of its records."""
-    goals = [goal for goal in GOALS if goal.on_front_page]
-    table = _table(goals, records, lambda goal, values: _cell(goal, goal.worst_value(values), digits=3))
-    if table is None:
+    shown = [goal for goal in GOALS if goal.on_front_page]
+    goals = _goals_by_device(shown, records, lambda goal, values: _cell(goal, goal.worst_value(values), digits=3))
+    if goals is None:
         return NOT_MEASURED
     note = (
         "Training at the 7B shape; each figure is the worst of the device's records. All goals, rows and records: "
         "[results/speed/table10.md](results/speed/table10.md)."
     )
-    return f"{table}\n\n{note}"
+    return f"{goals}\n\n{note}"
 
 
-def _table(
-    goals: tuple[Goal, ...] | list[Goal], records: list[SpeedRecord], cell: Callable[[Goal, list[float]], str]
+def _goals_by_device(
+    goals: Sequence[Goal], records: list[SpeedRecord], cell: Callable[[Goal, list[float]], str]
 ) -> str | None:
     """Return a table of goals by devices; None if nothing is measured."""
     found = [measured(goal, records) for goal in goals]
@@ -236,7 +233,7 @@ def _table(
         cells = [cell(goal, values) if values else UNKNOWN for values in of_devices]
         every = [value for values in of_devices for value in values]
         body.append([goal.figure, f"{goal.relation} {goal.goal:g}", *cells, verdict(goal, every)])
-    return str(tabulate(body, ["figure", "goal", *devices, "reached"], tablefmt="pipe", disable_numparse=True))
+    return table(body, ["figure", "goal", *devices, "reached"])
 
 
 def _cell(goal: Goal, value: float, digits: int = 4) -> str:
@@ -253,13 +250,4 @@ def _source_table(records: list[SpeedRecord]) -> str:
             assert row is not None, "RecordFilter accepts records with MALoRA only"
             body.append([device, f"`{record.id}`", f"`{row.name}`", len(row.seconds["step"])])
     head = ["device", "record", "MALoRA's row", "steps timed"]
-    align = ("left", "left", "left", "right")
-    return str(tabulate(body, head, tablefmt="pipe", disable_numparse=True, colalign=align))
-
-
-def fill_readme(readme: str, records: list[SpeedRecord]) -> str:
-    """Return the README with the text between `<!-- speed -->` and `<!-- end -->` generated anew."""
-    text = front_page_goals(records)
-    return re.sub(
-        r"<!-- speed -->.*?<!-- end -->", lambda _: f"<!-- speed -->\n\n{text}\n\n<!-- end -->", readme, flags=re.DOTALL
-    )
+    return table(body, head, ["left", "left", "left", "right"])

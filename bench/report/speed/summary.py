@@ -123,8 +123,3 @@ def shown(records: list[SpeedRecord]) -> list[SpeedRecord]:
         last = {r.options.variant: r for r in others}
         found += [first, *(r for variant, r in last.items() if variant != first.options.variant)]
     return found
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """Format a number to some significant digits; None gives an empty cell."""
-    return "" if value is None else f"{value:.{digits}g}"

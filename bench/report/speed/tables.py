@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import statistics
 
-from tabulate import tabulate
-
 from bench.records.schema import SpeedRecord, SpeedRow
+from bench.report.markdown import number, table
 from bench.report.paper import paper
 from bench.report.speed.figure4c import figure4c
 from bench.report.speed.goals import goal_table
@@ -20,7 +19,6 @@ from bench.report.speed.summary import (
     malora_row,
     median_and_iqr,
     named,
-    number,
     ratio,
     seconds,
     shown,
@@ -36,6 +34,7 @@ _BACKBONES = {
     "floor-captured": "× captured backbone",
     "floor": "× eager backbone",
 }
+DIGITS = 4  # significant digits of seconds and of ratios between records
 MAX_KERNEL_NAME = 60  # characters of a kernel's name in a table
 
 
@@ -60,21 +59,19 @@ def pages(records: list[SpeedRecord]) -> dict[str, str]:
     return found
 
 
-def _table(body: list[list[str]], head: list[str], align: list[str]) -> str:
-    return str(tabulate(body, head, tablefmt="pipe", disable_numparse=True, colalign=align))
-
-
 def _others(records: list[SpeedRecord]) -> str:
     """Return a table of the records of a workload that are not shown in full, by age."""
     body = []
     for r in sorted(records, key=age):
         step = seconds(malora_row(r))
-        ratios = [number(ratio(step, seconds(named(r, name)))) for name in (COMPILED_BACKBONE, PEFT_LORA)]
+        ratios = [number(ratio(step, seconds(named(r, name))), DIGITS) for name in (COMPILED_BACKBONE, PEFT_LORA)]
         commit = (r.provenance.commit or "unknown")[:12]
-        body.append([f"`{r.id}`", f"`{commit}`", str(r.options.rounds), str(len(r.rows)), number(step), *ratios])
+        body.append(
+            [f"`{r.id}`", f"`{commit}`", str(r.options.rounds), str(len(r.rows)), number(step, DIGITS), *ratios]
+        )
     head = ["record", "commit", "rounds", "rows", "MALoRA's step, s", "× compiled backbone", "× PEFT LoRA"]
-    table = _table(body, head, ["left", "left", *["right"] * 5])
-    return f"Other records of the same workload, of earlier code or with the same rows:\n\n{table}"
+    listed = table(body, head, ["left", "left", *["right"] * 5])
+    return f"Other records of the same workload, of earlier code or with the same rows:\n\n{listed}"
 
 
 def section(record: SpeedRecord) -> str:
@@ -129,7 +126,7 @@ def _model_table(record: SpeedRecord) -> str:
             body.append(_model_cells(record, row, [*backbones.values(), seconds(named(record, PEFT_LORA))]))
     if train:
         body += _paper_rows(len(head), len(backbones))
-    return _table(body, head, ["left", *["right"] * (len(head) - 2), "left"])
+    return table(body, head, ["left", *["right"] * (len(head) - 2), "left"])
 
 
 def _model_cells(record: SpeedRecord, row: SpeedRow, others: list[float | None]) -> list[str]:
@@ -142,8 +139,8 @@ def _model_cells(record: SpeedRecord, row: SpeedRow, others: list[float | None])
     counts = [getattr(row, name) for name in ("kernels", "launches", "synchronisations")]
     return [
         row.name,
-        *([number(seconds(row, phase)) for phase in _PHASES] if record.mode == "train" else []),
-        number(step),
+        *([number(seconds(row, phase), DIGITS) for phase in _PHASES] if record.mode == "train" else []),
+        number(step, DIGITS),
         number(median_and_iqr(row.seconds["step"])[1], 2),
         f"{tokens_per_second(record, row):,.0f}",
         *(number(ratio(step, other), 3) for other in others),
@@ -192,8 +189,8 @@ def _longest_kernels(record: SpeedRecord) -> list[str]:
             continue
         busy = sum(taken for _, _, taken in row.where)
         body = [[f"`{name[:MAX_KERNEL_NAME]}`", f"{calls:,}", f"{1e3 * taken:.1f}"] for name, calls, taken in row.where]
-        table = _table(body, ["kernel", "calls", "ms"], ["left", "right", "right"])
-        parts.append(f"The longest kernels of a step of `{row.name}`, which take {busy:.3g} s:\n\n{table}")
+        listed = table(body, ["kernel", "calls", "ms"], ["left", "right", "right"])
+        parts.append(f"The longest kernels of a step of `{row.name}`, which take {busy:.3g} s:\n\n{listed}")
     return parts
 
 
@@ -214,7 +211,7 @@ def _sweep_table(record: SpeedRecord) -> str:
             cells.append(f"**{cell}**" if step is not None and step == best else cell)
         body.append([str(value), *cells])
     head = [record.options.sweep or "", *names]
-    return _table(body, head, ["right"] * len(head))
+    return table(body, head, ["right"] * len(head))
 
 
 def _crossovers(record: SpeedRecord) -> list[str]:

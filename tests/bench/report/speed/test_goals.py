@@ -81,11 +81,3 @@ def test_no_cell_of_the_published_goals_lists_more_than_three_files():
         for line in page.splitlines():
             for cell in line.split("|"):
                 assert len(re.findall(r"\w+-\d{8}T\d{6}Z-\w{8}", cell)) <= 1, cell
-
-
-def test_the_readme_is_filled_between_its_marks_only():
-    readme = "before\n<!-- speed -->\nold\n<!-- end -->\nafter\n"
-    filled = goals.fill_readme(readme, records())
-    assert filled.startswith("before\n<!-- speed -->\n\n| figure ") and filled.endswith("\n\n<!-- end -->\nafter\n")
-    assert "old" not in filled and goals.fill_readme(filled, records()) == filled
-    assert "not measured yet" in goals.fill_readme(readme, [])
