@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 from bench.errors import UserError
 from bench.evaluate.score import require_scoring, score
@@ -17,11 +17,13 @@ from bench.experiments.registry import Experiment, open_data_mixture, tuning_gro
 from bench.models.adapters import check_adapter, load_adapter
 from bench.models.base import load, prepare
 from bench.records import provenance, schema, store
+from bench.records.files import write_atomically
+from bench.records.schema import TaskScore
 from bench.report import readme
 from bench.report.claims import claims
-from bench.report.scores import experiment_page
-from bench.report.scores.selection import records_that_lend_rates, tuned_rates
-from bench.report.speed import goals, tables
+from bench.report.scores.experiment_page import experiment_page
+from bench.report.scores.selection import records_frame, records_that_lend_rates, select, tuned_rates
+from bench.report.speed import tables
 from bench.runs.plan import Runs, plan_runs, sweep
 from bench.runs.pool import run_all
 from bench.runs.run import run, score_options
@@ -77,32 +79,24 @@ def make_table(options: argparse.Namespace) -> int:
     tuning_groups = tuning_groups_of(entries)
     store.open_folder(setting.results)
     if options.sweep:
-        known = _run_and_print(sweep(setting, tuning_groups), jobs, "sweep")
+        known = records_frame(_run_and_print(sweep(setting, tuning_groups), jobs, "sweep"))
     else:
         # Learning rates are tuned for a model's name, because its weights may differ by rounding between machines.
-        known = records_that_lend_rates(published or mine, like)
-    tuned, rates_from = tuned_rates(experiment, known)
-    if (without := [m for m in tuning_groups if m not in tuned]) and processes().is_main_process:
+        known = records_that_lend_rates(records_frame(published or mine), like)
+    rates = tuned_rates(experiment, known)
+    if (without := [m for m in tuning_groups if m not in rates.tuned]) and processes().is_main_process:
         message = "no tuned learning rate, so the paper's is used; --sweep tunes."
         print(f"{', '.join(without)}: {message}", file=sys.stderr)
     runs = []
-    for batch in plan_runs(setting, experiment, entries, options.seeds, tuned):
+    for batch in plan_runs(setting, experiment, entries, options.seeds, rates.tuned):
         runs += _run_and_print(batch, jobs, experiment.name)
     if processes().is_main_process:
+        frame = records_frame(store.read_all(setting.results))
+        selection = select(experiment, setting.profile.name, frame, like=like, rates=rates)
+        text = experiment_page(selection, swept=options.sweep, published=records_frame(published))
         page = setting.results / f"{experiment.name}.md"
-        page.write_text(
-            experiment_page.experiment_page(
-                experiment,
-                store.read_all(setting.results),
-                setting.profile.name,
-                tuned,
-                like=like,
-                swept=options.sweep,
-                published=published,
-                rates_from=rates_from,
-            )
-        )
-        print(f"\n{page.read_text()}\nwritten to {page}")
+        write_atomically(page, text)
+        print(f"\n{text}\nwritten to {page}")
     return int(any(r.status == "failed" for r in runs))
 
 
@@ -168,15 +162,15 @@ def score_adapter(options: argparse.Namespace) -> int:
     data = build(MIXTURES[setting.mixture_name], setting.source, format=setting.profile.format, seed=0)
     tests = {task: items[: setting.max_items] for task, items in data.test.items()}
     results, _ = score(model, tokenizer, tests, **score_options(setting))
-    _print_scores(results)
+    _print_scores({task: TaskScore(**result) for task, result in results.items()})
     return 0
 
 
-def _print_scores(scores: dict[str, dict[str, Any]]) -> None:
+def _print_scores(scores: Mapping[str, TaskScore]) -> None:
     """Print a line per task: percent, half the width of the 95% interval, metric and number of items."""
     for task, result in scores.items():
-        half = f" ± {196 * result['stderr']:.1f}" if result["stderr"] is not None else ""
-        print(f"{task:16} {100 * result['value']:5.1f}{half}  ({result['metric']}, {result['n']} items)")
+        half = f" ± {196 * result.stderr:.1f}" if result.stderr is not None else ""
+        print(f"{task:16} {100 * result.value:5.1f}{half}  ({result.metric}, {result.n} items)")
 
 
 def write_leaderboards(options: argparse.Namespace) -> int:
@@ -187,15 +181,17 @@ def write_leaderboards(options: argparse.Namespace) -> int:
     """
     records = {name: store.read_all(store.RESULTS / name) for name in PROFILES}
     records = {name: found for name, found in records.items() if found}
-    pages = {store.RESULTS / name: text for name, text in readme.published_pages(records).items()}
     speeds = store.read_speed(store.RESULTS / SPEED)
+    tested = claims(records, speeds)
+    pages = {store.RESULTS / name: text for name, text in readme.published_pages(records, tested).items()}
     pages |= {store.RESULTS / SPEED / name: text for name, text in tables.pages(speeds).items()}
     front = provenance.ROOT / "README.md"
-    pages[front] = goals.fill_readme(readme.fill_readme(front.read_text(), records, speeds), speeds)
-    stale = [path for path, text in pages.items() if not path.is_file() or path.read_text() != text]
+    pages[front] = readme.fill_readme(front.read_text(encoding="utf-8"), records, speeds, tested)
+    stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         if not options.check:
-            path.write_text(pages[path])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, pages[path])
         print(
             f"{'does not agree with the records' if options.check else 'written'}: {path.relative_to(provenance.ROOT)}"
         )
@@ -208,12 +204,14 @@ def write_report(options: argparse.Namespace) -> int:
         from bench.report.html import page  # it is slow to import, and needs an extra
     except ImportError as error:
         raise UserError(f"the report needs {error.name}: pip install 'malora[report]'.") from error
+    path: Path = options.output or LOCAL / "report.html"
+    if path.is_dir():
+        raise UserError(f"--output {path} is a folder; name a file, such as {path / 'report.html'}.")
     records = {name: store.read_all(store.RESULTS / name) for name in PROFILES}
     speeds = store.read_speed(store.RESULTS / SPEED)
-    path = LOCAL / "report.html"
     text = page(records, speeds, claims(records, speeds))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    write_atomically(path, text)
     print(f"written to {path}")
     return 0
 

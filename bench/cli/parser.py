@@ -64,6 +64,9 @@ def make_parser() -> argparse.ArgumentParser:
         _add_command(commands, "leaderboard", "Write the pages in results/ and the README's tables from the records.")
     )
     report = _add_command(commands, "report", "Write results/local/report.html, a page about all published records.")
+    report.add_argument(
+        "--output", type=Path, metavar="FILE", help="the page's file (default: results/local/report.html)"
+    )
     report.set_defaults(command=write_report)
     _add_publish_options(_add_command(commands, "publish", "Copy complete records of committed code to results/."))
     return parser

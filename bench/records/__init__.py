@@ -1,1 +1,1 @@
-"""TODO."""
+"""Records of runs and of speed measurements: schema, storage and provenance."""

@@ -1,4 +1,4 @@
-"""Where a record was made: commit, sources, packages, machine."""
+"""The commit, sources, packages and machine of a record."""
 
 from __future__ import annotations
 
@@ -10,45 +10,47 @@ from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from bench.records.schema import Provenance
+
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("malora", "tasks", "bench")  # what a run's outcome depends on
+SOURCES = ("malora", "tasks", "bench")  # the code that a run's outcome depends on
+MAX_COMMITS = 200  # searched for matching sources; each costs a `git show` per file
+PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "lm-eval", "accelerate", "datasets")
 
 
 @cache
 def commit_of(sources: str, likely: str | None) -> str | None:
-    """The commit with these sources, by their hash: the likely one, or the latest; None if this clone has none."""
+    """Return a commit whose sources have this hash, or None if this clone has none.
+
+    Args:
+        sources: Hash as of `source_hash`.
+        likely: Commit to try first; then the latest ones are tried.
+    """
     try:
-        commits = _git("rev-list", "--max-count=200", "HEAD", "--", *SOURCES).splitlines()
+        commits = _git("rev-list", f"--max-count={MAX_COMMITS}", "HEAD", "--", *SOURCES).splitlines()
     except (OSError, subprocess.CalledProcessError):
         return None
     return next((commit for commit in filter(None, [likely, *commits]) if source_hash_of(commit) == sources), None)
 
 
-def provenance(device: torch.device, jobs: int) -> dict[str, Any]:
-    """Where a run was made: code, packages, machine. Its seconds are no speed where `jobs` of a command shared that.
-
-    What else ran there is not known.
-    """
+def provenance(device: torch.device, jobs: int) -> Provenance:
+    """Describe the code, the packages and the machine of a run, of which `jobs` share the machine."""
     commit, dirty = _git_state()
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": commit,
-        "dirty": dirty,
-        "source_sha256": source_hash(),
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "driver": _driver() if device.type == "cuda" else None,
-        "concurrent_runs": jobs,
-    }
-
-
-PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "lm-eval", "accelerate", "datasets")
+    return Provenance(
+        time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        commit=commit,
+        dirty=dirty,
+        source_sha256=source_hash(),
+        python=platform.python_version(),
+        packages={name: _version(name) for name in PACKAGES},
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        cuda=torch.version.cuda if device.type == "cuda" else None,
+        driver=_driver() if device.type == "cuda" else None,
+        concurrent_runs=jobs,
+    )
 
 
 def _version(package: str) -> str | None:
@@ -70,7 +72,7 @@ def _driver() -> str | None:
 @cache
 def _cpu_name() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
@@ -78,7 +80,7 @@ def _cpu_name() -> str:
 
 @cache
 def _git_state() -> tuple[str | None, bool | None]:
-    """Commit, and whether the sources differ from it; None where there is no history. `publish` goes by the sources."""
+    """Return the commit and whether the sources differ from it, or (None, None) without a git history."""
     try:
         commit = _git("rev-parse", "HEAD").strip()
         return commit, bool(_git("status", "--porcelain", "--", *SOURCES).strip())
@@ -87,19 +89,19 @@ def _git_state() -> tuple[str | None, bool | None]:
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, encoding="utf-8").stdout
 
 
 @cache
 def source_hash() -> str:
-    """sha256 over names and contents of the Python sources in the working tree."""
+    """Return the hex sha256 over names and contents of the Python sources in the working tree."""
     paths = sorted(path for name in SOURCES for path in (ROOT / name).rglob("*.py"))
-    return _hash_sources((path.relative_to(ROOT).as_posix(), path.read_text()) for path in paths)
+    return _hash_sources((path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")) for path in paths)
 
 
 @cache
 def source_hash_of(commit: str) -> str | None:
-    """The same over a commit; None if this clone does not have it."""
+    """Return `source_hash` of a commit, or None if this clone does not have the commit."""
     try:
         names = _git("ls-tree", "-r", "--name-only", commit, "--", *SOURCES).splitlines()
         names = sorted((n for n in names if n.endswith(".py")), key=lambda name: ROOT / name)

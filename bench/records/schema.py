@@ -1,24 +1,55 @@
-"""What a record holds."""
+"""Typed contents of a record: a run's configuration, its sections, and speed measurements.
+
+Every section is validated when it is made or read. Unknown is None. A field that an older record lacks stays unset, and
+is not written.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
-SCHEMA = 2  # in runs of 1 batches were of like length
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+
+SCHEMA = 2  # schema 1 grouped examples of similar length into a batch
 SPEED_SCHEMA = 1
 
+# JSON has both; a record that is written again has the same bytes only if an integer stays an integer.
+Number = int | float
+Split = Literal["validation", "test"]
+Projection = Literal["A", "B"]
 
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything that a run's outcome depends on, as far as we choose it. Its hash names the run.
 
-    `learning_rate` is None for the base model, which is scored and not trained. `max_steps` and `max_items` cut a run
-    short for trying things out; such a record is not published.
+class _Model(BaseModel):
+    """A set of fields that is validated and has no others."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a validated copy with these fields changed."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+        return type(self).model_validate(fields | changes)
+
+
+class Section(_Model):
+    """A section of a record, or a group of values in one. It cannot be changed."""
+
+    model_config = ConfigDict(frozen=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plain values to store, without the fields that were never set."""
+        return self.model_dump(by_alias=True, exclude_unset=True)
+
+
+class RunConfig(Section):
+    """Every setting that a run's outcome depends on. Its hash names the run.
+
+    Attributes:
+        learning_rate: None for the base model, which is scored but not trained.
+        max_steps: Shortens a trial run; such a record is not published.
+        max_items: Shortens a trial run's scoring; such a record is not published.
     """
 
     profile: str
@@ -30,101 +61,369 @@ class RunConfig:
     format: str
     data_hash: str
     seed: int
-    learning_rate: float | None
+    learning_rate: Number | None
     epochs: int
     batch_size: int
-    warmup_ratio: float
-    weight_decay: float
-    balance_factor: float
-    max_grad_norm: float
+    warmup_ratio: Number
+    weight_decay: Number
+    balance_factor: Number
+    max_grad_norm: Number
     max_length: int
     device_type: str
     max_steps: int | None = None
     max_items: int | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields: the hash covers the defaults too."""
+        return self.model_dump()
+
     @property
     def hash(self) -> str:
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+        """Hex sha256 of the configuration as sorted JSON."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     @property
     def id(self) -> str:
-        """A name that a person can read and that no other configuration has."""
+        """A readable name that no other configuration has."""
         rate = "" if self.learning_rate is None else f"-lr{self.learning_rate:g}"
         return f"{self.mixture.replace('/', '-')}-{self.format}-{self.method}{rate}-s{self.seed}-{self.hash[:8]}"
 
-    def config_key_without(self, *fields: str) -> tuple:
-        """The configuration without the named fields: runs that agree in it differ only there."""
-        return tuple((k, repr(v)) for k, v in dataclasses.asdict(self).items() if k not in fields)
+    def config_key_without(self, *fields: str) -> tuple[tuple[str, str], ...]:
+        """Return the configuration without the named fields, to find runs that differ only in those."""
+        return tuple((name, repr(value)) for name, value in self if name not in fields)
 
 
-@dataclass
-class Record:
-    """What a run gave. Unknown is None.
+class Provenance(Section):
+    """The code, packages and machine that made a record.
 
     Attributes:
-        status: ok, diverged (a loss or gradient was not finite), oom or failed.
-        parameters: trainable, total, adapter_bytes.
-        train: steps, tokens, seconds by part, loss curve, peak bytes, router statistics.
-        validation, test: task -> metric, value, stderr, n, version. Rates are chosen on validation alone.
-        inside: of a routed adapter: similarity, spectra, movement, routing, as `bench.inside` gives them.
-        items: task -> outcomes (1 right, 0 wrong, of ROUGE-L what is between) of the test, in its order; kept in the
-            file beside.
+        time: UTC, as 2026-01-31T12:00:00Z.
+        commit: None without a git history.
+        dirty: Whether the sources differed from the commit.
+        source_sha256: Hash of the Python sources.
+        packages: Version by package name; None if it is not installed.
+        device: Name of the GPU or CPU.
+        concurrent_runs: Runs that shared the machine; with more than one, seconds are not comparable.
     """
 
+    time: str
+    commit: str | None
+    dirty: bool | None
+    source_sha256: str
+    python: str
+    packages: dict[str, str | None]
+    device: str
+    cuda: str | None
+    driver: str | None
+    concurrent_runs: int
+
+
+class Parameters(Section):
+    """Numbers of parameters, and the size of the saved adapter in bytes."""
+
+    trainable: int
+    total: int
+    adapter_bytes: int
+
+
+class TaskData(Section):
+    """The training data of one task in one epoch."""
+
+    examples: int
+    tokens: int
+    label_tokens: int
+
+
+class DataSection(Section):
+    """The data of a run.
+
+    Attributes:
+        sha256: Hash by split: train, validation, test.
+        dropped: By task, training examples left out because an evaluation set has them.
+        dropped_validation: By task, validation examples left out because the test set has them; None in older records.
+        train: By task; None for the base model.
+    """
+
+    sha256: dict[str, str]
+    dropped: dict[str, int]
+    dropped_validation: dict[str, int] | None = None
+    train: dict[str, TaskData] | None = None
+
+
+class CurvePoint(Section):
+    """Means over the last ten steps of the training loop; None where they were not finite."""
+
+    step: int
+    loss: Number | None
+    balance_loss: Number | None
+    grad_norm: Number | None
+
+
+class RouterPoint(Section):
+    """Router statistics at one step, as means over layers.
+
+    Attributes:
+        entropy: Of the gates before top-k, in nats.
+        gate_sum: Sum of the selected gates.
+        largest_share: Share of assignments of the most used expert.
+        unused_experts: Experts without a token in this batch, over all layers.
+    """
+
+    step: int
+    entropy: Number | None
+    gate_sum: Number | None
+    largest_share: Number | None
+    unused_experts: int
+
+
+class TrainSection(Section):
+    """The training of a run.
+
+    Attributes:
+        seconds: By phase: data, forward, backward (or forward_backward), optimizer, evaluation.
+        peak_bytes: Peak GPU memory; None on a CPU.
+    """
+
+    steps: int
+    tokens: int
+    seconds: dict[str, Number]
+    curve: list[CurvePoint]
+    router: list[RouterPoint]
+    peak_bytes: int | None
+
+
+class TaskScore(Section):
+    """A task's score.
+
+    Attributes:
+        value: Mean of the items, from 0 to 1.
+        stderr: Standard error of the mean; None for a single item.
+        n: Number of items.
+        version: Version of the scorer.
+    """
+
+    metric: str
+    value: Number
+    stderr: Number | None
+    n: int
+    version: int
+
+
+# By projection, the mean over expert pairs and the chance level.
+Similarity = dict[Projection, tuple[Number, Number] | None]
+
+
+class Spectrum(Section):
+    """Singular values of a module's stacked experts, descending; means over modules."""
+
+    values: list[Number]
+    stable_rank: Number | None
+    effective_rank: Number | None
+
+
+class Movement(Section):
+    """Distance of the down projection from its start.
+
+    Attributes:
+        factor: S, or A for a method without a shared subspace.
+        relative: By layer, ||now - start|| / ||start||.
+        angle: Mean principal angle in degrees.
+    """
+
+    factor: Literal["S", "A"]
+    relative: list[Number | None]
+    angle: Number
+
+
+class Routing(Section):
+    """Routing of validation prompts, by decoder layer.
+
+    Attributes:
+        entropy: By task, in nats.
+        largest_share: By task, the most used expert's share of assignments.
+        unused: By task, the number of experts without a token.
+        load: [layers, N] shares of assignments in descending order.
+        task_information: Mutual information of task and expert in nats.
+    """
+
+    entropy: dict[str, list[Number | None]]
+    largest_share: dict[str, list[Number | None]]
+    unused: dict[str, list[Number | None]]
+    load: list[list[Number]]
+    task_information: list[Number | None]
+
+
+class InsideSection(Section):
+    """Analysis of a trained adapter with a router; see `bench.evaluate.adapter_analysis`.
+
+    Attributes:
+        similarity: By compared experts (within, start, ST(S), ST(D)) and statistic (mean, mean_square).
+        spectra: By projection.
+    """
+
+    similarity: dict[str, dict[str, Similarity]]
+    spectra: dict[Projection, Spectrum]
+    movement: Movement
+    routing: Routing
+
+
+Status = Literal["ok", "diverged", "oom", "failed"]
+
+
+class RunSections(_Model):
+    """The sections of a run's record as its file has them.
+
+    Attributes:
+        status: ok, diverged (a loss or gradient was not finite), oom (out of memory) or failed.
+        validation: Scores by task. Learning rates are chosen on these alone.
+        test: Scores by task.
+        inside: Analysis of the trained adapter; None without a router.
+        error: Message of a run that is not ok.
+    """
+
+    model_config = ConfigDict(validate_assignment=True)
+
     config: RunConfig
-    status: str
-    provenance: dict[str, Any]
-    parameters: dict[str, int] | None = None
-    data: dict[str, Any] | None = None
-    train: dict[str, Any] | None = None
-    validation: dict[str, dict[str, Any]] | None = None
-    test: dict[str, dict[str, Any]] | None = None
-    inside: dict[str, Any] | None = None
-    items: dict[str, list[float]] | None = None
+    status: Status
+    provenance: Provenance
+    parameters: Parameters | None = None
+    data: DataSection | None = None
+    train: TrainSection | None = None
+    validation: dict[str, TaskScore] | None = None
+    test: dict[str, TaskScore] | None = None
+    inside: InsideSection | None = None
     error: str | None = None
+
+
+class Record(RunSections):
+    """A run's record.
+
+    Attributes:
+        items: By task, the outcome of every test item in order: 1 right, 0 wrong, in between for some metrics. They are
+            stored in a file of their own.
+        path: File that the record was read from or written to.
+    """
+
+    items: dict[str, list[Number]] | None = None
     path: Path | None = None
 
     @property
     def id(self) -> str:
+        """The id of the configuration."""
         return self.config.id
 
     @property
     def complete(self) -> bool:
-        """Whether the run was the whole of what it stands for."""
+        """Whether the run was not shortened by max_steps or max_items."""
         return self.config.max_steps is None and self.config.max_items is None
 
-    def mean(self, split: str = "test") -> float | None:
-        """Mean over tasks of the split's scores, in percent; None without them."""
-        scores = getattr(self, split)
-        return 100 * sum(s["value"] for s in scores.values()) / len(scores) if scores else None
+    def mean(self, split: Split = "test") -> float | None:
+        """Return the mean over tasks of a split's scores in percent, or None without scores."""
+        scores = self.test if split == "test" else self.validation
+        return 100 * sum(score.value for score in scores.values()) / len(scores) if scores else None
 
 
-@dataclass
-class SpeedRecord:
-    """What one call of `python -m bench.speed` measured. Unknown is None.
+class PeakRates(Section):
+    """Highest rates measured on a device by a large matmul and a large copy."""
+
+    matrix_flops_per_second: Number
+    copy_bytes_per_second: Number
+
+
+class SpeedOptions(Section):
+    """The workload of a speed measurement.
 
     Attributes:
-        shape: name of the backbone.
-        mode: train, prefill, decode, or layer where one linear map was measured.
-        options: what the call was asked for; `layers` cuts the depth for trying things out, and is not published.
-        ceilings: before and after: matrix_flops_per_second, copy_bytes_per_second.
-        rows: one a variant, in the order of measuring, with every sample.
+        variant: The variants that were asked for.
+        sweep: The size that varies in a single-layer sweep; None for a whole backbone.
+        batch: Sequences per micro-batch.
+        length: Tokens per sequence.
+        tokens: Tokens per training step, or generated tokens in decode.
+        layers: Shortened depth of a trial measurement, which is not published; else None.
+        flops: Matrix operations of the frozen backbone per step; None where they were not counted.
+    """
+
+    variant: str
+    sweep: str | None
+    batch: int
+    length: int
+    tokens: int
+    dropout: Number
+    rounds: int
+    layers: int | None
+    flops: int | None
+
+
+class PeakBytes(Section):
+    """Peak GPU memory in bytes."""
+
+    allocated: Number
+    reserved: Number
+
+
+class SpeedRow(Section):
+    """One variant's measurement. The order of the fields is that of the stored keys.
+
+    Attributes:
+        reason: The error of a variant that did not run, or a remark.
+        seconds: Samples by phase; "step" is their sum.
+        sensors: Medians per round: clock_mhz, watts, celsius; unset in older records.
+        kernels: Kernels per step; None on a CPU, as are launches, synchronisations and where.
+        where: The longest kernels as (name, calls, seconds).
+        value: The swept size, in a single-layer sweep.
+    """
+
+    status: Literal["ok", "oom", "failed", "unavailable"]
+    reason: str | None = None
+    seconds: dict[str, list[Number]] = Field(default_factory=dict)
+    sensors: dict[str, list[Number]] = Field(default_factory=dict)
+    peak_bytes: PeakBytes | None = None
+    first_seconds: Number | None = None
+    warm_seconds: Number | None = None
+    kernels: int | None = None
+    launches: int | None = None
+    synchronisations: int | None = None
+    where: list[tuple[str, int, Number]] | None = None
+    build_seconds: Number | None = None
+    name: str
+    method: str | None = None
+    backend: str | None = None
+    run: str | None = None
+    plain: bool | None = None
+    liger: bool | None = None
+    value: int | None = None
+    trainable: int | None = None
+    autocast: bool | None = None
+    batch: int | None = None
+
+
+class SpeedRecord(Section):
+    """One call of `python -m bench.speed`.
+
+    Attributes:
+        shape: Name of the backbone.
+        mode: train, prefill, decode, or layer for a single linear layer.
+        peak_rates: Before and after the measurement; stored as `ceilings`.
+        rows: One per variant, in the order of measuring.
     """
 
     shape: str
     mode: str
-    options: dict[str, Any]
-    provenance: dict[str, Any]
-    ceilings: dict[str, dict[str, float]]
-    rows: list[dict[str, Any]]
+    options: SpeedOptions
+    provenance: Provenance
+    peak_rates: dict[Literal["before", "after"], PeakRates] = Field(
+        validation_alias=AliasChoices("peak_rates", "ceilings"), serialization_alias="ceilings"
+    )
+    rows: list[SpeedRow]
 
     @property
     def id(self) -> str:
-        """Made of when it was measured, for the same call may be made often, and of what it holds."""
-        content = hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
-        when = self.provenance["time"].translate({ord("-"): None, ord(":"): None})
+        """A name from the time and the content: the same call may be made often."""
+        content = hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+        when = self.provenance.time.translate({ord("-"): None, ord(":"): None})
         return f"{self.shape}-{self.mode}-{when}-{content[:8]}"
 
     @property
     def complete(self) -> bool:
-        return self.options["layers"] is None
+        """Whether the backbone had its full depth."""
+        return self.options.layers is None

@@ -1,34 +1,67 @@
-"""One run, one file. The only room that reads or writes `results/`.
+"""Read, write and publish records. Only this package reads or writes the records below `results/`.
 
-A folder of results holds `runs/<id>.json` and, beside each, `runs/<id>.items.csv.gz` with one outcome for every item.
-A record is written once, whole or not at all: first the items, then the JSON under a temporary name that is renamed.
+A folder of results has `runs/<id>.json` and, for each run, `runs/<id>.items.csv.gz` with the outcome of every test
+item. A record is written once: first the items, then the JSON file.
 """
 
 from __future__ import annotations
 
 import csv
-import dataclasses
 import gzip
 import io
 import json
+import math
 import os
 import time
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
 
 from bench.errors import UserError
+from bench.records.files import write_atomically
 from bench.records.provenance import ROOT, commit_of
-from bench.records.schema import SCHEMA, SPEED_SCHEMA, Record, RunConfig, SpeedRecord
+from bench.records.schema import (
+    SCHEMA,
+    SPEED_SCHEMA,
+    Number,
+    Record,
+    RunConfig,
+    RunSections,
+    SpeedRecord,
+    TaskScore,
+)
 
 RESULTS = ROOT / "results"
+LATER_FIELDS = {"inside"}  # records of the first weeks lack it
+# A score is the mean of its items, which lm-eval sums in another order: double precision differs in the last digits.
+SCORE_TOLERANCE = 1e-9
+
+
+class _RunFile(RunSections):
+    """Contents of `runs/<id>.json`: the sections, and what must agree with them."""
+
+    schema_version: Literal[2] = Field(alias="schema")
+    id: str
+    config_hash: str
+    items: str | None
+
+    def sections(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in RunSections.model_fields}
+
+
+class _SpeedFile(SpeedRecord):
+    """Contents of a speed record's file."""
+
+    schema_version: Literal[1] = Field(alias="schema")
 
 
 def open_folder(folder: Path) -> None:
-    """Make a folder of records, before the work that is to be written there.
+    """Create a folder of records before the work whose results go there.
 
     Raises:
-        UserError: it cannot be made or written to.
+        UserError: it cannot be created or written to.
     """
     try:
         (folder / "runs").mkdir(parents=True, exist_ok=True)
@@ -41,79 +74,131 @@ def open_folder(folder: Path) -> None:
 
 
 def write_speed(record: SpeedRecord, folder: Path) -> Path:
-    """Write a record of speed into `folder/runs`; returns its path."""
+    """Write a speed record into `folder/runs` and return its path."""
     path = folder / "runs" / f"{record.id}.json"
     open_folder(folder)
-    _replace(path, (json.dumps({"schema": SPEED_SCHEMA, **dataclasses.asdict(record)}, indent=1) + "\n").encode())
+    write_atomically(path, json.dumps({"schema": SPEED_SCHEMA, **record.to_json()}, indent=1) + "\n")
     return path
 
 
 def read_speed(folder: Path) -> list[SpeedRecord]:
-    """Every record of speed in a folder, the latest last.
+    """Read every speed record of a folder, the latest last.
 
     Raises:
-        UserError: a record is broken or of another schema.
+        UserError: a record is broken, of another schema, or not the one that its file name says.
     """
-    records = []
-    for path in (folder / "runs").glob("*.json"):
-        try:
-            content = json.loads(path.read_text())
-            if not isinstance(content, dict) or content.pop("schema") != SPEED_SCHEMA:
-                raise ValueError(f"this version reads schema {SPEED_SCHEMA}")
-            records.append(SpeedRecord(**content))
-            records[-1].id  # noqa: B018  (a record without its time is broken too)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is not a whole record of speed ({error}); delete or restore it.") from error
-    return sorted(records, key=lambda record: (record.provenance["time"], record.id))
+    records = [_read_speed_file(path) for path in (folder / "runs").glob("*.json")]
+    return sorted(records, key=lambda record: (record.provenance.time, record.id))
+
+
+def _read_speed_file(path: Path) -> SpeedRecord:
+    try:
+        text = path.read_text(encoding="utf-8")
+        _require_schema(path, text, SPEED_SCHEMA)
+        content = _SpeedFile.model_validate_json(text, strict=True)
+    except (OSError, ValueError) as error:
+        raise _broken(path, error, "record of speed") from error
+    fields = {name: getattr(content, name) for name in SpeedRecord.model_fields}
+    record = SpeedRecord.model_validate(fields)
+    _require_equal(path, "file name", path.stem, record.id)
+    return record
 
 
 def write(record: Record, folder: Path) -> Path:
-    """Write a record into `folder/runs`; returns its path. A failed run never stands where a result should."""
+    """Write a record into `folder/runs` and return its path.
+
+    A failed run gets a name of its own, so that it is never taken for a result.
+    """
     open_folder(folder)
     runs = folder / "runs"
     name = record.config.id + (f".failed-{time.strftime('%Y%m%dT%H%M%S')}" if record.status == "failed" else "")
     if record.items:
-        _replace(runs / f"{name}.items.csv.gz", _items_to_bytes(record.items))
+        write_atomically(runs / f"{name}.items.csv.gz", _items_to_bytes(record.items))
     content = {"schema": SCHEMA, "id": record.config.id, "status": record.status, "config_hash": record.config.hash}
-    content |= {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name not in ("items", "path")}
-    content["config"] = dataclasses.asdict(record.config)
+    content |= {section: _to_json(getattr(record, section)) for section in RunSections.model_fields}
     content["items"] = f"{name}.items.csv.gz" if record.items else None
     record.path = runs / f"{name}.json"
-    _replace(record.path, (json.dumps(content, indent=1) + "\n").encode())
+    write_atomically(record.path, json.dumps(content, indent=1) + "\n")
     return record.path
 
 
+def _to_json(section: Any) -> Any:
+    """Return a section, or sections by task, as plain values."""
+    if isinstance(section, dict):
+        return {task: score.to_json() for task, score in section.items()}
+    return section.to_json() if hasattr(section, "to_json") else section
+
+
 def read(path: Path) -> Record:
-    """Read a record.
+    """Read a record and check that its file name, configuration, scores and items agree.
 
     Raises:
-        UserError: the file, or the items file that belongs to it, is broken or of another schema.
+        UserError: the file or its items file is broken, of another schema, or contradicts itself.
     """
     try:
-        content = {"inside": None} | json.loads(path.read_text())  # older records do not have it
-        if content["schema"] != SCHEMA:
-            raise UserError(f"{path} has schema {content['schema']}, this version reads {SCHEMA}; move it away.")
-        items = content["items"]
-        fields = {
-            f.name: content[f.name] for f in dataclasses.fields(Record) if f.name not in ("items", "path", "config")
-        }
-        return Record(
-            config=RunConfig(**content["config"]),
-            items=_items_from_bytes((path.parent / items).read_bytes()) if items else None,
-            path=path,
-            **fields,
-        )
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
+        text = path.read_text(encoding="utf-8")
+        _require_schema(path, text, SCHEMA)
+        content = _RunFile.model_validate_json(text, strict=True)
+        if missing := _RunFile.model_fields.keys() - content.model_fields_set - LATER_FIELDS:
+            raise ValueError(f"without {', '.join(sorted(missing))}")
+        items = _items_from_bytes((path.parent / content.items).read_bytes()) if content.items else None
+    except (OSError, EOFError, ValueError, KeyError) as error:
+        raise _broken(path, error) from error
+    name = path.name.removesuffix(".json").partition(".failed-")[0]
+    _require_equal(path, "file name", name, content.config.id)
+    _require_equal(path, "id", content.id, content.config.id)
+    _require_equal(path, "config_hash", content.config_hash, content.config.hash)
+    if items is not None:
+        _require_scores_of(path, content.test or {}, items)
+    # The sections and the items have been validated above.
+    return Record.model_construct(**content.sections(), items=items, path=path)
+
+
+def _require_schema(path: Path, text: str, schema: int) -> None:
+    content = json.loads(text)
+    if not isinstance(content, dict) or "schema" not in content:
+        raise ValueError("without a schema")
+    if content["schema"] != schema:
+        raise UserError(f"{path} has schema {content['schema']}, this version reads {schema}; move it away.")
+
+
+def _broken(path: Path, error: Exception, kind: str = "record") -> UserError:
+    """Return the error for a file that cannot be read as a record."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, ValidationError):
+        first, *others = error.errors()
+        where = ".".join(map(str, first["loc"]))
+        problem = f"{where}: {first['msg']}" + (f", and {len(others)} more" if others else "")
+    else:
+        problem = f"{type(error).__name__}: {error}"
+    return UserError(
+        f"{path} is not a whole {kind} ({problem}). Nothing was changed; "
+        "delete or restore it and its items file, and the run will be made again."
+    )
+
+
+def _require_equal(path: Path, what: str, found: object, expected: object) -> None:
+    if found != expected:
         raise UserError(
-            f"{path} is not a whole record ({type(error).__name__}: {error}). Nothing was changed; "
-            "delete or restore it and its items file, and the run will be made again."
-        ) from error
+            f"{path}: its {what} is {found}, but its contents give {expected}; "
+            "it was renamed or edited, so delete or restore it."
+        )
+
+
+def _require_scores_of(path: Path, scores: Mapping[str, TaskScore], items: Mapping[str, list[Number]]) -> None:
+    """Check that each test score is the mean of the task's items."""
+    _require_equal(path, "items file's list of tasks", sorted(items), sorted(scores))
+    for task, score in scores.items():
+        outcomes = items[task]
+        _require_equal(path, f"number of items of {task}", len(outcomes), score.n)
+        mean = math.fsum(outcomes) / len(outcomes)
+        if abs(mean - score.value) > SCORE_TOLERANCE:
+            _require_equal(path, f"score of {task}", score.value, mean)
 
 
 def read_all(folder: Path) -> list[Record]:
-    """Every result in a folder, sorted by id; failed runs are left out.
+    """Read every result of a folder, sorted by id; failed runs are left out.
 
     Raises:
         UserError: a record is broken.
@@ -122,39 +207,40 @@ def read_all(folder: Path) -> list[Record]:
 
 
 def find(config: RunConfig, folder: Path) -> Record | None:
-    """The record of this very configuration, if the folder has it."""
+    """Read the record of exactly this configuration, or return None."""
     path = folder / "runs" / f"{config.id}.json"
     return read(path) if path.is_file() else None
 
 
 def publish(records: Iterable[Record | SpeedRecord], folder: Path) -> tuple[list[Path], list[str]]:
-    """Copy records to `folder/runs`; returns the new paths, and of those that may not be published each the reason.
+    """Copy records to `folder/runs`.
 
-    Only whole runs of committed code are published, under the commit whose sources they were made from: the machine may
-    have had a copy of the tree without its history, or with an older one. What is there is never replaced.
+    Only complete runs of committed code are published. A machine may have had the sources without their git history, so
+    the commit is found by the hash of the sources. An existing record is never replaced.
+
+    Returns:
+        The paths of the new records, and a reason for every record that may not be published.
     """
     paths, refused = [], []
     for record in records:
+        provenance = record.provenance
         if not record.complete:
             refused.append(f"{record.id} was cut short (max_steps or max_items; layers, of speed)")
         elif (folder / "runs" / f"{record.id}.json").exists():
             continue
-        elif (commit := commit_of(record.provenance["source_sha256"], record.provenance["commit"])) is None:
+        elif (commit := commit_of(provenance.source_sha256, provenance.commit)) is None:
             refused.append(f"{record.id} was made from code that no commit here has; commit, then run again")
         else:
-            committed = replace(record, provenance=record.provenance | {"commit": commit, "dirty": False})
-            if not (folder / "runs" / f"{committed.id}.json").exists():  # a speed record's id is of its commit, too
-                paths.append((write_speed if isinstance(record, SpeedRecord) else write)(committed, folder))
+            committed = record.replace(provenance=provenance.replace(commit=commit, dirty=False))
+            if not (folder / "runs" / f"{committed.id}.json").exists():  # the commit is part of a speed record's id
+                written = (
+                    write_speed(committed, folder) if isinstance(committed, SpeedRecord) else write(committed, folder)
+                )
+                paths.append(written)
     return paths, refused
 
 
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-def _items_to_bytes(items: dict[str, list[float]]) -> bytes:
+def _items_to_bytes(items: Mapping[str, list[Number]]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["task", "item", "correct"])
@@ -162,8 +248,15 @@ def _items_to_bytes(items: dict[str, list[float]]) -> bytes:
     return gzip.compress(text.getvalue().encode(), mtime=0)  # the same items give the same bytes
 
 
-def _items_from_bytes(content: bytes) -> dict[str, list[float]]:
-    items: dict[str, list[float]] = {}
-    for row in csv.DictReader(io.StringIO(gzip.decompress(content).decode())):
-        items.setdefault(row["task"], []).append(json.loads(row["correct"]))
-    return items
+def _items_from_bytes(content: bytes) -> dict[str, list[Number]]:
+    """Return the outcomes by task.
+
+    A folder of results has a million of them. So each task's column is parsed at once, as one JSON array.
+    """
+    header, *lines = csv.reader(io.StringIO(gzip.decompress(content).decode()))
+    if header != ["task", "item", "correct"]:
+        raise ValueError(f"the items file has the columns {', '.join(header)}")
+    columns: dict[str, list[str]] = {}
+    for task, _, outcome in lines:
+        columns.setdefault(task, []).append(outcome)
+    return {task: json.loads(f"[{','.join(outcomes)}]") for task, outcomes in columns.items()}

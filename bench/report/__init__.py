@@ -1,1 +1,1 @@
-"""TODO."""
+"""Tables, pages and figures from records. Nothing here trains, evaluates or measures."""

@@ -1,143 +1,213 @@
-"""Records to one HTML page that a person looks at, opened from the file system, without a network. Pure.
+"""One HTML page of all published records. The same records give the same bytes.
 
-It has the tables of `bench.report`, which DataTables sorts and filters (itables brings it along), and figures as SVG.
-The records that a figure is made of are in the page too, and open where the figure stands.
+The page opens from the file system and loads nothing from a network. It has the generated tables, which DataTables
+(distributed with itables) sorts and filters, and figures as SVG. The records are embedded, and every number links to
+those that it is computed from.
 """
 
 from __future__ import annotations
 
 import base64
-import dataclasses
-import functools
 import gzip
 import itertools
 import json
-import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import itables.options
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-import malora
-from bench.experiments.methods import BASE, TITLES
+from bench.experiments.methods import TITLES
 from bench.experiments.profiles import PROFILES
 from bench.experiments.registry import Experiment
 from bench.records.schema import Record, SpeedRecord
-from bench.report import figures
 from bench.report.claims import NOTES, Claim
-from bench.report.figures import Line, handle, link
+from bench.report.conclusions import conclusions, verdict_word
+from bench.report.experiment_figures import adapter_figures, score_figures
+from bench.report.figures import handle, link
+from bench.report.method_styles import GLYPHS, style
 from bench.report.readme import published_parts
-from bench.report.scores.adapter_tables import readings
-from bench.report.scores.document import Leaderboard, Section
-from bench.report.scores.selection import TableRow
+from bench.report.scores.document import AdapterSection, Leaderboard, Section
+from bench.report.speed.figure4c import step_figure
 from bench.report.speed.goals import goal_table
-from bench.report.speed.summary import exact_rows, seconds, shown
+from bench.report.speed.summary import shown
 from bench.report.speed.tables import section
-from tasks import TASKS
 
 _RANGE = Markup('<span class="range" style="color: {}; --from: {:.1f}%; --at: {:.1f}%; --to: {:.1f}%"></span>')
 _VERDICT = Markup('<span data-verdict="{}">{}</span>')
+_PAPER_ROW = "the paper's*"  # ends the first cell of the paper's own rows in Markdown tables
 
 
 class Table(NamedTuple):
-    """For the template: rows of cells, each row with its class."""
+    """A table for the template; each row of cells has a CSS class."""
 
     head: list[str]
     rows: list[tuple[str, list[Markup]]]
     notes: str = ""
 
 
+class Entry(NamedTuple):
+    """An entry of the table of contents, with those below it."""
+
+    id: str
+    title: str
+    entries: tuple[Entry, ...] = ()
+
+
 def page(records: dict[str, list[Record]], speeds: list[SpeedRecord], claims: list[Claim]) -> str:
-    """The page of these records, by profile."""
+    """Return the page of these records, which are grouped by profile."""
     measured = shown(speeds)
-    records = {name: sorted(found, key=lambda r: r.id) for name, found in records.items()}
-    of_profiles = {name: [] for name in reversed(PROFILES) if records.get(name)}
-    for name, experiment, parts in published_parts({name: records[name] for name in of_profiles}):
-        of_profiles[name].append(_experiment(experiment, parts, measured))
+    by_profile = {name: sorted(records[name], key=lambda r: r.id) for name in reversed(PROFILES) if records.get(name)}
+    published = list(published_parts(by_profile))
+    experiments: dict[str, list[dict[str, Any]]] = {name: [] for name in by_profile}
+    for name, experiment, parts in published:
+        experiments[name].append({"id": f"{name}-{experiment.name}", **_experiment(experiment, parts, measured)})
+    embedded: Iterable[Record | SpeedRecord] = itertools.chain(*by_profile.values(), measured)
     environment = Environment(loader=PackageLoader("bench.report", "web"), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     environment.filters |= {"method": _method, "packed": _packed}
     return environment.get_template("report.html").render(
+        conclusions=conclusions(published, speeds, claims),
+        contents=_contents(published, by_profile, measured),
         claims=_claims(claims),
-        profiles=of_profiles,
-        runs={name: _runs(records[name]) for name in of_profiles},
+        profiles=experiments,
+        runs={name: _runs(found) for name, found in by_profile.items()},
         goals=_markdown(goal_table(speeds)),
-        speeds=[(_markdown(section(r)), _made((figures.steps, "Seconds of a step", r))) for r in measured],
-        records={handle(r.id): _embedded(r) for r in itertools.chain(*records.values(), measured)},
+        speeds=[_speed(record) for record in measured],
+        records={handle(record.id): _embedded(record) for record in embedded},
         datatables=Path(itables.options.dt_bundle).read_text(),
     )
 
 
+def _contents(
+    published: list[tuple[str, Experiment, list[Section]]], profiles: Iterable[str], measured: list[SpeedRecord]
+) -> list[Entry]:
+    """Return the table of contents: claims, the experiments of each profile, and the speed measurements."""
+    of_profiles = [
+        Entry(
+            profile,
+            profile,
+            tuple(
+                Entry(f"{name}-{experiment.name}", experiment.title.partition(":")[0])
+                for name, experiment, _ in published
+                if name == profile
+            ),
+        )
+        for profile in profiles
+    ]
+    of_speed = tuple(Entry(_speed_id(record), _speed_title(record)) for record in measured)
+    return [Entry("claims", "Claims"), *of_profiles, Entry("speed", "Speed", of_speed)]
+
+
 def _experiment(experiment: Experiment, parts: list[Section], speeds: list[SpeedRecord]) -> dict[str, Any]:
-    """Its parts, with the figures after the leaderboards, or before the long tables of a figure's page."""
+    """Return an experiment's sections and figures.
+
+    The figures follow the leaderboards. On the page of a figure they come before its long tables.
+    """
     tables = [number for number, part in enumerate(parts) if not isinstance(part, str)]
-    rows = parts[tables[0]].rows if tables else []
-    shown = [_leaderboard(part) if isinstance(part, Leaderboard) else _markdown(str(part)) for part in parts]
+    first = parts[tables[0]] if tables else None
+    rows = first.rows if isinstance(first, Leaderboard | AdapterSection) else []
+    rendered = [_leaderboard(part) if isinstance(part, Leaderboard) else _markdown(str(part)) for part in parts]
+    drawn = adapter_figures(experiment, rows) if experiment.figure else score_figures(experiment, rows, speeds)
     split = tables[0] if experiment.figure and tables else tables[-1] + 1 if tables else len(parts)
     return {
-        "before": shown[:split],
+        "before": rendered[:split],
         "methods": dict.fromkeys(row.method for row in rows),
-        "figures": (_inside if experiment.figure else _scores)(experiment, rows, speeds),
-        "after": shown[split:],
+        "figures": [(title, Markup(svg)) for title, svg in drawn],
+        "after": rendered[split:],
     }
 
 
+def _speed(record: SpeedRecord) -> dict[str, Any]:
+    """Return a speed measurement's table, and its figure if it is of whole models."""
+    heading, _, text = section(record).partition("\n\n")
+    body = _markdown(text)
+    figure = None if record.mode == "layer" else step_figure("Seconds of a step", record, link([record.id]))
+    return {
+        "id": _speed_id(record),
+        "heading": _markdown(heading),
+        "text": body,
+        "has_paper_rows": 'class="paper"' in body,
+        "figure": figure and Markup(figure),
+    }
+
+
+def _speed_id(record: SpeedRecord) -> str:
+    return f"speed-{handle(record.id)}"
+
+
+def _speed_title(record: SpeedRecord) -> str:
+    work = f"sweep of {record.options.sweep}" if record.mode == "layer" else record.mode
+    return f"{record.shape}, {work}, {record.provenance.device}"
+
+
 def _markdown(text: str) -> Markup:
-    parser = MarkdownIt("js-default")  # it escapes the HTML that it is given
+    """Return Markdown as HTML, with its headings two levels down and every table in a scrolling container."""
+    parser = MarkdownIt("js-default")  # it escapes HTML in its input
     tokens = parser.parse(text)
-    for token in tokens:
+    for number, token in enumerate(tokens):
         if token.type.startswith("heading"):
-            token.tag = f"h{int(token.tag[1]) + 2}"  # below the page's own
-    return Markup(parser.renderer.render(tokens, parser.options, {}))
+            token.tag = f"h{int(token.tag[1]) + 2}"
+        if token.type == "tr_open" and tokens[number + 2].content.endswith(_PAPER_ROW):
+            token.attrSet("class", "paper")
+    html = str(parser.renderer.render(tokens, parser.options, {}))
+    return Markup(html.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>"))
 
 
 def _method(name: str, title: str = "") -> Markup:
-    colour, marker = figures.style(name)
-    mark = Markup('<i style="color: {}" aria-hidden="true">{}</i> ').format(colour, figures.GLYPHS[marker])
+    colour, marker = style(name)
+    mark = Markup('<i style="color: {}" aria-hidden="true">{}</i> ').format(colour, GLYPHS[marker])
     return mark + (title or TITLES.get(name, name))
 
 
 def _embedded(record: Record | SpeedRecord) -> dict[str, Any]:
-    """A record as JSON, without the outcomes of its items."""
-    fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name not in ("items", "path")}
-    config = {"config": dataclasses.asdict(record.config)} if isinstance(record, Record) else {}
-    return {"id": record.id} | fields | config
+    """Return a record as JSON, without the outcomes of its items."""
+    return {"id": record.id} | record.model_dump(
+        mode="json", by_alias=True, exclude_unset=True, exclude={"items", "path"}
+    )
 
 
 def _packed(value: Any) -> str:
-    """JSON, gzipped, in base64: records and code repeat themselves, and both are large."""
+    """Return a value as base64 of gzipped JSON; records and code are large, and compress well."""
     return base64.b64encode(gzip.compress(json.dumps(value).encode(), mtime=0)).decode()
 
 
 def _cells(texts: Iterable[Any], to: str = "", order: dict[int, Any] | None = None) -> list[Markup]:
-    """Cells that lead to records; `order` is what some of them are sorted by. Tab stops at the first of a row only."""
+    """Return cells that link to records.
+
+    Args:
+        texts: Contents of the cells.
+        to: Address that the cells link to.
+        order: Values that cells are sorted by, where that is not their text.
+    """
     cells = []
     for number, text in enumerate(texts):
+        # The tab key stops at the first link of a row only.
         tag, rest = ("td", ' tabindex="-1"') if number else ("th", "")
-        inside = Markup('<a href="{}"{}>{}</a>').format(to, Markup(rest), text) if to and text != "" else text
+        content = Markup('<a href="{}"{}>{}</a>').format(to, Markup(rest), text) if to and text != "" else text
         by = (order or {}).get(number)
-        by = "" if by is None else Markup(' data-order="{}"').format(by)
-        cells.append(Markup("<{0}{1}>{2}</{0}>").format(tag, by, inside))
+        attribute = "" if by is None else Markup(' data-order="{}"').format(by)
+        cells.append(Markup("<{0}{1}>{2}</{0}>").format(tag, attribute, content))
     return cells
 
 
 def _leaderboard(board: Leaderboard) -> Table:
+    """Return a leaderboard with a bar for each mean's interval."""
     scored = [row.mean for row in board.rows if row.records]
     low = min((mean.value - mean.half_width for mean in scored), default=0.0)
     high = max((mean.value + mean.half_width for mean in scored), default=1.0)
     at = board.head.index("mean") + 1
     lines = []
-    for row, texts in board.lines:
-        texts, bar = [text.replace("*", "") if isinstance(text, str) else text for text in texts], ""
+    for row, cells_text in board.lines:
+        texts = [text.replace("*", "") if isinstance(text, str) else text for text in cells_text]
+        bar: str = ""
         mean = texts[at - 1].partition(" ")[0]
         if row and row.records:
             ends = [row.mean.value + sign * row.mean.half_width for sign in (-1, 0, 1)]
-            bar = _RANGE.format(figures.style(row.method)[0], *(100 * (end - low) / (high - low or 1) for end in ends))
+            bar = _RANGE.format(style(row.method)[0], *(100 * (end - low) / (high - low or 1) for end in ends))
         name = _method(row.method, row.title) if row else texts[0]
         cells = _cells([name, *texts[1:at], bar, *texts[at:]], link(r.id for r in row.sources) if row else "",
                        {0: texts[0], 2: texts[2].replace(",", ""), at - 1: mean, at: mean})  # fmt: skip
@@ -150,7 +220,7 @@ def _claims(claims: list[Claim]) -> Table:
     rows = []
     for c in claims:
         claim = Markup("{} <small>{}</small>").format(c.claim, c.source)
-        verdict = _VERDICT.format(c.verdict.partition(",")[0], c.verdict)
+        verdict = _VERDICT.format(verdict_word(c.verdict), c.verdict)
         rows.append(("", _cells([claim, c.paper, c.ours, verdict], link(c.records) if c.records else "")))
     return Table(["claim", "the paper", "ours", "verdict"], rows, _markdown(NOTES))
 
@@ -161,92 +231,7 @@ def _runs(records: list[Record]) -> Table:
         options = ", ".join(f"{name}={value}" for name, value in r.config.method_options.items())
         means = ["" if mean is None else f"{mean:.1f}" for mean in (r.mean("validation"), r.mean())]
         rate = "" if r.config.learning_rate is None else f"{r.config.learning_rate:g}"
-        texts = [rate, r.config.seed, r.config.mixture, options, r.status, *means, r.provenance["device"]]
+        texts = [rate, r.config.seed, r.config.mixture, options, r.status, *means, r.provenance.device]
         rows.append(("", _cells([_method(r.config.method), *texts], link([r.id]))))
-    head = ["method", "rate", "seed", "mixture", "options", "status", "validation", "test", "device"]
+    head = ["method", "learning rate", "seed", "mixture", "options", "status", "validation", "test", "device"]
     return Table(head, rows)
-
-
-def _made(*wanted: tuple) -> list[tuple[str, Markup]]:
-    """Titles and figures, of those that there are records for."""
-    made = [(title, draw(title, *arguments)) for draw, title, *arguments in wanted]
-    return [(title, Markup(svg)) for title, svg in made if svg]
-
-
-def _scores(experiment: Experiment, rows: list[TableRow], speeds: list[SpeedRecord]) -> list[tuple[str, Markup]]:
-    runs = [r for row in rows for r in row.sources if r.train]
-
-    def over_steps(part: str, key: str) -> list[Line]:
-        readings = [(r, [p for p in r.train[part] if p[key] is not None]) for r in runs]
-        return [Line(r.config.method, [p["step"] for p in ps], [p[key] for p in ps], r) for r, ps in readings if ps]
-
-    entropy, share = over_steps("router", "entropy"), over_steps("router", "largest_share")
-    return _made(
-        (figures.means, "Mean score against β, for each d (Figure 4b)", "β", rows, _beta, None, _d)
-        if experiment.name == "table12"
-        else (figures.means, "Mean score against trainable parameters", "trainable parameters", rows, _trainable),
-        (figures.means, "Mean score against the time of a training step", *step_seconds(rows, speeds), "s"),
-        (figures.lines, "Training loss", "step", {"loss": over_steps("curve", "loss")}, "log"),
-        (figures.lines, "Routers in training: entropy, and the busiest expert's share", "step",
-         {"entropy, nats": entropy, "largest share": share}),
-    )  # fmt: skip
-
-
-def _inside(experiment: Experiment, rows: list[TableRow], speeds: list[SpeedRecord]) -> list[tuple[str, Markup]]:
-    """What is inside trained adapters: Figures 2 and 3, and what the paper does not show."""
-    if experiment.figure == "similarity":
-        return _made((figures.alike, "How alike experts are (Figure 2)", readings(rows, "mean")))
-    runs = {row.title: [r for r in row.sources if r.inside] for row in rows if not row.entry.single_task}
-
-    def over(*path: str) -> list[Line]:
-        found = [(r, functools.reduce(operator.getitem, path, r.inside)) for of in runs.values() for r in of]
-        return [Line(r.config.method, range(len(values)), values, r) for r, values in found]
-
-    heats = []
-    for title, routing in ((title, [r.inside["routing"] for r in of]) for title, of in runs.items() if of):
-        shares = {t: np.mean([r["largest_share"][t] for r in routing], 0) for t in routing[0]["largest_share"]}
-        load = np.mean([r["load"] for r in routing], 0).T
-        heats += [(figures.heat, f"{title}: the busiest expert's share, by layer and task", "task",
-                   {TASKS[t].title: share for t, share in shares.items()}),
-                  (figures.heat, f"{title}: load of the experts, the busiest first, by layer", "expert",
-                   dict(enumerate(load, 1)))]  # fmt: skip
-    return _made(
-        (figures.lines, "Singular values of the stacked experts (Figure 3)", "number",
-         {f"of {side}": over("spectra", side, "values") for side in "AB"}),
-        (figures.lines, "How far the down side moved, and what an expert says of the task, by layer", "layer",
-         {"relative movement": over("movement", "relative"),
-          "information, nats": over("routing", "task_information")}),
-        *heats,
-    )  # fmt: skip
-
-
-def _beta(row: TableRow) -> float | None:
-    return None if row.method == BASE else malora.make_config(row.method, **row.entry.options).beta
-
-
-def _d(row: TableRow) -> str:
-    return f"d={malora.make_config(row.method, **row.entry.options).d}"
-
-
-def _trainable(row: TableRow) -> int | None:
-    return row.records[0].parameters and row.records[0].parameters["trainable"]
-
-
-def step_seconds(
-    found: list[TableRow], speeds: list[SpeedRecord]
-) -> tuple[str, list[TableRow], Callable[[TableRow], float | None]]:
-    """Seconds of a training step, of the fastest way to compute an adapter, known by its method and size.
-
-    They are of the one measurement that has most of the rows. The runs' own seconds are no speed: runs share a machine.
-    """
-
-    def step(row: TableRow, record: SpeedRecord) -> float | None:
-        adapter = row.method, _trainable(row)
-        rows = exact_rows(record)
-        same = [s for s in rows if ((s["method"] or BASE).removeprefix("peft-"), s["trainable"]) == adapter]
-        return min(filter(None, map(seconds, same)), default=None)
-
-    scored = [row for row in found if row.records]
-    trained = [record for record in speeds if record.mode == "train"]
-    best = max(trained, key=lambda record: sum(step(row, record) is not None for row in scored), default=None)
-    return f"a step on {best.provenance['device'] if best else ''}", scored if best else [], lambda row: step(row, best)

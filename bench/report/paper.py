@@ -1,10 +1,15 @@
-"""The paper's own figures, of `paper.json`."""
+"""The paper's own figures, from `paper.json`."""
+
+from __future__ import annotations
 
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 
 @cache
-def paper() -> dict:
-    return json.loads((Path(__file__).parent / "paper.json").read_text())
+def paper() -> dict[str, Any]:
+    """Return the contents of `paper.json`: tables by name, and their sources."""
+    content: dict[str, Any] = json.loads((Path(__file__).parent / "paper.json").read_text(encoding="utf-8"))
+    return content

@@ -1,53 +1,93 @@
-"""The generated pages of `results/` and the generated parts of the README."""
+"""The generated pages of `results/` and the generated blocks of the README."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
+from bench.errors import UserError
 from bench.experiments.registry import EXPERIMENTS, Experiment
 from bench.records.schema import Record, SpeedRecord
-from bench.report.claims import claims, claims_table
+from bench.report.claim_pages import claim_files, front_page_claims
+from bench.report.claims import Claim
 from bench.report.scores.document import Section, render_page
 from bench.report.scores.experiment_page import experiment_parts
-from bench.report.scores.leaderboard import leaderboard
-from bench.report.scores.selection import (
-    select_comparable,
-    tuned_rates,
-)
+from bench.report.scores.leaderboard import short_leaderboard
+from bench.report.scores.selection import Selection, records_frame, runs_of, select
+from bench.report.speed.goals import front_page_goals
+
+MARKER = re.compile(r"<!-- ([\w ]+) -->")
+END = "end"
 
 
-def published_pages(records: dict[str, list[Record]]) -> dict[str, str]:
-    """The generated files of `results/`, by path in it, from the published records of each profile."""
-    return {f"{profile}/{e.name}.md": render_page(parts) for profile, e, parts in published_parts(records)}
+def published_pages(records: Mapping[str, Sequence[Record]], claims: Sequence[Claim]) -> dict[str, str]:
+    """Return the generated pages by their path in `results/`, from the published records of each profile."""
+    pages = {f"{profile}/{e.name}.md": render_page(parts) for profile, e, parts in published_parts(records)}
+    return pages | claim_files(claims)
 
 
-def published_parts(records: dict[str, list[Record]]) -> Iterator[tuple[str, Experiment, list[Section]]]:
-    """The same by profile and experiment, in parts."""
+def published_parts(
+    records: Mapping[str, Sequence[Record]],
+) -> Iterator[tuple[str, Experiment, list[Section]]]:
+    """Yield the profile, the experiment and the sections of every page of scores."""
     for profile, mine in records.items():
+        frame = records_frame(mine)
         for experiment in EXPERIMENTS.values():
-            tuned, rates_from = tuned_rates(experiment, mine)
-            found = [r for r in select_comparable(mine, experiment)[0] if r.inside or not experiment.figure]
-            # Tables share runs, so one row may be there because another table has it: that is no table yet.
-            there = [e for e in experiment.entries if any(experiment.has(e, r.config) for r in found)]
-            if experiment.both_rates or len(there) > 1:
-                yield profile, experiment, experiment_parts(experiment, mine, profile, tuned, rates_from=rates_from)
+            selection = select(experiment, profile, frame)
+            if _is_table(selection):
+                yield profile, experiment, experiment_parts(selection)
 
 
-def fill_readme(readme: str, records: dict[str, list[Record]], speeds: list[SpeedRecord] = ()) -> str:
-    """The README with each part between `<!-- NAME PROFILE -->` or `<!-- claims -->` and `<!-- end -->` made anew."""
+def _is_table(selection: Selection) -> bool:
+    """Return whether an experiment has enough rows for a page.
 
-    def table(match: re.Match) -> str:
-        experiment, profile = EXPERIMENTS[match["experiment"]], match["profile"]
-        mine, _ = select_comparable(records.get(profile, []), experiment)
-        tuned, _ = tuned_rates(experiment, mine)
-        text = leaderboard(experiment, mine, tuned, mark_partial_sweeps=True) if mine else "No run is published yet."
-        return f"{match['start']}\n\n{text}\n\n<!-- end -->"
+    Experiments share runs, so a single row may be there because another experiment has it.
+    """
+    experiment, frame = selection.experiment, selection.frame
+    if experiment.both_rates:
+        return True
+    if experiment.figure:
+        frame = frame[[record.inside is not None for record in frame["record"]]] if len(frame) else frame
+    return sum(len(runs_of(frame, experiment, entry)) > 0 for entry in experiment.entries) > 1
 
-    if "<!-- claims -->" in readme:
-        before, _, rest = readme.partition("<!-- claims -->")
-        table_of_claims = claims_table(claims(records, speeds))
-        readme = f"{before}<!-- claims -->\n\n{table_of_claims}\n\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
-    return re.sub(
-        r"(?P<start><!-- (?P<experiment>\w+) (?P<profile>\w+) -->).*?<!-- end -->", table, readme, flags=re.DOTALL
-    )
+
+def fill_readme(
+    readme: str, records: Mapping[str, Sequence[Record]], speeds: Sequence[SpeedRecord], claims: Sequence[Claim]
+) -> str:
+    """Return the README with a new text in each block between a marker and `<!-- end -->`.
+
+    The markers are `<!-- claims -->`, `<!-- speed -->` and `<!-- EXPERIMENT PROFILE -->`. Other comments stay.
+
+    Raises:
+        UserError: a marker has no end.
+    """
+    filled, position = [], 0
+    while start := MARKER.search(readme, position):
+        filled.append(readme[position : start.end()])
+        position = start.end()
+        text = _block(start[1], records, speeds, claims)
+        if text is None:
+            continue
+        end = MARKER.search(readme, position)
+        if end is None or end[1] != END:
+            raise UserError(f"the README's {start[0]} has no <!-- {END} --> after it; add one.")
+        filled.append(f"\n\n{text}\n\n{end[0]}")
+        position = end.end()
+    return "".join([*filled, readme[position:]])
+
+
+def _block(
+    name: str, records: Mapping[str, Sequence[Record]], speeds: Sequence[SpeedRecord], claims: Sequence[Claim]
+) -> str | None:
+    """Return the text of a block, or None if its name is not one of a block."""
+    if name == "claims":
+        return front_page_claims(claims)
+    if name == "speed":
+        return front_page_goals(list(speeds))
+    experiment, _, profile = name.partition(" ")
+    if experiment not in EXPERIMENTS:
+        return None
+    frame = records_frame(records.get(profile, []))
+    if frame.empty:
+        return "No run is published yet."
+    return short_leaderboard(select(EXPERIMENTS[experiment], profile, frame), f"results/{profile}/{experiment}.md")

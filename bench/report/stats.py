@@ -1,52 +1,60 @@
-"""Which differences are real.
+"""Intervals of means and tests of differences between methods.
 
-Two things vary: the training run, seen by its seed, and the items that the test happens to have. A mean's interval is
-over seeds, which share the items. A difference between two methods is paired, because both train on the same data order
-for a seed and answer the same items; its variance is that of the seeds plus that of the items, and it is held against
-Student's t with as many degrees of freedom as that sum has (Welch and Satterthwaite): near S - 1 where the runs vary
-most, so that three seeds that agree in sign prove little, and many where the items do. (A bootstrap of three seeds is
-too sure: in a simulation it called up to a third of equal methods different.) With fewer than two seeds in common how
-much runs vary is taken from methods of the same table that have several, if there are any: as if all varied alike, so
-that a method that varies more than they do passes for surer than it is. Otherwise the test knows of the items only, and
-is a statement about these two runs, not about their methods.
+Two things vary: the training run, with its seed, and the sample of test items. A mean's interval is over seeds, which
+share the items. A difference between two methods is paired, because for one seed both train on the same data in the
+same order, and both answer the same items. Its variance is that between seeds plus that of the items.
+
+Degrees of freedom follow Welch and Satterthwaite. They are close to S - 1 when seeds dominate the variance, and large
+when test items do. A bootstrap over three seeds is too optimistic: in simulation it called up to a third of equal
+methods different.
+
+With fewer than two seeds in common, the variance between seeds is taken from the methods of the same table that have
+several. This assumes that all methods vary alike; a method that varies more looks more certain than it is. Without such
+methods the test covers the items only, and its result is about these two runs, not about their methods.
+
+Symbols: S seeds. Values are in percent or in points, outcomes from 0 to 1.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import norm
 from scipy.stats import t as student
 
-Outcomes = dict[str, list[float]]  # task -> 1 right, 0 wrong, or what is between, in the test's order
+Outcomes = Mapping[str, Sequence[float]]  # by task, in the test's order: 1 right, 0 wrong, or in between
 
 LEVEL = 0.95
 POWER = 0.8
-UNLIKE = "a paired test needs the same seeds and the same items on both sides."
+UNPAIRED = "a paired test needs the same seeds and the same items on both sides."
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over seeds in percent, and half its 95% interval; `over` says what the interval knows of."""
+    """A mean over seeds in percent, and half of its 95% interval.
+
+    Attributes:
+        over: The source of the interval: "seeds", or "items" with a single seed.
+    """
 
     value: float
     half_width: float
-    over: str  # "seeds", or "items" where there is one seed
+    over: str
     seeds: int
 
     def __str__(self) -> str:
         return f"{self.value:.1f} ± {self.half_width:.1f}"
 
     def interval_of_another(self, seeds: int) -> float:
-        """Half the interval in which another mean, over so many seeds, falls in 95% of cases if nothing has changed."""
+        """Return half of the interval in which another mean over this many seeds falls in 95% of cases."""
         return self.half_width * math.sqrt(1 + self.seeds / seeds)
 
 
 def mean_over_seeds(outcomes: Sequence[Outcomes]) -> Mean:
-    """Mean over tasks and seeds of the accuracy: Student's t over seeds; with one seed, the items' standard error."""
+    """Return the mean over tasks and seeds: Student's t over seeds, or the items' standard error with one seed."""
     means = [100 * _mean(run) for run in outcomes]
     value, seeds = float(np.mean(means)), len(means)
     if seeds > 1:
@@ -56,21 +64,25 @@ def mean_over_seeds(outcomes: Sequence[Outcomes]) -> Mean:
 
 
 def half_width(values: Sequence[float]) -> float:
-    """Half the 95% interval of the mean of some runs' values, by Student's t; there must be two."""
+    """Return half of the 95% interval of the mean of two or more runs' values, by Student's t."""
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return error * float(student.ppf((1 + LEVEL) / 2, len(values) - 1))
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How a run's mean over tasks, as a share, varies with its seed; `freedom` is what the variance is known with."""
+    """Variance between seeds of a run's mean over tasks, as a share, and its degrees of freedom."""
 
     variance: float
     freedom: int
 
 
 def spread_over_seeds(methods: Iterable[Sequence[Outcomes]]) -> Spread | None:
-    """Pooled over the methods with several seeds, as if all varied alike; None without one."""
+    """Return the variance between seeds, pooled over the methods with several; None without one.
+
+    Args:
+        methods: Outcomes by method and seed.
+    """
     several = [[_mean(run) for run in runs] for runs in methods if len(runs) > 1]
     if not several:
         return None
@@ -80,11 +92,14 @@ def spread_over_seeds(methods: Iterable[Sequence[Outcomes]]) -> Spread | None:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two methods' means over tasks, second less first, in points, with its 95% interval; p is two-sided.
+    """The difference of two methods' means over tasks, second less first, in points.
 
     Attributes:
-        items_only: whether nothing is known of how runs vary.
-        error: standard error of the value, in points, and the degrees of freedom that it is known with.
+        low, high: Ends of the 95% interval.
+        p: Two-sided.
+        items_only: Whether the variance between seeds is unknown.
+        error: Standard error of the value, in points.
+        freedom: Degrees of freedom of the error.
         effect: Cohen's h of the two means, 2 asin √b - 2 asin √a: 0.2 is small, 0.5 medium, 0.8 large.
     """
 
@@ -99,17 +114,17 @@ class Difference:
 
     @property
     def smallest(self) -> float:
-        """The smallest difference, in points, that a test at 5%, two-sided, shows in 80% of such experiments.
+        """The smallest difference, in points, that a two-sided test at 5% shows in 80% of such experiments.
 
         The minimum detectable effect (t(0.975, ν) + t(0.8, ν)) · standard error (Bloom 1995).
         """
         return self.error * float(student.ppf((1 + LEVEL) / 2, self.freedom) + student.ppf(POWER, self.freedom))
 
     def p_against(self, bound: float) -> float:
-        """Two-sided p of the difference being `bound` points.
+        """Return the two-sided p of the difference being `bound` points.
 
-        "No worse than by m" is shown where the value is above -m and this is small for -m, and refuted where it is
-        below: a test of non-inferiority, which a claim that something does not happen needs.
+        With a negative bound this is a test of non-inferiority: "no worse by more than m" is shown if the value is
+        above -m and this p is small for -m, and refuted if it is below.
         """
         if not self.error:
             return float(self.value == bound)
@@ -117,13 +132,17 @@ class Difference:
 
 
 def compare(first: Sequence[Outcomes], second: Sequence[Outcomes]) -> Difference:
-    """The paired difference of two methods, given the outcomes of each for the same seeds in the same order.
+    """Return the paired difference of two methods.
+
+    Args:
+        first: Outcomes by seed.
+        second: Outcomes for the same seeds in the same order.
 
     Raises:
         ValueError: the two did not answer the same items for the same number of seeds.
     """
     if len(first) != len(second):
-        raise ValueError(UNLIKE)
+        raise ValueError(UNPAIRED)
     by_seed = [_mean(b) - _mean(a) for a, b in zip(first, second, strict=True)]
     seeds = len(by_seed)
     of_seeds = float(np.var(by_seed, ddof=1)) / seeds if seeds > 1 else 0.0
@@ -131,9 +150,14 @@ def compare(first: Sequence[Outcomes], second: Sequence[Outcomes]) -> Difference
 
 
 def compare_apart(first: Sequence[Outcomes], second: Sequence[Outcomes], spread: Spread) -> Difference:
-    """The difference of two methods that have less than two seeds in common, whose runs vary by so much.
+    """Return the difference of two methods with fewer than two seeds in common.
 
-    Paired over the items; as for the runs, as if none had anything in common.
+    It is paired over the items, and treats the runs as independent.
+
+    Args:
+        first: Outcomes by seed.
+        second: Outcomes by seed.
+        spread: Variance between seeds.
 
     Raises:
         ValueError: they did not answer the same items.
@@ -145,9 +169,9 @@ def compare_apart(first: Sequence[Outcomes], second: Sequence[Outcomes], spread:
 def _difference(
     first: Sequence[Outcomes], second: Sequence[Outcomes], of_seeds: float, seed_freedom: int, items_only: bool
 ) -> Difference:
-    """`of_seeds` is the runs' share of the variance, of differences as shares; that of the items is added."""
+    """Return the difference, given the variance that comes from the seeds; that of the items is added."""
     if any(_shape(run) != _shape(first[0]) for run in (*first, *second)):
-        raise ValueError(UNLIKE)
+        raise ValueError(UNPAIRED)
     by_task = [
         np.mean([run[task] for run in second], 0) - np.mean([run[task] for run in first], 0) for task in first[0]
     ]  # each [items]
@@ -165,12 +189,12 @@ def _difference(
 
 
 def _mean(run: Outcomes) -> float:
-    """Over tasks, each the mean of its items."""
+    """Return the mean over tasks of the means of their items."""
     return float(np.mean([np.mean(rights) for rights in run.values()]))
 
 
 def _item_variance(tasks: Sequence[Sequence[float]]) -> float:
-    """Variance of the mean over tasks of the means of their items, the items being a sample."""
+    """Return the variance of `_mean` that comes from the sample of items."""
     variances = [np.var(values, ddof=1) / len(values) if len(values) > 1 else 0.0 for values in tasks]
     return float(sum(variances)) / len(variances) ** 2
 
@@ -180,7 +204,7 @@ def _shape(outcomes: Outcomes) -> dict[str, int]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's correction of several tests: adjusted p-values, in the order given."""
+    """Return p-values with Holm's correction for several tests, in the order given."""
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(order):

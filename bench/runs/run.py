@@ -22,7 +22,7 @@ from bench.models.adapters import add_adapter, count_parameters
 from bench.models.base import load, prepare, targets
 from bench.records import provenance
 from bench.records import store as records
-from bench.records.schema import Record, RunConfig
+from bench.records.schema import DataSection, InsideSection, Parameters, Record, RunConfig, TaskScore, TrainSection
 from bench.runs.setting import RunSettings, blend_seed, load_data, processes
 from bench.train.batching import Encoded, encode, label_tokens
 from bench.train.checkpoint import TrainLog
@@ -54,7 +54,7 @@ def run(config: RunConfig, setting: RunSettings, jobs: int = 1) -> Record:
         return found
     require_scoring(MIXTURES[config.mixture].tasks, setting.unsafe_code)
     checkpoint = setting.results / "checkpoints" / f"{config.id}.pt"
-    record = Record(config, status="ok", provenance=provenance.provenance(setting.device, jobs))
+    record = Record(config=config, status="ok", provenance=provenance.provenance(setting.device, jobs))
     try:
         _train_and_score(record, setting, checkpoint)
     except DivergedError as error:
@@ -90,14 +90,14 @@ def _train_and_score(record: Record, setting: RunSettings, checkpoint: Path) -> 
     base, tokenizer = load(prepare(setting.model), setting.device)
     model: PreTrainedModel | PeftModel = base
     fresh = None
-    record.data = {"sha256": data.sha256, "dropped": data.dropped, "dropped_validation": data.dropped_validation}
+    record.data = DataSection(sha256=data.sha256, dropped=data.dropped, dropped_validation=data.dropped_validation)
     if config.method != BASE:
         options = {"target_modules": targets(prepare(setting.model)), **config.method_options}
         model = add_adapter(base, config.method, options, config.seed)
         fresh = extract_experts(model) if malora.has_router(model) else None
-        record.parameters = count_parameters(model)
+        record.parameters = Parameters(**count_parameters(model))
         encoded = _encoded(setting, config, tokenizer)
-        record.data["train"] = label_tokens(data.train, encoded)
+        record.data = record.data.replace(train=label_tokens(data.train, encoded))
         torch.manual_seed(config.seed)
         log = train(
             model,
@@ -116,14 +116,16 @@ def _train_and_score(record: Record, setting: RunSettings, checkpoint: Path) -> 
         torch.cuda.empty_cache()  # memory of training's CUDA graphs: other runs may share the GPU
     if fresh:
         prompts = {task: [e.prompt for e in items] for task, items in _limited(data.validation, config).items()}
-        record.inside = _rounded(analyze_adapter(model, tokenizer, fresh, prompts, setting.peers))
+        record.inside = InsideSection(**_rounded(analyze_adapter(model, tokenizer, fresh, prompts, setting.peers)))
     start = time.perf_counter()
     score_with = score_options(setting)
     if config.method != BASE:
-        record.validation, _ = score(model, tokenizer, _limited(data.validation, config), **score_with)
-    record.test, record.items = score(model, tokenizer, _limited(data.test, config), **score_with)
+        validation, _ = score(model, tokenizer, _limited(data.validation, config), **score_with)
+        record.validation = {task: TaskScore(**one) for task, one in validation.items()}
+    test, record.items = score(model, tokenizer, _limited(data.test, config), **score_with)
+    record.test = {task: TaskScore(**one) for task, one in test.items()}
     if record.train:
-        record.train["seconds"]["evaluation"] = time.perf_counter() - start
+        record.train.seconds["evaluation"] = time.perf_counter() - start
 
 
 def score_options(setting: RunSettings) -> dict[str, Any]:
@@ -137,9 +139,9 @@ def score_options(setting: RunSettings) -> dict[str, Any]:
     }
 
 
-def _train_section(log: TrainLog) -> dict[str, Any]:
+def _train_section(log: TrainLog) -> TrainSection:
     """Return the section `train` of a record."""
-    return vars(log) | {"curve": _rounded(log.curve), "router": _rounded(log.router)}
+    return TrainSection(**vars(log) | {"curve": _rounded(log.curve), "router": _rounded(log.router)})
 
 
 def _rounded(value: Any) -> Any:

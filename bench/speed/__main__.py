@@ -1,4 +1,4 @@
-"""Run the profiler: `python -m bench.speed`."""
+"""Run the speed benchmark: `python -m bench.speed`."""
 
 import sys
 

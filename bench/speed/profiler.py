@@ -1,4 +1,7 @@
-"""Clocks, counters and peak rates of a device."""
+"""Measure a device: seconds of steps, kernel launches and host synchronisations, and peak rates.
+
+On a GPU time is measured with CUDA events. They are read after all samples, so that timing adds no synchronisation.
+"""
 
 from __future__ import annotations
 
@@ -8,39 +11,56 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # type: ignore[attr-defined]  # torch's stubs leave it out
 from transformers import PreTrainedModel
 
 from bench.runtime.timer import PhaseTimer
-from bench.speed.steps import PhaseCallback, Workload
+from bench.speed.steps import PhaseCallback, Workload, ignore_phase
 
 
 def time_steps(step: Callable[[PhaseCallback], Any], samples: int, device: torch.device) -> list[dict[str, float]]:
-    """Seconds by part, and of the whole as "step", of steps that follow each other without a wait."""
-    watches = [PhaseTimer(device) for _ in range(samples)]
-    for watch in watches:
-        watch.start()
-        step(watch.end_phase)
+    """Time consecutive steps without waiting for the device in between.
+
+    Returns:
+        Seconds by phase per step, and their sum as "step".
+    """
+    timers = [PhaseTimer(device) for _ in range(samples)]
+    for timer in timers:
+        timer.start()
+        step(timer.end_phase)
     found: list[dict[str, float]] = []
-    for watch in watches:
+    for timer in timers:
         seconds: dict[str, float] = {}
-        watch.add_to(seconds)
+        timer.add_to(seconds)
         found.append(seconds | {"step": sum(seconds.values())})
     return found
 
 
-_WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cuStreamSynchronize",
-          "cuCtxSynchronize", "cuEventSynchronize")  # fmt: skip
+def wall_seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds of a call, including the device's work that it launched."""
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+# A copy of pageable memory to the host synchronises the stream, so it counts too: as a stream synchronisation.
+_SYNCHRONISATIONS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy",
+                     "cuStreamSynchronize", "cuCtxSynchronize", "cuEventSynchronize")  # fmt: skip
 _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaLaunchCooperativeKernel")
 _RANGE = "bench.speed: one step"
-LONGEST_KERNELS, KERNEL_NAME = 16, 100  # how many are named in a record, and how much of a name says what it is
+MAX_KERNELS = 16  # listed in a record
+MAX_KERNEL_NAME = 100  # characters; template arguments follow, which do not help to tell kernels apart
 
 
-def count(step: Callable[[PhaseCallback], Any], device: torch.device) -> dict[str, Any]:
-    """Kernels that ran in a step, launches by the host (a graph is one), and times that the host waited.
+def profile_step(step: Callable[[PhaseCallback], Any], device: torch.device) -> dict[str, Any]:
+    """Count what one step does, with torch.profiler.
 
-    "where" has the kernels that took longest, as [name, calls, seconds]. All are None on a CPU. A copy to the host of
-    pageable memory is a wait too: the runtime synchronises the stream for it.
+    Returns:
+        "kernels": kernels that ran on the device. "launches": launches by the host; a graph is one. "synchronisations":
+        times that the host waited for the device. "where": the kernels that took longest, as [name, calls, seconds].
+        All are None on a CPU.
     """
     if device.type != "cuda":
         return dict.fromkeys(("kernels", "launches", "synchronisations", "where"))
@@ -48,65 +68,59 @@ def count(step: Callable[[PhaseCallback], Any], device: torch.device) -> dict[st
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profile:
         with torch.profiler.record_function(_RANGE):
-            step(lambda part: None)
-        torch.cuda.synchronize()  # outside the range: the profiler's own wait is not the step's
+            step(ignore_phase)
+        torch.cuda.synchronize()  # outside the range, because it is not part of the step
     events = profile.profiler.kineto_results.events()
     span = next(e for e in events if e.name() == _RANGE and e.device_type() == DeviceType.CPU)
     start, end = span.start_ns(), span.start_ns() + span.duration_ns()
     on_host = [e.name() for e in events if e.device_type() == DeviceType.CPU and start <= e.start_ns() <= end]
-    on_device: dict[str, list[int]] = {}
+    on_device: dict[str, list[int]] = {}  # nanoseconds of each call, by kernel
     for event in events:
-        if event.device_type() == DeviceType.CUDA and event.name() != _RANGE:  # the range is shown on the device too
+        if event.device_type() == DeviceType.CUDA and event.name() != _RANGE:  # the device shows the range as well
             on_device.setdefault(event.name(), []).append(event.duration_ns())
-    longest = sorted(on_device.items(), key=lambda item: -sum(item[1]))[:LONGEST_KERNELS]
+    longest = sorted(on_device.items(), key=lambda item: -sum(item[1]))[:MAX_KERNELS]
     return {
         "kernels": sum(len(d) for name, d in on_device.items() if not name.startswith(("Memcpy", "Memset"))),
         "launches": sum(name.startswith(_LAUNCHES) for name in on_host),
-        "synchronisations": sum(name in _WAITS for name in on_host),
-        "where": [[name[:KERNEL_NAME], len(d), sum(d) / 1e9] for name, d in longest],
+        "synchronisations": sum(name in _SYNCHRONISATIONS for name in on_host),
+        "where": [[name[:MAX_KERNEL_NAME], len(d), sum(d) / 1e9] for name, d in longest],
     }
 
 
 def backbone_flops(base: PreTrainedModel, work: Workload) -> int | None:
-    """Matrix operations of the frozen backbone in a step; None for decode, which is bound by memory.
+    """Return the matmul operations of the frozen backbone per step; None for decode, which is bound by memory.
 
-    A token costs 2 operations a weight of the linear maps, and 2·S·h a layer for causal attention over S tokens of
-    width h. A backward pass down to the activations costs the first once more and the second twice. What an adapter
-    adds is not counted: a row's share of the device's rate says how near it is to the work that cannot be left out.
+    Forward, per token: 2 operations per weight of the linear layers, and 2·S·h per layer for causal attention over S
+    tokens of width h. The backward pass to the activations costs the linear layers once more and attention twice more.
+    The adapter is not counted, so a variant's share of the peak rate compares it with the work that no variant avoids.
     """
     if work.mode == "decode":
         return None
     linear = 2 * sum(m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear))
-    attention = 2 * work.length * base.config.hidden_size * base.config.num_hidden_layers
+    attention = 2 * work.length * int(base.config.hidden_size) * int(base.config.num_hidden_layers)
     return work.tokens * (2 * linear + 3 * attention if work.mode == "train" else linear + attention)
 
 
-def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What the device can do at best: a large square product, and a large copy, counting what is read and written."""
+def peak_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Measure the device's best rates.
+
+    Returns:
+        "matrix_flops_per_second" of a large square matmul, and "copy_bytes_per_second" of a large copy, which counts
+        bytes read and bytes written.
+    """
     on_gpu = device.type == "cuda"
     size, copied = (8192, 2**30) if on_gpu else (1024, 2**26)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     source = torch.ones(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return {
-        "matrix_flops_per_second": 2 * size**3 / _best(lambda: torch.mm(a, b), device),
-        "copy_bytes_per_second": 2 * copied / _best(lambda: target.copy_(source), device),
+        "matrix_flops_per_second": 2 * size**3 / _fastest_seconds(lambda: torch.mm(a, b), device),
+        "copy_bytes_per_second": 2 * copied / _fastest_seconds(lambda: target.copy_(source), device),
     }
 
 
-def warm_device(device: torch.device, seconds: float) -> None:
-    """Has a GPU make products for so long; nothing elsewhere."""
-    if device.type == "cuda":
-        a, b = (torch.randn(4096, 4096, device=device, dtype=torch.bfloat16) for _ in range(2))
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            for _ in range(100):  # some 20 ms
-                torch.mm(a, b)
-            torch.cuda.synchronize()
-
-
-def _best(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of a call, the fastest of twenty: a ceiling is what was reached once."""
+def _fastest_seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds of the fastest of twenty calls: a peak rate has to be reached only once."""
     for _ in range(3):
         run()
 
@@ -117,10 +131,12 @@ def _best(run: Callable[[], Any], device: torch.device) -> float:
     return min(sample["step"] for sample in time_steps(step, 20, device))
 
 
-def wall_seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds until the call and what it launched were done."""
-    start = time.perf_counter()
-    run()
+def warm_device(device: torch.device, seconds: float) -> None:
+    """Keep a GPU busy with large matmuls for some seconds. On a CPU do nothing."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+        a, b = (torch.randn(4096, 4096, device=device, dtype=torch.bfloat16) for _ in range(2))
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            for _ in range(100):  # about 20 ms
+                torch.mm(a, b)
+            torch.cuda.synchronize()

@@ -1,5 +1,8 @@
-"""Rows that are measured in turns: every round times each of them, so that drift of the device hits all alike. Every
-second round goes from the last row to the first, and a GPU is brought to the same heat before each turn.
+"""Benchmark all variants in interleaved rounds.
+
+Each round times every variant once. Every second round goes in reverse order, so that drift of the device affects all
+variants equally. Before each measurement a GPU is warmed up with large matmuls. A GPU at its power limit lowers its
+clock as it gets hotter: without the warm-up one variant took 0.86 s per step after a pause, and 0.89 s later.
 """
 
 from __future__ import annotations
@@ -8,8 +11,8 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -17,28 +20,40 @@ from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedModel
 
 from bench.errors import UserError
-from bench.speed.profiler import count, time_steps, wall_seconds, warm_device
+from bench.speed.profiler import profile_step, time_steps, wall_seconds, warm_device
 from bench.speed.sensors import Sensors
-from bench.speed.steps import STEPS, PhaseCallback, Workload
+from bench.speed.steps import STEPS, PhaseCallback, Workload, ignore_phase
 from bench.speed.subject import Subject
 from bench.speed.variants import Variant
 
-SLOW_SECONDS = 10.0  # a step; such a row is warm from its first pass, and gets two samples
-# A row's share of a round: products that heat a GPU, steps that are not timed, and steps that are. A board at the limit
-# of its power lowers its clock, and more so the hotter it is; after a pause a row took 0.86 s for a step, later 0.89.
+# A step above this is slow. A slow row needs no warm-up steps, and is timed in two rounds only.
+SLOW_SECONDS = 10.0
+# A row's time per round: matmuls that heat the GPU, steps that are not timed, and steps that are timed.
 HEAT_SECONDS, WARM_SECONDS, ROUND_SECONDS = 2.0, 1.0, 3.0
-MOST_STEPS = 10  # of either kind, a round
+MAX_STEPS = 10  # per row and round, timed and untimed each: more would add samples but no information
+MAX_REASON = 300  # characters of an error message in a record
 
 Step = Callable[[PhaseCallback], Any]
+Result = dict[str, Any]  # a row of a record, while it is measured
 
 
 class BenchmarkRow(Protocol):
-    """A row that can be entered as often as there are rounds. What it compiled it keeps, its memory it gives back."""
+    """A row that is measured once per round.
 
-    about: dict[str, Any]  # what the record says of it
+    Between two sessions a row keeps what it has compiled and gives its device memory back.
+
+    Attributes:
+        about: What the record says of the row.
+        work: The work of a step.
+        batch: Sequences per pass. It is halved when training does not fit into memory.
+    """
+
+    about: dict[str, Any]
+    work: Workload
     batch: int
 
-    def session(self) -> Any: ...
+    def session(self) -> AbstractContextManager[Step]:
+        """Make the row ready on the device inside `with`, and return its step."""
 
 
 class ModelRow:
@@ -51,6 +66,7 @@ class ModelRow:
 
     @contextmanager
     def session(self) -> Iterator[Step]:
+        """Build the model the first time, load it, and park it at the end."""
         if self.subject is None:
             self.subject = Subject(self.variant, self.base, self.work.mode, self.work.dropout)
             self.about |= {"trainable": self.subject.trainable, "autocast": self.subject.autocast}
@@ -62,37 +78,38 @@ class ModelRow:
 
 
 def measure(
-    rows: list[BenchmarkRow], rounds: int, device: torch.device, seconds: float = math.inf
-) -> tuple[list[dict[str, Any]], int]:
-    """Warms every row up, then times all of them in `rounds` rounds. A row that cannot run says why; the others go on.
+    rows: Sequence[BenchmarkRow], rounds: int, device: torch.device, seconds: float = math.inf
+) -> tuple[list[Result], int]:
+    """Warm up every row, then time all of them in rounds.
 
-    After the first round none is begun that would end later than `seconds` from now, going by the round before.
+    A row that cannot run gets a reason, and the others go on. After the first round, no round is started that would end
+    later than `seconds` from now if it took as long as the one before.
 
     Returns:
-        How many rounds there were, behind a dict a row: what it is, status (ok, oom, failed, unavailable), samples of
-        seconds by part, medians of the sensors by round, peak memory in bytes over the timed rounds, and what `count`
-        counted.
+        One dict per row, and the number of rounds. A dict has `BenchmarkRow.about`, "status" (ok, oom, failed or
+        unavailable), samples of seconds by phase, medians of the sensors by round, peak memory in bytes over the timed
+        rounds, and the counts of `profile_step`.
     """
     start = time.perf_counter()
-    found = [_first_pass(row, device) for row in rows]
-    done, began = 0, time.perf_counter()
+    results = [_first_pass(row, device) for row in rows]
+    done, round_start = 0, time.perf_counter()
     for number in range(rounds):
         now = time.perf_counter()
-        if done and now + (now - began) > start + seconds:
+        if done and now + (now - round_start) > start + seconds:
             break
-        done, began = number + 1, now
+        done, round_start = number + 1, now
         print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
-        turn = [*zip(rows, found, strict=True)]
-        for row, result in reversed(turn) if number % 2 else turn:
+        pairs = [*zip(rows, results, strict=True)]
+        for row, result in reversed(pairs) if number % 2 else pairs:
             slow = result["status"] == "ok" and result["warm_seconds"] > SLOW_SECONDS
             if result["status"] == "ok" and not (slow and number >= 2):
                 _guarded(result, device, _round, row, result, rounds, device)
-    return found, done
+    return results, done
 
 
-def _first_pass(row: BenchmarkRow, device: torch.device) -> dict[str, Any]:
-    """Builds, compiles and counts. Training that does not fit is tried with half the micro-batch, until one fits."""
-    result: dict[str, Any] = {"status": "ok", "reason": None, "seconds": {}, "sensors": {}, "peak_bytes": None}
+def _first_pass(row: BenchmarkRow, device: torch.device) -> Result:
+    """Build, compile and profile a row. Halve the micro-batch until training fits into memory."""
+    result: Result = {"status": "ok", "reason": None, "seconds": {}, "sensors": {}, "peak_bytes": None}
     while True:
         _guarded(result, device, _warm_up, row, result, device)
         if result["status"] != "oom" or row.batch == 1 or row.work.mode != "train":
@@ -105,34 +122,37 @@ def _first_pass(row: BenchmarkRow, device: torch.device) -> dict[str, Any]:
     return result
 
 
-def _warm_up(row: BenchmarkRow, result: dict[str, Any], device: torch.device) -> None:
+def _warm_up(row: BenchmarkRow, result: Result, device: torch.device) -> None:
+    """Run a row until it is warm, and record how long a warm step takes."""
+
     def first() -> None:
         with row.session() as step:
-            result["first_seconds"] = result["warm_seconds"] = wall_seconds(lambda: step(_ignore), device)
+            result["first_seconds"] = result["warm_seconds"] = wall_seconds(lambda: step(ignore_phase), device)
             if result["first_seconds"] <= SLOW_SECONDS or row.about.get("run") != "eager":  # others compile or capture
-                result["warm_seconds"] = wall_seconds(lambda: step(_ignore), device)
-            counted = wall_seconds(lambda: result.update(count(step, device)), device)
-            if device.type == "cuda":  # elsewhere counting makes no pass
-                # Triton may have compiled kernels in a first pass of many seconds, which is no sign of a slow row.
-                result["warm_seconds"] = min(result["warm_seconds"], counted)
+                result["warm_seconds"] = wall_seconds(lambda: step(ignore_phase), device)
+            profiled = wall_seconds(lambda: result.update(profile_step(step, device)), device)
+            if device.type == "cuda":  # on a CPU profiling runs no step
+                # An eager row may compile Triton kernels for many seconds in its first step and be fast afterwards.
+                result["warm_seconds"] = min(result["warm_seconds"], profiled)
 
-    result["build_seconds"] = wall_seconds(first, device)  # compiling included
+    result["build_seconds"] = wall_seconds(first, device)  # including compilation
 
 
-def _round(row: BenchmarkRow, result: dict[str, Any], rounds: int, device: torch.device) -> None:
+def _round(row: BenchmarkRow, result: Result, rounds: int, device: torch.device) -> None:
+    """Time a row in one round and add the samples to its result."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with row.session() as step:
         warm_device(device, HEAT_SECONDS)
         if result["warm_seconds"] <= SLOW_SECONDS:
-            for _ in range(_steps_in(WARM_SECONDS, result)):  # the allocator starts empty, too
-                step(_ignore)
+            for _ in range(_steps_in(WARM_SECONDS, result)):  # they also fill the allocator, which starts empty
+                step(ignore_phase)
         samples = max(1 if rounds > 1 else 2, _steps_in(ROUND_SECONDS, result))
-        with Sensors(device) as sensors:  # warm-ups that the device is not done with are read, too
+        with Sensors(device) as sensors:  # includes warm-up steps that the device has not finished
             timed = time_steps(step, samples, device)
         for sample in timed:
-            for part, seconds in sample.items():
-                result["seconds"].setdefault(part, []).append(seconds)
+            for phase, seconds in sample.items():
+                result["seconds"].setdefault(phase, []).append(seconds)
         for reading, value in (sensors.medians() or {}).items():
             result["sensors"].setdefault(reading, []).append(value)
     if device.type == "cuda":
@@ -141,26 +161,22 @@ def _round(row: BenchmarkRow, result: dict[str, Any], rounds: int, device: torch
         result["peak_bytes"] = {kind: max(value, before[kind]) for kind, value in peak.items()}
 
 
-def _steps_in(seconds: float, result: dict[str, Any]) -> int:
-    return max(1, min(MOST_STEPS, int(seconds / result["warm_seconds"])))
+def _steps_in(seconds: float, result: Result) -> int:
+    return max(1, min(MAX_STEPS, int(seconds / result["warm_seconds"])))
 
 
-def _guarded(result: dict[str, Any], device: torch.device, run: Callable[..., None], *arguments: Any) -> None:
-    """Runs a pass of a row; what it raises becomes the row's status and reason. What it took is free for the next."""
+def _guarded(result: Result, device: torch.device, run: Callable[..., None], *arguments: Any) -> None:
+    """Run a pass of a row, turn an exception into the row's status and reason, and free the device's memory."""
     try:
         run(*arguments)
     except torch.OutOfMemoryError as error:
         result |= {"status": "oom", "reason": _first_line(error)}
     except UserError as error:
         result |= {"status": "unavailable", "reason": str(error)}
-    except Exception as error:  # a library's compiler or capture raises whatever it likes, and the others go on
+    except Exception as error:  # compilers and graph capture raise all kinds of errors, and other rows must go on
         result |= {"status": "failed", "reason": f"{type(error).__name__}: {_first_line(error)}"}
-    clear_device_cache(garbage_collection=True)  # its graphs are only gone now, and the memory that they hold with them
+    clear_device_cache(garbage_collection=True)  # the row's CUDA graphs die only here, and free their memory
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")[:300]
-
-
-def _ignore(part: str) -> None:
-    """A warm-up's parts are nobody's."""
+    return next(iter(str(error).strip().splitlines()), "")[:MAX_REASON]

@@ -1,4 +1,7 @@
-"""What a GPU's sensors say while it works. A step is as fast as the clock that the board's power leaves it."""
+"""Read a GPU's clock, power and temperature while it works.
+
+A GPU at its power limit lowers its clock, so these readings help to explain a step's time.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-PERIOD = 0.2  # seconds between samples; the sensors themselves are slower than a few of these
+PERIOD_SECONDS = 0.2  # between samples; the sensors themselves update only every few of these
 READINGS: dict[str, Callable[[torch.device], float]] = {
     "clock_mhz": torch.cuda.clock_rate,  # of the multiprocessors
     "watts": lambda device: torch.cuda.power_draw(device) / 1000,
@@ -17,12 +20,12 @@ READINGS: dict[str, Callable[[torch.device], float]] = {
 
 
 class Sensors:
-    """Reads a GPU's sensors inside `with`, in a thread. On a CPU, and without `nvidia-ml-py`, there are none."""
+    """Sample a GPU's sensors inside `with`, in a thread. Without a GPU or `nvidia-ml-py` there are no samples."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.samples: dict[str, list[float]] = {name: [] for name in READINGS}
-        self._done = threading.Event()
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read, daemon=True)
 
     def __enter__(self) -> Sensors:
@@ -31,21 +34,21 @@ class Sensors:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._done.set()
+        self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
 
     def medians(self) -> dict[str, float] | None:
-        """By reading; None if there is none."""
+        """Return the median of each reading, or None if there are no samples."""
         if not all(self.samples.values()):
             return None
         return {name: statistics.median(values) for name, values in self.samples.items()}
 
     def _read(self) -> None:
-        while not self._done.wait(PERIOD):
+        while not self._stop.wait(PERIOD_SECONDS):
             try:
                 now = {name: read(self.device) for name, read in READINGS.items()}
-            except Exception:  # whatever a driver's library raises: a record does without
+            except Exception:  # the driver's library may raise anything; a record can do without sensors
                 return
             for name, value in now.items():
                 self.samples[name].append(value)

@@ -1,7 +1,6 @@
-"""How the profiler measures: steps of training, prefill and decode, the clock, the device's ceilings, and what a step
-launched.
+"""Define the steps that are timed: training, prefill and decode.
 
-Time is the device's own (events on a GPU), read after a whole sample, so that measuring waits for nothing in between.
+A step is a callable. It calls `end_phase(name)` at the end of each phase, so that a timer can attribute the time.
 """
 
 from __future__ import annotations
@@ -19,13 +18,28 @@ from bench.runtime.attention import no_attention_mask
 from bench.speed.subject import Subject
 from malora.backbone.cuda_graphs import accumulate_grads, capture, capture_refresh, warm_up
 
-BALANCE_FACTOR = 0.01  # of the profiles' training
-PhaseCallback = Callable[[str], None]  # called as each part of a step is done
+BALANCE_FACTOR = 0.01  # as in the training of the profiles
+# The value does not affect the time. A small one keeps the loss finite over the whole benchmark.
+LEARNING_RATE = 1e-5
+PhaseCallback = Callable[[str], None]  # called with a phase's name when the phase has ended
+
+
+def ignore_phase(phase: str) -> None:
+    """Do nothing with a phase's end: the callback of steps that are not timed."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What every variant does in a step. In decode, `length` is the prompt's and `tokens` those that are made."""
+    """The work of one step, the same for every variant.
+
+    Attributes:
+        mode: "train", "prefill" or "decode".
+        batch: Sequences per pass.
+        length: Tokens per sequence; in decode, of the prompt.
+        tokens: Tokens per training step; in decode, new tokens per sequence.
+        dropout: Dropout of the adapters, in training.
+        vocab_size: Number of token ids to draw from.
+    """
 
     mode: str
     batch: int
@@ -35,73 +49,85 @@ class Workload:
     vocab_size: int
 
     def ids(self, batch: int, device: torch.device) -> Tensor:
-        """The step's random token ids, the same for every variant: [micro-batches, batch, length]."""
+        """Return the step's random token ids [micro-batches, batch, length], the same for every variant."""
         sequences = self.tokens // self.length if self.mode == "train" else batch
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(self.vocab_size, (sequences, self.length), generator=generator)
-        return ids.unflatten(0, (-1, batch)).to(device)
+        return ids.view(-1, batch, self.length).to(device)
 
 
 class TrainStep:
-    """Forward and backward over micro-batches, then AdamW: next-token cross entropy, plus the balance loss."""
+    """Forward and backward over micro-batches, then AdamW.
+
+    The loss is next-token cross entropy, plus the load-balancing loss of routed adapters. A captured variant replays
+    forward and backward of one micro-batch as a CUDA graph.
+    """
 
     def __init__(self, subject: Subject, work: Workload, batch: int) -> None:
         self.subject = subject
         self.ids = work.ids(batch, subject.device)
         self.routed = malora.has_router(subject.model)
         self.parameters = [p for p in subject.model.parameters() if p.requires_grad]
-        self.optimizer = None
+        self.optimizer: torch.optim.Optimizer | None = None
         if self.parameters:
-            # The rate changes nothing about the time; a small one keeps the loss finite for as long as it takes.
-            self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=subject.device.type == "cuda")
+            self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, fused=subject.device.type == "cuda")
         self.captured = subject.variant.run == "captured"
         if self.captured:
-            self.static_ids = self.ids[0].clone()
-            warm_up(self._gradients_of_static_ids)
-            self.weights = malora.WeightCache(subject.model)
-            self.refresh = capture_refresh(self.weights)
-            with self.weights:
-                self.graph = capture(self._gradients_of_static_ids, passes=0)
-            self.gradients = [parameter.grad for parameter in self.parameters]
+            self._capture()
+
+    def _capture(self) -> None:
+        self.static_ids = self.ids[0].clone()
+        warm_up(self._run_static_ids)
+        self.weights = malora.WeightCache(self.subject.model)
+        self.refresh = capture_refresh(self.weights)
+        with self.weights:
+            self.graph = capture(self._run_static_ids, passes=0)
+        self.gradients = [p.grad for p in self.parameters if p.grad is not None]
 
     def __call__(self, end_phase: PhaseCallback) -> None:
-        sums = None
+        """Run one training step."""
         if self.captured:
-            self.refresh()
-        for ids in self.ids:
-            if self.captured:
-                self.static_ids.copy_(ids)
-                self.graph.replay()
-                sums = accumulate_grads(sums, self.gradients, alone=len(self.ids) == 1)
-                end_phase("forward_backward")
-                continue
-            loss = self._forward(ids)
-            end_phase("forward")
-            loss.backward()
-            end_phase("backward")
-        if self.captured:
-            for parameter, gradient in zip(self.parameters, sums, strict=True):
-                parameter.grad = gradient
+            self._replay(end_phase)
+        else:
+            self._run(end_phase)
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
         end_phase("optimizer")
 
-    def _gradients_of_static_ids(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None  # new ones, in the graph's memory
-        self._forward(self.static_ids).backward()
+    def _run(self, end_phase: PhaseCallback) -> None:
+        for ids in self.ids:
+            loss = self._loss(ids)
+            end_phase("forward")
+            loss.backward()
+            end_phase("backward")
 
-    def _forward(self, ids: Tensor) -> Tensor:
+    def _replay(self, end_phase: PhaseCallback) -> None:
+        sums: list[Tensor] | None = None
+        self.refresh()
+        for ids in self.ids:
+            self.static_ids.copy_(ids)
+            self.graph.replay()
+            sums = accumulate_grads(sums, self.gradients, alone=len(self.ids) == 1)
+            end_phase("forward_backward")
+        for parameter, gradient in zip(self.parameters, sums or (), strict=True):
+            parameter.grad = gradient
+
+    def _run_static_ids(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None  # so that new gradients are allocated in the graph's memory
+        self._loss(self.static_ids).backward()
+
+    def _loss(self, ids: Tensor) -> Tensor:
         with self.subject.precision(), no_attention_mask(self.subject.model):
-            loss = self.subject.model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss: Tensor = self.subject.model(input_ids=ids, labels=ids, use_cache=False).loss
         if self.routed:
             loss = loss + BALANCE_FACTOR * malora.balance_loss(self.subject.model)
         return loss / len(self.ids)
 
 
 class PrefillStep:
-    """One forward pass without gradients; logits of the last position, as before a generation."""
+    """One forward pass without gradients, with logits of the last position only, as before a generation."""
 
     def __init__(self, subject: Subject, work: Workload, batch: int) -> None:
         self.model = subject.model
@@ -111,6 +137,7 @@ class PrefillStep:
             self.run = capture(self._forward).replay
 
     def __call__(self, end_phase: PhaseCallback) -> None:
+        """Run one forward pass."""
         self.run()
         end_phase("forward")
 
@@ -121,10 +148,10 @@ class PrefillStep:
 
 
 class DecodeStep:
-    """Greedy generation, token by token: a prompt's prefill and `tokens` new tokens.
+    """Greedy generation: the prefill of a prompt, then `tokens` new tokens one by one.
 
-    Eager rows call `model.generate`, which is what a user calls. Captured rows replay one token as a CUDA graph over a
-    static cache; the prompt's pass is not in the graph.
+    Eager variants call `model.generate`, as a user does. Captured variants use a static cache and replay the pass of
+    one token as a CUDA graph. The prompt's pass is not in the graph.
     """
 
     def __init__(self, subject: Subject, work: Workload, batch: int) -> None:
@@ -132,10 +159,7 @@ class DecodeStep:
         self.prompt = work.ids(batch, subject.device)[0]
         self.static = subject.variant.run != "eager"
         if self.static:
-            config = self.model.config
-            self.cache = StaticCache(config=config, max_cache_len=work.length + work.tokens)
-            heads, width = config.num_key_value_heads, config.head_dim
-            self.cache.early_initialization(batch, heads, width, self.model.dtype, subject.device)
+            self.cache = _static_cache(self.model, batch, work.length + work.tokens)
             self.token = self.prompt[:, :1].clone()
             self.next = lambda: self._forward(self.token)
             if subject.variant.run == "captured":
@@ -143,24 +167,43 @@ class DecodeStep:
                 self.next = capture(self.next).replay
 
     def __call__(self, end_phase: PhaseCallback) -> Tensor:
-        if not self.static:
-            new = {"min_new_tokens": self.tokens, "max_new_tokens": self.tokens, "do_sample": False}
-            ids = self.model.generate(input_ids=self.prompt, attention_mask=torch.ones_like(self.prompt), **new)
-            end_phase("generate")
-            return ids[:, self.prompt.shape[1] :]
+        """Generate; return the new token ids [batch, tokens]."""
+        tokens = self._decode() if self.static else self._generate()
+        end_phase("generate")
+        return tokens
+
+    def _generate(self) -> Tensor:
+        generate: Any = self.model.generate  # of transformers' GenerationMixin, which the model's type does not show
+        ids: Tensor = generate(
+            input_ids=self.prompt,
+            attention_mask=torch.ones_like(self.prompt),
+            min_new_tokens=self.tokens,
+            max_new_tokens=self.tokens,
+            do_sample=False,
+        )
+        return ids[:, self.prompt.shape[1] :]
+
+    def _decode(self) -> Tensor:
         self.cache.reset()
         self._forward(self.prompt)
-        made = [self.token.clone()]
+        tokens = [self.token.clone()]
         for _ in range(self.tokens - 1):
             self.next()
-            made.append(self.token.clone())
-        end_phase("generate")
-        return torch.cat(made, dim=1)
+            tokens.append(self.token.clone())
+        return torch.cat(tokens, dim=1)
 
     @torch.no_grad()
     def _forward(self, ids: Tensor) -> None:
         logits = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
         self.token.copy_(logits.argmax(-1))
+
+
+def _static_cache(model: Any, batch: int, length: int) -> StaticCache:
+    """Return an empty key-value cache of a fixed size."""
+    config = model.config
+    cache = StaticCache(config=config, max_cache_len=length)
+    cache.early_initialization(batch, config.num_key_value_heads, config.head_dim, model.dtype, model.device)
+    return cache
 
 
 STEPS: dict[str, Callable[[Subject, Workload, int], Callable[[PhaseCallback], Any]]] = {

@@ -1,13 +1,16 @@
-"""What the profiler compares: backbones of random weights, and the variants of adapter that are put on them.
+"""List the variants to benchmark: a frozen backbone alone, or with an adapter that is computed in a given way.
 
-A variant is a row: an adapter, how it is computed, and how it is run. "eager" is the model as it comes, "compiled" has
-its decoder layers and its loss compiled by torch.compile, "captured" is compiled and replayed as a CUDA graph besides.
-With Liger's kernels no layer is compiled: they stand where the compiler's would.
+Each variant is one row of the table. It is run in one of three ways. "eager" runs the model as it is. "compiled"
+compiles each decoder layer and the loss with torch.compile. "captured" is compiled and then replayed as a CUDA graph.
+With Liger's kernels no decoder layer is compiled, because they already fuse what the compiler would fuse.
 
-Precision. The backbone is bfloat16 on a GPU. PEFT keeps its adapters in float32 on such a base unless told otherwise,
-and so do ours: they train under bfloat16 autocast, as with the Trainer's `bf16=True`. A `plain` variant has its adapter
-in bfloat16 and needs no autocast. For inference a PEFT row as it comes has what `get_peft_model` gave, float32 adapters
-without autocast; every other row is cast to bfloat16, which a user can do in one line.
+The rows named "floor" are the frozen backbone: a forward pass, and in training a backward pass to the activations. No
+adapter on that backbone can be faster.
+
+Precision: the backbone is in bfloat16 on a GPU. PEFT keeps its adapters in float32 on such a base by default, and so do
+ours. They train under bfloat16 autocast, like the Trainer with `bf16=True`. The adapter of a `plain` variant is in
+bfloat16 and trains without autocast. For inference, an out-of-the-box PEFT variant keeps what `get_peft_model` gives:
+float32 adapters without autocast. Every other variant is cast to bfloat16, which takes a user one line.
 """
 
 from __future__ import annotations
@@ -25,14 +28,15 @@ from bench.errors import UserError
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table.
+    """One row of the table.
 
     Attributes:
-        method: a name in CONFIGS; None for the frozen backbone alone, the floor.
-        backend: for methods of ours, one of `malora.BACKENDS`, or the rival of `bench.rivals`.
-        run: eager, compiled or captured.
-        plain: the adapter is in bfloat16 and trains without autocast.
-        liger: the kernels of `bench.liger` around it; in rows that are not ours Liger as it comes, with its loss.
+        name: Name of the row, as records store it.
+        method: Name in `CONFIGS`; None for the frozen backbone alone.
+        backend: For our methods, one of `malora.BACKENDS`, or "loop" of `bench.speed.baselines`; None for PEFT's.
+        run: "eager", "compiled" or "captured".
+        plain: Whether the adapter is in bfloat16 and trains without autocast.
+        liger: Whether Liger's kernels are used. Rows of other methods use them out of the box, with Liger's loss.
     """
 
     name: str
@@ -44,14 +48,16 @@ class Variant:
 
     @property
     def needs_gpu(self) -> bool:
+        """Whether the variant uses CUDA graphs or Triton kernels."""
         return self.run == "captured" or self.backend in ("fused", "fp8") or self.liger
 
     @property
     def out_of_the_box(self) -> bool:
+        """Whether the variant is a PEFT adapter with PEFT's defaults."""
         return self.method is not None and self.backend is None and self.run == "eager" and not self.plain
 
 
-# LoRA of PEFT, the same through our layer with one expert, and the paper's others.
+# PEFT's LoRA and DoRA, LoRA through our layer with one expert, and the paper's other methods.
 CONFIGS: dict[str, Callable[..., PeftConfig]] = {
     "peft-lora": malora.METHODS["lora"],
     "peft-dora": malora.METHODS["dora"],
@@ -61,70 +67,94 @@ CONFIGS: dict[str, Callable[..., PeftConfig]] = {
     },
 }
 OURS = tuple(name for name in CONFIGS if not name.startswith("peft-"))
-ROUTED = tuple(name for name in OURS if CONFIGS[name]().has_router)
-# Without the oracle, what is not exact, and `sorted`, which few have rows of. "auto" is one of the others.
+
+
+def our_config(method: str) -> malora.MaloraConfig:
+    """Return the default config of one of `OURS`."""
+    config = CONFIGS[method]()
+    assert isinstance(config, malora.MaloraConfig), method
+    return config
+
+
+ROUTED = tuple(name for name in OURS if our_config(name).has_router)
+# Left out: "reference", the oracle of the tests; backends that are not exact; "auto", which picks one of the others;
+# and "sorted", which only some methods have rows of.
 DEFAULT_BACKENDS = tuple(
     name for name, backend in malora.BACKENDS.items() if backend.exact and name not in ("auto", "reference", "sorted")
 )
-MAIN = ("lora", "molora", "malora")  # they run in every way; the others in that which trains them fastest, and plainly
+FULLY_COMPARED = ("lora", "molora", "malora")  # run in every way; the others eagerly and in their fastest way only
 RUNS = ("eager", "compiled", "captured")
-# With them a method's row can be read: they are measured whenever a method is asked for by its name.
+# A method's rows are read against these, so asking for a method by name measures them too.
 BASELINES = ("floor", "floor-compiled", "floor-captured", "peft-lora", "peft-lora-compiled", "peft-lora-captured",
              "lora-plain-compiled")  # fmt: skip
 
 
 def variants() -> dict[str, Variant]:
-    """Every row that there is, in the order of the table."""
-    rows = [Variant(_name("floor", run), run=run) for run in RUNS]
-    rows += [Variant(_name("peft-lora", run), "peft-lora", run=run) for run in RUNS]
-    rows += [Variant("floor-liger", liger=True), Variant("peft-lora-liger", "peft-lora", liger=True)]
-    rows += [Variant(_name("peft-dora", run), "peft-dora", run=run) for run in RUNS[:2]]
-    rows += [Variant("peft-lora-plain-compiled", "peft-lora", run="compiled", plain=True)]
-    rows += [Variant("lora-plain-compiled", "lora", "dense", "compiled", plain=True)]
+    """Return all variants by name, in the order of the table."""
+    found = [*_baseline_variants()]
     for method in OURS:
         for backend in DEFAULT_BACKENDS:
-            if not malora.BACKENDS[backend].graph_safe:
-                rows += [Variant(f"{method}-{backend}", method, backend)] if method in ROUTED else []
-                continue
-            others = ("eager", "compiled") if backend == "dense" else ("compiled",)  # one that a CPU has
-            for run in RUNS if method in MAIN else others:
-                rows.append(Variant(_name(f"{method}-{backend}", run), method, backend, run))
-            if backend == "fused":  # with Liger's kernels around it, as bench.train has it
-                name = f"{method}-{backend}-liger"
-                rows += [Variant(_name(name, run), method, backend, run, liger=True) for run in ("eager", "captured")]
-    rows += [Variant(f"{m}-fp8-liger-captured", m, "fp8", "captured", liger=True) for m in ("lora", "malora")]
-    rows += [Variant("molora-loop", "molora", "loop")]
-    rows += [Variant(_name(f"{m}-sorted", run), m, "sorted", run) for m in ("molora", "malora") for run in RUNS]
-    return {row.name: row for row in rows}
+            found += _variants_of(method, backend)
+    found += [Variant(f"{m}-fp8-liger-captured", m, "fp8", "captured", liger=True) for m in ("lora", "malora")]
+    found += [Variant("molora-loop", "molora", "loop")]
+    found += [Variant(_name(f"{m}-sorted", run), m, "sorted", run) for m in ("molora", "malora") for run in RUNS]
+    return {variant.name: variant for variant in found}
 
 
-def choose(names: list[str], mode: str, device: torch.device) -> list[Variant]:
-    """The variants that a user's names mean: "all", a method (its rows and the baselines), or a row.
+def _baseline_variants() -> list[Variant]:
+    found = [Variant(_name("floor", run), run=run) for run in RUNS]
+    found += [Variant(_name("peft-lora", run), "peft-lora", run=run) for run in RUNS]
+    found += [Variant("floor-liger", liger=True), Variant("peft-lora-liger", "peft-lora", liger=True)]
+    found += [Variant(_name("peft-dora", run), "peft-dora", run=run) for run in ("eager", "compiled")]
+    found += [Variant("peft-lora-plain-compiled", "peft-lora", run="compiled", plain=True)]
+    found += [Variant("lora-plain-compiled", "lora", "dense", "compiled", plain=True)]
+    return found
 
-    A CPU has no graphs and compiles for longer than it then runs, so "all" and a method mean their eager rows there. In
-    decode a compiled layer would be compiled once for each layer of the cache, so the graph is what is offered.
+
+def _variants_of(method: str, backend: str) -> list[Variant]:
+    """Return the variants of one of our methods with one of `DEFAULT_BACKENDS`."""
+    name = f"{method}-{backend}"
+    if not malora.BACKENDS[backend].graph_safe:
+        return [Variant(name, method, backend)] if method in ROUTED else []
+    runs: tuple[str, ...] = RUNS
+    if method not in FULLY_COMPARED:
+        runs = ("eager", "compiled") if backend == "dense" else ("compiled",)  # a CPU runs the eager one
+    found = [Variant(_name(name, run), method, backend, run) for run in runs]
+    if backend == "fused":  # with Liger's kernels around it, as `bench` trains
+        found += [
+            Variant(_name(f"{name}-liger", run), method, backend, run, liger=True) for run in ("eager", "captured")
+        ]
+    return found
+
+
+def select_variants(names: list[str], mode: str, device: torch.device) -> list[Variant]:
+    """Return the variants that a user asked for.
+
+    A name is "all", a method (its rows and the baselines) or a row. "all" and methods leave out what does not pay. On a
+    CPU that is every row but the eager ones: it has no CUDA graphs, and compiling takes longer than the benchmark. In
+    decode it is the compiled rows, because the compiler would compile a layer once per layer of the cache.
 
     Raises:
-        UserError: a name is no method and no row, or a row that cannot run here.
+        UserError: If a name is neither a method nor a row, or if the row needs a GPU and there is none.
     """
-    rows = variants()
+    known = variants()
     on_cpu = device.type == "cpu"
     runs = {"eager"} if on_cpu else set(RUNS) - ({"compiled"} if mode == "decode" else set())
     chosen: list[str] = []
     for name in names:
-        group = [row.name for row in rows.values() if name == "all" or (name in OURS and row.method == name)]
-        if group:
-            group = [row for row in rows if row in group or row in BASELINES]
-            chosen += [row for row in group if rows[row].run in runs and not (on_cpu and rows[row].needs_gpu)]
-        elif name in rows:
-            if rows[name].needs_gpu and on_cpu:
-                raise UserError(f"{name} needs a GPU: it is a CUDA graph, or made of Triton kernels.")
+        of_method = {v.name for v in known.values() if name == "all" or (name in OURS and v.method == name)}
+        if of_method:
+            group = [v for v in known.values() if v.name in of_method or v.name in BASELINES]
+            chosen += [v.name for v in group if v.run in runs and not (on_cpu and v.needs_gpu)]
+        elif name in known:
+            if known[name].needs_gpu and on_cpu:
+                raise UserError(f"{name} needs a GPU: it uses CUDA graphs or Triton kernels.")
             chosen.append(name)
         else:
             methods = ", ".join(("all", *OURS))
-            raise UserError(f"unknown variant {name!r}; there are {methods}, and the rows {', '.join(rows)}.")
-    return [rows[name] for name in dict.fromkeys(chosen)]
+            raise UserError(f"unknown variant {name!r}; there are {methods}, and the rows {', '.join(known)}.")
+    return [known[name] for name in dict.fromkeys(chosen)]
 
 
-def _name(what: str, run: str) -> str:
-    return what if run == "eager" else f"{what}-{run}"
+def _name(base: str, run: str) -> str:
+    return base if run == "eager" else f"{base}-{run}"

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bench.experiments.profiles import PROFILES
 from bench.models import tiny
 from bench.records import provenance
+from bench.records.schema import Provenance
 from bench.runs.setting import RunSettings
 from bench.speed import rounds
 from tasks import Generator
@@ -69,14 +70,25 @@ def short_rounds(monkeypatch):
     monkeypatch.setattr(rounds, "ROUND_SECONDS", 0.1)
 
 
-# Provenance of a record, with the entries that publishing and tables read.
-CLEAN = {"commit": "0" * 40, "dirty": False, "source_sha256": "x", "device": "a CPU", "time": "2026-01-01T00:00:00Z"}
+# Provenance of a record from a clean checkout.
+CLEAN = Provenance(
+    time="2026-01-01T00:00:00Z",
+    commit="0" * 40,
+    dirty=False,
+    source_sha256="x",
+    python="3.12.0",
+    packages=dict.fromkeys(("torch", "transformers", "peft"), "1.0"),
+    device="a CPU",
+    cuda=None,
+    driver=None,
+    concurrent_runs=1,
+)
 
 
 @pytest.fixture
 def history(monkeypatch):
     """Give this clone three commits, with known hashes of their sources."""
-    sources = {"later": "y", CLEAN["commit"]: CLEAN["source_sha256"], "earlier": "z"}
+    sources = {"later": "y", CLEAN.commit: CLEAN.source_sha256, "earlier": "z"}
     monkeypatch.setattr(provenance, "_git", lambda *arguments: "\n".join(sources))
     monkeypatch.setattr(provenance, "source_hash_of", sources.get)
     provenance.commit_of.cache_clear()

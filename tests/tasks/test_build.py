@@ -45,7 +45,7 @@ def test_procedural_data_have_not_changed(mixture):
 
 def test_published_records_were_trained_on_the_data_that_is_still_built():
     published = store.read_all(store.RESULTS / "tiny")
-    hashes = {(r.config.mixture, r.config.seed): r.data["sha256"] for r in published if r.data}
+    hashes = {(r.config.mixture, r.config.seed): r.data.sha256 for r in published if r.data}
     assert {"procedural", "procedural-inter"} <= {mixture for mixture, _ in hashes}
     for (mixture, seed), sha256 in hashes.items():
         assert build(MIXTURES[mixture], Generator(), format="letters", seed=seed).sha256 == sha256, mixture

@@ -1,96 +1,189 @@
-"""Leaderboards: methods by rows, tasks by columns, and which differences are real."""
+"""Leaderboards: a row per method, a column per task, and which differences are significant."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from bench.experiments.methods import BASE
-from bench.experiments.registry import SWEEP_SEED, Experiment, TableEntry
-from bench.records.schema import Record
+from bench.experiments.registry import SWEEP_SEED, TableEntry
+from bench.report import markdown
 from bench.report.paper import paper
 from bench.report.scores.document import Leaderboard
-from bench.report.scores.selection import (
-    TableRow,
-    difference,
-    entries_of,
-    rows,
-    spread,
-)
-from bench.report.stats import LEVEL, POWER, holm
+from bench.report.scores.selection import Rates, Selection, TableRow, difference, spread
+from bench.report.stats import LEVEL, POWER, Difference, holm
 from tasks import TASKS
 
 
-def leaderboard(
-    experiment: Experiment, records: list[Record], rates: dict[str, float], mark_partial_sweeps: bool = False
-) -> Leaderboard:
-    """Methods by rows, tasks by columns, and each tested against the experiment's reference or the best mean.
+@dataclass(frozen=True)
+class Verdict:
+    """A row's comparison with the reference row.
 
-    With `mark_partial_sweeps`, a method that was tried at fewer rates than the others says so.
+    Attributes:
+        difference: None if the two rows have no seed in common.
+        p: Corrected by Holm for the number of rows.
     """
-    found = rows(records, entries_of(experiment, records), rates, experiment)
+
+    difference: Difference | None
+    p: float = 1.0
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the corrected p is below 5%."""
+        return self.difference is not None and self.p < 1 - LEVEL
+
+    @property
+    def word(self) -> str:
+        """The outcome in a few words."""
+        if self.difference is None:
+            return "no seed in common"
+        if not self.is_significant:
+            return "not distinguishable"
+        word = "worse" if self.difference.value < 0 else "better"
+        return f"{word} on these items" if self.difference.items_only else word
+
+    def in_short(self) -> str:
+        """Return the outcome and, if it is significant, its p."""
+        return f"{self.word}, p={self.p:.2g}" if self.is_significant else self.word
+
+    def in_full(self, detailed: bool) -> str:
+        """Return the outcome with its interval and p and, if detailed, the effect size and the power."""
+        d = self.difference
+        if d is None:
+            return self.word
+        text = f"{self.word}: {d.value:+.1f} [{d.low:+.1f}, {d.high:+.1f}], p={self.p:.2g}"
+        return text + (f", h={d.effect:+.2f}, ≥{d.smallest:.1f}" if detailed else "")
+
+
+def leaderboard(selection: Selection, rates: Rates, mark_partial_sweeps: bool = False) -> Leaderboard:
+    """Return the full leaderboard, with the paper's rows.
+
+    Args:
+        selection: The records.
+        rates: Learning rate by tuning group.
+        mark_partial_sweeps: Whether a method that was tried at fewer rates than the others says so.
+    """
+    experiment = selection.experiment
+    found = selection.rows(rates)
     scored = [row for row in found if row.records]
-    # A single-task row has its parts' order of tasks, which need not be the mixture's.
-    tasks = list(min(scored, key=lambda row: row.entry.single_task).records[0].test) if scored else []
-    best = max(scored, key=lambda row: row.mean.value) if scored else None
-    best = next((row for row in scored if row.title == experiment.reference), best)
-    name = "best" if experiment.reference is None or best is None or best.title != experiment.reference else "reference"
-    verdicts = _verdicts(scored, best, name, detailed=not experiment.both_rates)
-    partly = _partly_swept(records) if mark_partial_sweeps else {}
+    tasks = _tasks(scored)
+    titles = [TASKS[task].title for task in tasks]
+    best = _reference(selection, scored)
+    verdicts = _verdicts(scored, best)
+    partly = _partial_sweeps(selection) if mark_partial_sweeps else {}
     figures = paper().get(experiment.name, {})
-    titles = [TASKS[t].title for t in tasks]
-    lines = []
-    for row in [*rows(records, [TableEntry(BASE)], {BASE: None}, experiment), *found]:
-        if not row.records:
-            lines.append(
-                (row, [row.title, "" if row.rate is None else f"{row.rate:g}", *[""] * (len(tasks) + 3), _broken(row)])
-            )
-            continue
-        parameters = row.records[0].parameters
-        lines.append((row, [
-            row.title, "" if row.rate is None else f"{row.rate:g}",
-            f"{parameters['trainable']:,}" if parameters else "",
-            *(f"{row.task_mean(task):.1f}" for task in tasks),
-            str(row.mean), len(row.records),
-            ". ".join(filter(None, [verdicts.get(row.title, ""), _broken(row), partly.get(row.method)])),
-        ]))  # fmt: skip
-        if row.title in figures:
+    lines: list[tuple[TableRow | None, list[str]]] = []
+    for row in [*_base_rows(selection), *found]:
+        notes = [_name(selection, best) if row is best else "", _broken(row), partly.get(row.method, "")]
+        if row.title in verdicts:
+            notes[0] = verdicts[row.title].in_full(detailed=not experiment.both_rates)
+        lines.append((row, _cells(row, tasks, notes if row.records else [_broken(row)])))
+        if row.records and row.title in figures:
             theirs = figures[row.title]
-            cells = [f"*{theirs[t]:.1f}*" if t in theirs else "" for t in titles]
+            cells = [f"*{theirs[title]:.1f}*" if title in theirs else "" for title in titles]
             lines.append((None, [f"*{row.title}, the paper's*", "", "", *cells, f"*{theirs['AVG']:.1f}*", "*1*", ""]))
     against = "against the best" if experiment.reference is None else f"against {experiment.reference}"
     head = ["method", "rate", "trainable", *titles, "mean", "seeds", against]
+    return Leaderboard(head, lines, _notes(selection, scored, against))
+
+
+def short_leaderboard(selection: Selection, details: str) -> str:
+    """Return a leaderboard of short cells for the README, without the paper's rows.
+
+    Args:
+        selection: The records. Each method is at its own learning rate.
+        details: Path of the page with the full table.
+    """
+    found = selection.rows(selection.rates.tuned)
+    scored = [row for row in found if row.records]
+    tasks = _tasks(scored)
+    best = _reference(selection, scored)
+    verdicts = _verdicts(scored, best)
+    body = []
+    for row in [*_base_rows(selection), *found]:
+        verdict = verdicts[row.title].in_short() if row.title in verdicts else ""
+        notes = [_name(selection, best) if row is best else verdict, _broken(row)]
+        scores = [f"{row.task_mean(task):.1f}" for task in tasks] if row.records else [""] * len(tasks)
+        mean = str(row.mean) if row.records else ""
+        body.append([row.title, *scores, mean, str(len(row.records)), ", ".join(filter(None, notes))])
+    head = ["method", *(TASKS[task].title for task in tasks), "mean", "seeds", "against the best"]
+    align = ["left", *["right"] * (len(head) - 2), "left"]
+    note = (
+        f"Mean ± half of a {LEVEL:.0%} interval. Each method has its own tuned learning rate. p is paired over seeds "
+        f"and items, with Holm's correction. [Details and the paper's figures]({details})."
+    )
+    return f"{markdown.table(body, head, align)}\n\n{note}"
+
+
+def _base_rows(selection: Selection) -> list[TableRow]:
+    return selection.rows({BASE: None}, [TableEntry(BASE)])
+
+
+def _tasks(scored: Sequence[TableRow]) -> list[str]:
+    """Return the tasks in the mixture's order, which single-task rows need not have."""
+    if not scored:
+        return []
+    return list(min(scored, key=lambda row: row.entry.single_task).records[0].test or {})
+
+
+def _reference(selection: Selection, scored: Sequence[TableRow]) -> TableRow | None:
+    """Return the row that the others are compared with: the experiment's reference, or the best mean."""
+    best = max(scored, key=lambda row: row.mean.value, default=None)
+    return next((row for row in scored if row.title == selection.experiment.reference), best)
+
+
+def _name(selection: Selection, reference: TableRow | None) -> str:
+    is_chosen = reference is not None and reference.title == selection.experiment.reference
+    return "reference" if is_chosen else "best"
+
+
+def _cells(row: TableRow, tasks: Sequence[str], notes: Sequence[str]) -> list[str]:
+    rate = "" if row.rate is None else f"{row.rate:g}"
+    if not row.records:
+        return [row.title, rate, *[""] * (len(tasks) + 3), *notes]
+    return [
+        row.title,
+        rate,
+        "" if row.trainable is None else f"{row.trainable:,}",
+        *(f"{row.task_mean(task):.1f}" for task in tasks),
+        str(row.mean),
+        str(len(row.records)),
+        ". ".join(filter(None, notes)),
+    ]
+
+
+def _notes(selection: Selection, scored: Sequence[TableRow], against: str) -> str:
     overs = {row.mean.over for row in scored}
     notes = [f"± is half a {LEVEL:.0%} interval over {' or '.join(sorted(overs))}."] if overs else []
     if "items" in overs:
         notes.append(
-            "With one seed it does not know how much a run varies; the test takes that from the rows with several, as "
-            "if all varied alike, and is not paired over seeds where there are not two in common."
+            "With one seed the interval does not cover the variation between runs. The test takes it from the rows "
+            "with several seeds, as if all methods varied alike. It is not paired over seeds where two rows have fewer "
+            "than two in common."
             if spread(scored)
-            else "With one seed neither it nor the test knows how much a run varies."
+            else "With one seed neither the interval nor the test covers the variation between runs."
         )
     notes.append(
-        f"{against[0].upper()}{against[1:]}: difference of the means in points with its 95% interval, paired over "
-        "seeds and items, p corrected by Holm for the number of rows. *Italics* are the paper's own figures "
-        f"({paper()['source']}): another, larger model."
+        f"{against[0].upper()}{against[1:]}: difference of the means in points with its {LEVEL:.0%} interval, paired "
+        "over seeds and items; p has Holm's correction for the number of rows. *Italics* are the paper's own figures "
+        f"({paper()['source']}), from another, larger model."
     )
-    if not experiment.both_rates:
+    if not selection.experiment.both_rates:
         notes.append(
-            f"h is Cohen's effect size; ≥ the smallest difference that so many seeds and items show in {POWER:.0%} of "
-            "such experiments, before Holm's correction."
+            "h is Cohen's effect size. ≥ is the smallest difference that this many seeds and items show in "
+            f"{POWER:.0%} of such experiments, before Holm's correction."
         )
-    return Leaderboard(head, lines, " ".join(notes))
+    return " ".join(notes)
 
 
-def _partly_swept(records: list[Record]) -> dict[str, str]:
-    """By method that was tried at fewer rates than another, how many of them."""
-    tried: dict[str, set[float]] = {}
-    for record in records:
-        if record.config.method != BASE and record.config.seed == SWEEP_SEED:
-            tried.setdefault(record.config.method, set()).add(record.config.learning_rate)
-    every = set().union(*tried.values())
-    return {
-        method: f"**Best of {len(rates)} of {len(every)} rates**" for method, rates in tried.items() if rates != every
-    }
+def _partial_sweeps(selection: Selection) -> dict[str, str]:
+    """Return a note for each method that was tried at fewer learning rates than another."""
+    frame = selection.frame
+    sweep = frame[(frame["method"] != BASE) & (frame["seed"] == SWEEP_SEED)]
+    every = sweep["learning_rate"].nunique()
+    tried = sweep.groupby("method")["learning_rate"].nunique()
+    return {method: f"**Best of {n} of {every} rates**" for method, n in tried.items() if n < every}
 
 
 def _broken(row: TableRow) -> str:
@@ -98,21 +191,15 @@ def _broken(row: TableRow) -> str:
     return ", ".join(f"{n} of {n + len(row.records)} runs {status}" for status, n in sorted(counts.items()))
 
 
-def _verdicts(scored: list[TableRow], best: TableRow | None, name: str, detailed: bool) -> dict[str, str]:
-    others = [row for row in scored if row is not best]
-    runs_vary = spread(scored)
-    differences = [difference(best, row, runs_vary) for row in others]
+def _verdicts(scored: Sequence[TableRow], reference: TableRow | None) -> dict[str, Verdict]:
+    """Compare every other row with the reference, by title."""
+    if reference is None:
+        return {}
+    others = [row for row in scored if row is not reference]
+    between_seeds = spread(scored)
+    differences = [difference(reference, row, between_seeds) for row in others]
     adjusted = iter(holm([d.p for d in differences if d]))
-    verdicts = {best.title: name} if best else {}
-    for row, d in zip(others, differences, strict=True):
-        if d is None:
-            verdicts[row.title] = "no seed in common"
-            continue
-        p = next(adjusted)
-        word = "not distinguishable" if p >= 1 - LEVEL else "worse" if d.value < 0 else "better"
-        if d.items_only and p < 1 - LEVEL:
-            word += " on these items"
-        verdicts[row.title] = f"{word}: {d.value:+.1f} [{d.low:+.1f}, {d.high:+.1f}], p={p:.2g}"
-        if detailed:
-            verdicts[row.title] += f", h={d.effect:+.2f}, ≥{d.smallest:.1f}"
-    return verdicts
+    return {
+        row.title: Verdict(d, next(adjusted)) if d else Verdict(None)
+        for row, d in zip(others, differences, strict=True)
+    }

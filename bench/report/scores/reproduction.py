@@ -1,60 +1,60 @@
-"""Compare this machine's means with the published ones."""
+"""Comparison of this machine's means with the published ones."""
 
 from __future__ import annotations
 
-from bench.experiments.profiles import PROFILES
-from bench.experiments.registry import Experiment
-from bench.records.schema import Record
-from bench.report.scores.selection import (
-    entries_of,
-    rows,
-    select_comparable,
-    tuned_rates,
-)
+import pandas as pd
+
+from bench.report.scores.selection import Selection, TableRow, select
 
 
-def reproduction(experiment: Experiment, mine: list[Record], published: list[Record], profile: str) -> str:
-    """One line a method and rate: whether this machine's mean is where another run of the published one would fall."""
-    theirs, _ = select_comparable(published, experiment)
-    if not theirs:
+def reproduction(mine: Selection, published: pd.DataFrame) -> str:
+    """Say for each row and learning rate whether this machine's mean agrees with the published one.
+
+    It agrees if it lies in the interval where another mean of the published runs would fall.
+    """
+    experiment = mine.experiment
+    theirs = select(experiment, mine.profile, published)
+    if theirs.frame.empty:
         return "Nothing is published for this profile yet."
-    entries = entries_of(experiment, theirs)
-    own, _ = tuned_rates(experiment, published)
-    at_paper = dict.fromkeys(
-        (entry.tuning_group for entry in entries), PROFILES[profile].on(experiment.mixture).paper_rate
-    )
+    own = theirs.rates.tuned if experiment.both_rates else theirs.at_own_rate
+    rates_by_label = {"its own rate": own}
+    if experiment.both_rates:
+        rates_by_label["the paper's rate"] = theirs.at_paper_rate
     lines = []
-    for label, rates in (
-        ("its own rate", own if experiment.both_rates else at_paper | own),
-        ("the paper's rate", at_paper if experiment.both_rates else {}),
-    ):
-        ours = {row.title: row for row in rows(mine, entries, rates, experiment) if row.records}
-        for row in rows(theirs, entries, rates, experiment):
-            if row.title not in ours or not row.records:
-                continue
-            if row.mean.over == "items":
-                lines.append(
-                    f"- {row.title} at {label}, {row.rate:g}: {ours[row.title].mean.value:.1f} here, "
-                    f"{row.mean.value:.1f} published; one published seed gives no interval to be within."
-                )
-                continue
-            made, known = ours[row.title].mean, row.mean
-            away, allowed = made.value - known.value, known.interval_of_another(made.seeds)
-            verdict = "reproduced" if abs(away) <= allowed else "not reproduced"
-            lines.append(
-                f"- {row.title} at {label}, {row.rate:g}: **{verdict}**: {made.value:.1f} here, "
-                f"{known.value:.1f} published, "
-                f"{away:+.1f} where ±{allowed:.1f} is within the published interval."
-            )
-    note = (
-        "The interval is for another mean of as many seeds as were run here: wider than that of the published mean, "
-        "which a faithful repetition misses far more often than in one case of twenty."
+    for label, rates in rates_by_label.items():
+        ours = {row.title: row for row in mine.rows(rates, theirs.entries) if row.records}
+        lines += [_line(label, ours[row.title], row) for row in theirs.rows(rates) if row.records and row.title in ours]
+    if not lines:
+        return "No method here is among the published ones."
+    return "\n".join(lines) + f"\n\n{_note(mine, theirs)}"
+
+
+def _line(label: str, ours: TableRow, theirs: TableRow) -> str:
+    here, there = ours.mean, theirs.mean
+    start = f"- {theirs.title} at {label}, {theirs.rate:g}: "
+    if there.over == "items":
+        return (
+            f"{start}{here.value:.1f} here, {there.value:.1f} published. One published seed gives no interval to "
+            "compare with."
+        )
+    away, allowed = here.value - there.value, there.interval_of_another(here.seeds)
+    verdict = "reproduced" if abs(away) <= allowed else "not reproduced"
+    return (
+        f"{start}**{verdict}**: {here.value:.1f} here, {there.value:.1f} published, {away:+.1f} where ±{allowed:.1f} "
+        "is within the published interval."
     )
-    here, there = ({r.config.model_hash[:12] for r in records} for records in (mine, theirs))
+
+
+def _note(mine: Selection, theirs: Selection) -> str:
+    note = (
+        "The interval is that of another mean over the number of seeds that were run here. It is wider than the "
+        "published mean's own interval, which a faithful repetition misses far more often than once in twenty times."
+    )
+    here, there = ({record.config.model_hash[:12] for record in side.records} for side in (mine, theirs))
     if here.isdisjoint(there):
         note += (
             f" These runs have another base, `{'`, `'.join(sorted(here))}` for the published "
-            f"`{'`, `'.join(sorted(there))}`. One that is trained on the spot comes out otherwise on another "
-            "processor, and what is trained on it, too; the interval does not count that."
+            f"`{'`, `'.join(sorted(there))}`. A base that is trained on the spot differs between processors, and so "
+            "does everything trained on it. The interval does not cover that."
         )
-    return "\n".join(lines) + f"\n\n{note}" if lines else "No method here is among the published ones."
+    return note

@@ -1,206 +1,385 @@
-"""Which records stand in one table, and which of them make a row."""
+"""Selection of the records that make a table, and of each row's learning rate.
+
+Records become one pandas frame, a row per record; see `records_frame`. Every other function is a query on that frame.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pandas as pd
 
 from bench.experiments.methods import BASE
+from bench.experiments.profiles import PROFILES, Profile
 from bench.experiments.registry import EXPERIMENTS, SWEEP_SEED, Experiment, TableEntry, parts, tuning_groups_of
-from bench.records import schema
 from bench.records.schema import Record, RunConfig
-from bench.report.stats import Difference, Mean, Spread, compare, compare_apart, mean_over_seeds, spread_over_seeds
+from bench.report.stats import (
+    Difference,
+    Mean,
+    Outcomes,
+    Spread,
+    compare,
+    compare_apart,
+    mean_over_seeds,
+    spread_over_seeds,
+)
 from tasks import MIXTURES
 
+Rates = Mapping[str, float | None]  # by tuning group
+# Fields in which the rows and the seeds of one table differ. The data's hash covers the order of training, which
+# depends on the seed.
+FREE_IN_A_TABLE = ("method", "method_options", "learning_rate", "seed", "data_hash", "mixture")
+FREE_FOR_RATES = (*FREE_IN_A_TABLE, "model_hash", "max_steps", "max_items", "epochs", "batch_size", "format")
+COLUMNS = (*RunConfig.model_fields, "setting", "variant", "id", "status", "validation", "test", "time", "test_hash",
+           "record")  # fmt: skip
 
-def records_that_lend_rates(records: list[schema.Record], like: schema.RunConfig) -> list[schema.Record]:
-    """Those whose rates may count for runs like this one.
 
-    Where tasks were never asked in the format of domains, they lend the rates that they were tuned to in another.
+def records_frame(records: Iterable[Record]) -> pd.DataFrame:
+    """Return a frame with a row per record.
+
+    Its columns are the fields of RunConfig, and:
+        setting: The configuration without the fields that differ within a table, as text.
+        variant: The fields that decide which table entry a run belongs to, as text.
+        id, status: As in the record.
+        validation, test: Means over tasks in percent.
+        time: When the run was made.
+        test_hash: Hash of the test set; None if the run failed before it read the data.
+        record: The record itself.
     """
-    free = ("model_hash", "method", "method_options", "mixture", "learning_rate", "seed", "data_hash", "max_steps",
-            "max_items", "epochs", "batch_size", "format")  # fmt: skip
-    alike = [r for r in records if r.config.config_key_without(*free) == like.config_key_without(*free)]
-    known = [r for r in alike if r.config.format == like.format]
-    if MIXTURES[like.mixture].domains and all(MIXTURES[r.config.mixture].domains for r in known):
-        known += [r for r in alike if not MIXTURES[r.config.mixture].domains]
-    return known
+    rows = [
+        dict(record.config)
+        | {
+            "setting": _setting(record.config),
+            "variant": _variant(record.config),
+            "id": record.id,
+            "status": record.status,
+            "validation": record.mean("validation"),
+            "test": record.mean("test"),
+            "time": record.provenance.time,
+            "test_hash": record.data.sha256["test"] if record.data else None,
+            "record": record,
+        }
+        for record in records
+    ]
+    # Few dtypes keep filters fast: pandas copies each block of columns of one dtype by itself.
+    frame = pd.DataFrame(rows, columns=list(COLUMNS), dtype=object)
+    return frame.astype({"learning_rate": float, "validation": float, "test": float})
 
 
-def choose_rates(records: list[Record]) -> dict[str, float]:
-    """By method, the rate with the best mean over validation tasks, of the sweep's seed.
+def records_of(frame: pd.DataFrame) -> list[Record]:
+    """Return the records of a frame, in its order."""
+    return list(frame["record"])
 
-    Of records on one mixture; those with other options than the paper's have no say.
-    A method that was tried at one rate only has not been tuned and is left out. Ties go to the lower rate.
-    """
-    tried: dict[str, dict[float, float]] = {}
-    for record in records:
-        config = record.config
-        if config.method != BASE and config.seed == SWEEP_SEED and TableEntry(config.method).matches(config):
-            score = record.mean("validation") if record.status == "ok" else None
-            tried.setdefault(config.method, {})[config.learning_rate] = float("-inf") if score is None else score
-    return {
-        method: min(scores, key=lambda rate: (-scores[rate], rate))
-        for method, scores in tried.items()
-        if len(scores) > 1
+
+def _where(frame: pd.DataFrame, keep: Callable[[RunConfig], object]) -> pd.DataFrame:
+    """Return the rows whose configuration passes a test."""
+    return frame[np.array([bool(keep(record.config)) for record in frame["record"]], dtype=bool)]
+
+
+def _setting(config: RunConfig) -> str:
+    return repr(config.config_key_without(*FREE_IN_A_TABLE))
+
+
+def _variant(config: RunConfig) -> str:
+    return repr((config.profile, config.mixture, config.method, config.method_options))
+
+
+def _at_rate(frame: pd.DataFrame, rate: float | None) -> pd.DataFrame:
+    rates = frame["learning_rate"]
+    return frame[rates.isna() if rate is None else rates == rate]
+
+
+def runs_of(frame: pd.DataFrame, experiment: Experiment, entry: TableEntry) -> pd.DataFrame:
+    """Return the runs of a table entry, at any learning rate and seed."""
+    return _of_entries(frame, experiment, [entry])
+
+
+def _of_entries(frame: pd.DataFrame, experiment: Experiment, entries: Sequence[TableEntry]) -> pd.DataFrame:
+    """Return the runs that belong to any of these table entries."""
+    examples = frame.drop_duplicates("variant")
+    belongs = {
+        variant: any(experiment.has(entry, record.config) for entry in entries)
+        for variant, record in zip(examples["variant"], examples["record"], strict=True)
     }
+    return frame[frame["variant"].map(belongs).astype(bool)]
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """The learning rates of a table and their origin.
+
+    Attributes:
+        tuned: Rate by tuning group, chosen on validation. A group that was not tuned is missing.
+        source: The experiment whose sweep chose them.
+        formats: Prompt formats of that sweep's runs.
+    """
+
+    tuned: dict[str, float]
+    source: Experiment
+    formats: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """A method with its options at one rate, all its seeds."""
+    """All seeds of a method with its options at one learning rate.
+
+    Attributes:
+        records: Runs with status ok, by seed. A single-task row has one joined record per seed.
+        broken: Runs that diverged or ran out of memory.
+        sources: Every record that the row rests on.
+    """
 
     entry: TableEntry
     rate: float | None
-    records: list[Record]  # status ok, by seed; those of a single-task row are joined from their parts
-    broken: list[Record]  # diverged or out of memory
-    sources: list[Record]  # every record that it rests on
+    records: list[Record]
+    broken: list[Record]
+    sources: list[Record]
 
     @property
     def method(self) -> str:
+        """Name of the method."""
         return self.entry.method
 
     @property
     def title(self) -> str:
+        """Title of the row in the paper's table."""
         return self.entry.title
 
     @property
+    def outcomes(self) -> list[Outcomes]:
+        """Outcomes of the test items, by seed."""
+        return [record.items or {} for record in self.records]
+
+    @property
     def mean(self) -> Mean:
-        return mean_over_seeds([record.items for record in self.records])
+        """Mean over tasks and seeds, with its interval."""
+        return mean_over_seeds(self.outcomes)
+
+    @property
+    def trainable(self) -> int | None:
+        """Number of trainable parameters; None for the base model."""
+        parameters = self.records[0].parameters
+        return parameters.trainable if parameters else None
 
     def task_mean(self, task: str) -> float:
-        return 100 * sum(record.test[task]["value"] for record in self.records) / len(self.records)
+        """Return the mean over seeds of a task's score in percent."""
+        return 100 * sum(record.test[task].value for record in self.records if record.test) / len(self.records)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The comparable records of one experiment and profile, and their learning rates.
+
+    Attributes:
+        folder: All records of the profile.
+        frame: The records that differ only in row, learning rate and seed.
+        left_out: Number of records of the same mixture with other settings.
+        rates: The tuned rates and their origin.
+    """
+
+    experiment: Experiment
+    profile: str
+    folder: pd.DataFrame
+    frame: pd.DataFrame
+    left_out: int
+    rates: LearningRates
+
+    @property
+    def records(self) -> list[Record]:
+        """The selected records; those of single tasks come last."""
+        return records_of(self.frame)
+
+    @property
+    def size(self) -> Profile:
+        """The profile's settings for this experiment."""
+        return PROFILES[self.profile].on(self.experiment.mixture)
+
+    @property
+    def entries(self) -> list[TableEntry]:
+        """The rows of the table."""
+        return entries_of(self.experiment, self.frame)
+
+    @property
+    def at_paper_rate(self) -> dict[str, float]:
+        """The paper's learning rate for every tuning group."""
+        return dict.fromkeys(tuning_groups_of(self.entries), self.size.paper_rate)
+
+    @property
+    def at_own_rate(self) -> dict[str, float]:
+        """The tuned learning rate of every tuning group, or the paper's where none was tuned."""
+        return self.at_paper_rate | self.rates.tuned
+
+    def rows(self, rates: Rates, entries: Sequence[TableEntry] | None = None) -> list[TableRow]:
+        """Return a row per table entry that has runs at the rate of its tuning group."""
+        found = []
+        for entry in self.entries if entries is None else entries:
+            rate = rates.get(entry.tuning_group)
+            runs = _at_rate(runs_of(self.frame, self.experiment, entry), rate).sort_values("seed", kind="stable")
+            if len(runs):
+                records = records_of(runs)
+                complete = _joined(records) if entry.single_task else records
+                ok = [record for record in complete if record.status == "ok"]
+                found.append(TableRow(entry, rate, ok, [r for r in records if r.status != "ok"], records))
+        return found
+
+
+def select(
+    experiment: Experiment,
+    profile: str,
+    frame: pd.DataFrame,
+    *,
+    like: RunConfig | None = None,
+    rates: LearningRates | None = None,
+) -> Selection:
+    """Select an experiment's records of one profile.
+
+    Args:
+        experiment: The table or figure.
+        profile: Name of the profile.
+        frame: All records of the profile.
+        like: A configuration that the records must agree with; by default the one with most records.
+        rates: Learning rates of the rows; by default those that these records' sweeps chose.
+    """
+    mine, left_out = select_comparable(frame, experiment, like)
+    return Selection(experiment, profile, frame, mine, left_out, rates or tuned_rates(experiment, frame))
 
 
 def select_comparable(
-    records: list[Record], experiment: Experiment, like: RunConfig | None = None
-) -> tuple[list[Record], int]:
-    """The records of an experiment that agree in everything but row, rate and seed, and how many do not.
+    frame: pd.DataFrame, experiment: Experiment, like: RunConfig | None = None
+) -> tuple[pd.DataFrame, int]:
+    """Return the records that differ only in row, learning rate and seed, and the number of the others.
 
-    Without `like`, a configuration that they must agree with, the largest such group of the folder; the latest of
-    equals. Of a method with other options than the experiment's rows have, none count.
+    Without `like` they are the largest such group; of equal groups, the one with the latest record. Runs of a method
+    with other options than the experiment's rows have are left out.
     """
-    entries = [TableEntry(BASE), *entries_of(experiment, records)]
-    of_suite = [r for r in records if _mixture(r.config, experiment)]
-    groups: dict[tuple, list[Record]] = {}
-    for record in of_suite:
-        groups.setdefault(_setting(record.config, experiment), []).append(record)
+    entries = [TableEntry(BASE), *entries_of(experiment, frame)]
+    suites = frame["mixture"].map(partial(_suite, experiment))
+    of_suite = frame[suites.notna()]
     if like is not None:
-        group = groups.get(_setting(like, experiment), [])
+        group = of_suite[
+            (of_suite["setting"] == _setting(like)) & (suites[of_suite.index] == _suite(experiment, like.mixture))
+        ]
     else:
-        group = max(groups.values(), key=lambda g: (len(g), max(r.provenance["time"] for r in g)), default=[])
-    group = [r for r in _same_test(group) if any(experiment.has(entry, r.config) for entry in entries)]
-    group.sort(key=lambda r: (r.config.mixture not in experiment.mixtures, r.config.id))  # parts last
-    return group, len(of_suite) - len(group)
+        groups = [group for _, group in of_suite.groupby([suites[suites.notna()], "setting"], sort=False)]
+        group = max(groups, key=lambda g: (len(g), g["time"].max()), default=of_suite)
+    group = _of_entries(_same_test(group), experiment, entries).sort_values("id")
+    is_single_task = ~group["mixture"].isin(experiment.mixtures)
+    return pd.concat([group[~is_single_task], group[is_single_task]]), len(of_suite) - len(group)
 
 
-def _mixture(config: RunConfig, experiment: Experiment) -> str | None:
-    """What a run was trained on: the experiment's mixture or one that stands for it, of which it may be a part."""
-    if config.mixture in experiment.mixtures:
-        return config.mixture
-    whole = config.mixture.rpartition("/")[0]
-    return whole if whole in experiment.mixtures and any(e.single_task for e in experiment.entries) else None
+def _suite(experiment: Experiment, mixture: str) -> str | None:
+    """Return the experiment's mixture that a run belongs to: its own, or the one that it trains a single task of."""
+    if mixture in experiment.mixtures:
+        return mixture
+    suite = mixture.rpartition("/")[0]
+    return suite if suite in experiment.mixtures and any(e.single_task for e in experiment.entries) else None
 
 
-def _same_test(records: list[Record]) -> list[Record]:
-    """Of each mixture the records with its commonest test, and those that know none."""
-    tests: dict[str, Counter] = {}
-    for record in records:
-        if record.data:
-            tests.setdefault(record.config.mixture, Counter())[record.data["sha256"]["test"]] += 1
-    commonest = {mixture: max(sorted(counts), key=counts.get) for mixture, counts in tests.items()}
-    return [r for r in records if not r.data or r.data["sha256"]["test"] == commonest[r.config.mixture]]
+def _same_test(group: pd.DataFrame) -> pd.DataFrame:
+    """Return the records with the most common test set of their mixture, and those that did not read any data."""
+    known = group.dropna(subset=["test_hash"])
+    commonest = known.groupby("mixture")["test_hash"].agg(lambda hashes: hashes.mode().iloc[0])
+    return group[group["test_hash"].isna() | (group["test_hash"] == group["mixture"].map(commonest))]
 
 
-def _setting(config: RunConfig, experiment: Experiment) -> tuple:
-    # The data's hash covers the training blend, which depends on the seed.
-    free = ("method", "method_options", "learning_rate", "seed", "data_hash", "mixture")
-    return _mixture(config, experiment), *config.config_key_without(*free)
-
-
-def entries_of(experiment: Experiment, records: list[Record]) -> list[TableEntry]:
-    """The paper's rows in the paper's order and, in Table 2, a row for every other method that was run."""
+def entries_of(experiment: Experiment, frame: pd.DataFrame) -> list[TableEntry]:
+    """Return the paper's rows and, in Table 2, a row for every other method that was run."""
     if not experiment.both_rates:
         return list(experiment.entries)
-    others = {r.config.method for r in records if r.config.mixture in experiment.mixtures}
-    return [*experiment.entries, *(TableEntry(m, own_rate=True) for m in sorted(others - {*experiment.methods, BASE}))]
+    others = set(frame.loc[frame["mixture"].isin(experiment.mixtures), "method"]) - {*experiment.methods, BASE}
+    return [*experiment.entries, *(TableEntry(method, own_rate=True) for method in sorted(others))]
 
 
-def tuned_rates(
-    experiment: Experiment, records: list[Record], like: RunConfig | None = None
-) -> tuple[dict[str, float], Experiment]:
-    """Each family's own rate, and the experiment whose sweep chose it.
+def records_that_lend_rates(frame: pd.DataFrame, like: RunConfig) -> pd.DataFrame:
+    """Return the records whose tuned rates apply to runs like this one.
 
-    That is this experiment if all families that ran on its mixture were swept there; else Table 2 lends its choice to
-    all of them, for the same model and size.
+    Sweeps in the same prompt format count. Where no single-domain task was ever asked in that format, sweeps of
+    single-domain mixtures in another format count too.
     """
-    own, _ = select_comparable(records, experiment, like)
-    own = [r for r in own if r.config.mixture in experiment.mixtures]
+    expected = like.config_key_without(*FREE_FOR_RATES)
+    same = _where(frame, lambda config: config.config_key_without(*FREE_FOR_RATES) == expected)
+    of_domains = same["mixture"].map(lambda name: bool(MIXTURES[name].domains)).astype(bool)
+    same_format = same["format"] == like.format
+    if MIXTURES[like.mixture].domains and of_domains[same_format].all():
+        return pd.concat([same[same_format], same[~of_domains]])
+    return same[same_format]
+
+
+def choose_rates(frame: pd.DataFrame) -> dict[str, float]:
+    """Return by method the learning rate with the best validation mean of the sweep's seed.
+
+    The records are of one mixture. Runs with other options than the paper's do not count. A method with a single rate
+    was not tuned and is left out. Of equal means the lower rate is taken.
+    """
+    sweep = frame[(frame["seed"] == SWEEP_SEED) & (frame["method"] != BASE)]
+    examples = sweep.drop_duplicates("variant")
+    usual = {
+        variant: TableEntry(record.config.method).matches(record.config)
+        for variant, record in zip(examples["variant"], examples["record"], strict=True)
+    }
+    sweep = sweep[sweep["variant"].map(usual).astype(bool)]
+    scores = sweep["validation"].where(sweep["status"] == "ok").astype(float).fillna(-np.inf)
+    tried = sweep.assign(score=scores).drop_duplicates(["method", "learning_rate"], keep="last")
+    best = tried.sort_values(["score", "learning_rate"], ascending=[False, True]).groupby("method").first()
+    counts = tried.groupby("method", sort=False).size()
+    return {method: float(best.loc[method, "learning_rate"]) for method in counts[counts > 1].index}
+
+
+def tuned_rates(experiment: Experiment, frame: pd.DataFrame) -> LearningRates:
+    """Return each tuning group's learning rate.
+
+    The experiment's own sweeps count if they tuned every group that ran on its mixture. Otherwise all groups take the
+    choice of Table 2's sweeps, for the same model and size, so that no row is tuned better than another.
+    """
+    own, _ = select_comparable(frame, experiment)
+    own = own[own["mixture"].isin(experiment.mixtures)]
     rates = choose_rates(own)
-    rates_from = EXPERIMENTS["table2"]
-    if experiment == rates_from or (rates and rates.keys() >= set(groups_with_runs(experiment, own))):
-        return rates, experiment
-    lent = choose_rates(select_comparable(records, rates_from)[0])
-    return {
-        tuning_group: lent[tuning_group] for tuning_group in experiment.tuning_groups if tuning_group in lent
-    }, rates_from
+    table2 = EXPERIMENTS["table2"]
+    if experiment == table2 or (rates and rates.keys() >= set(groups_with_runs(experiment, own))):
+        return LearningRates(rates, experiment, frozenset(own["format"]))
+    lent, _ = select_comparable(frame, table2)
+    rates = choose_rates(lent)
+    rates = {group: rates[group] for group in experiment.tuning_groups if group in rates}
+    return LearningRates(rates, table2, frozenset(lent["format"]))
 
 
-def groups_with_runs(experiment: Experiment, records: list[Record]) -> list[str]:
-    """The families of the rows that have runs."""
-    return tuning_groups_of(e for e in experiment.entries if any(experiment.has(e, r.config) for r in records))
-
-
-def rows(
-    records: list[Record], entries: list[TableEntry], rates: dict[str, float], experiment: Experiment
-) -> list[TableRow]:
-    """A row an entry, at the rate given for its family."""
-    found = []
-    for entry in entries:
-        runs = sorted(
-            (
-                r
-                for r in records
-                if experiment.has(entry, r.config) and r.config.learning_rate == rates.get(entry.tuning_group)
-            ),
-            key=lambda r: r.config.seed,
-        )
-        if runs:
-            whole = _joined(runs) if entry.single_task else runs
-            ok = [r for r in whole if r.status == "ok"]
-            found.append(
-                TableRow(entry, rates.get(entry.tuning_group), ok, [r for r in runs if r.status != "ok"], runs)
-            )
-    return found
+def groups_with_runs(experiment: Experiment, frame: pd.DataFrame) -> list[str]:
+    """Return the tuning groups of the rows that have runs."""
+    return tuning_groups_of(entry for entry in experiment.entries if len(runs_of(frame, experiment, entry)))
 
 
 def _joined(runs: list[Record]) -> list[Record]:
-    """A record a seed whose parts are all there and whole, with the tests of all parts."""
+    """Return a record per seed with the tests of all single tasks, for the seeds that have every task's run."""
     names = set(parts(runs[0].config.mixture.rpartition("/")[0]))
     joined = []
-    for seed in sorted({r.config.seed for r in runs}):
-        mine = [r for r in runs if r.config.seed == seed and r.status == "ok"]
-        if {r.config.mixture for r in mine} == names:
-            tests = {task: score for r in mine for task, score in r.test.items()}
-            items = {task: outcomes for r in mine for task, outcomes in r.items.items()}
-            joined.append(replace(mine[0], test=tests, items=items, data=None))
+    for seed in sorted({run.config.seed for run in runs}):
+        mine = [run for run in runs if run.config.seed == seed and run.status == "ok"]
+        if {run.config.mixture for run in mine} == names:
+            tests = {task: score for run in mine for task, score in (run.test or {}).items()}
+            items = {task: outcomes for run in mine for task, outcomes in (run.items or {}).items()}
+            joined.append(mine[0].replace(test=tests, items=items, data=None))
     return joined
 
 
 def spread(table: Iterable[TableRow]) -> Spread | None:
-    """How runs of a table vary from seed to seed, by its rows of several; a single-task row's parts vary otherwise."""
-    return spread_over_seeds([r.items for r in row.records] for row in table if not row.entry.single_task)
+    """Return the variance between seeds, pooled over a table's rows with several.
 
-
-def difference(first: TableRow, second: TableRow, runs_vary: Spread | None) -> Difference | None:
-    """Second less first: paired over the seeds that both have, if there are two, else over all seeds of each.
-
-    For the latter `runs_vary` says how runs vary. Where it does not, one common seed is compared, and without one there
-    is None, as for a row without a run.
+    Single-task rows do not count: their means are over separate runs.
     """
-    runs = [{r.config.seed: r.items for r in row.records} for row in (first, second)]
+    return spread_over_seeds(row.outcomes for row in table if not row.entry.single_task)
+
+
+def difference(first: TableRow, second: TableRow, between_seeds: Spread | None) -> Difference | None:
+    """Return the second row's mean less the first's, or None if a row has no runs.
+
+    With two or more seeds in common the test is paired over them. With fewer, all seeds of both rows are compared, with
+    the variance between seeds given. Without that variance the one common seed is compared.
+    """
+    runs = [{record.config.seed: record.items or {} for record in row.records} for row in (first, second)]
     seeds = sorted(runs[0].keys() & runs[1].keys())
-    if len(seeds) < 2 and runs_vary and all(runs):
-        return compare_apart(*([*items.values()] for items in runs), runs_vary)
+    if len(seeds) < 2 and between_seeds and all(runs):
+        return compare_apart(list(runs[0].values()), list(runs[1].values()), between_seeds)
     return compare(*([items[seed] for seed in seeds] for items in runs)) if seeds else None

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Tables, goals and the figure of the speed benchmark, from its records."""

@@ -1,75 +1,90 @@
-"""What a record of speed says of its rows: medians, ratios, and which row is the fastest."""
+"""Statistics of speed records: medians, ratios, the fastest row, and the records that count."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
-from bench.records.schema import SpeedRecord
+from bench.records.schema import SpeedRecord, SpeedRow
 from malora.backends import BACKENDS
 
-SpeedRow = dict[str, Any]
-# Rows of a large model's training that MALoRA is compared with.
-COMPARED = ("peft-lora", "lora-plain-compiled", "molora-loop", "molora-sorted-compiled", "malora-fp8-liger-captured")
+COMPILED_BACKBONE = "floor-compiled"  # the row of the frozen backbone, compiled
+PEFT_LORA = "peft-lora"  # the row of PEFT's LoRA out of the box
+# Rows of a large model's training that the goals compare MALoRA with.
+COMPARED = (PEFT_LORA, "lora-plain-compiled", "molora-loop", "molora-sorted-compiled", "malora-fp8-liger-captured")
 
 
-def summary(samples: list[float]) -> tuple[float, float]:
-    """Median and interquartile range."""
+def median_and_iqr(samples: list[float]) -> tuple[float, float]:
+    """Return the median and the interquartile range."""
     if len(samples) == 1:
         return samples[0], 0.0
     low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
     return middle, high - low
 
 
-def seconds(row: SpeedRow | None, part: str = "step") -> float | None:
-    """Median of a row's samples; None if it was not measured."""
-    samples = row["seconds"].get(part) if row and row["status"] == "ok" else None
-    return summary(samples)[0] if samples else None
+def seconds(row: SpeedRow | None, phase: str = "step") -> float | None:
+    """Return the median seconds of a phase, or None if it was not measured."""
+    samples = row.seconds.get(phase) if row and row.status == "ok" else None
+    return median_and_iqr(samples)[0] if samples else None
+
+
+def rows_by_seconds(record: SpeedRecord) -> list[tuple[float, SpeedRow]]:
+    """Return the rows that ran with the median seconds of their step, the slowest first."""
+    timed = ((seconds(row), row) for row in record.rows)
+    return sorted(((step, row) for step, row in timed if step is not None), key=lambda pair: -pair[0])
 
 
 def by_round(record: SpeedRecord, row: SpeedRow) -> np.ndarray:
-    """Mean seconds of a step in each round: steps that follow each other are alike in what the device was like."""
-    samples = np.array(row["seconds"]["step"])
-    return samples.reshape(-1, max(1, len(samples) // record.options["rounds"])).mean(1)
+    """Return the mean seconds per step of each round; steps within a round are not independent samples."""
+    samples = np.array(row.seconds["step"])
+    means: np.ndarray = samples.reshape(-1, max(1, len(samples) // record.options.rounds)).mean(1)
+    return means
 
 
 def tokens_per_second(record: SpeedRecord, row: SpeedRow | None) -> float | None:
-    sequences = record.options["batch"] if record.mode == "decode" else 1
-    return ratio(sequences * record.options["tokens"], seconds(row))
+    """Return the tokens that a row processes per second; in decode, over all sequences of the batch."""
+    sequences = record.options.batch if record.mode == "decode" else 1
+    return ratio(sequences * record.options.tokens, seconds(row))
 
 
 def ratio(above: float | None, below: float | None) -> float | None:
+    """Return above / below, or None if one is unknown."""
     return None if above is None or below is None else above / below
 
 
 def named(record: SpeedRecord, name: str) -> SpeedRow | None:
-    return next((row for row in record.rows if row["name"] == name), None)
+    """Return the row of this name, if the record has it."""
+    return next((row for row in record.rows if row.name == name), None)
 
 
 def exact_rows(record: SpeedRecord) -> list[SpeedRow]:
-    """Those that compute what their method says, within rounding."""
-    return [row for row in record.rows if row["backend"] not in BACKENDS or BACKENDS[row["backend"]].exact]
+    """Return the rows that compute their method up to rounding, which float8 does not."""
+    return [row for row in record.rows if row.backend not in BACKENDS or BACKENDS[row.backend].exact]
 
 
 def fastest(record: SpeedRecord, choose: Callable[[SpeedRow], bool]) -> SpeedRow | None:
-    """Of the exact rows that ran."""
-    ran = [r for r in exact_rows(record) if seconds(r) is not None and choose(r)]
-    return min(ran, key=seconds, default=None)
+    """Return the fastest of the exact rows that ran and that `choose` accepts."""
+    timed = [(step, row) for row in exact_rows(record) if choose(row) and (step := seconds(row)) is not None]
+    return min(timed, key=lambda pair: pair[0])[1] if timed else None
+
+
+def malora_row(record: SpeedRecord) -> SpeedRow | None:
+    """Return MALoRA's fastest exact row."""
+    return fastest(record, lambda row: bool(row.method == "malora"))
 
 
 def work_of(record: SpeedRecord) -> tuple[str, ...]:
-    """What was asked for and on which device, whatever the rows: figures of equal works can stand side by side."""
+    """Return the workload and the device. Records that agree in both can be compared."""
     options = record.options
-    asked = [str(options[name]) for name in ("sweep", "batch", "length", "tokens", "layers")]
-    swept = options["variant"] if options["sweep"] else ""  # a sweep's rows are not beside anything
-    return record.shape, record.mode, *asked, swept, record.provenance["device"]
+    asked = [str(getattr(options, name)) for name in ("sweep", "batch", "length", "tokens", "layers")]
+    swept = options.variant if options.sweep else ""  # the rows of two sweeps are not compared
+    return record.shape, record.mode, *asked, swept, record.provenance.device
 
 
 def by_work(records: list[SpeedRecord]) -> list[list[SpeedRecord]]:
-    """Groups in a fixed order."""
+    """Group records by workload and device, in a fixed order."""
     groups: dict[tuple[str, ...], list[SpeedRecord]] = {}
     for record in records:
         groups.setdefault(work_of(record), []).append(record)
@@ -77,35 +92,34 @@ def by_work(records: list[SpeedRecord]) -> list[list[SpeedRecord]]:
 
 
 def compared(record: SpeedRecord) -> tuple[int, str, str]:
-    """Sorts records by how much of what MALoRA is compared with they have, and by their age."""
+    """Return a sort key: first how many rows of `COMPARED` the record has, then its age."""
     return sum(seconds(named(record, name)) is not None for name in COMPARED), *age(record)
 
 
 def age(record: SpeedRecord) -> tuple[str, str]:
-    return record.provenance["time"], record.id
+    """Return a sort key that puts the oldest record first."""
+    return record.provenance.time, record.id
 
 
 def newest(records: list[SpeedRecord]) -> list[SpeedRecord]:
-    """Of records of one work the last that has most rivals, then all others of the same code or later, by age."""
+    """Return the records of one workload that count.
+
+    The first is the newest of those with the most rows of `COMPARED`. The others, by age, were made by the same code or
+    later than the first.
+    """
     first = max(records, key=compared)
-    sha = first.provenance["source_sha256"]
-    others = (r for r in records if r.provenance["source_sha256"] == sha or age(r) > age(first))
+    sha = first.provenance.source_sha256
+    others = (r for r in records if r.provenance.source_sha256 == sha or age(r) > age(first))
     return [first, *sorted((r for r in others if r is not first), key=age)]
 
 
 def shown(records: list[SpeedRecord]) -> list[SpeedRecord]:
-    """What pages show whole of each work: the first of its newest and, of others, the last with each set of rows."""
+    """Return the records that pages show in full.
+
+    For each workload these are the first of its `newest` records and, for each other set of variants, the last one.
+    """
     found = []
     for first, *others in map(newest, by_work(records)):
-        last = {r.options["variant"]: r for r in others}
-        found += [first, *(r for variant, r in last.items() if variant != first.options["variant"])]
+        last = {r.options.variant: r for r in others}
+        found += [first, *(r for variant, r in last.items() if variant != first.options.variant)]
     return found
-
-
-def malora_row(record: SpeedRecord) -> SpeedRow | None:
-    """MALoRA's fastest exact row."""
-    return fastest(record, lambda row: row["method"] == "malora")
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    return "" if value is None else f"{value:.{digits}g}"

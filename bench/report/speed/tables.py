@@ -1,242 +1,232 @@
-"""Records of speed to Markdown and a figure. Pure: the same records give the same bytes."""
+"""Pages of the speed benchmark: its records as Markdown tables. The same records give the same bytes."""
 
 from __future__ import annotations
 
 import statistics
-from xml.sax.saxutils import escape
 
-from tabulate import tabulate
-
-from bench.records.schema import SpeedRecord
+from bench.records.schema import SpeedRecord, SpeedRow
+from bench.report.markdown import number, table
 from bench.report.paper import paper
+from bench.report.speed.figure4c import figure4c
 from bench.report.speed.goals import goal_table
 from bench.report.speed.summary import (
+    COMPILED_BACKBONE,
+    PEFT_LORA,
     age,
     by_work,
     compared,
     fastest,
     malora_row,
+    median_and_iqr,
     named,
-    number,
     ratio,
     seconds,
     shown,
-    summary,
     tokens_per_second,
 )
 
+# Backends whose work grows with k·r; that of the others grows with N·r.
+_SPARSE = ("dispatch", "sorted")
+_PHASES = ("forward", "backward", "optimizer")
+# Rows of the frozen backbone that others are divided by, and the title of that column.
+_BACKBONES = {
+    COMPILED_BACKBONE: "× compiled backbone",
+    "floor-captured": "× captured backbone",
+    "floor": "× eager backbone",
+}
+DIGITS = 4  # significant digits of seconds and of ratios between records
+MAX_KERNEL_NAME = 60  # characters of a kernel's name in a table
+
 
 def pages(records: list[SpeedRecord]) -> dict[str, str]:
-    """The generated files of a folder of records, by name: table10.md, and figure4c.svg where training was measured."""
+    """Return the generated files of a folder of records by name.
+
+    There is "table10.md" and, if training was measured, "figure4c.svg" of the record with the largest step.
+    """
     if not records:
         return {}
     parts = ["# Speed (the paper's Table 10 and Figure 4c)", goal_table(records)]
     for group in by_work(records):
-        whole = shown(group)
-        parts += map(section, whole)
-        if rest := [r for r in group if r not in whole]:
+        in_full = shown(group)
+        parts += map(section, in_full)
+        if rest := [r for r in group if r not in in_full]:
             parts.append(_others(rest))
-    made = {"table10.md": "\n\n".join(parts) + "\n"}
+    found = {"table10.md": "\n\n".join(parts) + "\n"}
     trained = [r for r in shown(records) if r.mode == "train" and fastest(r, lambda row: True)]
     if trained:
-        biggest = max(trained, key=lambda r: (r.options["flops"], compared(r)))
-        made["figure4c.svg"] = figure4c(biggest)
-    return made
+        largest = max(trained, key=lambda r: (r.options.flops, compared(r)))
+        found["figure4c.svg"] = figure4c(largest)
+    return found
 
 
 def _others(records: list[SpeedRecord]) -> str:
-    """A line for each record of the same work that is not shown whole, by age."""
+    """Return a table of the records of a workload that are not shown in full, by age."""
     body = []
     for r in sorted(records, key=age):
         step = seconds(malora_row(r))
-        ratios = [number(ratio(step, seconds(named(r, name)))) for name in ("floor-compiled", "peft-lora")]
-        commit = (r.provenance["commit"] or "unknown")[:12]
-        body.append([f"`{r.id}`", f"`{commit}`", r.options["rounds"], len(r.rows), number(step), *ratios])
-    head = ["record", "commit", "rounds", "rows", "MALoRA's step, s", "× compiled floor", "× PEFT LoRA"]
-    align = ("left", "left", *["right"] * 5)
-    table = tabulate(body, head, tablefmt="pipe", disable_numparse=True, colalign=align)
-    return f"Other records of the same work, of earlier code or of the same rows:\n\n{table}"
+        ratios = [number(ratio(step, seconds(named(r, name))), DIGITS) for name in (COMPILED_BACKBONE, PEFT_LORA)]
+        commit = (r.provenance.commit or "unknown")[:12]
+        body.append(
+            [f"`{r.id}`", f"`{commit}`", str(r.options.rounds), str(len(r.rows)), number(step, DIGITS), *ratios]
+        )
+    head = ["record", "commit", "rounds", "rows", "MALoRA's step, s", "× compiled backbone", "× PEFT LoRA"]
+    listed = table(body, head, ["left", "left", *["right"] * 5])
+    return f"Other records of the same workload, of earlier code or with the same rows:\n\n{listed}"
 
 
 def section(record: SpeedRecord) -> str:
-    """What one call measured, with how to read it."""
-    options = record.options
-    what = f"{record.shape}, " + (f"one linear map, {options['sweep']}" if record.mode == "layer" else record.mode)
-    table = _sweep_table(record) if record.mode == "layer" else _table(record)
-    title = f"## {what}, {record.provenance['device']}"
-    return "\n\n".join(filter(None, [title, _intro(record), table, _notes(record), _where(record)]))
+    """Return what one call measured, and how to read it."""
+    sweep = record.mode == "layer"
+    work = f"one linear layer, {record.options.sweep}" if sweep else record.mode
+    title = f"## {record.shape}, {work}, {record.provenance.device}"
+    if sweep:
+        parts = [title, _intro(record), _sweep_table(record), _SWEEP_NOTE, *_crossovers(record)]
+    else:
+        parts = [title, _intro(record), _model_table(record), _model_note(record), *_longest_kernels(record)]
+    return "\n\n".join(parts)
 
 
 def _intro(record: SpeedRecord) -> str:
     o, p = record.options, record.provenance
     work = {
-        "train": f"{o['tokens']:,} tokens a step in micro-batches of {o['batch']} × {o['length']}",
-        "prefill": f"{o['batch']} × {o['length']} tokens a pass",
-        "decode": f"{o['tokens']} tokens after a prompt of {o['length']}, {o['batch']} at a time",
-        "layer": ("" if o["sweep"] == "tokens" else f"{o['tokens']:,} tokens, ") + "forward and backward",
+        "train": f"{o.tokens:,} tokens per step in micro-batches of {o.batch} × {o.length}",
+        "prefill": f"{o.batch} × {o.length} tokens per pass",
+        "decode": f"{o.tokens} new tokens after a prompt of {o.length}, batch size {o.batch}",
+        "layer": ("" if o.sweep == "tokens" else f"{o.tokens:,} tokens, ") + "forward and backward",
     }[record.mode]
-    rates = [[record.ceilings[when][what] for when in ("before", "after")] for what in _CEILINGS]
-    versions = ", ".join(f"{name} {p['packages'][name]}" for name in ("torch", "transformers", "peft"))
+    before, after = record.peak_rates["before"], record.peak_rates["after"]
+    matmul = [rates.matrix_flops_per_second / 1e12 for rates in (before, after)]
+    copy = [rates.copy_bytes_per_second / 1e12 for rates in (before, after)]
+    versions = ", ".join(f"{name} {p.packages[name]}" for name in ("torch", "transformers", "peft"))
     lines = [
-        f"{work[0].upper()}{work[1:]}, on {p['device']}; {versions}; commit `{(p['commit'] or 'unknown')[:12]}`. "
-        f"Random weights, dropout {o['dropout']:g}, {o['rounds']} rounds. The device's ceilings before and after: "
-        f"matrix product {rates[0][0] / 1e12:.3g} and {rates[0][1] / 1e12:.3g} TFLOP/s, "
-        f"copy {rates[1][0] / 1e12:.3g} and {rates[1][1] / 1e12:.3g} TB/s."
+        f"{work[0].upper()}{work[1:]}, on {p.device}; {versions}; commit `{(p.commit or 'unknown')[:12]}`. "
+        f"Random weights, dropout {o.dropout:g}, {o.rounds} rounds. The device's peak rates before and after: "
+        f"matmul {matmul[0]:.3g} and {matmul[1]:.3g} TFLOP/s, copy {copy[0]:.3g} and {copy[1]:.3g} TB/s."
     ]
-    if p["cuda"] is None:
-        lines.append("**These are a CPU's figures**: they show that the command works, and say nothing about a GPU.")
+    if p.cuda is None:
+        lines.append("**Measured on a CPU**: this shows that the command works, and says nothing about a GPU.")
     if not record.complete:
-        lines.append(f"**The backbone was cut to {o['layers']} layers** (`--layers`): this measures nothing.")
+        lines.append(f"**The backbone was cut to {o.layers} layers** (`--layers`): the figures mean nothing.")
     return "\n\n".join(lines)
 
 
-# Backends whose work grows with k·r; that of the others grows with N·r.
-_SPARSE = ("dispatch", "sorted")
-_CEILINGS = ("matrix_flops_per_second", "copy_bytes_per_second")
-_PARTS = ("forward", "backward", "optimizer")
-_FLOORS = {"floor-compiled": "compiled floor", "floor-captured": "captured floor", "floor": "floor"}
-
-
-def _table(record: SpeedRecord) -> str:
+def _model_table(record: SpeedRecord) -> str:
+    """Return a table of the variants of a whole model, with the paper's rows below if it is a training record."""
     train = record.mode == "train"
-    floors = {title: seconds(named(record, name)) for name, title in _FLOORS.items()}
-    floors = {title: floor for title, floor in floors.items() if floor}
-    lora = seconds(named(record, "peft-lora"))
-    rate = max(record.ceilings[when]["matrix_flops_per_second"] for when in ("before", "after"))
-    head = ["variant", *(_PARTS if train else ()), "step, s", "spread", "tokens/s", *(f"× {title}" for title in floors),
-            "× PEFT LoRA", "share of rate", "allocated, GiB", "reserved, GiB", "MHz", "W", "kernels", "launches",
-            "waits", "trainable", "note"]  # fmt: skip
+    backbones = {title: seconds(named(record, name)) for name, title in _BACKBONES.items()}
+    backbones = {title: step for title, step in backbones.items() if step}
+    head = ["variant", *(_PHASES if train else ()), "step, s", "IQR, s", "tokens/s", *backbones, "× PEFT LoRA",
+            "share of peak", "allocated, GiB", "reserved, GiB", "MHz", "W", "kernels", "launches",
+            "host syncs", "trainable", "note"]  # fmt: skip
     body = []
     for row in record.rows:
-        step = seconds(row)
-        if step is None:
-            body.append([row["name"], *[""] * (len(head) - 2), f"{row['status']}: {row['reason']}"])
-            continue
-        peak, sensors = row["peak_bytes"] or {}, row.get("sensors", {})  # older records have none
-        share = record.options["flops"] and record.options["flops"] / step / rate
-        body.append([
-            row["name"], *([number(seconds(row, part)) for part in _PARTS] if train else []),
-            number(step), number(summary(row["seconds"]["step"])[1], 2), f"{tokens_per_second(record, row):,.0f}",
-            *(number(ratio(step, other), 3) for other in (*floors.values(), lora)),
-            "" if share is None else f"{share:.1%}",
-            *(f"{peak[kind] / 2**30:.1f}" if peak else "" for kind in ("allocated", "reserved")),
-            *(f"{statistics.median(sensors[what]):.0f}" if what in sensors else "" for what in ("clock_mhz", "watts")),
-            *("" if row[what] is None else f"{row[what]:,}" for what in ("kernels", "launches", "synchronisations")),
-            f"{row['trainable']:,}", row["reason"] or "",
-        ])  # fmt: skip
+        if seconds(row) is None:
+            body.append([row.name, *[""] * (len(head) - 2), f"{row.status}: {row.reason}"])
+        else:
+            body.append(_model_cells(record, row, [*backbones.values(), seconds(named(record, PEFT_LORA))]))
     if train:
-        body += _paper_rows(len(head), len(floors))
-    align = ("left", *["right"] * (len(head) - 2), "left")
-    return tabulate(body, head, tablefmt="pipe", disable_numparse=True, colalign=align)
+        body += _paper_rows(len(head), len(backbones))
+    return table(body, head, ["left", *["right"] * (len(head) - 2), "left"])
 
 
-def _paper_rows(columns: int, floors: int) -> list[list[str]]:
+def _model_cells(record: SpeedRecord, row: SpeedRow, others: list[float | None]) -> list[str]:
+    """Return the cells of a variant that ran; `others` are the steps that its own is divided by."""
+    step = seconds(row)
+    assert step is not None, "only rows that ran have cells"
+    peak_rate = max(rates.matrix_flops_per_second for rates in record.peak_rates.values())
+    share = record.options.flops and record.options.flops / step / peak_rate
+    peak_bytes, sensors = row.peak_bytes, row.sensors
+    counts = [getattr(row, name) for name in ("kernels", "launches", "synchronisations")]
+    return [
+        row.name,
+        *([number(seconds(row, phase), DIGITS) for phase in _PHASES] if record.mode == "train" else []),
+        number(step, DIGITS),
+        number(median_and_iqr(row.seconds["step"])[1], 2),
+        f"{tokens_per_second(record, row):,.0f}",
+        *(number(ratio(step, other), 3) for other in others),
+        "" if share is None else f"{share:.1%}",
+        *(f"{getattr(peak_bytes, kind) / 2**30:.1f}" if peak_bytes else "" for kind in ("allocated", "reserved")),
+        *(f"{statistics.median(sensors[name]):.0f}" if name in sensors else "" for name in ("clock_mhz", "watts")),
+        *("" if count is None else f"{count:,}" for count in counts),
+        f"{row.trainable:,}",
+        row.reason or "",
+    ]
+
+
+def _paper_rows(columns: int, backbones: int) -> list[list[str]]:
+    """Return the paper's own rows for a table of that many columns."""
     theirs = paper()["table10"]
     rows = []
     for name, row in theirs.items():
-        cells = [f"*{row[part + '_s']}*" for part in (*_PARTS, "step")]
-        cells += ["", f"*{1e6 / row['us_per_token']:,.0f}*", *[""] * floors]
+        cells = [f"*{row[phase + '_s']}*" for phase in (*_PHASES, "step")]
+        cells += ["", f"*{1e6 / row['us_per_token']:,.0f}*", *[""] * backbones]
         cells.append(f"*{row['step_s'] / theirs['LoRA']['step_s']:.3g}*")
         rows.append([f"*{name}, the paper's*", *cells, *[""] * (columns - len(cells) - 1)])
     return rows
 
 
+def _model_note(record: SpeedRecord) -> str:
+    text = (
+        "Figures are medians over all rounds; IQR is the interquartile range of a step. Variants were measured in "
+        "turn, in alternating order. A backbone is the frozen model without an adapter, forward and backward. The "
+        "share of the peak rate counts the frozen backbone's matmul operations only. Peak memory includes the frozen "
+        "weights and the variant's own. MHz and W are medians of the device's clock and power while steps ran. Host "
+        "syncs count the times per step that the host waited for the device."
+    )
+    if record.mode == "train":
+        text += (
+            " A captured step has forward and backward in one CUDA graph. The rows in *italics* are the paper's "
+            f"({paper()['source']}): {paper()['table10_source']}."
+        )
+    return text
+
+
+def _longest_kernels(record: SpeedRecord) -> list[str]:
+    """Return tables of the kernels that took longest: of MALoRA's fastest row, and of the compiled backbone."""
+    parts = []
+    for row in (malora_row(record), named(record, COMPILED_BACKBONE)):
+        if row is None or not row.where:
+            continue
+        busy = sum(taken for _, _, taken in row.where)
+        body = [[f"`{name[:MAX_KERNEL_NAME]}`", f"{calls:,}", f"{1e3 * taken:.1f}"] for name, calls, taken in row.where]
+        listed = table(body, ["kernel", "calls", "ms"], ["left", "right", "right"])
+        parts.append(f"The longest kernels of a step of `{row.name}`, which take {busy:.3g} s:\n\n{listed}")
+    return parts
+
+
+_SWEEP_NOTE = "Median milliseconds of a forward and backward pass. Captured rows are CUDA graphs; nothing is compiled."
+
+
 def _sweep_table(record: SpeedRecord) -> str:
-    """Milliseconds by value and backend; the fastest of a value is bold."""
-    names = list(dict.fromkeys(row["name"] for row in record.rows))
+    """Return milliseconds by value and backend, with the fastest of each value in bold."""
+    names = list(dict.fromkeys(row.name for row in record.rows))
     body = []
-    for value in dict.fromkeys(row["value"] for row in record.rows):
-        rows = {row["name"]: row for row in record.rows if row["value"] == value}
+    for value in dict.fromkeys(row.value for row in record.rows):
+        rows = {row.name: row for row in record.rows if row.value == value}
         best = min((s for s in map(seconds, rows.values()) if s is not None), default=None)
         cells = []
         for name in names:
             step = seconds(rows.get(name))
-            cell = rows[name]["status"] if step is None else f"{1e3 * step:.3g}"
+            cell = rows[name].status if step is None else f"{1e3 * step:.3g}"
             cells.append(f"**{cell}**" if step is not None and step == best else cell)
-        body.append([value, *cells])
-    head = [record.options["sweep"], *names]
-    return tabulate(body, head, tablefmt="pipe", disable_numparse=True, colalign=["right"] * len(head))
+        body.append([str(value), *cells])
+    head = [record.options.sweep or "", *names]
+    return table(body, head, ["right"] * len(head))
 
 
 def _crossovers(record: SpeedRecord) -> list[str]:
-    """Of each method, the values at which a sparse row is the fastest that ran."""
+    """Return a line per method: the values at which a sparse row is the fastest that ran."""
     lines = []
-    for method in dict.fromkeys(row["method"] for row in record.rows):
-        won: dict[str, list[int]] = {}
-        for value in dict.fromkeys(row["value"] for row in record.rows):
-            best = fastest(record, lambda row, at=(method, value): (row["method"], row["value"]) == at)
-            if best and best["backend"] in _SPARSE:
-                won.setdefault(best["name"], []).append(value)
-        where = (f"`{name}` is the fastest at {', '.join(map(str, values))}" for name, values in won.items())
-        lines.append(f"Crossover, {method} by {record.options['sweep']}: {'; '.join(where) or 'no sparse row wins'}.")
+    for method in dict.fromkeys(row.method for row in record.rows):
+        won: dict[str, list[str]] = {}
+        for value in dict.fromkeys(row.value for row in record.rows):
+            best = _fastest_at(record, method, value)
+            if best and best.backend in _SPARSE:
+                won.setdefault(best.name, []).append(str(value))
+        where = [f"`{name}` is the fastest at {', '.join(values)}" for name, values in won.items()]
+        lines.append(f"Crossover, {method} by {record.options.sweep}: {'; '.join(where) or 'no sparse row wins'}.")
     return lines
 
 
-def _notes(record: SpeedRecord) -> str:
-    if record.mode == "layer":
-        text = "Milliseconds of a forward and backward pass, medians; captured rows are CUDA graphs, and not compiled."
-        return "\n\n".join([text, *_crossovers(record)])
-    text = (
-        "Medians over all rounds; the spread is the interquartile range of a step. Rows were measured in turns. The "
-        "share of the rate counts the frozen backbone's matrix operations alone, against the higher ceiling. Peak "
-        "memory holds the frozen weights and the row's own. MHz and W are the device's clock and power, medians while "
-        "steps ran. Waits are the host's for the device, in one step. "
-    )
-    if record.mode == "train":
-        text += (
-            "A captured step has forward and backward in one. The rows in *italics* are the paper's "
-            f"({paper()['source']}): {paper()['table10_source']}."
-        )
-    return text.rstrip()
-
-
-def _where(record: SpeedRecord) -> str:
-    """The kernels that took longest in a step of MALoRA's fastest row, beside the compiled floor's."""
-    parts = []
-    for row in (malora_row(record), named(record, "floor-compiled")):
-        if row is None or not row.get("where") or record.mode == "layer":
-            continue
-        busy = sum(taken for _, _, taken in row["where"])
-        body = [[f"`{name[:60]}`", f"{calls:,}", f"{1e3 * taken:.1f}"] for name, calls, taken in row["where"]]
-        table = tabulate(body, ["kernel", "calls", "ms"], tablefmt="pipe", disable_numparse=True,
-                         colalign=("left", "right", "right"))  # fmt: skip
-        parts.append(f"Where a step of `{row['name']}` spends its time; these kernels take {busy:.3g} s:\n\n{table}")
-    return "\n\n".join(parts)
-
-
-def figure4c(record: SpeedRecord) -> str:
-    """Seconds of a training step by variant, as bars, and below them the paper's on their own scale.
-
-    SVG written by hand, so that its bytes are the record's alone.
-    """
-    ours = sorted(((seconds(row), row["name"]) for row in record.rows if seconds(row) is not None), reverse=True)
-    theirs = sorted(((row["step_s"], name) for name, row in paper()["table10"].items()), reverse=True)
-    bars, height = [], 0
-    for title, rows in (
-        (f"Seconds of a training step, {record.shape}, {record.provenance['device']}", ours),
-        (f"The paper's: {paper()['table10_source']}", theirs),
-    ):
-        bars += _bars(title, rows, height)
-        height += 40 + _ROW * len(rows)
-    size = f'width="{_LEFT + _WIDTH}" height="{height}"'
-    style = 'font-family="sans-serif" font-size="12"'
-    background = '<rect width="100%" height="100%" fill="white"/>'
-    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>', background, *bars, "</svg>"]) + "\n"
-
-
-_LEFT, _WIDTH, _ROW = 220, 560, 20  # pixels: names, bars, and the height of one
-
-
-def _bars(title: str, rows: list[tuple[float, str]], top: int) -> list[str]:
-    """The first is the longest, and as wide as there is room for."""
-    scale = (_WIDTH - 70) / rows[0][0]
-    bars = [f'<text x="8" y="{top + 18}" font-weight="bold">{escape(title)}</text>']
-    for place, (step, name) in enumerate(rows):
-        y = top + 30 + place * _ROW
-        fill = "#c44e52" if name.lower().startswith("malora") else "#8c8c8c" if name.startswith("floor") else "#4c72b0"
-        bars += [
-            f'<text x="{_LEFT - 6}" y="{y + 13}" text-anchor="end">{escape(name)}</text>',
-            f'<rect x="{_LEFT}" y="{y + 2}" width="{step * scale:.1f}" height="{_ROW - 5}" fill="{fill}"/>',
-            f'<text x="{_LEFT + step * scale + 5:.1f}" y="{y + 13}">{step:.3g}</text>',
-        ]
-    return bars
+def _fastest_at(record: SpeedRecord, method: str | None, value: int | None) -> SpeedRow | None:
+    return fastest(record, lambda row: (row.method, row.value) == (method, value))

@@ -11,6 +11,19 @@ for (const table of document.querySelectorAll("main table"))
     layout: { topStart: table.tBodies[0].rows.length > 6 ? "search" : null, topEnd: null },
     language: { search: "Filter rows", searchPlaceholder: "Filter" } });
 
+// A table that is wider than its container says so, and says when its end is reached.
+function showScroll(box) {
+  box.classList.toggle("wide", box.scrollWidth > box.clientWidth + 1);
+  box.classList.toggle("more", box.scrollLeft + box.clientWidth < box.scrollWidth - 1);
+  box.tabIndex = box.classList.contains("wide") ? 0 : -1;
+}
+const resized = new ResizeObserver((entries) => entries.forEach(({ target }) => showScroll(target.closest(".scroll"))));
+for (const box of document.querySelectorAll("main .scroll")) {
+  box.addEventListener("scroll", () => showScroll(box), { passive: true });
+  resized.observe(box);
+  resized.observe(box.firstElementChild);
+}
+
 // A link to records is the ends of their ids, #hash,hash: every figure has an address of its own.
 const records = await unpacked("records").json();
 const dialog = document.querySelector("dialog");

@@ -64,9 +64,9 @@ def test_run_on_domains(base_folder, capsys, tmp_path):
     assert "(exact_match, 3 items)" in out and "(rougeL, 3 items)" in out and "(acc, 3 items)" in out
     (one,) = store.read_all(tmp_path)
     assert one.config.learning_rate == 5e-4  # the paper's for domains
-    assert {score["metric"] for score in one.validation.values()} == {"likelihood"}
-    assert all(0 < score["value"] < 1 for score in one.validation.values())
-    assert one.train["curve"][-1]["loss"] < one.train["curve"][0]["loss"]
+    assert {score.metric for score in one.validation.values()} == {"likelihood"}
+    assert all(0 < score.value < 1 for score in one.validation.values())
+    assert one.train.curve[-1].loss < one.train.curve[0].loss
 
 
 def test_leaderboard_check_changes_nothing(capsys):
@@ -91,11 +91,11 @@ def test_two_processes_train_together(base_folder, tmp_path):
     ]
     launch(*command, "--results", tmp_path / "two")
     (two,) = store.read_all(tmp_path / "two")
-    assert two.status == "ok" and two.train["steps"] == 12
+    assert two.status == "ok" and two.train.steps == 12
     assert main([str(a) for a in [*command, "--results", tmp_path / "one"]]) == 0
     (one,) = store.read_all(tmp_path / "one")
     # Dropout differs, and the balance loss is computed per process, so the curves are close and not equal.
-    assert two.train["curve"][0]["loss"] == pytest.approx(one.train["curve"][0]["loss"], rel=0.02)
+    assert two.train.curve[0].loss == pytest.approx(one.train.curve[0].loss, rel=0.02)
     assert two.config == one.config
 
 

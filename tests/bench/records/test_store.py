@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-from dataclasses import replace
 
 import pytest
 
@@ -37,7 +36,7 @@ CONFIG = RunConfig(
 
 def make(seed=0, status="ok", method="lora", rate=2e-3, right=0.5, n=40, **options) -> Record:
     usual = {} if method == BASE else method_options(method, PROFILES["tiny"], CONFIG.mixture, {})
-    config = replace(CONFIG, seed=seed, method=method, learning_rate=rate, method_options=usual)
+    config = CONFIG.replace(seed=seed, method=method, learning_rate=rate, method_options=usual)
     items = {task: [int(i < right * n) for i in range(n)] for task in ("lexicon", "majority")}
     scores = {t: {"metric": "acc", "value": sum(v) / n, "stderr": 0.01, "n": n, "version": 1} for t, v in items.items()}
     ok = status == "ok"
@@ -55,8 +54,11 @@ def make(seed=0, status="ok", method="lora", rate=2e-3, right=0.5, n=40, **optio
             },
             "train": {
                 "steps": 70,
+                "tokens": 700,
+                "seconds": {"data": 1.0},
                 "curve": [{"step": 10, "loss": 1.0, "balance_loss": 0.0, "grad_norm": 2.0}],
                 "router": [],
+                "peak_bytes": None,
             },
             "validation": scores if ok else None,
             "test": scores if ok else None,
@@ -77,8 +79,8 @@ def test_a_record_reads_back_as_it_was_written(tmp_path):
 
 def test_the_name_is_that_of_the_configuration_and_of_no_other():
     assert CONFIG.id.startswith("procedural-letters-lora-lr0.002-s0-")
-    others = [replace(CONFIG, weight_decay=0.1), replace(CONFIG, method_options={"r": 8}), replace(CONFIG, max_steps=1)]
-    assert len({c.id for c in (CONFIG, *others)}) == 4 and replace(CONFIG).id == CONFIG.id
+    others = [CONFIG.replace(weight_decay=0.1), CONFIG.replace(method_options={"r": 8}), CONFIG.replace(max_steps=1)]
+    assert len({c.id for c in (CONFIG, *others)}) == 4 and CONFIG.replace().id == CONFIG.id
 
 
 def test_the_same_record_gives_the_same_bytes(tmp_path):
@@ -125,22 +127,22 @@ def test_publishing_takes_clean_whole_records_and_replaces_none(tmp_path, histor
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"provenance": {**CLEAN, "source_sha256": "12" * 32}}, "made from code that no commit here has"),
-        ({"config": replace(CONFIG, max_items=3)}, "was cut short"),
+        ({"provenance": CLEAN.replace(source_sha256="12" * 32)}, "made from code that no commit here has"),
+        ({"config": CONFIG.replace(max_items=3)}, "was cut short"),
     ],
 )
 def test_publishing_refuses_the_rest_and_says_why(tmp_path, history, options, message):
-    paths, refused = store.publish([make(1), replace(make(0), **options)], tmp_path)
+    paths, refused = store.publish([make(1), make(0).replace(**options)], tmp_path)
     assert len(paths) == 1 and len(refused) == 1 and message in refused[0]
 
 
 def test_publishing_names_the_commit_whose_code_it_was(tmp_path, history):
     """A machine may have had the tree without its history, or with an older one."""
     for folder, found in {"a": None, "b": "earlier"}.items():
-        made = replace(make(0), provenance=CLEAN | {"commit": found, "dirty": True})
+        made = make(0).replace(provenance=CLEAN.replace(commit=found, dirty=True))
         (path,), _ = store.publish([made], tmp_path / folder)
         published = store.read(path).provenance
-        assert (published["commit"], published["dirty"]) == (CLEAN["commit"], False)
+        assert (published.commit, published.dirty) == (CLEAN.commit, False)
 
 
 def test_a_commit_has_the_hash_of_its_sources():
@@ -163,11 +165,15 @@ def test_a_commit_has_the_hash_of_its_sources():
 
 def test_outcomes_between_right_and_wrong_are_read_back_as_they_were(tmp_path):
     items = {"lexicon": [1, 0, 1], "report": [2 / 3, 1e-9, 1.0, 0.1 + 0.2]}
-    written = store.write(make(items=items), tmp_path)
+    scores = {
+        task: {"metric": "rougeL", "value": sum(v) / len(v), "stderr": None, "n": len(v), "version": 1}
+        for task, v in items.items()
+    }
+    written = store.write(make(items=items, test=scores), tmp_path)
     assert store.read(written).items == items
 
 
 def test_the_mixture_of_a_single_domain_names_a_file(tmp_path):
     one = make()
-    path = store.write(replace(one, config=replace(one.config, mixture="inter/code")), tmp_path)
+    path = store.write(one.replace(config=one.config.replace(mixture="inter/code")), tmp_path)
     assert path.parent == tmp_path / "runs" and store.read(path).config.mixture == "inter/code"

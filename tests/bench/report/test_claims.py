@@ -1,15 +1,20 @@
 """Verdicts follow from records; what has none says so."""
 
-from dataclasses import replace
-
 import pytest
 
 from bench.experiments.registry import EXPERIMENTS
 from bench.records.schema import SpeedRecord
 from bench.report.claims import claims, claims_table
+from tests.bench.conftest import CLEAN
 from tests.bench.records.test_store import make
 
 RATE = 1e-3
+# The analyses of an adapter that no claim reads.
+OTHER_ANALYSES = {
+    "spectra": {side: {"values": [1.0], "stable_rank": 1.0, "effective_rank": 1.0} for side in "AB"},
+    "movement": {"factor": "A", "relative": [0.1], "angle": 1.0},
+    "routing": {"entropy": {}, "largest_share": {}, "unused": {}, "load": [], "task_information": []},
+}
 
 
 def run(experiment, title, seed=0, right=0.5, n=400, profile="small", trainable=100, wobble=0.0, **options):
@@ -18,7 +23,7 @@ def run(experiment, title, seed=0, right=0.5, n=400, profile="small", trainable=
     record = make(seed, method=entry.method, rate=RATE, right=right + wobble * (seed - 1), n=n, **options)
     mixture = {"table2": "intra", "table12": "intra", "fig2": "intra"}.get(experiment, "inter-open")
     usual = {"beta": 1.25} if mixture == "intra" and entry.method.startswith("malora") else {}
-    record.config = replace(record.config, profile=profile, mixture=mixture, method_options={**usual, **entry.options})
+    record.config = record.config.replace(profile=profile, mixture=mixture, method_options={**usual, **entry.options})
     record.parameters = {"trainable": trainable, "total": 9, "adapter_bytes": 9}
     return record
 
@@ -28,8 +33,8 @@ def swept(records):
     more = []
     for record in records:
         if record.config.seed == 0:
-            low = {task: {**score, "value": 0.0} for task, score in record.validation.items()}
-            more.append(replace(record, config=replace(record.config, learning_rate=1e-4), validation=low))
+            low = {task: score.replace(value=0.0) for task, score in record.validation.items()}
+            more.append(record.replace(config=record.config.replace(learning_rate=1e-4), validation=low))
     return [*records, *more]
 
 
@@ -92,11 +97,11 @@ def test_no_worse_has_a_margin_and_needs_fewer_parameters():
     rows = [run("table1", "MoLoRA", s, wobble=0.01, trainable=100) for s in range(3)]
     small = [run("table1", "MALoRA-Small", s, wobble=0.01, trainable=70) for s in range(3)]
     for record in rows + small:
-        record.config = replace(record.config, learning_rate=5e-4)
+        record.config = record.config.replace(learning_rate=5e-4)
     claim = verdict(claims({"small": rows + small}, []), "MALoRA-Small")
     assert claim.verdict == "holds" and "with 30% fewer" in claim.ours
     for record in small:
-        record.parameters["trainable"] = 130
+        record.parameters = record.parameters.replace(trainable=130)
     assert verdict(claims({"small": rows + small}, []), "MALoRA-Small").verdict == "does not hold"
 
 
@@ -111,7 +116,7 @@ def test_ablations_and_beta():
     assert verdict(found, "the ablation “w/o ft P_t”").verdict == "not run"
     for record in rows + gains:
         rate = 5e-4 if record.config.mixture == "inter-open" else 4e-4
-        record.config = replace(record.config, learning_rate=rate)
+        record.config = record.config.replace(learning_rate=rate)
     found = claims({"small": rows + gains}, [])
     assert verdict(found, "the ablation “w/o ft P_t”").verdict == "holds, on these items (one seed)"
     assert verdict(found, "the ablation “decomposing").verdict == "not run"
@@ -129,9 +134,9 @@ def test_sides_are_alike_or_not_beside_their_chance_level(A, expected):
     rows = []
     for seed in range(3):
         means = {"A": [A + 0.01 * seed, 0.1], "B": [0.2 + 0.01 * seed**2, 0.1]}
-        inside = {"similarity": {"within": {"mean": means, "mean_square": means}}}
+        inside = {"similarity": {"within": {"mean": means, "mean_square": means}}} | OTHER_ANALYSES
         rows.append(run("fig2", "MoLoRA", seed, inside=inside))
-        rows[-1].config = replace(rows[-1].config, learning_rate=4e-4)
+        rows[-1].config = rows[-1].config.replace(learning_rate=4e-4)
     claim = verdict(claims({"small": rows}, []), "down sides are alike and up sides are not, MT")
     assert claim.verdict == expected and claim.paper == "A 0.37, B 0.012" and "(chance 0.100)" in claim.ours
     assert verdict(claims({"small": rows[:1]}, []), claim.claim).verdict == "cannot be told at this size, one run"
@@ -143,8 +148,17 @@ def speed(molora, malora, backend="dispatch", rounds=10, steps=1):
         return {"name": f"{method}-{backend}", "method": method, "backend": backend, "status": "ok",
                 "seconds": {"step": samples}}  # fmt: skip
 
-    options, provenance = {"layers": None, "rounds": rounds}, {"time": "2026-01-01T00:00:00Z", "device": "a GPU"}
-    return SpeedRecord("llama2-7b", "train", options, provenance, {}, [row("molora", molora), row("malora", malora)])
+    options = {"variant": "all", "sweep": None, "batch": 1, "length": 8, "tokens": 8, "dropout": 0.0,
+               "rounds": rounds, "layers": None, "flops": 1}  # fmt: skip
+    rates = {"matrix_flops_per_second": 1.0, "copy_bytes_per_second": 1.0}
+    return SpeedRecord(
+        shape="llama2-7b",
+        mode="train",
+        options=options,
+        provenance=CLEAN.replace(device="a GPU"),
+        peak_rates={"before": rates, "after": rates},
+        rows=[row("molora", molora), row("malora", malora)],
+    )
 
 
 def test_faster_is_from_records_of_speed():
@@ -158,9 +172,9 @@ def test_faster_is_from_records_of_speed():
     fastest = verdict(claims({}, [speed(10.0, 10.0, "fused")]), same.claim.replace("both by dispatch", "each by its"))
     assert fastest.verdict == "does not hold, on a GPU"
     of_more = speed(10.0, 10.0, "fused")
-    of_more.rows.append(of_more.rows[0] | {"name": "lora-plain-compiled", "method": "lora"})
+    of_more.rows.append(of_more.rows[0].replace(name="lora-plain-compiled", method="lora"))
     later = speed(12.0, 10.0)
-    later.provenance = later.provenance | {"time": "2026-01-02T00:00:00Z"}
+    later = later.replace(provenance=later.provenance.replace(time="2026-01-02T00:00:00Z"))
     assert verdict(claims({}, [of_more, later]), fastest.claim).records == [of_more.id]
     assert verdict(claims({}, [of_more, later]), same.claim).records == [later.id]
 

@@ -1,4 +1,4 @@
-"""The page that people look at: in a browser it sorts, filters and opens records, and it needs nothing but itself."""
+"""The HTML report: it sums up, sorts, filters and opens records in a browser, and loads nothing else."""
 
 import base64
 import gzip
@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import xml.etree.ElementTree as ElementTree
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -21,8 +20,11 @@ from tests.bench.conftest import CLEAN
 from tests.bench.records.test_store import make
 
 pytest.importorskip("itables", reason="the extra 'report' is not installed")
+from bench.report import claims as bench_claims
 from bench.report import figures
-from bench.report.html import page, step_seconds
+from bench.report.experiment_figures import step_seconds
+from bench.report.html import page
+from bench.report.method_styles import STYLES, style
 
 TITLE = "Mean score against the time of a training step"
 
@@ -57,9 +59,15 @@ def speed(**seconds):
     ]
     options = {"variant": "all", "sweep": None, "batch": 1, "length": 8, "tokens": 8, "dropout": 0.0, "rounds": 1,
                "layers": None, "flops": 1}  # fmt: skip
-    about = CLEAN | {"packages": dict.fromkeys(("torch", "transformers", "peft")), "cuda": None}
     ceilings = {"matrix_flops_per_second": 1.0, "copy_bytes_per_second": 1.0}
-    return schema.SpeedRecord("toy", "train", options, about, {"before": ceilings, "after": ceilings}, rows)
+    return schema.SpeedRecord(
+        shape="toy",
+        mode="train",
+        options=options,
+        provenance=CLEAN,
+        peak_rates={"before": ceilings, "after": ceilings},
+        rows=rows,
+    )
 
 
 def svgs(text):
@@ -78,10 +86,10 @@ def test_the_same_records_give_the_same_page_and_it_loads_nothing():
     own = text[: text.index('id="datatables"')]  # after it comes DataTables, whose strings name its home
     assert not re.findall(r"""(?:src|href)=["'](?!#|data:,)|url\(\s*["']?(?!#)|@import""", own)
     nothing = page({}, [], [])
-    assert "None has been held to records yet" in nothing and not svgs(nothing)
+    assert "No claim has been compared with records yet" in nothing and not svgs(nothing)
 
 
-def test_a_figure_leads_to_the_records_that_it_is_made_of():
+def test_a_figure_links_to_the_records_that_it_is_computed_from():
     drawn = svgs(page({"tiny": runs()}, [], []))
     best = [r.id for r in runs() if (r.config.method, r.config.learning_rate) == ("lora", 2e-3)]
     base = next(r.id for r in runs() if r.config.method == "base")
@@ -98,13 +106,13 @@ def test_step_times_are_of_the_same_adapter_computed_in_the_fastest_way():
     rows = [SimpleNamespace(method=m, records=[make(method=m)]) for m in ("lora", "molora")]
     _, _, step = step_seconds(rows, [measured])
     assert [step(row) for row in rows] == [0.3, None]
-    rows[0].records[0].parameters = {"trainable": 4321}
+    rows[0].records[0].parameters = {"trainable": 4321, "total": 9, "adapter_bytes": 9}
     assert step(rows[0]) is None
     drawn = svgs(page({"tiny": runs()}, [measured], []))
     assert TITLE in drawn and links(drawn["Seconds of a step"]) == {figures.link([measured.id])}
 
 
-def test_figures_of_insides_and_of_settings_are_drawn_where_records_have_them():
+def test_figures_of_adapters_and_of_settings_are_drawn_if_records_have_them():
     inside = {
         "similarity": {name: {"mean": {"A": [0.4, 0.1], "B": None}, "mean_square": {"A": [0.2, 0.1], "B": None}}
                        for name in ("within", "start")},
@@ -123,7 +131,7 @@ def test_figures_of_insides_and_of_settings_are_drawn_where_records_have_them():
     grid = [make(0, method="malora", rate=4e-4) for _ in entries]
     for run, entry in zip(grid, entries, strict=True):
         options = method_options("malora", tiny, "procedural", entry.changes(tiny))
-        run.config = replace(run.config, method_options=options)
+        run.config = run.config.replace(method_options=options)
     drawn = svgs(page({"tiny": grid}, [], []))["Mean score against β, for each d (Figure 4b)"]
     assert links(drawn) == {figures.link([r.id]) for r in grid} and {"d=16", "d=32", "d=48", "d=64"} <= set(
         drawn.itertext()
@@ -131,22 +139,38 @@ def test_figures_of_insides_and_of_settings_are_drawn_where_records_have_them():
 
 
 def test_a_method_has_one_colour_and_its_variants_too():
-    assert len({colour for colour, _ in figures.STYLES.values()}) == len(figures.STYLES)
-    assert figures.style("malora-fixed-s")[0] == figures.style("malora")[0] != figures.style("molora-r12")[0]
+    assert len({colour for colour, _ in STYLES.values()}) == len(STYLES)
+    assert style("malora-fixed-s")[0] == style("malora")[0] != style("molora-r12")[0]
 
 
-def test_the_command_writes_the_page_of_what_is_published(tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def published_page(tmp_path_factory):
+    """Return the page of the published records, which takes long to generate."""
+    output = tmp_path_factory.mktemp("site") / "made" / "report.html"
+    assert main(["report", "--output", str(output)]) == 0
+    return output.read_text()
+
+
+def test_the_command_writes_the_page_into_results_or_another_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("bench.report.html.page", lambda *records: "<!doctype html>")
     monkeypatch.setattr("bench.cli.commands.LOCAL", tmp_path)
-    assert main(["report"]) == 0 and str(tmp_path / "report.html") in capsys.readouterr().out
-    text = (tmp_path / "report.html").read_text()
-    embedded = json.loads(gzip.decompress(base64.b64decode(re.search(r'id="records">(.*?)</script>', text)[1])))
+    for arguments, path in ([], tmp_path / "report.html"), (["--output", f"{tmp_path}/a/b"], tmp_path / "a" / "b"):
+        assert main(["report", *arguments]) == 0 and str(path) in capsys.readouterr().out
+        assert path.read_text() == "<!doctype html>"
+    assert main(["report", "--output", str(tmp_path)]) == 2
+    assert f"--output {tmp_path} is a folder; name a file" in capsys.readouterr().err
+
+
+def test_the_page_embeds_the_published_records(published_page):
+    records = re.search(r'id="records">(.*?)</script>', published_page)[1]
+    embedded = json.loads(gzip.decompress(base64.b64decode(records)))
     for run in store.read_all(store.RESULTS / "tiny"):
         there = json.loads(run.path.read_text())
         shown = embedded[figures.handle(run.id)]
-        assert shown == {k: there.get(k) for k in shown}  # older ones lack what is unknown
+        assert shown == {k: there.get(k) for k in shown}  # older records lack some fields
     published = [path.stem for path in store.RESULTS.glob("*/runs/*.json")]
     assert len({figures.handle(id) for id in published}) == len(published)
-    assert len(text) < 3_000_000
+    assert len(published_page) < 3_000_000
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +186,8 @@ def browser():
 
 
 @pytest.fixture
-def open_data_mixture(browser, tmp_path):
-    """Opens a page from a file; at the end nothing may have been asked of a network or said on the console."""
+def open_page(browser, tmp_path):
+    """Open a page from a file; at the end it must have made no network request and no console message."""
     said = []
 
     def open_(text, width=1280):
@@ -180,15 +204,18 @@ def open_data_mixture(browser, tmp_path):
     assert said == []
 
 
-def test_tables_sort_by_number_filter_and_hide_what_is_the_papers(open_data_mixture):
+def test_tables_sort_by_number_filter_and_show_the_papers_rows_on_demand(open_page):
     from playwright.sync_api import expect
 
-    tab = open_data_mixture(page({"tiny": [r for r in runs() if r.config.learning_rate != 2e-3]}, [], []))
+    tab = open_page(page({"tiny": [r for r in runs() if r.config.learning_rate != 2e-3]}, [], []))
     first = tab.locator(".leaderboard tbody tr:visible > :first-child")
     base = "base, no adapter"
     ours_and_theirs = [text for name in ("LoRA", "DoRA", "MoLoRA") for text in (name, f"{name}, the paper's")]
+    expect(first).to_have_count(5)
+    expect(first).to_contain_text([base, "LoRA", "DoRA", "MoLoRA", "MALoRA"])
+    tab.get_by_label("show the paper's rows").check()
     expect(first).to_contain_text([base, *ours_and_theirs, "MALoRA"])
-    tab.get_by_label("the paper's rows").uncheck()
+    tab.get_by_label("show the paper's rows").uncheck()
     tab.locator(".leaderboard th", has_text="mean").click()
     expect(first).to_contain_text(["MALoRA", "DoRA", base, "MoLoRA", "● LoRA"])  # none, 10, 25, 35, 50
     tab.locator(".leaderboard th", has_text="mean").click()
@@ -197,14 +224,23 @@ def test_tables_sort_by_number_filter_and_hide_what_is_the_papers(open_data_mixt
     expect(first).to_contain_text(["MoLoRA"])
 
 
-def test_a_cell_opens_the_records_of_its_row_and_nothing_in_one_is_markup(open_data_mixture):
+def test_a_cell_opens_the_records_of_its_row_and_nothing_in_one_is_markup(open_page):
     hostile = "</script><img src=x onerror=alert(1)>"
     broken = make(0, "diverged", "malora", 4e-4)
     broken.error = hostile
-    tab = open_data_mixture(
-        page({"tiny": [*runs()[:-1], broken]}, [], [claim(hostile), claim("holds, on these items", broken.id)])
+    tab = open_page(
+        page(
+            {"tiny": [*runs()[:-1], broken]},
+            [],
+            [
+                Claim(hostile, hostile, hostile, hostile, f"{bench_claims.HOLDS}, {hostile}", [], "tiny"),
+                claim(f"{bench_claims.HOLDS}, on these items", broken.id),
+                claim(bench_claims.FAILS),
+            ],
+        )
     )
-    assert tab.locator("img").count() == 0 and tab.locator("[data-verdict=holds]").count() == 1
+    assert tab.locator("img").count() == 0 and tab.locator("[data-verdict=holds]").count() == 2
+    assert tab.locator("[data-verdict=fails]").count() == 1
     tab.locator(".leaderboard td a", has_text="95.0 ±").first.click()
     ids = [r.id for r in runs() if r.config.method == "lora" and r.config.learning_rate == 2e-3]
     assert tab.locator("dialog[open] h3").all_inner_texts() == ids
@@ -218,9 +254,38 @@ def test_a_cell_opens_the_records_of_its_row_and_nothing_in_one_is_markup(open_d
     assert hostile in tab.locator("dialog[open] p").inner_text()
 
 
-def test_a_phone_does_not_scroll_sideways(open_data_mixture):
-    published = {name: store.read_all(store.RESULTS / name) for name in ("tiny", "small")}
-    tab = open_data_mixture(page(published, [speed(fast=("lora", 0.3))], [claim("holds")]), width=390)
+def test_the_top_of_the_page_sums_up_and_its_contents_resolve(open_page, published_page):
+    tab = open_page(published_page)
+    sentences = tab.locator(".summary li")
+    assert sentences.count() == 3
+    for place in (sentences.last, tab.locator("nav a").last):
+        box = place.bounding_box()
+        assert box["y"] + box["height"] <= 800  # above the fold of a desktop screen
+    targets = tab.locator("nav a").evaluate_all("links => links.map(link => link.getAttribute('href').slice(1))")
+    assert {"claims", "small", "tiny", "speed", "small-table2"} <= set(targets) and len(set(targets)) == len(targets)
+    assert targets[0] == "claims" and targets.index("small") < targets.index("speed")
+    for target in targets:
+        assert tab.locator(f"[id='{target}']").count() == 1, target
+    tab.locator("nav a", has_text="Table 12").first.click()
+    assert tab.locator("#small-table12").bounding_box()["y"] < 10 and not tab.locator("dialog").is_visible()
+    assert tab.locator(".paper").count() and not tab.locator(".paper:visible").count()
+    assert tab.locator(".paper").count() == tab.locator(".with-paper .paper").count()  # all can be shown
+    for box in tab.get_by_label("show the paper's rows").all():
+        box.check()
+    assert tab.locator(".paper:visible").count() == tab.locator(".paper").count()
+
+
+def test_a_phone_scrolls_tables_and_not_the_page(open_page, published_page):
+    tab = open_page(published_page, width=390)
     assert tab.evaluate("document.documentElement.scrollWidth") == 390
+    wide = tab.locator(".leaderboard .scroll").first
+    assert wide.evaluate("box => getComputedStyle(box, '::before').visibility") == "visible"  # "scroll sideways"
+    assert "gradient" in wide.evaluate("box => getComputedStyle(box).maskImage")  # fades at its right edge
+    wide.evaluate("box => box.scrollTo(box.scrollWidth, 0)")
+    tab.wait_for_function("!document.querySelector('.leaderboard .scroll').classList.contains('more')")
+    assert wide.evaluate("box => getComputedStyle(box).maskImage") == "none"
+    name = wide.locator("tbody tr > :first-child").first.bounding_box()
+    assert name["x"] >= 0 and name["width"] < 390 / 2  # stays visible, and leaves room for the others
+    wide.evaluate("box => box.scrollTo(0, 0)")
     tab.locator(".leaderboard tbody a").first.click()
     assert tab.locator("dialog[open]").bounding_box()["width"] <= 390

@@ -28,4 +28,4 @@ def test_a_run_without_memory_next_to_others_is_made_again_by_itself(setting, mo
     runs = [(make_run_config(setting, method, seed=0), setting) for method in ("lora", "asylora", "malora")]
     made = list(run_all(runs, jobs=2))
     assert [(one.config.method, one.status) for one in made] == [("malora", "ok"), ("lora", "ok"), ("asylora", "ok")]
-    assert [one.provenance["concurrent_runs"] for one in made] == [2, 1, 1]
+    assert [one.provenance.concurrent_runs for one in made] == [2, 1, 1]

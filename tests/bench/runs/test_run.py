@@ -19,17 +19,15 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 @pytest.mark.parametrize("method", ["lora", "malora"])
 def test_training_lowers_the_loss_and_records_what_it_did(method, setting):
     result = run(make_run_config(setting, method, seed=0, learning_rate=1e-2), setting)
-    curve = [point["loss"] for point in result.train["curve"]]
+    curve = [point.loss for point in result.train.curve]
     assert curve[-1] < curve[0] - 0.1
-    examples = result.data["train"].values()
-    assert result.train["steps"] == -(-sum(task["examples"] for task in examples) // 8)
-    assert result.train["tokens"] == sum(task["tokens"] for task in examples)
+    examples = result.data.train.values()
+    assert result.train.steps == -(-sum(task.examples for task in examples) // 8)
+    assert result.train.tokens == sum(task.tokens for task in examples)
     passes = {"forward_backward"} if torch.cuda.is_available() else {"forward", "backward"}  # one graph on a GPU
-    assert set(result.train["seconds"]) == {"data", *passes, "optimizer", "evaluation"}
-    assert all(seconds > 0 for seconds in result.train["seconds"].values())
-    assert (
-        result.parameters["trainable"] > 0 and result.parameters["adapter_bytes"] == 4 * result.parameters["trainable"]
-    )
+    assert set(result.train.seconds) == {"data", *passes, "optimizer", "evaluation"}
+    assert all(seconds > 0 for seconds in result.train.seconds.values())
+    assert result.parameters.trainable > 0 and result.parameters.adapter_bytes == 4 * result.parameters.trainable
 
 
 def test_the_base_is_scored_and_not_trained(setting):
@@ -40,13 +38,13 @@ def test_the_base_is_scored_and_not_trained(setting):
 def test_max_steps_and_max_items_cut_a_run_short(base_folder, tmp_path):
     setting = make_setting(base_folder, tmp_path, max_steps=3, max_items=4)
     result = run(make_run_config(setting, "lora", seed=0), setting)
-    assert result.train["steps"] == 3 and {len(v) for v in result.items.values()} == {4} and not result.complete
+    assert result.train.steps == 3 and {len(v) for v in result.items.values()} == {4} and not result.complete
 
 
 def test_seeds_change_the_run_and_the_same_seed_repeats_it(base_folder, tmp_path):
     def curve(folder, seed):
         setting = make_setting(base_folder, tmp_path / folder, max_steps=10, max_items=2)
-        return run(make_run_config(setting, "malora", seed), setting).train["curve"]
+        return run(make_run_config(setting, "malora", seed), setting).train.curve
 
     assert curve("a", 0) == curve("b", 0) != curve("c", 1)
 

@@ -1,4 +1,4 @@
-"""The rival computes what the reference computes, forward and every gradient, and leaves no trace behind it."""
+"""The expert loop agrees with the reference, forward and every gradient, and is registered only on demand."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.malora.backends.test_backends import assert_agrees, layer, methods, r
 
 
 @pytest.fixture(autouse=True)
-def rivals():
+def baselines():
     with registered_baselines():
         yield
 
@@ -28,7 +28,7 @@ def test_an_expert_without_tokens_gets_a_zero_gradient():
     assert (gradients["malora_B.default"][3] == 0).all() and torch.isfinite(gradients["x"]).all()
 
 
-def test_it_is_registered_only_inside():
+def test_the_loop_is_registered_only_inside_the_block():
     assert MaloraConfig(backend="loop", d=4).backend == "loop"
     before = dict(BACKENDS)
     with pytest.raises(RuntimeError), registered_baselines():

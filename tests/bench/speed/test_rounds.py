@@ -1,7 +1,5 @@
-"""Rows run in turns, each as hot as the others, and what cannot run says why."""
+"""Interleaved rounds: every row is timed in turn on an equally hot device, and a row that cannot run gives a reason."""
 
-import statistics
-import time
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -10,12 +8,11 @@ import torch
 from bench.speed import rounds, sensors
 from bench.speed.steps import Workload
 
-pytestmark = pytest.mark.usefixtures("short_rounds")
 CPU = torch.device("cpu")
 
 
 class Fake:
-    """A row that writes down when it runs, and fails where it is told to."""
+    """A row that logs its sessions, and fails on demand."""
 
     work = Workload("train", batch=4, length=8, tokens=64, dropout=0.0, vocab_size=8)
 
@@ -29,38 +26,16 @@ class Fake:
             raise self.error
         if self.batch > self.fits:
             raise torch.OutOfMemoryError("Tried to allocate 2 GiB.\nmore")
-        yield lambda done: done("forward")
+        yield lambda end_phase: end_phase("forward")
 
 
-def test_rows_are_measured_in_turns():
+def test_rounds_alternate_their_order():
     log = []
     rounds.measure([Fake(name, log) for name in "abc"], 3, CPU)
     assert log == list("abcabccbaabc")  # the first pass, and three rounds
 
 
-def test_the_devices_sensors_are_read_while_a_row_runs(monkeypatch):
-    monkeypatch.setattr(sensors, "PERIOD", 0.001)
-    monkeypatch.setattr(sensors, "READINGS", {"clock_mhz": lambda device: 1980, "watts": lambda device: next(watts)})
-    watts, gpu = iter(range(10**9)), torch.device("cuda")
-    with sensors.Sensors(gpu) as read:
-        while len(read.samples["watts"]) < 3:
-            time.sleep(0.001)
-    medians, taken = read.medians(), list(read.samples["watts"])
-    assert medians["clock_mhz"] == 1980 and medians["watts"] == statistics.median(taken)
-    time.sleep(0.01)
-    assert read.samples["watts"] == taken  # it has stopped
-
-    def unreadable(device):
-        raise ModuleNotFoundError("pynvml")
-
-    monkeypatch.setattr(sensors, "READINGS", {"clock_mhz": unreadable})
-    for device in (gpu, CPU):
-        with sensors.Sensors(device) as read:
-            time.sleep(0.01)
-        assert read.medians() is None
-
-
-def test_a_turn_begins_with_heat_and_what_the_sensors_say_is_kept(monkeypatch):
+def test_a_measurement_begins_with_a_warm_device_and_keeps_the_sensors_medians(monkeypatch):
     class Read(sensors.Sensors):
         def medians(self):
             return {"watts": 700.0}
@@ -71,17 +46,17 @@ def test_a_turn_begins_with_heat_and_what_the_sensors_say_is_kept(monkeypatch):
     assert log == ["a", *["a", rounds.HEAT_SECONDS] * 2] and found["sensors"] == {"watts": [700.0, 700.0]}
 
 
-def test_no_round_is_begun_that_would_end_too_late():
+def test_no_round_is_started_that_would_end_too_late():
     found, done = rounds.measure([Fake("a", log := [])], 5, CPU, seconds=0)
     assert done == 1 and log == ["a"] * 2 and found[0]["seconds"]["step"]
 
 
-def test_every_round_times_as_many_steps_after_as_many_that_it_does_not(monkeypatch):
-    monkeypatch.setattr(rounds, "_ignore", lambda part: warm_ups.append(part))
+def test_every_round_times_steps_after_as_many_untimed_ones(monkeypatch):
+    monkeypatch.setattr(rounds, "ignore_phase", lambda phase: warm_ups.append(phase))
     warm_ups: list[str] = []
     (found,), _ = rounds.measure([Fake("short", [])], 2, CPU)
-    assert len(warm_ups) == 2 + 2 * rounds.MOST_STEPS  # two in the first pass
-    assert len(found["seconds"]["step"]) == 2 * rounds.MOST_STEPS
+    assert len(warm_ups) == 2 + 2 * rounds.MAX_STEPS  # two in the first pass
+    assert len(found["seconds"]["step"]) == 2 * rounds.MAX_STEPS
 
 
 def test_training_that_does_not_fit_is_tried_with_smaller_micro_batches():
@@ -104,7 +79,7 @@ def test_training_that_does_not_fit_is_tried_with_smaller_micro_batches():
 @pytest.mark.parametrize("run, passes", [("eager", 1), ("compiled", 2)])
 def test_a_slow_row_gets_two_samples_and_is_warm_once_it_has_run_or_been_compiled(run, passes, monkeypatch):
     monkeypatch.setattr(rounds, "SLOW_SECONDS", 0.0)
-    monkeypatch.setattr(rounds, "_ignore", lambda part: warm_ups.append(part))
+    monkeypatch.setattr(rounds, "ignore_phase", lambda phase: warm_ups.append(phase))
     row, warm_ups = Fake("slow", log := []), []
     row.about["run"] = run
     (slow,), _ = rounds.measure([row], 5, CPU)
@@ -112,10 +87,10 @@ def test_a_slow_row_gets_two_samples_and_is_warm_once_it_has_run_or_been_compile
     assert len(warm_ups) == passes and slow["warm_seconds"] > 0
 
 
-def test_a_row_that_compiles_in_its_first_pass_is_not_a_slow_one(monkeypatch):
-    """On a GPU the pass that counts kernels says what a step takes."""
+def test_a_row_that_compiles_in_its_first_step_is_not_slow(monkeypatch):
+    """On a GPU the profiled step tells how long a warm step takes."""
     taken = iter([14.0, 0.5, 20.0])
-    monkeypatch.setattr(rounds, "count", lambda step, device: step(None) or {})
+    monkeypatch.setattr(rounds, "profile_step", lambda step, device: step(None) or {})
 
     def wall_seconds(run, device):
         run()
@@ -123,9 +98,9 @@ def test_a_row_that_compiles_in_its_first_pass_is_not_a_slow_one(monkeypatch):
 
     monkeypatch.setattr(rounds, "wall_seconds", wall_seconds)
 
-    class TableRow:
-        about, session = {"run": "eager"}, staticmethod(lambda: nullcontext(lambda done: None))
+    class Row:
+        about, session = {"run": "eager"}, staticmethod(lambda: nullcontext(lambda end_phase: None))
 
     result = {}
-    rounds._warm_up(TableRow(), result, torch.device("cuda"))
+    rounds._warm_up(Row(), result, torch.device("cuda"))
     assert result == {"first_seconds": 14.0, "warm_seconds": 0.5, "build_seconds": 20.0}

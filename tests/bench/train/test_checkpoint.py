@@ -39,5 +39,5 @@ def test_a_killed_run_that_is_resumed_ends_bitwise_like_an_unbroken_one(method, 
     assert list((tmp_path / "killed" / "checkpoints").glob("*.pt")) and not (tmp_path / "killed" / "runs").exists()
     resumed, result = train_adapter("killed")
     assert resumed == unbroken
-    assert result.train["curve"] == expected.train["curve"] and result.items == expected.items
+    assert result.train.curve == expected.train.curve and result.items == expected.items
     assert not list((tmp_path / "killed" / "checkpoints").glob("*.pt"))

@@ -1,7 +1,5 @@
 """Tables follow from records, and say no more than the records do."""
 
-from dataclasses import replace
-
 import pytest
 
 from bench.experiments.methods import method_options
@@ -57,11 +55,9 @@ def test_rows_say_which_differences_are_real():
 
 
 def test_other_methods_have_rows_too_and_other_options_do_not_mix():
-    from dataclasses import replace
-
     extra = make(0, method="malora-small", rate=4e-4)
     other = make(0, method="lora", rate=2e-3, right=0.1)
-    other.config = replace(other.config, method_options={"r": 3})
+    other.config = other.config.replace(method_options={"r": 3})
     text = page([*records(), extra, other])
     assert line(text, "MALoRA-Small ") and line(text, "LoRA ") == line(page(), "LoRA ")
     assert "1 records of other settings" in text
@@ -74,7 +70,7 @@ def test_a_sweep_counts_where_all_that_ran_were_swept():
     def on_domains(method, rate, right=0.5):
         run = make(0, method=method, rate=rate, right=right)
         usual = method_options(method, PROFILES["tiny"], "procedural-inter", {})
-        return replace(run, config=replace(run.config, mixture="procedural-inter", method_options=usual))
+        return run.replace(config=run.config.replace(mixture="procedural-inter", method_options=usual))
 
     swept = [on_domains("malora", 5e-4, right=0.4), on_domains("malora", 1e-3, right=0.6)]
     assert tuned_rates(table3, lent + swept) == ({"malora": 1e-3}, table3)
@@ -92,8 +88,8 @@ def test_what_lends_rates_is_named_with_its_format_if_that_is_another():
         ("letters", "of Table 2: intra-domain, all"),
         ("cloze", "intra-domain, format `letters`, all"),
     ):
-        config = replace(run.config, mixture="procedural-inter", method_options=usual, format=format)
-        runs, tuned = [replace(run, config=config)], {"malora": 4e-4}
+        config = run.config.replace(mixture="procedural-inter", method_options=usual, format=format)
+        runs, tuned = [run.replace(config=config)], {"malora": 4e-4}
         assert said in experiment_page.experiment_page(table3, runs + lent, "tiny", tuned, rates_from=TABLE2)
         assert said in experiment_page.experiment_page(table3, runs, "tiny", tuned, rates_from=TABLE2, published=lent)
 
@@ -158,7 +154,7 @@ def test_records_of_another_setting_are_not_mixed_in():
 def test_runs_that_were_cut_short_are_marked():
     runs = records()
     for run in runs:
-        run.config = replace(run.config, max_steps=3)
+        run.config = run.config.replace(max_steps=3)
     assert "were cut short" in page(runs) and "were cut short" not in page()
 
 
@@ -173,7 +169,7 @@ def test_a_reproduction_on_another_base_says_so():
     def text(model_hash):
         mine = [make(seed, method="lora", rate=2e-3) for seed in (0, 1)]
         for run in mine:
-            run.config = replace(run.config, model_hash=model_hash)
+            run.config = run.config.replace(model_hash=model_hash)
         return experiment_page.experiment_page(TABLE2, mine, "tiny", {"lora": 2e-3}, published=records())
 
     published = records()[0].config.model_hash
@@ -186,11 +182,11 @@ def test_no_records_no_table():
 
 
 def test_the_readme_is_filled_between_its_marks_only():
-    readme = "before\n<!-- table2 tiny -->\nold\n<!-- end -->\nafter\n"
-    filled = readme.fill_readme(readme, {"tiny": records()})
+    text = "before\n<!-- table2 tiny -->\nold\n<!-- end -->\nafter\n"
+    filled = readme.fill_readme(text, {"tiny": records()})
     assert filled.startswith("before\n<!-- table2 tiny -->\n\n| method") and filled.endswith("<!-- end -->\nafter\n")
     assert "old" not in filled and readme.fill_readme(filled, {"tiny": records()}) == filled
-    assert "No run is published yet" in readme.fill_readme(readme, {})
+    assert "No run is published yet" in readme.fill_readme(text, {})
 
 
 def test_the_published_tables_are_what_their_records_give():
@@ -201,4 +197,4 @@ def test_the_published_tables_are_what_their_records_give():
         assert (store.RESULTS / path).read_text() == text, path
     for name, found in published.items():
         for run in found:
-            assert run.complete and run.provenance["commit"] and not run.provenance["dirty"], (name, run.config.id)
+            assert run.complete and run.provenance.commit and not run.provenance.dirty, (name, run.config.id)

@@ -12,7 +12,7 @@ def test_tasks_lend_domains_their_rates_whatever_the_format(setting):
 
     def run(**changes):
         one = make(0)
-        one.config = replace(make_run_config(setting, "malora", 0), **changes)
+        one.config = make_run_config(setting, "malora", 0).replace(**changes)
         return one
 
     like = run(mixture="inter-open", format="cloze").config
