@@ -155,14 +155,6 @@ def test_the_page_says_where_the_time_goes():
     assert "slow_kernel_of_floor-compiled" in page and "slow_kernel_of_malora-dense`" not in page
 
 
-def test_the_readme_is_filled_between_its_marks_only():
-    readme = "before\n<!-- speed -->\nold\n<!-- end -->\nafter\n"
-    filled = goals.fill_readme(readme, records())
-    assert filled.startswith("before\n<!-- speed -->\n\n| figure ") and filled.endswith("\n\n<!-- end -->\nafter\n")
-    assert "old" not in filled and goals.fill_readme(filled, records()) == filled
-    assert "not measured yet" in goals.fill_readme(readme, [])
-
-
 def test_pages_are_the_same_in_any_order_and_from_what_was_read_back(tmp_path, history):
     made = records()
     paths, refused = store.publish(made, tmp_path)
