@@ -49,14 +49,14 @@ def claims_sentence(claims: list[Claim]) -> str:
 
 def scores_sentence(published: Iterable[Published]) -> str:
     """Compare MALoRA with the best method of Table 2, on the largest profile that has it."""
-    boards = {
+    leaderboards = {
         profile: next((section for section in sections if isinstance(section, Leaderboard)), None)
         for profile, experiment, sections in published
         if experiment == SUMMARIZED
     }
-    profile = next((name for name in (*EVIDENCE, *PROFILES) if boards.get(name)), None)
-    board = boards[profile] if profile else None
-    scored = [(row, cells[-1]) for row, cells in board.lines if row and row.records and cells[-1]] if board else []
+    profile = next((name for name in (*EVIDENCE, *PROFILES) if leaderboards.get(name)), None)
+    lines = found.lines if profile and (found := leaderboards[profile]) else []
+    scored = [(row, cells[-1]) for row, cells in lines if row and row.records and cells[-1]]
     table = SUMMARIZED.title.partition(":")[0]
     if not scored:
         return f"No method of {table} has been scored yet."

@@ -59,7 +59,7 @@ def adapter_figures(experiment: Experiment, rows: list[TableRow]) -> Figures:
     return _drawn(
         (spectra, figures.lines(spectra, "number", spectra_lines)),
         (movement, figures.lines(movement, "layer", movement_lines)),
-        *(heat for row in rows for heat in _routing_heats(row)),
+        *(figure for row in rows for figure in _routing_figures(row)),
     )
 
 
@@ -104,7 +104,7 @@ def _adapter_lines(rows: list[TableRow], *path: str) -> list[Line]:
     ]
 
 
-def _routing_heats(row: TableRow) -> Figures:
+def _routing_figures(row: TableRow) -> Figures:
     """Draw the routing of a row's runs by layer: the busiest expert's share by task, and the load of the experts."""
     routing = [record.inside.routing for record in _analyzed(row) if record.inside]
     if not routing:
@@ -114,14 +114,15 @@ def _routing_heats(row: TableRow) -> Figures:
     by_task = f"{row.title}: the busiest expert's share, by layer and task"
     by_expert = f"{row.title}: load of the experts, the busiest first, by layer"
     return [
-        (by_task, figures.heat(by_task, "task", shares)),
-        (by_expert, figures.heat(by_expert, "expert", dict(enumerate(load, 1)))),
+        (by_task, figures.heat_map(by_task, "task", shares)),
+        (by_expert, figures.heat_map(by_expert, "expert", dict(enumerate(load, 1)))),
     ]
 
 
 def _mean(values: list[Any]) -> np.ndarray:
     """Return the mean over runs; an unknown value gives NaN."""
-    return np.array(values, dtype=float).mean(0)
+    mean: np.ndarray = np.array(values, dtype=float).mean(0)
+    return mean
 
 
 def _config(row: TableRow) -> Any:

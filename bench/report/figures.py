@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple, Self
 
@@ -139,7 +139,7 @@ def lines(title: str, label: str, panels: dict[str, list[Line]], scale: str = "l
     return _draw(title, *map(panel, panels), height=1.5 + 1.2 * len(panels)) if any(panels.values()) else None
 
 
-def heat(title: str, label: str, columns: dict[Any, Sequence[float]]) -> str:
+def heat_map(title: str, label: str, columns: Mapping[Any, Sequence[float] | np.ndarray]) -> str:
     """Draw a heat map with decoder layers downwards."""
 
     def panel(axes: Axes) -> None:

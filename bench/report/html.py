@@ -11,6 +11,7 @@ import base64
 import gzip
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,7 +99,11 @@ def _contents(
         )
         for profile in profiles
     ]
-    of_speed = tuple(Entry(_speed_id(record), _speed_title(record)) for record in measured)
+    titles = Counter(map(_speed_title, measured))
+    of_speed = tuple(
+        Entry(_speed_id(r), _speed_title(r) + (f", {len(r.rows)} rows" if titles[_speed_title(r)] > 1 else ""))
+        for r in measured
+    )
     return [Entry("claims", "Claims"), *of_profiles, Entry("speed", "Speed", of_speed)]
 
 
@@ -194,14 +199,14 @@ def _cells(texts: Iterable[Any], to: str = "", order: dict[int, Any] | None = No
     return cells
 
 
-def _leaderboard(board: Leaderboard) -> Table:
+def _leaderboard(leaderboard: Leaderboard) -> Table:
     """Return a leaderboard with a bar for each mean's interval."""
-    scored = [row.mean for row in board.rows if row.records]
+    scored = [row.mean for row in leaderboard.rows if row.records]
     low = min((mean.value - mean.half_width for mean in scored), default=0.0)
     high = max((mean.value + mean.half_width for mean in scored), default=1.0)
-    at = board.head.index("mean") + 1
+    at = leaderboard.head.index("mean") + 1
     lines = []
-    for row, cells_text in board.lines:
+    for row, cells_text in leaderboard.lines:
         texts = [text.replace("*", "") if isinstance(text, str) else text for text in cells_text]
         bar: str = ""
         mean = texts[at - 1].partition(" ")[0]
@@ -212,8 +217,8 @@ def _leaderboard(board: Leaderboard) -> Table:
         cells = _cells([name, *texts[1:at], bar, *texts[at:]], link(r.id for r in row.sources) if row else "",
                        {0: texts[0], 2: texts[2].replace(",", ""), at - 1: mean, at: mean})  # fmt: skip
         lines.append(("" if row else "paper", cells))
-    head = [*board.head[:at], f"{low:.0f} to {high:.0f}", *board.head[at:]]
-    return Table(head, lines, _markdown(board.notes))
+    head = [*leaderboard.head[:at], f"{low:.0f} to {high:.0f}", *leaderboard.head[at:]]
+    return Table(head, lines, _markdown(leaderboard.notes))
 
 
 def _claims(claims: list[Claim]) -> Table:

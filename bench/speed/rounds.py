@@ -29,7 +29,7 @@ from bench.speed.variants import Variant
 # A step above this is slow. A slow row needs no warm-up steps, and is timed in two rounds only.
 SLOW_SECONDS = 10.0
 # A row's time per round: matmuls that heat the GPU, steps that are not timed, and steps that are timed.
-HEAT_SECONDS, WARM_SECONDS, ROUND_SECONDS = 2.0, 1.0, 3.0
+DEVICE_WARM_SECONDS, WARM_SECONDS, ROUND_SECONDS = 2.0, 1.0, 3.0
 MAX_STEPS = 10  # per row and round, timed and untimed each: more would add samples but no information
 MAX_REASON = 300  # characters of an error message in a record
 
@@ -143,7 +143,7 @@ def _round(row: BenchmarkRow, result: Result, rounds: int, device: torch.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with row.session() as step:
-        warm_device(device, HEAT_SECONDS)
+        warm_device(device, DEVICE_WARM_SECONDS)
         if result["warm_seconds"] <= SLOW_SECONDS:
             for _ in range(_steps_in(WARM_SECONDS, result)):  # they also fill the allocator, which starts empty
                 step(ignore_phase)

@@ -48,12 +48,12 @@ class Variant:
 
     @property
     def needs_gpu(self) -> bool:
-        """Whether the variant uses CUDA graphs or Triton kernels."""
+        """True if the variant uses CUDA graphs or Triton kernels."""
         return self.run == "captured" or self.backend in ("fused", "fp8") or self.liger
 
     @property
     def out_of_the_box(self) -> bool:
-        """Whether the variant is a PEFT adapter with PEFT's defaults."""
+        """True if the variant is a PEFT adapter with PEFT's defaults."""
         return self.method is not None and self.backend is None and self.run == "eager" and not self.plain
 
 

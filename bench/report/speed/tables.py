@@ -97,10 +97,11 @@ def _intro(record: SpeedRecord) -> str:
     before, after = record.peak_rates["before"], record.peak_rates["after"]
     matmul = [rates.matrix_flops_per_second / 1e12 for rates in (before, after)]
     copy = [rates.copy_bytes_per_second / 1e12 for rates in (before, after)]
+    rounds = "1 round" if o.rounds == 1 else f"{o.rounds} rounds"
     versions = ", ".join(f"{name} {p.packages[name]}" for name in ("torch", "transformers", "peft"))
     lines = [
         f"{work[0].upper()}{work[1:]}, on {p.device}; {versions}; commit `{(p.commit or 'unknown')[:12]}`. "
-        f"Random weights, dropout {o.dropout:g}, {o.rounds} rounds. The device's peak rates before and after: "
+        f"Random weights, dropout {o.dropout:g}, {rounds}. The device's peak rates before and after: "
         f"matmul {matmul[0]:.3g} and {matmul[1]:.3g} TFLOP/s, copy {copy[0]:.3g} and {copy[1]:.3g} TB/s."
     ]
     if p.cuda is None:

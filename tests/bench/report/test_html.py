@@ -59,13 +59,13 @@ def speed(**seconds):
     ]
     options = {"variant": "all", "sweep": None, "batch": 1, "length": 8, "tokens": 8, "dropout": 0.0, "rounds": 1,
                "layers": None, "flops": 1}  # fmt: skip
-    ceilings = {"matrix_flops_per_second": 1.0, "copy_bytes_per_second": 1.0}
+    rates = {"matrix_flops_per_second": 1.0, "copy_bytes_per_second": 1.0}
     return schema.SpeedRecord(
         shape="toy",
         mode="train",
         options=options,
         provenance=CLEAN,
-        peak_rates={"before": ceilings, "after": ceilings},
+        peak_rates={"before": rates, "after": rates},
         rows=rows,
     )
 

@@ -43,7 +43,7 @@ def test_a_measurement_begins_with_a_warm_device_and_keeps_the_sensors_medians(m
     monkeypatch.setattr(rounds, "Sensors", Read)
     monkeypatch.setattr(rounds, "warm_device", lambda device, seconds: log.append(seconds))
     (found,), _ = rounds.measure([Fake("a", log := [])], 2, CPU)
-    assert log == ["a", *["a", rounds.HEAT_SECONDS] * 2] and found["sensors"] == {"watts": [700.0, 700.0]}
+    assert log == ["a", *["a", rounds.DEVICE_WARM_SECONDS] * 2] and found["sensors"] == {"watts": [700.0, 700.0]}
 
 
 def test_no_round_is_started_that_would_end_too_late():
