@@ -1,7 +1,5 @@
 """Records whose tuned learning rates count for other runs."""
 
-from dataclasses import replace
-
 from bench.report.scores.selection import records_that_lend_rates
 from bench.runs.setting import make_run_config
 from tests.bench.records.test_store import make
