@@ -29,7 +29,7 @@ INSTEAD = {
 MAX_WORDS = 25  # in a sentence, by rule 4 of the style
 README_LINES, README_BYTES, README_LINE_LENGTH = 150, 10_000, 400
 # Diaries, and text that others generate or write for the repository itself.
-EXEMPT = ("notes/2", "benchmark/results/", "source/", "changelog", "contributing", "reference/command-line")
+EXEMPT = ("notes/2", "benchmark/results/", "source/", "changelog", "contributing")
 _WORDS = re.compile(rf"\b(?:{'|'.join(f'(?:{word})' for word in INSTEAD)})\b", re.IGNORECASE)
 
 
