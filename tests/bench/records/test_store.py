@@ -1,14 +1,19 @@
 """Records are whole or not there, are read back as they were, and are published only if they can be run again."""
 
+import gzip
+import hashlib
 import json
+import re
 import subprocess
 
 import pytest
+from pydantic import ValidationError
 
 from bench.errors import UserError
 from bench.experiments.methods import BASE, method_options
 from bench.experiments.profiles import PROFILES
-from bench.records import provenance, schema, store
+from bench.records import files, provenance, schema, store
+from bench.records.files import write_atomically
 from bench.records.schema import Record, RunConfig
 from tests.bench.conftest import CLEAN
 
@@ -110,8 +115,96 @@ def test_a_broken_record_says_which_and_what_to_do(tmp_path, spoil):
     assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ('"id": "procedural', '"id": "another', "its id is another-letters"),
+        ('"config_hash": "', '"config_hash": "0', "its config_hash is 0"),
+        ('"seed": 0', '"seed": 1', "its file name is procedural-letters-lora-lr0.002-s0-"),
+        ('"value": 0.5', '"value": 0.6', "its score of lexicon is 0.6, but its contents give 0.5"),
+        ('"n": 40', '"n": 41', "its number of items of lexicon is 40, but its contents give 41"),
+        ('"seed": 0', '"seed": "0"', r"config.seed: Input should be a valid integer"),
+        ('"status": "ok"', '"status": "fine"', "status: Input should be"),
+        ('"error": null', '"eror": null', "eror: Extra inputs are not permitted"),
+        ('"error": null,', "", "without error"),
+        ('"tokens": 700,', "", "train.tokens: Field required"),
+    ],
+)
+def test_a_record_that_contradicts_itself_is_refused_with_what_differs(tmp_path, old, new, message):
+    path = store.write(make(), tmp_path)
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))}.*{message}"):
+        store.read(path)
+
+
+def test_a_renamed_record_is_refused(tmp_path):
+    path = store.write(make(), tmp_path)
+    with pytest.raises(UserError, match="its file name is another"):
+        store.read(path.rename(path.with_name("another.json")))
+
+
+def test_items_of_other_tasks_are_refused(tmp_path):
+    path = store.write(make(), tmp_path)
+    items = path.with_name(f"{path.stem}.items.csv.gz")
+    items.write_bytes(gzip.compress(b"task,item,correct\nlexicon,0,1\n"))
+    with pytest.raises(UserError, match="items file's list of tasks"):
+        store.read(path)
+
+
+def test_fields_that_were_never_set_are_not_written(tmp_path):
+    """An older record has the same bytes when it is written again."""
+    data = {"sha256": {"test": "t"}, "dropped": {}}
+    path = store.write(make(data=data), tmp_path)
+    assert json.loads(path.read_text(encoding="utf-8"))["data"] == data
+    assert store.read(path).data.dropped_validation is None
+
+
+def test_a_section_is_frozen_and_its_copies_are_validated():
+    with pytest.raises(ValidationError, match="frozen"):
+        CONFIG.seed = 1
+    with pytest.raises(ValidationError, match="valid integer"):
+        CONFIG.replace(seed="one")
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        CONFIG.replace(sed=1)
+    with pytest.raises(ValidationError, match="status"):
+        make().status = "fine"
+
+
+def test_the_hash_of_a_configuration_is_that_of_its_plain_values():
+    plain = json.dumps(CONFIG.model_dump(), sort_keys=True)
+    assert CONFIG.hash == hashlib.sha256(plain.encode()).hexdigest()
+    assert (
+        CONFIG.hash == "fd33d49b0f105cd0808f5ecf28ba6b74a43925df7f02d2d3710dd30c2db3e30b"
+    )  # as before records were typed
+
+
+def test_published_records_are_written_again_byte_for_byte(tmp_path):
+    """Of each profile and of speed the first records; reading checks all of them."""
+    for profile in ("tiny", "small"):
+        for path in sorted((store.RESULTS / profile / "runs").glob("*.json"))[:5]:
+            written = store.write(store.read(path), tmp_path / profile)
+            for suffix in (".json", ".items.csv.gz"):
+                name = f"{path.stem}{suffix}"
+                assert written.with_name(name).read_bytes() == path.with_name(name).read_bytes()
+    for record in store.read_speed(store.RESULTS / "speed"):
+        written = store.write_speed(record, tmp_path / "speed")
+        assert written.read_bytes() == (store.RESULTS / "speed" / "runs" / written.name).read_bytes()
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    path = tmp_path / "page.md"
+    write_atomically(path, "β before")
+    assert path.read_bytes() == "β before".encode()
+    monkeypatch.setattr(files.os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, "after")
+    assert path.read_text(encoding="utf-8") == "β before"
+
+
 def test_an_interrupted_write_leaves_nothing_that_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(store.os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(files.os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         store.write(make(), tmp_path)
     assert store.read_all(tmp_path) == []
@@ -149,7 +242,7 @@ def test_a_commit_has_the_hash_of_its_sources():
     """What `publish` relies on for records from machines that had no history."""
     try:
         clean = not subprocess.run(
-            ["git", "status", "--porcelain", "--", *provenance.SOURCES],
+            ["git", "status", "--porcelain", "--", *(f":(glob){name}/**/*.py" for name in provenance.SOURCES)],
             cwd=provenance.ROOT,
             capture_output=True,
             check=True,

@@ -4,7 +4,8 @@ import pytest
 
 from bench.experiments.registry import EXPERIMENTS
 from bench.records.schema import SpeedRecord
-from bench.report.claims import claims, claims_table
+from bench.report.claim_pages import FRONT_PAGE, claim_files, claim_page, front_page_claims
+from bench.report.claims import claims
 from tests.bench.conftest import CLEAN
 from tests.bench.records.test_store import make
 
@@ -57,14 +58,16 @@ def test_fewer_parameters_are_counted_on_the_papers_backbone(other, share):
 
 
 @pytest.mark.parametrize(
-    "molora, malora, expected", [(0.5, 0.7, "holds"), (0.7, 0.5, "does not hold"), (0.5, 0.5025, "cannot be told")]
+    "molora, malora, expected", [(0.5, 0.7, "holds"), (0.7, 0.5, "fails"), (0.5, 0.5025, "undecided")]
 )
 def test_three_seeds_that_agree_decide(molora, malora, expected):
     rows = [run("table2", "MoLoRA", s, molora, wobble=0.01) for s in range(3)]
     rows += [run("table2", "MALoRA", s, malora, wobble=0.015) for s in range(3)]
     claim = verdict(claims({"small": swept(rows)}, []), "MALoRA > MoLoRA (intra")
     assert claim.verdict.startswith(expected) and "one seed" not in claim.verdict
-    assert len(claim.records) == 6 and claim.paper == "+0.78" and "small, intra" in claim.ours
+    assert (
+        len(claim.records) == 6 and claim.paper == "+0.78" and "profile small, mixture intra" in claim.evidence.setting
+    )
 
 
 def test_one_seed_is_limited_to_its_items():
@@ -75,7 +78,7 @@ def test_one_seed_is_limited_to_its_items():
 
 def test_one_seed_beside_rows_of_several_knows_how_runs_vary():
     rows = [run("table2", "MoLoRA", right=0.5), run("table2", "MALoRA", right=0.7)]
-    for right, expected in ((0.02, "holds"), (0.2, "cannot be told at this size")):
+    for right, expected in ((0.02, "holds"), (0.2, "undecided")):
         others = [run("table2", "DoRA", seed, 0.5 + right * (seed - 1)) for seed in range(3)]
         claim = verdict(claims({"small": swept([*rows, *others])}, []), "MALoRA > MoLoRA (intra")
         assert claim.verdict == expected
@@ -89,8 +92,7 @@ def test_holm_counts_the_claims_that_were_tested():
     ]  # 5 items more of 400, both tasks
     alone = verdict(claims({"small": swept(pair)}, []), "MALoRA > MoLoRA (intra")
     both = verdict(claims({"small": swept([*pair, run("table2", "LoRA", right=0.5125)])}, []), "MALoRA > MoLoRA (intra")
-    p = [float(claim.ours.rpartition("p=")[2]) for claim in (alone, both)]
-    assert p[1] == pytest.approx(2 * p[0], rel=0.1)
+    assert both.p == pytest.approx(2 * alone.p) and both.evidence.p == alone.evidence.p == alone.p
 
 
 def test_no_worse_has_a_margin_and_needs_fewer_parameters():
@@ -99,10 +101,10 @@ def test_no_worse_has_a_margin_and_needs_fewer_parameters():
     for record in rows + small:
         record.config = record.config.replace(learning_rate=5e-4)
     claim = verdict(claims({"small": rows + small}, []), "MALoRA-Small")
-    assert claim.verdict == "holds" and "with 30% fewer" in claim.ours
+    assert claim.verdict == "holds" and "30% fewer trainable parameters" in claim.evidence.test
     for record in small:
         record.parameters = record.parameters.replace(trainable=130)
-    assert verdict(claims({"small": rows + small}, []), "MALoRA-Small").verdict == "does not hold"
+    assert verdict(claims({"small": rows + small}, []), "MALoRA-Small").verdict == "fails"
 
 
 def test_ablations_and_beta():
@@ -129,7 +131,7 @@ def test_the_tiny_profile_is_no_evidence():
     assert verdict(claims({"tiny": rows}, []), "MALoRA > MoLoRA (intra").verdict == "not run"
 
 
-@pytest.mark.parametrize("A, expected", [(0.4, "holds"), (0.05, "does not hold")])
+@pytest.mark.parametrize("A, expected", [(0.4, "holds"), (0.05, "fails")])
 def test_sides_are_alike_or_not_beside_their_chance_level(A, expected):
     rows = []
     for seed in range(3):
@@ -137,9 +139,11 @@ def test_sides_are_alike_or_not_beside_their_chance_level(A, expected):
         inside = {"similarity": {"within": {"mean": means, "mean_square": means}}} | OTHER_ANALYSES
         rows.append(run("fig2", "MoLoRA", seed, inside=inside))
         rows[-1].config = rows[-1].config.replace(learning_rate=4e-4)
-    claim = verdict(claims({"small": rows}, []), "down sides are alike and up sides are not, MT")
-    assert claim.verdict == expected and claim.paper == "A 0.37, B 0.012" and "(chance 0.100)" in claim.ours
-    assert verdict(claims({"small": rows[:1]}, []), claim.claim).verdict == "cannot be told at this size, one run"
+    claim = verdict(claims({"small": rows}, []), "down projections are alike and up projections are not, MT")
+    assert claim.verdict == expected and claim.paper == "A 0.37, B 0.012"
+    assert claim.ours == f"A {A + 0.01:.3f}, B 0.217"
+    assert set(claim.evidence.sides["A, chance"].values()) == {0.1}
+    assert verdict(claims({"small": rows[:1]}, []), claim.claim).verdict == "undecided, one run"
 
 
 def speed(molora, malora, backend="dispatch", rounds=10, steps=1):
@@ -170,7 +174,7 @@ def test_faster_is_from_records_of_speed():
     for other in (speed(10.0, 10.0, "fused"), speed(12.0, 10.0, rounds=1, steps=9)):
         assert verdict(claims({}, [other]), same.claim).verdict == "not run"
     fastest = verdict(claims({}, [speed(10.0, 10.0, "fused")]), same.claim.replace("both by dispatch", "each by its"))
-    assert fastest.verdict == "does not hold, on a GPU"
+    assert fastest.verdict == "fails, on a GPU"
     of_more = speed(10.0, 10.0, "fused")
     of_more.rows.append(of_more.rows[0].replace(name="lora-plain-compiled", method="lora"))
     later = speed(12.0, 10.0)
@@ -179,9 +183,36 @@ def test_faster_is_from_records_of_speed():
     assert verdict(claims({}, [of_more, later]), same.claim).records == [later.id]
 
 
-def test_the_table_links_to_its_records():
+def test_a_page_has_the_test_both_sides_and_links_to_the_records():
+    rows = swept([run("table2", "MoLoRA", seed, 0.5, wobble=0.01) for seed in range(3)])
+    rows += swept([run("table2", "MALoRA", seed, 0.7, wobble=0.01) for seed in range(3)])
+    claim = verdict(claims({"small": rows}, []), "MALoRA > MoLoRA (intra")
+    page = claim_page(claim)
+    assert f"Ours, with its 95% interval: {claim.ours}. Verdict: **holds**." in page
+    assert "Paired over 3 seeds and over the test items." in page and f"p = {claim.evidence.p:.2g}, and" in page
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    assert cells == [["seed", "MoLoRA", "MALoRA"], ["0", "49.00", "69.00"], ["1", "50.00", "70.00"],
+                     ["2", "51.00", "71.00"], ["mean", "50.00", "70.00"]]  # fmt: skip
+    assert page.count("../small/runs/") == len(claim.records) == 6
+    assert f"- [{claim.records[0]}](../small/runs/{claim.records[0]}.json)" in page
+
+
+def test_every_claim_has_a_page_and_a_line_of_short_cells():
+    found = claims({}, [])
+    files = claim_files(found)
+    assert len(files) == len(found) + 1 and all("No complete record" in claim_page(c) for c in found if not c.evidence)
+    lines = [line for line in files["claims.md"].splitlines() if line.startswith("| ")]
+    assert len(lines) == len(found) + 1
+    for claim, line in zip(found, lines[1:], strict=True):
+        assert line.count("](") == 1 and f"(claims/{claim.key}.md)" in line
+        assert max(len(cell.strip()) for cell in line.split("|")) < 90
+
+
+def test_the_front_page_has_the_same_claims_whatever_their_verdicts():
     rows = swept([run("table2", "MoLoRA", right=0.5), run("table2", "MALoRA", right=0.7)])
-    found = claims({"small": rows}, [])
-    line = next(line for line in claims_table(found).splitlines() if "MALoRA > MoLoRA (intra" in line)
-    claim = verdict(found, "MALoRA > MoLoRA (intra")
-    assert f"(results/small/runs/{claim.records[0]}.json)" in line and "**holds, on these items (one seed)**" in line
+    for found in (claims({}, []), claims({"small": rows}, [])):
+        lines = front_page_claims(found).splitlines()
+        assert [line.split("|")[1].strip() for line in lines[2:7]] == [
+            next(c.claim for c in found if c.key == key) for key in FRONT_PAGE
+        ]
+        assert "results/claims.md" in lines[-1] and sum("](" in line for line in lines) == 1

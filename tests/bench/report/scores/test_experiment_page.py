@@ -7,8 +7,16 @@ from bench.experiments.profiles import PROFILES
 from bench.experiments.registry import EXPERIMENTS
 from bench.records import store
 from bench.report import readme
-from bench.report.scores import experiment_page
-from bench.report.scores.selection import choose_rates, select_comparable, tuned_rates
+from bench.report.claims import claims
+from bench.report.scores.experiment_page import experiment_page
+from bench.report.scores.selection import (
+    LearningRates,
+    choose_rates,
+    records_frame,
+    select,
+    select_comparable,
+    tuned_rates,
+)
 from tests.bench.records.test_store import make
 
 TABLE2 = EXPERIMENTS["table2"]
@@ -30,9 +38,13 @@ def records():
 
 
 def page(runs=None, **options):
-    runs = runs or records()
-    tuned = choose_rates(select_comparable(runs, TABLE2)[0])
-    return experiment_page.experiment_page(TABLE2, runs, "tiny", tuned, **options)
+    return experiment_page(select(TABLE2, "tiny", records_frame(runs or records())), **options)
+
+
+def page_at(tuned, runs, published=None):
+    """The page of these runs at given learning rates."""
+    selection = select(TABLE2, "tiny", records_frame(runs), rates=LearningRates(tuned, TABLE2))
+    return experiment_page(selection, published=None if published is None else records_frame(published))
 
 
 def line(text, start):
@@ -40,8 +52,8 @@ def line(text, start):
 
 
 def test_rates_are_chosen_on_validation_and_a_method_that_was_not_swept_has_none():
-    assert choose_rates(records()) == {"lora": 2e-3, "molora": 2e-3, "malora": 4e-4}
-    assert choose_rates([make(0)]) == {}
+    assert choose_rates(records_frame(records())) == {"lora": 2e-3, "molora": 2e-3, "malora": 4e-4}
+    assert choose_rates(records_frame([make(0)])) == {} == choose_rates(records_frame([]))
 
 
 def test_rows_say_which_differences_are_real():
@@ -51,7 +63,7 @@ def test_rows_say_which_differences_are_real():
     assert "not distinguishable: +0.0 [+0.0, +0.0], p=1" in line(text, "MALoRA ")  # the same answers as LoRA's
     assert "25.0" in line(text, "base, no adapter")
     assert "*80.5*" in line(text, "*MALoRA, the paper's*")  # the mean of Table 2, rounded
-    assert "diverged by step 70" in text and "validation or test set: 3 of lexicon." in text
+    assert "diverged by step 70" in text and "validation or test set has them: 3 of lexicon." in text
 
 
 def test_other_methods_have_rows_too_and_other_options_do_not_mix():
@@ -73,11 +85,16 @@ def test_a_sweep_counts_where_all_that_ran_were_swept():
         return run.replace(config=run.config.replace(mixture="procedural-inter", method_options=usual))
 
     swept = [on_domains("malora", 5e-4, right=0.4), on_domains("malora", 1e-3, right=0.6)]
-    assert tuned_rates(table3, lent + swept) == ({"malora": 1e-3}, table3)
+
+    def tuned(known):
+        rates = tuned_rates(table3, records_frame(known))
+        return rates.tuned, rates.source
+
+    assert tuned(lent + swept) == ({"malora": 1e-3}, table3)
     known = lent + swept + [on_domains("molora", 2e-3)]
-    assert tuned_rates(table3, known) == ({"molora": 2e-3, "malora": 4e-4}, TABLE2)
+    assert tuned(known) == ({"molora": 2e-3, "malora": 4e-4}, TABLE2)
     known += [on_domains("molora", 1e-3, right=0.7)]
-    assert tuned_rates(table3, known) == ({"malora": 1e-3, "molora": 1e-3}, table3)
+    assert tuned(known) == ({"malora": 1e-3, "molora": 1e-3}, table3)
 
 
 def test_what_lends_rates_is_named_with_its_format_if_that_is_another():
@@ -85,13 +102,29 @@ def test_what_lends_rates_is_named_with_its_format_if_that_is_another():
     usual = method_options("malora", PROFILES["tiny"], "procedural-inter", {})
     run = make(0, method="malora", rate=4e-4)
     for format, said in (
-        ("letters", "of Table 2: intra-domain, all"),
-        ("cloze", "intra-domain, format `letters`, all"),
+        ("letters", "of Table 2: intra-domain, which"),
+        ("cloze", "intra-domain, format `letters`, which"),
     ):
         config = run.config.replace(mixture="procedural-inter", method_options=usual, format=format)
-        runs, tuned = [run.replace(config=config)], {"malora": 4e-4}
-        assert said in experiment_page.experiment_page(table3, runs + lent, "tiny", tuned, rates_from=TABLE2)
-        assert said in experiment_page.experiment_page(table3, runs, "tiny", tuned, rates_from=TABLE2, published=lent)
+        here, both = (records_frame([run.replace(config=config), *more]) for more in ([], lent))
+        assert said in experiment_page(select(table3, "tiny", both))
+        assert said in experiment_page(
+            select(table3, "tiny", here, rates=tuned_rates(table3, both)), published=records_frame(lent)
+        )
+
+
+def test_an_empty_folder_selects_nothing():
+    nothing = select(EXPERIMENTS["table3"], "tiny", records_frame([]))
+    assert nothing.records == [] and nothing.left_out == 0 and nothing.rates.tuned == {}
+    assert nothing.rows(nothing.at_own_rate) == []
+
+
+def test_records_like_a_configuration_are_selected_even_if_they_are_fewer():
+    few = [run.replace(config=run.config.replace(epochs=2)) for run in records()[:2]]
+    frame = records_frame([*records(), *few])
+    assert len(select_comparable(frame, TABLE2)[0]) == len(records())
+    mine, left_out = select_comparable(frame, TABLE2, few[0].config)
+    assert sorted(mine["id"]) == sorted(run.id for run in few) and left_out == len(records())
 
 
 def test_a_method_that_was_tried_at_fewer_rates_is_marked():
@@ -106,16 +139,16 @@ def test_a_reproduction_without_a_sweep_does_not_look_like_one():
 
 def test_one_seed_is_a_statement_about_items():
     runs = [make(0, method="lora", right=0.9), make(0, method="molora", right=0.5)]
-    text = experiment_page.experiment_page(TABLE2, runs, "tiny", {"lora": 2e-3, "molora": 2e-3})
-    assert "worse on these items" in line(text, "MoLoRA ") and "neither it nor the test knows" in text
+    text = page_at({"lora": 2e-3, "molora": 2e-3}, runs)
+    assert "worse on these items" in line(text, "MoLoRA ") and "neither the interval nor the test covers" in text
 
 
 def test_one_seed_beside_rows_of_several_is_a_statement_about_methods():
     runs = [make(0, method="lora", right=0.9), make(0, method="molora", right=0.5)]
     for seed, right in enumerate((0.45, 0.5, 0.55)):
         runs.append(make(seed, method="dora", right=right))
-    text = experiment_page.experiment_page(TABLE2, runs, "tiny", {"lora": 2e-3, "molora": 2e-3, "dora": 2e-3})
-    assert "worse: " in line(text, "MoLoRA ") and "takes that from the rows with several" in text
+    text = page_at({"lora": 2e-3, "molora": 2e-3, "dora": 2e-3}, runs)
+    assert "worse: " in line(text, "MoLoRA ") and "takes it from the rows with several" in text
 
 
 def test_rows_without_two_common_seeds_are_compared_as_a_whole():
@@ -125,7 +158,7 @@ def test_rows_without_two_common_seeds_are_compared_as_a_whole():
         make(3, method="molora", right=0.6),
         make(4, method="dora", right=0.1),
     ]
-    text = experiment_page.experiment_page(TABLE2, runs, "tiny", {"lora": 2e-3, "molora": 2e-3, "dora": 2e-3})
+    text = page_at({"lora": 2e-3, "molora": 2e-3, "dora": 2e-3}, runs)
     assert "-15.0 [" in line(text, "MoLoRA ") and "-60.0 [" in line(text, "DoRA ")
 
 
@@ -161,7 +194,7 @@ def test_runs_that_were_cut_short_are_marked():
 @pytest.mark.parametrize("right, verdict", [(0.9, "reproduced"), (0.5, "not reproduced")])
 def test_a_reproduction_is_laid_beside_what_was_published(right, verdict):
     mine = [make(seed, method="lora", rate=2e-3, right=right) for seed in (0, 1)]
-    text = experiment_page.experiment_page(TABLE2, mine, "tiny", {"lora": 2e-3}, published=records())
+    text = page_at({"lora": 2e-3}, mine, published=records())
     assert f"LoRA at its own rate, 0.002: **{verdict}**: {100 * right:.1f} here, 90.0 published" in text
 
 
@@ -170,7 +203,7 @@ def test_a_reproduction_on_another_base_says_so():
         mine = [make(seed, method="lora", rate=2e-3) for seed in (0, 1)]
         for run in mine:
             run.config = run.config.replace(model_hash=model_hash)
-        return experiment_page.experiment_page(TABLE2, mine, "tiny", {"lora": 2e-3}, published=records())
+        return page_at({"lora": 2e-3}, mine, published=records())
 
     published = records()[0].config.model_hash
     assert f"another base, `another` for the published `{published[:12]}`" in text("another")
@@ -178,23 +211,18 @@ def test_a_reproduction_on_another_base_says_so():
 
 
 def test_no_records_no_table():
-    assert "No whole run is recorded yet" in experiment_page.experiment_page(TABLE2, [], "tiny", {})
-
-
-def test_the_readme_is_filled_between_its_marks_only():
-    text = "before\n<!-- table2 tiny -->\nold\n<!-- end -->\nafter\n"
-    filled = readme.fill_readme(text, {"tiny": records()})
-    assert filled.startswith("before\n<!-- table2 tiny -->\n\n| method") and filled.endswith("<!-- end -->\nafter\n")
-    assert "old" not in filled and readme.fill_readme(filled, {"tiny": records()}) == filled
-    assert "No run is published yet" in readme.fill_readme(text, {})
+    assert "No complete run is recorded yet" in page_at({}, [])
 
 
 def test_the_published_tables_are_what_their_records_give():
     """Holds every committed table to its records, byte for byte."""
     published = {name: store.read_all(store.RESULTS / name) for name in ("tiny", "small", "paper")}
     published = {name: found for name, found in published.items() if found}
-    for path, text in readme.published_pages(published).items():
-        assert (store.RESULTS / path).read_text() == text, path
+    found = claims(published, store.read_speed(store.RESULTS / "speed"))
+    pages = readme.published_pages(published, found)
+    assert {f"claims/{claim.key}.md" for claim in found} < pages.keys() and "small/table2.md" in pages
+    for path, text in pages.items():
+        assert (store.RESULTS / path).read_text(encoding="utf-8") == text, path
     for name, found in published.items():
         for run in found:
             assert run.complete and run.provenance.commit and not run.provenance.dirty, (name, run.config.id)

@@ -1,0 +1,64 @@
+"""The README's generated blocks, and what importing the report loads."""
+
+import subprocess
+import sys
+
+import pytest
+
+from bench.errors import UserError
+from bench.records.provenance import ROOT
+from bench.report.claims import claims
+from bench.report.readme import fill_readme
+from tests.bench.report.scores.test_experiment_page import records
+
+CLAIMS = claims({}, [])
+# Other parts of the harness, and libraries that only they need.
+NOT_LOADED = ("lm_eval", "datasets", "evaluate", "bench.train", "bench.evaluate", "bench.runs", "bench.speed",
+              "bench.models", "bench.sandbox")  # fmt: skip
+
+
+def fill(text, profiles=None):
+    return fill_readme(text, profiles or {}, [], CLAIMS)
+
+
+@pytest.mark.parametrize("name, start", [("table2 tiny", "| method"), ("claims", "| claim"), ("speed", "The goals")])
+def test_a_block_is_filled_between_its_marks_only(name, start):
+    text = f"before\n<!-- {name} -->\nstale text\n<!-- end -->\nafter <!-- a comment -->\n"
+    filled = fill(text, {"tiny": records()})
+    assert filled.startswith(f"before\n<!-- {name} -->\n\n{start}")
+    assert filled.endswith("\n\n<!-- end -->\nafter <!-- a comment -->\n")
+    assert "stale text" not in filled and fill(filled, {"tiny": records()}) == filled
+
+
+def test_a_table_without_records_says_so():
+    assert "No run is published yet" in fill("<!-- table2 tiny -->\n<!-- end -->")
+
+
+def test_the_short_leaderboard_has_a_line_per_method_and_a_short_verdict():
+    filled = fill("<!-- table2 tiny -->\n<!-- end -->", {"tiny": records()})
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in filled.splitlines() if line.startswith("| ")]
+    assert cells[0] == ["method", "lexicon", "majority", "mean", "seeds", "against the best"]
+    assert [row[0] for row in cells[1:]] == ["base, no adapter", "LoRA", "MoLoRA", "MALoRA"]
+    assert cells[2][1:] == ["90.0", "90.0", "90.0 ± 0.0", "2", "best"]
+    assert cells[3][-1].startswith("worse, p=") and cells[4][-1] == "not distinguishable"
+    assert "the paper's |" not in filled and "(results/tiny/table2.md)" in filled
+
+
+@pytest.mark.parametrize("text", ["<!-- claims -->\n", "<!-- claims -->\n<!-- speed -->\n<!-- end -->"])
+def test_a_marker_without_its_end_is_an_error(text):
+    with pytest.raises(UserError, match="<!-- claims --> has no <!-- end -->"):
+        fill(text)
+
+
+def test_importing_the_report_loads_no_other_part_of_the_harness():
+    code = f"""
+import importlib, importlib.util, pathlib, sys
+for path in sorted(pathlib.Path("bench/report").rglob("*.py")):
+    if path.stem not in ("html", "figures") or importlib.util.find_spec("itables"):  # of the extra "report"
+        importlib.import_module(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
+loaded = [name for name in sys.modules for other in {NOT_LOADED} if name == other or name.startswith(other + ".")]
+print(*loaded)
+sys.exit(bool(loaded))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
