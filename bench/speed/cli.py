@@ -1,4 +1,4 @@
-"""Benchmark time, memory and kernel launches of a step, with MALoRA and with what it is compared with.
+"""Benchmark the time, memory and kernel launches of a step, of MALoRA and its baselines.
 
 python -m bench.speed --variant malora                   # compared with LoRA and the frozen backbone
 python -m bench.speed --variant all --shape llama2-7b    # Table 10
