@@ -18,7 +18,7 @@ from bench.experiments.registry import EXPERIMENTS
 from bench.models.adapters import add_adapter
 from bench.models.base import load, prepare
 from bench.records import provenance, store
-from bench.report.scores.selection import records_that_lend_rates
+from bench.report.scores.selection import records_frame, records_of, records_that_lend_rates
 from bench.runs.setting import make_run_config
 from tests import inter_folder
 from tests.bench.records.test_store import make
@@ -213,8 +213,8 @@ def test_the_inter_domain_path_in_miniature(base_folder, capsys, tmp_path):
     assert "(exact_match, 3 items)" in out and "(rougeL, 3 items)" in out and "(acc, 3 items)" in out
     (one,) = store.read_all(tmp_path)
     assert one.config.learning_rate == 5e-4  # the paper's for domains
-    assert {score["metric"] for score in one.validation.values()} == {"likelihood"}
-    assert all(0 < score["value"] < 1 for score in one.validation.values())
+    assert {score.metric for score in one.validation.values()} == {"likelihood"}
+    assert all(0 < score.value < 1 for score in one.validation.values())
     assert one.train.curve[-1].loss < one.train.curve[0].loss
 
 
@@ -310,6 +310,6 @@ def test_tasks_lend_domains_their_rates_whatever_the_format(setting):
     like = run(mixture="inter-open", format="cloze").config
     lent, own = run(mixture="intra", learning_rate=1e-3), run(mixture="intra", format="cloze")
     of_domains, other = run(mixture="inter-open"), run(mixture="intra", max_length=7)
-    assert records_that_lend_rates([lent, of_domains, other], like) == [lent]
-    assert records_that_lend_rates([lent, of_domains, own, other], like) == [own]
-    assert records_that_lend_rates([lent, own], lent.config) == [lent]
+    assert records_of(records_that_lend_rates(records_frame([lent, of_domains, other]), like)) == [lent]
+    assert records_of(records_that_lend_rates(records_frame([lent, of_domains, own, other]), like)) == [own]
+    assert records_of(records_that_lend_rates(records_frame([lent, own]), lent.config)) == [lent]

@@ -1,4 +1,4 @@
-"""Records are whole or not there, are read back as they were, and are published only if they can be run again."""
+"""Records are written completely or not at all, read back unchanged, and published only if they can be run again."""
 
 import gzip
 import hashlib
@@ -210,7 +210,7 @@ def test_an_interrupted_write_leaves_nothing_that_counts(tmp_path, monkeypatch):
     assert store.read_all(tmp_path) == []
 
 
-def test_publishing_takes_clean_whole_records_and_replaces_none(tmp_path, history):
+def test_publishing_takes_complete_records_of_committed_code_and_replaces_none(tmp_path, history):
     assert len(store.publish([make(0), make(1)], tmp_path)[0]) == 2
     before = {p.name: p.read_bytes() for p in (tmp_path / "runs").iterdir()}
     assert store.publish([make(0, right=0.9)], tmp_path) == ([], [])
