@@ -153,6 +153,17 @@ def test_items_of_other_tasks_are_refused(tmp_path):
         store.read(path)
 
 
+@pytest.mark.parametrize(
+    "content, message",
+    [(b"task,item\nlexicon,0\n", "columns task,item"), (b"task,item,correct\nlexicon,0,1\nlexi", "within a line")],
+)
+def test_an_items_file_of_another_form_is_refused(tmp_path, content, message):
+    path = store.write(make(), tmp_path)
+    path.with_name(f"{path.stem}.items.csv.gz").write_bytes(gzip.compress(content))
+    with pytest.raises(UserError, match=message):
+        store.read(path)
+
+
 def test_fields_that_were_never_set_are_not_written(tmp_path):
     """An older record has the same bytes when it is written again."""
     data = {"sha256": {"test": "t"}, "dropped": {}}
