@@ -51,7 +51,7 @@ def front_page_claims(found: Sequence[Claim]) -> str:
 
 
 def claim_page(claim: Claim) -> str:
-    """Return the page of one claim: its test, both sides, the interval and the records."""
+    """Return the page of one claim: its test, its values, the interval and the records."""
     facts = f"The paper ({claim.source}): {claim.paper}."
     first = claim.claim[0]
     title = f"# {first.upper() if first.isascii() else first}{claim.claim[1:]}"
@@ -76,13 +76,13 @@ def claim_page(claim: Claim) -> str:
 
 
 def _values(evidence: Evidence) -> str:
-    """Return the values of both sides, a line per unit, with their means."""
-    sides = evidence.sides
-    units = list(dict.fromkeys(unit for values in sides.values() for unit in values))
-    body = [[unit, *(_value(values.get(unit)) for values in sides.values())] for unit in units]
+    """Return the values, a line per unit, with their means."""
+    columns = evidence.columns
+    units = list(dict.fromkeys(unit for values in columns.values() for unit in values))
+    body = [[unit, *(_value(values.get(unit)) for values in columns.values())] for unit in units]
     if len(units) > 1 and evidence.p is not None:
-        body.append(["mean", *(_value(sum(values.values()) / len(values)) for values in sides.values())])
-    return table(body, [evidence.unit, *sides], ["left", *["right"] * len(sides)])
+        body.append(["mean", *(_value(sum(values.values()) / len(values)) for values in columns.values())])
+    return table(body, [evidence.unit, *columns], ["left", *["right"] * len(columns)])
 
 
 def _value(value: float | None) -> str:

@@ -57,14 +57,14 @@ class Evidence:
         setting: What was measured: profile and mixture, or shape and device.
         test: How the verdict follows, in sentences.
         unit: What a value belongs to: seed, run or round.
-        sides: Values by side and unit.
+        columns: Values by column and unit.
         p: Before Holm's correction; None if nothing was tested.
     """
 
     setting: str
     test: str
     unit: str
-    sides: dict[str, dict[str, float]]
+    columns: dict[str, dict[str, float]]
     p: float | None = None
 
 
@@ -102,7 +102,7 @@ class _Tested:
     """A claim before its verdict, which depends on the p-values of the others.
 
     Attributes:
-        above: Whether the figure is on the side of the bound where the claim holds.
+        above: Whether the figure is above the bound.
         p: Two-sided, of being at the bound.
         limit: What the verdict is limited to.
     """
@@ -184,10 +184,10 @@ def _better(
     d = difference(pair[0], pair[1], spread(tables.rows(table, profile).values()))
     if d is None:
         return claim
-    sides = {row.title: {str(r.config.seed): r.mean() or 0.0 for r in row.records} for row in pair}
-    common = len(set.intersection(*map(set, sides.values())))
+    columns = {row.title: {str(r.config.seed): r.mean() or 0.0 for r in row.records} for row in pair}
+    common = len(set.intersection(*map(set, columns.values())))
     what = f"The difference of the means over tasks, {second} less {first}, in points."
-    evidence = Evidence("", f"{what} {_describe_test(d, common, 'seeds')}", "seed", sides)
+    evidence = Evidence("", f"{what} {_describe_test(d, common, 'seeds')}", "seed", columns)
     return _score_claim(claim, d, bound, profile, pair, evidence)
 
 
@@ -265,7 +265,7 @@ def _beta(tables: _Tables) -> Claim | _Tested:
     halves = by_seed[: len(ones)], by_seed[len(ones) :]
     d = compare(*([runs[seed].items or {} for runs in half for seed in seeds] for half in halves))
     names = [title.removeprefix("MALoRA ").rpartition(" ")[0] for title in ones]
-    sides = {
+    columns = {
         title: {
             f"{name}, seed {seed}": runs[seed].mean() or 0.0
             for name, runs in zip(names, half, strict=True)
@@ -277,7 +277,7 @@ def _beta(tables: _Tables) -> Claim | _Tested:
         f"The difference of the means over tasks, β = 1.25 less β = 1, in points, over {len(ones)} settings of r and "
         f"d. Each setting is a pair, as a seed is. {_describe_test(d, len(ones) * len(seeds), 'pairs')}"
     )
-    return _score_claim(claim, d, 0.0, profile, rows, Evidence("", test, "setting", sides))
+    return _score_claim(claim, d, 0.0, profile, rows, Evidence("", test, "setting", columns))
 
 
 SIMILARITY_KEYS = {"ST(S)": "similarity-one-task", "ST(D)": "similarity-two-tasks", "MT": "similarity-multi-task"}
@@ -308,7 +308,7 @@ def _similarity_claim(
         for name, found in (("A", A), ("B", B))
         for index, what in enumerate(("correlation", "chance"))
     }
-    above_A, above_B = (np.array([value - chance for _, value, chance in side]) for side in (A, B))
+    above_A, above_B = (np.array([value - chance for _, value, chance in found]) for found in (A, B))
     gap = above_A - above_B
     test = (
         "Mean canonical correlation of two experts of MoLoRA. A is the down projection, B the up projection. Tested is "
@@ -316,7 +316,9 @@ def _similarity_claim(
     )
     claim = replace(
         claim,
-        ours=", ".join(f"{name} {np.mean([value for _, value, _ in side]):.3f}" for name, side in (("A", A), ("B", B))),
+        ours=", ".join(
+            f"{name} {np.mean([value for _, value, _ in found]):.3f}" for name, found in (("A", A), ("B", B))
+        ),
         records=sorted({record.id for record, _, _ in A}),
         profile=profile,
     )
@@ -341,7 +343,7 @@ def _fewer_parameters(rank: int) -> Claim:
         "section 3",
         f"{theirs}%",
         f"{ours:.1f}%",
-        f"{HOLDS if abs(ours - theirs) < TOLERANCE else FAILS}, within a point",
+        f"{HOLDS}, within a point" if abs(ours - theirs) < TOLERANCE else FAILS,
         key=f"parameters-fewer-than-molora-r{rank}",
         evidence=Evidence(
             "one decoder layer of LLaMA-2 7B",
@@ -397,7 +399,7 @@ def _speed_claim(claim: Claim, record: SpeedRecord, steps: dict[str, np.ndarray]
         f"round, against the smallest ratio that rounds to the paper's, {math.exp(bound):.2f}."
     )
     device = record.provenance.device
-    sides = {
+    columns = {
         f"{name}, s": {str(number): float(value) for number, value in enumerate(values, 1)}
         for name, values in steps.items()
     }
@@ -406,6 +408,6 @@ def _speed_claim(claim: Claim, record: SpeedRecord, steps: dict[str, np.ndarray]
         ours=f"{middle:.2f} [{low:.2f}, {high:.2f}]",
         records=[record.id],
         profile="speed",
-        evidence=Evidence(f"shape {record.shape}, {device}", test, "round", sides),
+        evidence=Evidence(f"shape {record.shape}, {device}", test, "round", columns),
     )
     return _Tested(claim, math.log(middle) > bound, float(result.pvalue), f"on {device}")

@@ -57,14 +57,14 @@ def readings(rows: Sequence[TableRow], statistic: str) -> Readings:
 def _similarity(rows: Sequence[TableRow]) -> str:
     by_mean, by_square = readings(rows, "mean"), readings(rows, "mean_square")
     theirs, body = paper()["figure2"], []
-    for method, setting, side in sorted(by_mean, key=lambda key: (key[0], SETTINGS.index(key[1]), key[2])):
+    for method, setting, matrix in sorted(by_mean, key=lambda key: (key[0], SETTINGS.index(key[1]), key[2])):
         cells = []
         for found in (by_mean, by_square):
-            _, values, chances = zip(*found[method, setting, side], strict=True)
+            _, values, chances = zip(*found[method, setting, matrix], strict=True)
             cells += [_with_interval(values), number(float(np.mean(chances)))]
-        seen = theirs[side].get(setting) if method == "molora" else None
-        cells += [str(len(by_mean[method, setting, side])), "" if seen is None else f"*{seen:g}*"]
-        body.append([TITLES[method], setting, side, *cells])
+        seen = theirs[matrix].get(setting) if method == "molora" else None
+        cells += [str(len(by_mean[method, setting, matrix])), "" if seen is None else f"*{seen:g}*"]
+        body.append([TITLES[method], setting, matrix, *cells])
     head = ["experts of", "setting", "matrix", "mean correlation", "chance", "mean square", "chance", "runs",
             "the paper's"]  # fmt: skip
     return (

@@ -50,7 +50,7 @@ def _note(mine: Selection, theirs: Selection) -> str:
         "The interval is that of another mean over the number of seeds that were run here. It is wider than the "
         "published mean's own interval, which a faithful repetition misses far more often than once in twenty times."
     )
-    here, there = ({record.config.model_hash[:12] for record in side.records} for side in (mine, theirs))
+    here, there = ({record.config.model_hash[:12] for record in selection.records} for selection in (mine, theirs))
     if here.isdisjoint(there):
         note += (
             f" These runs have another base, `{'`, `'.join(sorted(here))}` for the published "

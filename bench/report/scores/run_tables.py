@@ -105,8 +105,8 @@ def _twin(record: Record, candidates: list[Record]) -> Record | None:
 def _options_row(
     record: Record, twin: Record, changed: dict[str, object], between_seeds: Spread | None
 ) -> list[object]:
-    sides = [twin.items or {}], [record.items or {}]
-    d = compare_apart(*sides, between_seeds) if between_seeds else compare(*sides)
+    pair = [twin.items or {}], [record.items or {}]
+    d = compare_apart(*pair, between_seeds) if between_seeds else compare(*pair)
     return [
         TITLES.get(record.config.method, record.config.method), f"{record.config.learning_rate:g}",
         record.config.seed, ", ".join(f"`{k}={json.dumps(v)}`" for k, v in changed.items()),

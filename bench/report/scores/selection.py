@@ -5,7 +5,7 @@ Records become one pandas frame, a row per record; see `records_frame`. Every ot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -72,11 +72,6 @@ def records_frame(records: Iterable[Record]) -> pd.DataFrame:
 def records_of(frame: pd.DataFrame) -> list[Record]:
     """Return the records of a frame, in its order."""
     return list(frame["record"])
-
-
-def _where(frame: pd.DataFrame, keep: Callable[[RunConfig], object]) -> pd.DataFrame:
-    """Return the rows whose configuration passes a test."""
-    return frame[np.array([bool(keep(record.config)) for record in frame["record"]], dtype=bool)]
 
 
 def _setting(config: RunConfig) -> str:
@@ -300,7 +295,8 @@ def records_that_lend_rates(frame: pd.DataFrame, like: RunConfig) -> pd.DataFram
     single-domain mixtures in another format count too.
     """
     expected = like.config_key_without(*FREE_FOR_RATES)
-    same = _where(frame, lambda config: config.config_key_without(*FREE_FOR_RATES) == expected)
+    agree = frame["record"].map(lambda record: record.config.config_key_without(*FREE_FOR_RATES) == expected)
+    same = frame[agree.astype(bool)]
     of_domains = same["mixture"].map(lambda name: bool(MIXTURES[name].domains)).astype(bool)
     same_format = same["format"] == like.format
     if MIXTURES[like.mixture].domains and of_domains[same_format].all():

@@ -1,4 +1,4 @@
-"""Records are whole or not there, are read back as they were, and are published only if they can be run again."""
+"""Records are written completely or not at all, read back unchanged, and published only if they can be run again."""
 
 import gzip
 import hashlib
@@ -153,6 +153,17 @@ def test_items_of_other_tasks_are_refused(tmp_path):
         store.read(path)
 
 
+@pytest.mark.parametrize(
+    "content, message",
+    [(b"task,item\nlexicon,0\n", "columns task,item"), (b"task,item,correct\nlexicon,0,1\nlexi", "within a line")],
+)
+def test_an_items_file_of_another_form_is_refused(tmp_path, content, message):
+    path = store.write(make(), tmp_path)
+    path.with_name(f"{path.stem}.items.csv.gz").write_bytes(gzip.compress(content))
+    with pytest.raises(UserError, match=message):
+        store.read(path)
+
+
 def test_fields_that_were_never_set_are_not_written(tmp_path):
     """An older record has the same bytes when it is written again."""
     data = {"sha256": {"test": "t"}, "dropped": {}}
@@ -210,7 +221,7 @@ def test_an_interrupted_write_leaves_nothing_that_counts(tmp_path, monkeypatch):
     assert store.read_all(tmp_path) == []
 
 
-def test_publishing_takes_clean_whole_records_and_replaces_none(tmp_path, history):
+def test_publishing_takes_complete_records_of_committed_code_and_replaces_none(tmp_path, history):
     assert len(store.publish([make(0), make(1)], tmp_path)[0]) == 2
     before = {p.name: p.read_bytes() for p in (tmp_path / "runs").iterdir()}
     assert store.publish([make(0, right=0.9)], tmp_path) == ([], [])

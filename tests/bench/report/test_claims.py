@@ -12,7 +12,7 @@ from tests.bench.records.test_store import make
 RATE = 1e-3
 # The analyses of an adapter that no claim reads.
 OTHER_ANALYSES = {
-    "spectra": {side: {"values": [1.0], "stable_rank": 1.0, "effective_rank": 1.0} for side in "AB"},
+    "spectra": {matrix: {"values": [1.0], "stable_rank": 1.0, "effective_rank": 1.0} for matrix in "AB"},
     "movement": {"factor": "A", "relative": [0.1], "angle": 1.0},
     "routing": {"entropy": {}, "largest_share": {}, "unused": {}, "load": [], "task_information": []},
 }
@@ -76,7 +76,7 @@ def test_one_seed_is_limited_to_its_items():
     assert claim.verdict == "holds, on these items (one seed)"
 
 
-def test_one_seed_beside_rows_of_several_knows_how_runs_vary():
+def test_one_seed_takes_the_variance_of_rows_with_several():
     rows = [run("table2", "MoLoRA", right=0.5), run("table2", "MALoRA", right=0.7)]
     for right, expected in ((0.02, "holds"), (0.2, "undecided")):
         others = [run("table2", "DoRA", seed, 0.5 + right * (seed - 1)) for seed in range(3)]
@@ -132,7 +132,7 @@ def test_the_tiny_profile_is_no_evidence():
 
 
 @pytest.mark.parametrize("A, expected", [(0.4, "holds"), (0.05, "fails")])
-def test_sides_are_alike_or_not_beside_their_chance_level(A, expected):
+def test_similarity_is_compared_with_its_chance_level(A, expected):
     rows = []
     for seed in range(3):
         means = {"A": [A + 0.01 * seed, 0.1], "B": [0.2 + 0.01 * seed**2, 0.1]}
@@ -142,7 +142,7 @@ def test_sides_are_alike_or_not_beside_their_chance_level(A, expected):
     claim = verdict(claims({"small": rows}, []), "down projections are alike and up projections are not, MT")
     assert claim.verdict == expected and claim.paper == "A 0.37, B 0.012"
     assert claim.ours == f"A {A + 0.01:.3f}, B 0.217"
-    assert set(claim.evidence.sides["A, chance"].values()) == {0.1}
+    assert set(claim.evidence.columns["A, chance"].values()) == {0.1}
     assert verdict(claims({"small": rows[:1]}, []), claim.claim).verdict == "undecided, one run"
 
 
@@ -183,7 +183,7 @@ def test_faster_is_from_records_of_speed():
     assert verdict(claims({}, [of_more, later]), same.claim).records == [later.id]
 
 
-def test_a_page_has_the_test_both_sides_and_links_to_the_records():
+def test_a_page_has_the_test_the_values_and_links_to_the_records():
     rows = swept([run("table2", "MoLoRA", seed, 0.5, wobble=0.01) for seed in range(3)])
     rows += swept([run("table2", "MALoRA", seed, 0.7, wobble=0.01) for seed in range(3)])
     claim = verdict(claims({"small": rows}, []), "MALoRA > MoLoRA (intra")

@@ -38,7 +38,7 @@ def test_a_large_difference_is_found_and_its_interval_holds_it():
 
 
 def false_alarms(seeds, between_seeds, draws=300):
-    """How often two methods that do not differ are called different, when runs vary by so much."""
+    """Return how often two equal methods are called different, given the standard deviation between seeds."""
     rng = np.random.default_rng(1)
 
     def method():
@@ -66,7 +66,7 @@ def test_the_spread_is_pooled_over_methods_with_several_seeds():
 
 
 def test_one_seed_with_the_spread_of_others_is_seldom_wrong():
-    """Two methods of one and two seeds that do not differ, beside two others of three; see `false_alarms`."""
+    """Compare two equal methods of one and two seeds, with two others of three; see `false_alarms`."""
     rng = np.random.default_rng(4)
 
     def method(seeds):
@@ -78,7 +78,7 @@ def test_one_seed_with_the_spread_of_others_is_seldom_wrong():
 
 
 def shown(seeds, between_seeds, gain, draws=300):
-    """How often a true gain, in points, is shown, and the mean of the smallest difference that was promised to be."""
+    """Return how often a true gain in points is shown, and the mean of the smallest detectable difference."""
     rng = np.random.default_rng(2)
 
     def method(mean):

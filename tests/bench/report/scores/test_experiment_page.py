@@ -76,7 +76,7 @@ def test_other_methods_have_rows_too_and_other_options_do_not_mix():
 
 
 def test_a_sweep_counts_where_all_that_ran_were_swept():
-    """Otherwise Table 2 lends its rates to all, so that no row is tuned and its rival is not."""
+    """Otherwise Table 2 lends its rates to all, so that no row is tuned while another is not."""
     table3, lent = EXPERIMENTS["table3"], records()
 
     def on_domains(method, rate, right=0.5):
@@ -97,7 +97,7 @@ def test_a_sweep_counts_where_all_that_ran_were_swept():
     assert tuned(known) == ({"malora": 1e-3, "molora": 1e-3}, table3)
 
 
-def test_what_lends_rates_is_named_with_its_format_if_that_is_another():
+def test_the_origin_of_rates_is_named_with_its_format_if_that_is_another():
     table3, lent = EXPERIMENTS["table3"], records()
     usual = method_options("malora", PROFILES["tiny"], "procedural-inter", {})
     run = make(0, method="malora", rate=4e-4)
@@ -143,7 +143,7 @@ def test_one_seed_is_a_statement_about_items():
     assert "worse on these items" in line(text, "MoLoRA ") and "neither the interval nor the test covers" in text
 
 
-def test_one_seed_beside_rows_of_several_is_a_statement_about_methods():
+def test_one_seed_with_rows_of_several_is_a_statement_about_methods():
     runs = [make(0, method="lora", right=0.9), make(0, method="molora", right=0.5)]
     for seed, right in enumerate((0.45, 0.5, 0.55)):
         runs.append(make(seed, method="dora", right=right))
@@ -151,7 +151,7 @@ def test_one_seed_beside_rows_of_several_is_a_statement_about_methods():
     assert "worse: " in line(text, "MoLoRA ") and "takes it from the rows with several" in text
 
 
-def test_rows_without_two_common_seeds_are_compared_as_a_whole():
+def test_rows_without_two_common_seeds_are_compared_over_all_their_seeds():
     runs = [make(seed, method="lora", right=right) for seed, right in enumerate((0.6, 0.7, 0.8))]
     runs += [
         make(2, method="molora", right=0.5),
@@ -192,7 +192,7 @@ def test_runs_that_were_cut_short_are_marked():
 
 
 @pytest.mark.parametrize("right, verdict", [(0.9, "reproduced"), (0.5, "not reproduced")])
-def test_a_reproduction_is_laid_beside_what_was_published(right, verdict):
+def test_a_reproduction_is_compared_with_the_published_means(right, verdict):
     mine = [make(seed, method="lora", rate=2e-3, right=right) for seed in (0, 1)]
     text = page_at({"lora": 2e-3}, mine, published=records())
     assert f"LoRA at its own rate, 0.002: **{verdict}**: {100 * right:.1f} here, 90.0 published" in text
@@ -215,7 +215,7 @@ def test_no_records_no_table():
 
 
 def test_the_published_tables_are_what_their_records_give():
-    """Holds every committed table to its records, byte for byte."""
+    """Compare every committed page with its records, byte for byte."""
     published = {name: store.read_all(store.RESULTS / name) for name in ("tiny", "small", "paper")}
     published = {name: found for name, found in published.items() if found}
     found = claims(published, store.read_speed(store.RESULTS / "speed"))
