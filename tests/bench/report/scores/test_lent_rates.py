@@ -1,6 +1,6 @@
 """Records whose tuned learning rates count for other runs."""
 
-from bench.report.scores.selection import records_that_lend_rates
+from bench.report.scores.selection import records_frame, records_of, records_that_lend_rates
 from bench.runs.setting import make_run_config
 from tests.bench.records.test_store import make
 
@@ -16,6 +16,10 @@ def test_tasks_lend_domains_their_rates_whatever_the_format(setting):
     like = run(mixture="inter-open", format="cloze").config
     lent, own = run(mixture="intra", learning_rate=1e-3), run(mixture="intra", format="cloze")
     of_domains, other = run(mixture="inter-open"), run(mixture="intra", max_length=7)
-    assert records_that_lend_rates([lent, of_domains, other], like) == [lent]
-    assert records_that_lend_rates([lent, of_domains, own, other], like) == [own]
-    assert records_that_lend_rates([lent, own], lent.config) == [lent]
+
+    def lenders(records, like):
+        return records_of(records_that_lend_rates(records_frame(records), like))
+
+    assert lenders([lent, of_domains, other], like) == [lent]
+    assert lenders([lent, of_domains, own, other], like) == [own]
+    assert lenders([lent, own], lent.config) == [lent]
