@@ -28,7 +28,7 @@ ALIASES: dict[str, dict[str, str]] = {
 }
 
 # Cost of moving a token to an expert and back, in ranks: a dense backend could multiply the token by this many more
-# ranks in the same time. The value is extrapolated from measurements on an H100: with k = 2, sparse backends were slower
+# ranks in the same time. The value is extrapolated from measurements on an H100: with k = 2, sparse backends lost
 # up to the largest N·r measured, which was 2,048 (docs/notes/2026-11-speed.md).
 DISPATCH_COST_IN_RANKS = 2048
 
