@@ -12,6 +12,7 @@ from unittest.mock import patch
 import datasets
 import lm_eval.api.model
 import lm_eval.api.task
+import lm_eval.evaluator
 import lm_eval.models.huggingface
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
@@ -99,7 +100,11 @@ def _config(name: str, rows: list[dict[str, Any]], metric: str) -> dict[str, Any
 
 @contextmanager
 def quiet_lm_eval() -> Iterator[None]:
-    """Silence lm-eval: its log is meant for its own command line, and its progress bars would overwrite ours."""
+    """Silence lm-eval, and keep it from collecting facts about the machine.
+
+    Its log is meant for its own command line, and its progress bars would overwrite ours. The facts, which a record has
+    from elsewhere, take it a second per call: it starts git and `pip list`.
+    """
 
     def silent(*args: Any, **options: Any) -> tqdm:
         return tqdm(*args, **{**options, "disable": True})
@@ -107,6 +112,8 @@ def quiet_lm_eval() -> Iterator[None]:
     with ExitStack() as stack:
         for module in (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface):
             stack.enter_context(patch.object(module, "tqdm", silent))
+        for name in ("add_env_info", "get_git_commit_hash"):
+            stack.enter_context(patch.object(lm_eval.evaluator, name, lambda *_: None))
         previous = logging.root.manager.disable
         logging.disable(logging.ERROR)
         stack.callback(logging.disable, previous)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from malora import WeightCache
 from malora.backends import BACKENDS
+from malora.weight_cache import WeightCache
 
 
 def warm_up(run: Callable[[], Any], passes: int = 2) -> None:

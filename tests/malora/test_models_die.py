@@ -20,7 +20,7 @@ OURS = [name for name, config in METHODS.items() if isinstance(config(), MaloraC
 SHAPE = (
     {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2, "num_attention_heads": 8}
     if ON_GPU
-    else {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    else {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 )
 
 
@@ -78,7 +78,8 @@ def references(method, backend, use):
     """Build a model, use it, and return weak references to it, its layers and their weights."""
     torch.manual_seed(0)
     base = LlamaForCausalLM(LlamaConfig(**SHAPE, vocab_size=64)).to(DEVICE, torch.bfloat16 if ON_GPU else None)
-    model = get_peft_model(base, METHODS[method](backend=backend)).train()
+    targets = ["q_proj", "k_proj", "v_proj", "down_proj"]  # a group of three, and one of one
+    model = get_peft_model(base, METHODS[method](backend=backend, target_modules=targets)).train()
     malora.optimize_backbone(model)
     use(model, torch.randint(64, (2, 8), device=DEVICE))
     layers = model.base_model.malora_layers

@@ -14,6 +14,7 @@ from malora.fused.availability import interprets_triton
 from tests.malora.backends.test_backends import assert_agrees, layer
 from tests.malora.fused.test_group import CLOSE, DEVICE, DTYPE, adapted
 
+ONE_LAYER = {"lora_dropout": 0.3, "layers_to_transform": [0]}  # the interpreter is slow
 METHODS = ("asylora", "molora", "malora", "malora-small", "malora-fixed-s", "malora-unshared-s")
 QKV, GATE_UP, DOWN = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",)
 
@@ -55,14 +56,14 @@ def assert_close(got, expected):
 
 def optimized(method="malora", **options):
     """Return an adapted model with padded columns."""
-    model = adapted(method, **{"lora_dropout": 0.3} | options)
+    model = adapted(method, **ONE_LAYER | options)
     malora.optimize_backbone(model)
     return model
 
 
 def pair(method="malora", **options):
     """Return the same model twice, the first with padded columns."""
-    return [optimized(method, **options), adapted(method, lora_dropout=0.3, **options)]
+    return [optimized(method, **options), adapted(method, **ONE_LAYER | options)]
 
 
 @pytest.mark.skipif(not interprets_triton(), reason="Triton runs on a CPU as its interpreter only")
@@ -101,7 +102,7 @@ def test_gradient_checkpointing_recomputes_the_same(ids):
 
 
 def test_nothing_moves_unless_the_user_asks(ids):
-    model = adapted(lora_dropout=0.3)
+    model = adapted(**ONE_LAYER)
     before = {name: p.data_ptr() for name, p in model.named_parameters()}
     trained(model, ids)
     with torch.no_grad():
@@ -202,7 +203,7 @@ def test_a_pass_of_both_adapters_in_turns(ids):
 
 
 def test_weights_are_saved_copied_and_unloaded_without_padding(ids, tmp_path):
-    model = adapted(lora_dropout=0.3)
+    model = adapted(**ONE_LAYER)
     before = copy.deepcopy(model.state_dict())
     malora.optimize_backbone(model)
     trained(model, ids)
