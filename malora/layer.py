@@ -118,7 +118,8 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         if not (args or kwargs) and (fused := self.adapter_for_fused_path()):
-            return self.group.output(self, fused, x)
+            output: Tensor = self.group.output(self, fused, x)
+            return output
         y: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return y
@@ -145,7 +146,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
             routed = routing._replace(probability=routing.probability.flatten(0, -2))
         x_Tn = self.malora_dropout[adapter](x).flatten(0, -2)
         y_Tm = BACKENDS[resolve_backend(config, x.device)].compute(x_Tn, routed, factors, config.scaling)
-        return y_Tm.unflatten(0, x.shape[:-1])
+        return torch.unflatten(y_Tm, 0, x.shape[:-1])
 
     def train(self, mode: bool = True) -> MaloraLayer:
         """Switch between training and evaluation."""
@@ -177,7 +178,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
 
     def _apply(self, *args: Any, **kwargs: Any) -> MaloraLayer:
         device = self.base_layer.weight.device
-        super()._apply(*args, **kwargs)
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         if self.base_layer.weight.device != device:
             self.group.clear_float8()  # they are where the weights were
         return self
@@ -204,7 +205,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.settings]
         deltas = [self.get_delta_weight(name) for name in names]  # all or none
-        weight = self.get_base_layer().weight
+        weight = self.base_layer.weight
         for name, delta in zip(names, deltas, strict=True):
             merged = weight.data + delta.to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
@@ -214,14 +215,14 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Subtract the change of all merged adapters from the frozen weight."""
-        weight = self.get_base_layer().weight
+        weight = self.base_layer.weight
         while self.merged_adapters:
             # Not in place: copies of the weight are known by its address.
             weight.data = weight.data - self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy or pickle the layer without the autograd graph of its last batch."""
-        return dict(super().__getstate__()) | {"routings": {}}
+        return dict(super().__getstate__()) | {"routings": {}}  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:
         return "malora." + super().__repr__()

@@ -68,7 +68,7 @@ class MaloraModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; see `peft.tuners.tuners_utils.BaseTuner.inject_adapter`."""
-        saved = tuple(self.peft_config[adapter_name].modules_to_save or ())
+        saved = tuple(getattr(self.peft_config[adapter_name], "modules_to_save", None) or ())
         for name, module in model.named_modules():
             if name.endswith(saved):  # PEFT copies them with their attributes
                 restore_linear(module)
@@ -101,8 +101,9 @@ class MaloraModel(BaseTuner):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(trains[name])
 
-    def _prepare_model(self, peft_config: MaloraConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Refuse targets that match nothing, before PEFT replaces anything."""
+        assert isinstance(peft_config, MaloraConfig)
         targets = peft_config.target_modules
         if isinstance(targets, str) or targets is None:
             return  # a regular expression, or "all-linear"; PEFT says so if it matches nothing
@@ -141,6 +142,7 @@ class MaloraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        assert isinstance(peft_config, MaloraConfig)
         for cached in ("malora_layers", "_groups"):
             self.__dict__.pop(cached, None)
         restore_linear(target)

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from torch import nn
 
 import malora
@@ -49,6 +48,7 @@ class SingleLayerRow:
         if self.layer is None:
             assert self.variant.method is not None, "only adapted layers are swept"
             config = CONFIGS[self.variant.method](**self.options)  # may raise, which becomes the row's status
+            assert isinstance(config, malora.MaloraConfig), "sweeps take mixtures of ours"
             self.layer = _adapted_layer(self.linear, config)
             self.about["trainable"] = sum(p.numel() for p in self.layer.parameters() if p.requires_grad)
         torch.cuda.empty_cache()  # the previous row's graph had a memory pool of its own
@@ -65,7 +65,7 @@ class SingleLayerRow:
         yield replay
 
 
-def _adapted_layer(linear: nn.Linear, config: PeftConfig) -> malora.MaloraLayer:
+def _adapted_layer(linear: nn.Linear, config: malora.MaloraConfig) -> malora.MaloraLayer:
     """Put an adapter with random weights on a linear layer."""
     device = linear.weight.device
     layer = malora.MaloraLayer(linear, "layer", RoutingLog())

@@ -161,7 +161,7 @@ class DecodeStep:
         if self.static:
             self.cache = _static_cache(self.model, batch, work.length + work.tokens)
             self.token = self.prompt[:, :1].clone()
-            self.next = lambda: self._forward(self.token)
+            self.next: Callable[[], object] = lambda: self._forward(self.token)
             if subject.variant.run == "captured":
                 self._forward(self.prompt)
                 self.next = capture(self.next).replay

@@ -22,7 +22,7 @@ def warm_up(run: Callable[[], Any], passes: int = 2) -> None:
 
     Kernels are compiled and libraries initialized in the first calls; neither may happen while a graph is captured.
     """
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(passes):

@@ -43,7 +43,9 @@ class LigerKernels:
         self.names = vars(sys.modules[type(model).__module__])
         before = dict(self.names)
         _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=out_of_the_box, cross_entropy=False)
-        self.norms = [] if out_of_the_box else [module for module in model.modules() if _is_liger_norm(module)]
+        self.norms: list[Any] = (
+            [] if out_of_the_box else [module for module in model.modules() if _is_liger_norm(module)]
+        )
         for norm in self.norms:
             norm.forward = MethodType(_rms_norm, norm)
         if self.norms and isinstance(model, LlamaForCausalLM):

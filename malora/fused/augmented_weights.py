@@ -94,7 +94,7 @@ def _can_move(layer: FusedLayer) -> bool:
     return is_its_own and can_allocate and not hasattr(base, "_hf_hook")
 
 
-def _move(W: nn.Parameter, columns: int) -> None:
+def _move(W: Tensor, columns: int) -> None:
     """Move a weight into memory with so many padded columns, or without them."""
     m, n = W.shape
     moved = W.new_zeros(m, n + columns)

@@ -79,7 +79,7 @@ class FusedExperts(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """Return the outputs and the router probabilities."""
         alpha = layout.alpha
-        bits = None if seed is None else dropout.draw_mask(*x.shape, seed, p)
+        bits = None if seed is None else dropout.draw_mask(len(x), x.shape[1], seed, p)
         x_and_h = base.allocate_x_and_h(x)
         down = partial(_down_and_gate, layout, x, bits, p, packed, x_and_h)
         (down_out, h, probabilities), *_ = run_on_parallel_streams(x, [down, *base.load_up_proj(packed.B, alpha)])
@@ -129,8 +129,8 @@ class FusedExperts(torch.autograd.Function):
                     found[0].addmm_(dy, W)
             return found
 
-        def up() -> list[Tensor]:
-            return dBs if dBs is not None or not needs["B"] else _up_proj_weight_grads(h, dys, alpha)
+        def up() -> list[Tensor] | None:
+            return _up_proj_weight_grads(h, dys, alpha) if dBs is None and needs["B"] else dBs
 
         (dx, ddown, dP), dBs = run_on_parallel_streams(x, [input_and_down, up])
         # What is not trained gets its weights in place of gradients, and is left out below.

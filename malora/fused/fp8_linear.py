@@ -54,7 +54,7 @@ class Float8Linear(nn.Linear):
         y = None if group is None else self._forward_fp8(input, group)
         return nn.Linear.forward(self, input) if y is None else y
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward_fp8(self, x: Tensor, group: ProjectionGroup) -> Tensor | None:
         from malora.fused.fp8_weights import quantized_weights  # needs Triton
 
@@ -84,6 +84,7 @@ def convert_unadapted_linears(parent: nn.Module, groups: Iterable[ProjectionGrou
             warn_once("fp8", "a frozen linear layer whose forward was replaced", "that")
             continue
         module.__class__ = Float8Linear
+        assert isinstance(module, Float8Linear)
         module._groups = groups
 
 
@@ -93,4 +94,4 @@ def restore_linear(module: nn.Module) -> None:
         if group.has_cache:
             group.cache.float8.pop((id(module), 0), None)
     if type(module) is Float8Linear:
-        module.__class__ = nn.Linear
+        module.__class__ = nn.Linear  # type: ignore[assignment]  # its class before

@@ -119,7 +119,8 @@ class ProjectionGroup:
             in_use = {0} | {padded_rank(config.num_experts * config.r) for config in configs}
             self.cache.float8 = {key: found for key, found in self.cache.float8.items() if key[-1] in in_use}
 
-    @torch.compiler.disable  # a compiled layer calls the kernels, and does not trace them
+    # A compiled layer calls the kernels, and does not trace them.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def output(self, layer: FusedLayer, adapter: str, x: Tensor) -> Tensor:
         """Return a layer's output [..., m] for x [..., n], the frozen layer included."""
         if x.is_inference():  # such a tensor has no version, so that a change of it could not be seen

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from malora.fused.kernels.down_backward import SubspaceGrad
 from malora.fused.kernels.gate import GateLayout
-from malora.fused.kernels.multi_copy import multi_tensor_copy
+from malora.fused.kernels.multi_copy import Tables, multi_tensor_copy
 
 if TYPE_CHECKING:
     from malora.fused.protocol import FusedLayer
@@ -136,7 +136,7 @@ class PackedLayout:
     def by_projection(self, down_out: Tensor) -> Tensor:
         """Return the down projections' outputs in down_out [T, ...] as a view [G, T, R8]."""
         s = self.gate
-        return down_out[:, : self.G * s.z_group].unflatten(1, (self.G, s.z_group)).transpose(0, 1)
+        return torch.unflatten(down_out[:, : self.G * s.z_group], 1, (self.G, s.z_group)).transpose(0, 1)
 
     def subspace_grad(self, gated_dh: Tensor, down_out: Tensor) -> SubspaceGrad:
         """Return the two operands of the gradient of P."""
@@ -149,8 +149,8 @@ class PackedLayout:
         In the second form only the blocks of an expert's rows with its own subspace count.
         """
         s = self.gate
-        dP = dP.unflatten(1, (s.N, s.r))
-        return torch.einsum("gnrnd->gnrd", dP.unflatten(3, (s.N, s.D))) if s.z_step else dP
+        blocks = torch.unflatten(dP, 1, (s.N, s.r))
+        return torch.einsum("gnrnd->gnrd", torch.unflatten(blocks, 3, (s.N, s.D))) if s.z_step else blocks
 
 
 def _aligned_size(shape: tuple[int, ...]) -> int:
@@ -173,7 +173,7 @@ class PackedBuffer:
             self._views += views
 
     @torch.no_grad()
-    def fill(self, parameters: list[Tensor], tables: dict[tuple, Tensor]) -> None:
+    def fill(self, parameters: list[Tensor], tables: Tables) -> None:
         """Copy the parameters of all layouts, in their order, into the buffer.
 
         `tables` must live as long as the parameters: CUDA graphs read them (see `multi_tensor_copy`).

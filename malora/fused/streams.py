@@ -50,7 +50,7 @@ def run_on_parallel_streams(like: Tensor, tasks: Sequence[Callable[[], Any]]) ->
         return [task() for task in tasks]
     current, streams = torch.cuda.current_stream(), _streams(like.device)
     for _ in range(len(tasks) - 1 - len(streams)):
-        streams.append(torch.cuda.Stream(like.device))  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        streams.append(torch.cuda.Stream(like.device))
     started, others = [], []
     try:
         for stream, task in zip(streams, tasks[1:], strict=False):

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from malora.fused.fp8_weights import Float8Weights
 from malora.fused.kernels.down_backward import split_k_counters
+from malora.fused.kernels.multi_copy import Tables
 from malora.fused.packed_weights import PackedBuffer, PackedLayout, PackedWeights
 from malora.fused.tensor_utils import is_captured
 
@@ -64,7 +65,7 @@ class GroupWeightCache:
         self.float8: dict[tuple[int, ...], Float8Weights] = {}
         self.padding: dict[int, int] = {}
         self.loaded: LoadedUpProj | None = None
-        self.copy_tables: dict[tuple, Tensor] = {}
+        self.copy_tables: Tables = {}
         self._counters: Tensor | None = None
 
     def loaded_for(self, packed: PackedWeights, float8: Float8Weights | None) -> LoadedUpProj | None:

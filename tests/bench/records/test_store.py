@@ -125,7 +125,7 @@ def test_a_broken_record_says_which_and_what_to_do(tmp_path, spoil):
         ('"n": 40', '"n": 41', "its number of items of lexicon is 40, but its contents give 41"),
         ('"seed": 0', '"seed": "0"', r"config.seed: Input should be a valid integer"),
         ('"status": "ok"', '"status": "fine"', "status: Input should be"),
-        ('"error": null', '"eror": null', "eror: Extra inputs are not permitted"),
+        ('"error": null', '"errors": null', "errors: Extra inputs are not permitted"),
         ('"error": null,', "", "without error"),
         ('"tokens": 700,', "", "train.tokens: Field required"),
     ],
