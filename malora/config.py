@@ -121,6 +121,24 @@ class MaloraConfig(PeftConfig):
         """True if a router picks the experts. A single expert needs none."""
         return self.num_experts > 1
 
+    def factor_shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the router and the factors on one linear layer, by name.
+
+        Args:
+            in_features: n.
+            out_features: m.
+        """
+        n, m, N, r = in_features, out_features, self.num_experts, self.r
+        d = self.d or 0  # without a subspace no shape below has it
+        shapes: dict[str, tuple[int, ...]] = {"router": (N, n)} if self.has_router else {}
+        if self.down == "A_t":
+            shapes |= {"A": (N, r, n)}
+        elif self.down == "P_t S":
+            shapes |= {"P": (N, r, d), "S": (d, n)}
+        else:
+            shapes |= {"P": (N, r, d // N), "S": (N, d // N, n)}
+        return shapes | ({"B": (N, r, m)} if self.up == "B_t" else {"Q": (N, r, d), "S_B": (d, m)})
+
     def _check_choices(self) -> None:
         _check_choice("down", self.down, DOWN_FORMS)
         _check_choice("up", self.up, UP_FORMS)

@@ -80,17 +80,12 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _shapes(self, config: MaloraConfig) -> dict[str, tuple[int, ...]]:
-        n, m, N, r, d = self.in_features, self.out_features, config.num_experts, config.r, config.d or 0
-        if d > n:
-            raise ValueError(f"d={d} is more than the {n} inputs of {self.name}: a subspace of it cannot be that wide.")
-        shapes: dict[str, tuple[int, ...]] = {"router": (N, n)} if config.has_router else {}
-        if config.down == "A_t":
-            shapes |= {"A": (N, r, n)}
-        elif config.down == "P_t S":
-            shapes |= {"P": (N, r, d), "S": (d, n)}
-        else:
-            shapes |= {"P": (N, r, d // N), "S": (N, d // N, n)}
-        return shapes | ({"B": (N, r, m)} if config.up == "B_t" else {"Q": (N, r, d), "S_B": (d, m)})
+        if (config.d or 0) > self.in_features:
+            raise ValueError(
+                f"d={config.d} is more than the {self.in_features} inputs of {self.name}: a subspace of it cannot be "
+                "that wide."
+            )
+        return config.factor_shapes(self.in_features, self.out_features)
 
     def _parameters_of(self, name: str) -> nn.ParameterDict:
         """Return the parameters of one kind ("router", "A", ...), by adapter."""

@@ -1,6 +1,6 @@
 """Counts of an adapter's parameters, from sizes alone.
 
-Shapes: n inputs and m outputs of a linear layer, N experts, r rank of an expert, d dimensions of a shared subspace.
+Shapes: n inputs and m outputs of a linear layer.
 """
 
 from __future__ import annotations
@@ -25,24 +25,10 @@ def count_trainable(config: PeftConfig, in_features: int, out_features: int, *, 
         TypeError: the config is of another PEFT method.
     """
     if isinstance(config, MaloraConfig):
-        shapes = factor_shapes(config, in_features, out_features)
+        shapes = config.factor_shapes(in_features, out_features)
         frozen = set(config.freeze) | (set() if router else {"router"})
         return sum(math.prod(shape) for name, shape in shapes.items() if name not in frozen)
     if isinstance(config, LoraConfig):
         magnitudes = out_features if config.use_dora else 0  # DoRA trains the norm of every output's weights
         return config.r * (in_features + out_features) + magnitudes
     raise TypeError(f"cannot count the parameters of a {type(config).__name__}; give a config from METHODS.")
-
-
-def factor_shapes(config: MaloraConfig, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the router and the factors of an adapter on one linear layer, by name."""
-    n, m, N, r = in_features, out_features, config.num_experts, config.r
-    d = config.d or 0  # without a subspace no shape below has it
-    shapes: dict[str, tuple[int, ...]] = {"router": (N, n)} if config.has_router else {}
-    if config.down == "A_t":
-        shapes |= {"A": (N, r, n)}
-    elif config.down == "P_t S":
-        shapes |= {"P": (N, r, d), "S": (d, n)}
-    else:
-        shapes |= {"P": (N, r, d // N), "S": (N, d // N, n)}
-    return shapes | ({"B": (N, r, m)} if config.up == "B_t" else {"Q": (N, r, d), "S_B": (d, m)})
