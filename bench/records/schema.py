@@ -203,7 +203,7 @@ class TaskScore(Section):
     """
 
     metric: str
-    value: Number
+    value: Number = Field(ge=0, le=1)
     stderr: Number | None
     n: int
     version: int

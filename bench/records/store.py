@@ -14,6 +14,7 @@ import json
 import math
 import os
 import time
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -141,15 +142,17 @@ def read(path: Path) -> Record:
         text = path.read_text(encoding="utf-8")
         _require_schema(path, text, SCHEMA)
         content = _RunFile.model_validate_json(text, strict=True)
-        if missing := _RunFile.model_fields.keys() - content.model_fields_set - LATER_FIELDS:
-            raise ValueError(f"without {', '.join(sorted(missing))}")
-        items = _items_from_bytes((path.parent / content.items).read_bytes()) if content.items else None
-    except (OSError, EOFError, ValueError, KeyError) as error:
+        _require_sections(content)
+    except (OSError, ValueError) as error:
         raise _broken(path, error) from error
-    name = path.name.removesuffix(".json").partition(".failed-")[0]
-    _require_equal(path, "file name", name, content.config.id)
+    _require_equal(path, "file name", path.stem.partition(".failed-")[0], content.config.id)
     _require_equal(path, "id", content.id, content.config.id)
     _require_equal(path, "config_hash", content.config_hash, content.config.hash)
+    _require_equal(path, "items file", content.items, f"{path.stem}.items.csv.gz" if content.test else None)
+    try:
+        items = _items_from_bytes((path.parent / content.items).read_bytes()) if content.items else None
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise _broken(path, error) from error
     if items is not None:
         _require_scores_of(path, content.test or {}, items)
     # The sections and the items have been validated above.
@@ -162,6 +165,17 @@ def _require_schema(path: Path, text: str, schema: int) -> None:
         raise ValueError("without a schema")
     if content["schema"] != schema:
         raise UserError(f"{path} has schema {content['schema']}, this version reads {schema}; move it away.")
+
+
+def _require_sections(content: _RunFile) -> None:
+    """Check that no field is missing, and that a run that ended well has the sections of one."""
+    missing = _RunFile.model_fields.keys() - content.model_fields_set - LATER_FIELDS
+    if content.status == "ok":
+        is_base = content.config.learning_rate is None
+        expected = ("data", "test") if is_base else ("parameters", "data", "train", "validation", "test")
+        missing |= {section for section in expected if getattr(content, section) is None}
+    if missing:
+        raise ValueError(f"without {', '.join(sorted(missing))}")
 
 
 def _broken(path: Path, error: Exception, kind: str = "record") -> UserError:
@@ -254,7 +268,7 @@ def _items_from_bytes(content: bytes) -> dict[str, list[Number]]:
     """Return the outcomes by task.
 
     A folder of results has a million of them, and `csv.reader` takes six times as long. So the text is split at once,
-    since no task's name has a comma, and each task's outcomes are parsed as one JSON array.
+    since no task's name has a comma, and each distinct outcome is parsed once.
     """
     header, _, text = gzip.decompress(content).decode().partition("\n")
     if header != ",".join(ITEM_COLUMNS):
@@ -262,11 +276,21 @@ def _items_from_bytes(content: bytes) -> dict[str, list[Number]]:
     *cells, end = text.replace("\n", ",").split(",")
     if end or len(cells) % len(ITEM_COLUMNS):
         raise ValueError("the items file ends within a line")
-    tasks, outcomes = cells[::3], cells[2::3]
+    tasks, numbers, outcomes = cells[::3], cells[1::3], cells[2::3]
+    values = {outcome: _outcome_from_text(outcome) for outcome in set(outcomes)}
     items: dict[str, list[Number]] = {}
     first = 0
     for task, lines in itertools.groupby(tasks):
         after = first + sum(1 for _ in lines)
-        items.setdefault(task, []).extend(json.loads(f"[{','.join(outcomes[first:after])}]"))
+        if task in items or numbers[first:after] != [str(number) for number in range(after - first)]:
+            raise ValueError(f"the items of {task} are not numbered from 0 on")
+        items[task] = [values[outcome] for outcome in outcomes[first:after]]
         first = after
     return items
+
+
+def _outcome_from_text(text: str) -> Number:
+    value = json.loads(text)
+    if type(value) not in (int, float) or not 0 <= value <= 1:
+        raise ValueError(f"the items file has the outcome {text}, which is not a number from 0 to 1")
+    return value  # type: ignore[no-any-return]

@@ -155,13 +155,65 @@ def test_items_of_other_tasks_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "content, message",
-    [(b"task,item\nlexicon,0\n", "columns task,item"), (b"task,item,correct\nlexicon,0,1\nlexi", "within a line")],
+    [
+        (b"task,item\nlexicon,0\n", "columns task,item"),
+        (b"task,item,correct\nlexicon,0,1\nlexi", "within a line"),
+        (b"task,item,correct\nlexicon,1,1\nlexicon,0,1\n", "items of lexicon are not numbered from 0"),
+        (b"task,item,correct\nlexicon,0,1\nmajority,0,1\nlexicon,0,1\n", "items of lexicon are not numbered from 0"),
+        *(
+            (b"task,item,correct\nlexicon,0," + outcome + b"\n", "JSONDecodeError|not a number from 0 to 1")
+            for outcome in (b"", b"NaN", b"null", b"true", b'"1"', b"2", b"-1")
+        ),
+    ],
 )
 def test_an_items_file_of_another_form_is_refused(tmp_path, content, message):
     path = store.write(make(), tmp_path)
     path.with_name(f"{path.stem}.items.csv.gz").write_bytes(gzip.compress(content))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))}.*({message})"):
         store.read(path)
+
+
+def test_a_damaged_items_file_is_refused(tmp_path):
+    path = store.write(make(), tmp_path)
+    items = path.with_name(f"{path.stem}.items.csv.gz")
+    content = bytearray(items.read_bytes())
+    content[10] = 0xFF  # a block type that deflate does not have
+    items.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))}.*error"):
+        store.read(path)
+
+
+@pytest.mark.parametrize("name", [None, "../runs/x.items.csv.gz", "another.items.csv.gz"])
+def test_scores_need_the_items_file_of_the_same_name(tmp_path, name):
+    path = store.write(make(), tmp_path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(content | {"items": name}), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))}: its items file is"):
+        store.read(path)
+
+
+@pytest.mark.parametrize("section", ["parameters", "data", "train", "validation", "test"])
+def test_a_run_that_ended_well_has_all_sections(tmp_path, section):
+    path = store.write(make(), tmp_path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(content | {section: None}), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))}.*without {section}"):
+        store.read(path)
+
+
+@pytest.mark.parametrize("value", ["99.9", "-0.1", "NaN"])
+def test_a_score_is_from_0_to_1(tmp_path, value):
+    path = store.write(make(), tmp_path)
+    path.write_text(path.read_text(encoding="utf-8").replace('"value": 0.5', f'"value": {value}'), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))}.*value: Input should be"):
+        store.read(path)
+
+
+def test_a_copy_of_a_record_is_refused(tmp_path):
+    path = store.write(make(), tmp_path)
+    path.with_name(f"{path.stem} (1).json").write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match=r"\(1\).json: its file name is"):
+        store.read_all(tmp_path)
 
 
 def test_fields_that_were_never_set_are_not_written(tmp_path):
