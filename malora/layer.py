@@ -105,7 +105,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
 
     @property
     def has_active_router(self) -> bool:
-        """Whether an active adapter of this layer has a router."""
+        """True if an active adapter of this layer has a router."""
         return any(self.router(name) is not None for name in self.active_adapters)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

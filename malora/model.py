@@ -44,7 +44,7 @@ class MaloraModel(BaseTuner):
 
     @cached_property  # not set in __init__, because BaseTuner's already injects layers, which need it
     def routing_log(self) -> RoutingLog:
-        """Whether layers keep their routing, and which tokens count; shared by all layers."""
+        """The switch that makes layers keep their routing, and the tokens that count; shared by all layers."""
         return RoutingLog()
 
     @cached_property

@@ -51,7 +51,7 @@ class WeightCache:
         self._depth = 0  # of nested `with` statements
 
     def __bool__(self) -> bool:
-        """Whether there is anything to refresh."""
+        """Return whether there is anything to refresh."""
         return bool(self._buffers)
 
     def refresh(self) -> None:

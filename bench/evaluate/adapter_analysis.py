@@ -3,7 +3,7 @@
 Records do not keep weights. This section keeps means over modules, by decoder layer where layers differ. Routing is
 measured on some validation prompts of each task. Everything else is computed from the factors.
 
-Shapes: N experts, "layers" decoder layers. An expert has two sides: "A", its down projection, and "B", its up
+Shapes: N experts, "layers" decoder layers. An expert has two projections: "A", its down projection, and "B", its up
 projection.
 """
 
@@ -48,9 +48,9 @@ def analyze_adapter(
     Returns:
         A dictionary with four entries.
 
-        similarity: By comparison ("within" the model, "start", the peers), statistic and side: [value, value expected
-            by chance].
-        spectra: By side: `values`, the singular values of the stacked experts in descending order, as means over
+        similarity: By comparison ("within" the model, "start", the peers), statistic and projection: [value, value
+            expected by chance].
+        spectra: By projection: `values`, the singular values of the stacked experts in descending order, as means over
             modules; `stable_rank` and `effective_rank`.
         movement: `factor`, which is S or, if the adapter has none, A; `relative`, the relative change of the factor,
             [layers]; `angle`, the mean principal angle between its row spaces before and after, in degrees.
@@ -73,16 +73,16 @@ def _similarity(one: Experts, other: Experts | None = None) -> dict[str, dict[st
 
 
 def _spectra(now: Experts) -> dict[str, dict[str, Any]]:
-    by_side = defaultdict(list)
+    by_projection = defaultdict(list)
     for spectrum in spectra(now):
-        by_side[spectrum.projection].append(spectrum)
+        by_projection[spectrum.projection].append(spectrum)
     return {
-        side: {
+        projection: {
             "values": [float(np.mean(v)) for v in _columns([s.values for s in found])],
             "stable_rank": _mean(s.stable_rank for s in found),
             "effective_rank": _mean(s.effective_rank for s in found),
         }
-        for side, found in by_side.items()
+        for projection, found in by_projection.items()
     }
 
 

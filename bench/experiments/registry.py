@@ -133,7 +133,7 @@ def open_data_mixture(mixture: str) -> str:
     return OPEN.get(name, name) + slash + part
 
 
-def parts(mixture: str) -> list[str]:
+def single_task_mixtures(mixture: str) -> list[str]:
     """Return the mixtures of a single task or domain of this one."""
     return [name for name in MIXTURES if name.startswith(f"{mixture}/")]
 

@@ -314,7 +314,7 @@ class Record(RunSections):
 
     @property
     def complete(self) -> bool:
-        """Whether the run was not shortened by max_steps or max_items."""
+        """True if the run was not shortened by max_steps or max_items."""
         return self.config.max_steps is None and self.config.max_items is None
 
     def mean(self, split: Split = "test") -> float | None:
@@ -425,5 +425,5 @@ class SpeedRecord(Section):
 
     @property
     def complete(self) -> bool:
-        """Whether the backbone had its full depth."""
+        """True if the backbone had its full depth."""
         return self.options.layers is None

@@ -30,7 +30,7 @@ from bench.report.conclusions import conclusions, verdict_word
 from bench.report.experiment_figures import adapter_figures, score_figures
 from bench.report.figures import handle, link
 from bench.report.method_styles import GLYPHS, style
-from bench.report.readme import published_parts
+from bench.report.readme import published_sections
 from bench.report.scores.document import AdapterSection, Leaderboard, Section
 from bench.report.speed.figure4c import step_figure
 from bench.report.speed.goals import goal_table
@@ -50,22 +50,22 @@ class Table(NamedTuple):
     notes: str = ""
 
 
-class Entry(NamedTuple):
+class ContentsEntry(NamedTuple):
     """An entry of the table of contents, with those below it."""
 
     id: str
     title: str
-    entries: tuple[Entry, ...] = ()
+    entries: tuple[ContentsEntry, ...] = ()
 
 
 def page(records: dict[str, list[Record]], speeds: list[SpeedRecord], claims: list[Claim]) -> str:
     """Return the page of these records, which are grouped by profile."""
     measured = shown(speeds)
     by_profile = {name: sorted(records[name], key=lambda r: r.id) for name in reversed(PROFILES) if records.get(name)}
-    published = list(published_parts(by_profile))
+    published = list(published_sections(by_profile))
     experiments: dict[str, list[dict[str, Any]]] = {name: [] for name in by_profile}
-    for name, experiment, parts in published:
-        experiments[name].append({"id": f"{name}-{experiment.name}", **_experiment(experiment, parts, measured)})
+    for name, experiment, sections in published:
+        experiments[name].append({"id": f"{name}-{experiment.name}", **_experiment(experiment, sections, measured)})
     embedded: Iterable[Record | SpeedRecord] = itertools.chain(*by_profile.values(), measured)
     environment = Environment(loader=PackageLoader("bench.report", "web"), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)  # fmt: skip
@@ -85,14 +85,14 @@ def page(records: dict[str, list[Record]], speeds: list[SpeedRecord], claims: li
 
 def _contents(
     published: list[tuple[str, Experiment, list[Section]]], profiles: Iterable[str], measured: list[SpeedRecord]
-) -> list[Entry]:
+) -> list[ContentsEntry]:
     """Return the table of contents: claims, the experiments of each profile, and the speed measurements."""
     of_profiles = [
-        Entry(
+        ContentsEntry(
             profile,
             profile,
             tuple(
-                Entry(f"{name}-{experiment.name}", experiment.title.partition(":")[0])
+                ContentsEntry(f"{name}-{experiment.name}", experiment.title.partition(":")[0])
                 for name, experiment, _ in published
                 if name == profile
             ),
@@ -101,23 +101,25 @@ def _contents(
     ]
     titles = Counter(map(_speed_title, measured))
     of_speed = tuple(
-        Entry(_speed_id(r), _speed_title(r) + (f", {len(r.rows)} rows" if titles[_speed_title(r)] > 1 else ""))
+        ContentsEntry(_speed_id(r), _speed_title(r) + (f", {len(r.rows)} rows" if titles[_speed_title(r)] > 1 else ""))
         for r in measured
     )
-    return [Entry("claims", "Claims"), *of_profiles, Entry("speed", "Speed", of_speed)]
+    return [ContentsEntry("claims", "Claims"), *of_profiles, ContentsEntry("speed", "Speed", of_speed)]
 
 
-def _experiment(experiment: Experiment, parts: list[Section], speeds: list[SpeedRecord]) -> dict[str, Any]:
+def _experiment(experiment: Experiment, sections: list[Section], speeds: list[SpeedRecord]) -> dict[str, Any]:
     """Return an experiment's sections and figures.
 
     The figures follow the leaderboards. On the page of a figure they come before its long tables.
     """
-    tables = [number for number, part in enumerate(parts) if not isinstance(part, str)]
-    first = parts[tables[0]] if tables else None
+    tables = [number for number, section in enumerate(sections) if not isinstance(section, str)]
+    first = sections[tables[0]] if tables else None
     rows = first.rows if isinstance(first, Leaderboard | AdapterSection) else []
-    rendered = [_leaderboard(part) if isinstance(part, Leaderboard) else _markdown(str(part)) for part in parts]
+    rendered = [
+        _leaderboard(section) if isinstance(section, Leaderboard) else _markdown(str(section)) for section in sections
+    ]
     drawn = adapter_figures(experiment, rows) if experiment.figure else score_figures(experiment, rows, speeds)
-    split = tables[0] if experiment.figure and tables else tables[-1] + 1 if tables else len(parts)
+    split = tables[0] if experiment.figure and tables else tables[-1] + 1 if tables else len(sections)
     return {
         "before": rendered[:split],
         "methods": dict.fromkeys(row.method for row in rows),

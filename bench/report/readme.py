@@ -11,7 +11,7 @@ from bench.records.schema import Record, SpeedRecord
 from bench.report.claim_pages import claim_files, front_page_claims
 from bench.report.claims import Claim
 from bench.report.scores.document import Section, render_page
-from bench.report.scores.experiment_page import experiment_parts
+from bench.report.scores.experiment_page import experiment_sections
 from bench.report.scores.leaderboard import short_leaderboard
 from bench.report.scores.selection import Selection, records_frame, runs_of, select
 from bench.report.speed.goals import front_page_goals
@@ -22,11 +22,11 @@ END = "end"
 
 def published_pages(records: Mapping[str, Sequence[Record]], claims: Sequence[Claim]) -> dict[str, str]:
     """Return the generated pages by their path in `results/`, from the published records of each profile."""
-    pages = {f"{profile}/{e.name}.md": render_page(parts) for profile, e, parts in published_parts(records)}
+    pages = {f"{profile}/{e.name}.md": render_page(sections) for profile, e, sections in published_sections(records)}
     return pages | claim_files(claims)
 
 
-def published_parts(
+def published_sections(
     records: Mapping[str, Sequence[Record]],
 ) -> Iterator[tuple[str, Experiment, list[Section]]]:
     """Yield the profile, the experiment and the sections of every page of scores."""
@@ -35,7 +35,7 @@ def published_parts(
         for experiment in EXPERIMENTS.values():
             selection = select(experiment, profile, frame)
             if _is_table(selection):
-                yield profile, experiment, experiment_parts(selection)
+                yield profile, experiment, experiment_sections(selection)
 
 
 def _is_table(selection: Selection) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from bench.experiments.methods import BASE
-from bench.experiments.registry import SWEEP_SEED, Experiment, TableEntry, parts
+from bench.experiments.registry import SWEEP_SEED, Experiment, TableEntry, single_task_mixtures
 from bench.records.schema import RunConfig
 from bench.runs.setting import RunSettings, make_run_config
 
@@ -64,7 +64,7 @@ def _runs_of_row(setting: RunSettings, experiment: Experiment, entry: TableEntry
     setting = replace(setting, method_options=entry.changes(setting.profile))
     if not entry.single_task:
         return [(make_run_config(setting, entry.method, seed, rate), setting)]
-    settings = [replace(setting, mixture=part) for part in parts(setting.mixture_name)]
+    settings = [replace(setting, mixture=part) for part in single_task_mixtures(setting.mixture_name)]
     configs = [make_run_config(s, entry.method, seed, rate) for s in settings]
     if experiment.figure:
         firsts = [make_run_config(s, entry.method, 0, rate) for s in settings]

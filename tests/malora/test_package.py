@@ -56,7 +56,7 @@ def test_a_type_checker_finds_a_misspelt_option_of_every_method(tmp_path):
 
 
 def test_importing_the_package_needs_no_scipy():
-    """Of what it imports, transformers may load SciPy where that is installed."""
+    """Its dependency transformers may load SciPy where that is installed."""
     program = """
 import sys, peft, transformers.models.llama.modeling_llama
 before = {name for name in sys.modules if name.startswith("scipy")}

@@ -44,6 +44,6 @@ class AdapterSection:
 Section = str | Leaderboard | AdapterSection
 
 
-def render_page(parts: list[Section]) -> str:
+def render_page(sections: list[Section]) -> str:
     """Return a page as Markdown."""
-    return "\n\n".join(map(str, parts)) + "\n"
+    return "\n\n".join(map(str, sections)) + "\n"

@@ -22,11 +22,11 @@ from tasks import MIXTURES, TASKS
 
 
 def experiment_page(selection: Selection, *, swept: bool = True, published: pd.DataFrame | None = None) -> str:
-    """Return the page of one experiment and profile; see `experiment_parts`."""
-    return render_page(experiment_parts(selection, swept=swept, published=published))
+    """Return the page of one experiment and profile; see `experiment_sections`."""
+    return render_page(experiment_sections(selection, swept=swept, published=published))
 
 
-def experiment_parts(
+def experiment_sections(
     selection: Selection, *, swept: bool = True, published: pd.DataFrame | None = None
 ) -> list[Section]:
     """Return the sections of a page in their order.
@@ -40,45 +40,45 @@ def experiment_parts(
     title = f"# {experiment.title}, profile {selection.profile}"
     if selection.frame.empty:
         return [title, "No complete run is recorded yet."]
-    parts: list[Section] = [title, _intro(selection)]
-    parts += _sections_at_both_rates(selection, swept) if experiment.both_rates else _sections(selection, swept)
+    sections: list[Section] = [title, _intro(selection)]
+    sections += _sections_at_both_rates(selection, swept) if experiment.both_rates else _sections(selection, swept)
     if published is not None and not experiment.figure:
-        parts += ["## Against the published records", reproduction(selection, published)]
-    return parts
+        sections += ["## Against the published records", reproduction(selection, published)]
+    return sections
 
 
 def _sections(selection: Selection, swept: bool) -> list[Section]:
     """Return the sections of a table or figure whose rows have their own rate."""
-    parts: list[Section] = [_policy(selection)]
+    sections: list[Section] = [_policy(selection)]
     if selection.experiment.figure:
         found = selection.rows(selection.at_own_rate)
-        return [*parts, AdapterSection(adapter_tables.section(selection.experiment, found), found)]
-    parts.append(leaderboard(selection, selection.at_own_rate))
+        return [*sections, AdapterSection(adapter_tables.section(selection.experiment, found), found)]
+    sections.append(leaderboard(selection, selection.at_own_rate))
     if swept and selection.rates.tuned and selection.rates.source == selection.experiment:
-        parts += ["## What each rate gave", sweep_table(selection)]
-    return parts
+        sections += ["## What each rate gave", sweep_table(selection)]
+    return sections
 
 
 def _sections_at_both_rates(selection: Selection, swept: bool) -> list[Section]:
     """Return the sections of a table that has each method at its own rate and at the paper's."""
-    tuned, parts = selection.rates.tuned, list[Section]()
+    tuned, sections = selection.rates.tuned, list[Section]()
     if tuned:
         chosen = "" if swept else " by the published sweep"
-        parts += [
+        sections += [
             f"## Each method at its own rate, chosen on validation{chosen}",
             leaderboard(selection, tuned, mark_partial_sweeps=swept),
         ]
-    parts += [
+    sections += [
         f"## Every method at the paper's rate, {selection.size.paper_rate:g}",
         leaderboard(selection, selection.at_paper_rate),
     ]
     if tuned and swept and selection.rates.source == selection.experiment:
-        parts += ["## What each rate gave", sweep_table(selection)]
+        sections += ["## What each rate gave", sweep_table(selection)]
     if routers := router_table(selection):
-        parts += ["## What the routers did", routers]
+        sections += ["## What the routers did", routers]
     if variations := options_table(selection, spread(selection.rows(tuned, selection.experiment.entries))):
-        parts += ["## What an option changes", variations]
-    return parts
+        sections += ["## What an option changes", variations]
+    return sections
 
 
 def _policy(selection: Selection) -> str:

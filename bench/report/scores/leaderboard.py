@@ -30,7 +30,7 @@ class Verdict:
 
     @property
     def is_significant(self) -> bool:
-        """Whether the corrected p is below 5%."""
+        """True if the corrected p is below 5%."""
         return self.difference is not None and self.p < 1 - LEVEL
 
     @property

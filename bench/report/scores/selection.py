@@ -14,7 +14,14 @@ import pandas as pd
 
 from bench.experiments.methods import BASE
 from bench.experiments.profiles import PROFILES, Profile
-from bench.experiments.registry import EXPERIMENTS, SWEEP_SEED, Experiment, TableEntry, parts, tuning_groups_of
+from bench.experiments.registry import (
+    EXPERIMENTS,
+    SWEEP_SEED,
+    Experiment,
+    TableEntry,
+    single_task_mixtures,
+    tuning_groups_of,
+)
 from bench.records.schema import Record, RunConfig
 from bench.report.stats import (
     Difference,
@@ -349,7 +356,7 @@ def groups_with_runs(experiment: Experiment, frame: pd.DataFrame) -> list[str]:
 
 def _joined(runs: list[Record]) -> list[Record]:
     """Return a record per seed with the tests of all single tasks, for the seeds that have every task's run."""
-    names = set(parts(runs[0].config.mixture.rpartition("/")[0]))
+    names = set(single_task_mixtures(runs[0].config.mixture.rpartition("/")[0]))
     joined = []
     for seed in sorted({run.config.seed for run in runs}):
         mine = [run for run in runs if run.config.seed == seed and run.status == "ok"]

@@ -45,8 +45,8 @@ class RecordFilter:
         return is_alike and is_asked and None not in (malora_row(record), seconds(named(record, self.against)))
 
 
-LARGE = RecordFilter("llama2-7b", "train", COMPILED_BACKBONE)
-SMALL = RecordFilter("smollm2-135m", "train", COMPILED_BACKBONE, (("batch", 16), ("length", 128)))
+TRAINING_7B = RecordFilter("llama2-7b", "train", COMPILED_BACKBONE)
+TRAINING_135M = RecordFilter("smollm2-135m", "train", COMPILED_BACKBONE, (("batch", 16), ("length", 128)))
 DECODE = RecordFilter(None, "decode", PEFT_LORA)
 UNKNOWN, REACHED = "not measured", "yes"
 # By sign: the comparison of a figure with its goal, and the worse of several figures.
@@ -133,24 +133,24 @@ def _synchronisations(record: SpeedRecord) -> float | None:
 
 # Steps are training steps unless a figure says otherwise. MALoRA is represented by its fastest exact row.
 GOALS = (
-    Goal("step: MALoRA / compiled frozen backbone", "≤", 1.10, LARGE,
+    Goal("step: MALoRA / compiled frozen backbone", "≤", 1.10, TRAINING_7B,
          _step_ratio(malora_row, _row(COMPILED_BACKBONE)), on_front_page=True),
-    Goal("step: MALoRA / compiled LoRA r=64 in bfloat16", "≤", 0.95, LARGE,
+    Goal("step: MALoRA / compiled LoRA r=64 in bfloat16", "≤", 0.95, TRAINING_7B,
          _step_ratio(malora_row, _row("lora-plain-compiled"))),
-    Goal("step: PEFT LoRA out of the box / MALoRA", "≥", 1.7, LARGE,
+    Goal("step: PEFT LoRA out of the box / MALoRA", "≥", 1.7, TRAINING_7B,
          _step_ratio(_row(PEFT_LORA), malora_row), on_front_page=True),
-    Goal("step: MoLoRA by the expert loop / MALoRA", "≥", 10, LARGE,
+    Goal("step: MoLoRA by the expert loop / MALoRA", "≥", 10, TRAINING_7B,
          _step_ratio(_row("molora-loop"), malora_row), on_front_page=True),
-    Goal("step: MoLoRA by grouped GEMM / MALoRA", "≥", 1.2, LARGE, _step_ratio(_grouped_gemm_row, malora_row)),
-    Goal("step: MoLoRA and LoRA (ours), by MALoRA's backend / compiled frozen backbone", "≤", 1.12, LARGE,
+    Goal("step: MoLoRA by grouped GEMM / MALoRA", "≥", 1.2, TRAINING_7B, _step_ratio(_grouped_gemm_row, malora_row)),
+    Goal("step: MoLoRA and LoRA (ours), by MALoRA's backend / compiled frozen backbone", "≤", 1.12, TRAINING_7B,
          _other_methods),
-    Goal("peak memory: MALoRA / PEFT LoRA out of the box", "≤", 0.85, LARGE, _memory, on_front_page=True),
-    Goal("host synchronisations per step", "=", 0, LARGE, _synchronisations),
-    Goal("tokens per second, 135M shape, 16 × 128: MALoRA / PEFT LoRA out of the box", "≥", 12, SMALL,
+    Goal("peak memory: MALoRA / PEFT LoRA out of the box", "≤", 0.85, TRAINING_7B, _memory, on_front_page=True),
+    Goal("host synchronisations per step", "=", 0, TRAINING_7B, _synchronisations),
+    Goal("tokens per second, 135M shape, 16 × 128: MALoRA / PEFT LoRA out of the box", "≥", 12, TRAINING_135M,
          _step_ratio(_row(PEFT_LORA), malora_row)),
     Goal("tokens per second in decode, worst batch size: MALoRA / PEFT LoRA out of the box", "≥", 1.5, DECODE,
          _step_ratio(_row(PEFT_LORA), malora_row)),
-    Goal("step: MALoRA in fp8 / compiled frozen backbone in bfloat16", "≤", 0.75, LARGE,
+    Goal("step: MALoRA in fp8 / compiled frozen backbone in bfloat16", "≤", 0.75, TRAINING_7B,
          _step_ratio(_row("malora-fp8-liger-captured"), _row(COMPILED_BACKBONE)), on_front_page=True),
 )  # fmt: skip
 
@@ -243,7 +243,7 @@ def _cell(goal: Goal, value: float, digits: int = 4) -> str:
 def _source_table(records: list[SpeedRecord]) -> str:
     """Return a table of the records that the goals are measured on."""
     body = []
-    found = [sources(records, wanted) for wanted in (LARGE, SMALL, DECODE)]
+    found = [sources(records, wanted) for wanted in (TRAINING_7B, TRAINING_135M, DECODE)]
     for device in sorted({device for by_device in found for device in by_device}):
         for record in (r for by_device in found for group in by_device.get(device, []) for r in group):
             row = malora_row(record)

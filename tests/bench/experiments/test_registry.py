@@ -3,7 +3,7 @@
 import pytest
 
 import malora
-from bench.experiments.registry import EXPERIMENTS, TableEntry, parts
+from bench.experiments.registry import EXPERIMENTS, TableEntry, single_task_mixtures
 from bench.report.paper import paper
 
 
@@ -35,5 +35,7 @@ def test_a_variant_has_the_learning_rate_of_its_method():
 
 
 def test_every_mixture_has_its_single_tasks():
-    assert parts("intra") == [f"intra/{t}" for t in ("piqa", "openbookqa", "boolq", "arc_challenge", "arc_easy")]
-    assert "inter-open/mathematics" in parts("inter-open") and len(parts("inter")) == 6
+    assert single_task_mixtures("intra") == [
+        f"intra/{t}" for t in ("piqa", "openbookqa", "boolq", "arc_challenge", "arc_easy")
+    ]
+    assert "inter-open/mathematics" in single_task_mixtures("inter-open") and len(single_task_mixtures("inter")) == 6

@@ -30,7 +30,7 @@ def run(experiment, title, seed=0, right=0.5, n=400, profile="small", trainable=
 
 
 def swept(records):
-    """With a second rate that is worse, so that RATE is each family's own."""
+    """With a second rate that is worse, so that RATE is each tuning group's own."""
     more = []
     for record in records:
         if record.config.seed == 0:

@@ -98,9 +98,9 @@ def test_a_row_that_compiles_in_its_first_step_is_not_slow(monkeypatch):
 
     monkeypatch.setattr(rounds, "wall_seconds", wall_seconds)
 
-    class Row:
+    class CompiledRow:
         about, session = {"run": "eager"}, staticmethod(lambda: nullcontext(lambda end_phase: None))
 
     result = {}
-    rounds._warm_up(Row(), result, torch.device("cuda"))
+    rounds._warm_up(CompiledRow(), result, torch.device("cuda"))
     assert result == {"first_seconds": 14.0, "warm_seconds": 0.5, "build_seconds": 20.0}

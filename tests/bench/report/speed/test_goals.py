@@ -28,22 +28,22 @@ def test_the_goals_are_arithmetic_on_records():
 
 
 def test_records_of_the_same_code_and_later_ones_count_besides_the_one_with_most_baselines():
-    most, same, few, old = (make_speed(variant=name) for name in ("all", "all again", "malora", "before"))
+    fullest, same, few, old = (make_speed(variant=name) for name in ("all", "all again", "malora", "before"))
     few = few.replace(rows=[row for row in few.rows if row.name != "molora-loop"])
     for record, step in ((same, 1.03125), (few, 1.125), (old, 1.5)):
         record.rows[5] = SpeedRow(**row("malora-dense-compiled", step, 8.0, "malora"))
-    most = made_at(most, "2026-01-02T00:00:00Z")
+    fullest = made_at(fullest, "2026-01-02T00:00:00Z")
     few = made_at(few, "2026-01-03T00:00:00Z", source_sha256="of later code")
     old = made_at(old, source_sha256="of earlier code")
-    all_figures = figures([old, few, same, most])
+    all_figures = figures([old, few, same, fullest])
     assert all_figures[0] == {"a CPU": [1.0625, 1.03125, 1.125]} and all_figures[3] == {"a CPU": [16, 17 / 1.03125]}
-    page = goals.goal_table([old, few, same, most])
+    page = goals.goal_table([old, few, same, fullest])
     assert table(page)[1][2:] == ["1.062, 1.031, **1.125**", "**not always**"]
-    assert few.id in goals.goal_table([most, few]) and old.id not in goals.goal_table([most, old])
-    front = table(goals.front_page_goals([old, few, same, most]))
+    assert few.id in goals.goal_table([fullest, few]) and old.id not in goals.goal_table([fullest, old])
+    front = table(goals.front_page_goals([old, few, same, fullest]))
     assert front[1][2:] == ["**1.12**", "**not always**"]  # the worst of the device's records
-    again = made_at(make_speed(variant="most, later"), "2026-01-04T00:00:00Z", source_sha256="of the last code")
-    assert figures([most, same, few, again])[0] == {"a CPU": [1.0625]}
+    again = made_at(make_speed(variant="fullest, later"), "2026-01-04T00:00:00Z", source_sha256="of the last code")
+    assert figures([fullest, same, few, again])[0] == {"a CPU": [1.0625]}
 
 
 def test_each_device_has_a_column():

@@ -1,4 +1,4 @@
-"""What fits into shared memory, and when torch's matmuls are used instead of the kernels."""
+"""Launches that fit into shared memory, and the fallback to torch's matmuls."""
 
 import torch
 
