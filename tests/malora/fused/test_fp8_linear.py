@@ -87,6 +87,15 @@ def test_an_unloaded_model_has_plain_linear_layers(leave, method, ids):
     assert not any(group.cache.float8 for group in groups)
 
 
+def test_attributes_of_other_modules_stay():
+    """`MaloraModel` has a `_groups` too."""
+    model = adapted()
+    mlp = model.base_model.model.model.layers[0].mlp
+    mlp._groups = 4
+    restore_backbone(model)
+    assert mlp._groups == 4 and model.unload().model.layers[0].mlp._groups == 4
+
+
 def test_copied_and_saved_models_refer_to_their_own_layers(ids):
     model, file = adapted(), io.BytesIO()
     torch.save(model, file)
