@@ -30,7 +30,8 @@ def optimize_backbone(model: nn.Module) -> None:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MaloraLayer)}
     by_parent: dict[str, list[MaloraLayer]] = {}
     for name, layer in layers.items():
-        if "." in layer.name:  # else its neighbor is the model's own child, such as a head
+        # Else its neighbor is the model's own child, such as a head; or `model` is the layer itself.
+        if name and "." in layer.name:
             by_parent.setdefault(name.rpartition(".")[0], []).append(layer)
     for group in dict.fromkeys(layer.group for layer in layers.values()):
         _augment(group)

@@ -169,6 +169,15 @@ def test_a_head_is_not_converted():
     assert type(model.base_model.model[1]) is nn.Linear
 
 
+def test_a_part_of_a_model_is_optimized():
+    model = get_peft_model(make_model(), METHODS["malora"](backend="fp8")).to(DEVICE)
+    attention = model.base_model.model.model.layers[0].self_attn
+    optimize_backbone(attention.q_proj)  # has no other linear layers next to it
+    assert type(attention.q_proj.base_layer) is nn.Linear and type(attention.o_proj) is nn.Linear
+    optimize_backbone(attention)
+    assert [type(module) for module in outputs(model)] == [Float8Linear, nn.Linear]
+
+
 def test_a_second_adapter_may_target_them():
     model = adapted()
     o_proj, cache = outputs(model)[0], model.base_model.malora_layers[0].group.cache
