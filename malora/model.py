@@ -76,7 +76,8 @@ class MaloraModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """Return the base model without adapters."""
-        return self._restore_base_model(super().unload())
+        groups = self._groups  # found in the layers, which are about to be removed
+        return _restore_base_model(super().unload(), groups)
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Return the base model with its adapters merged. Arguments are PEFT's.
@@ -84,15 +85,8 @@ class MaloraModel(BaseTuner):
         Raises:
             ValueError: an adapter has a router, or a merged weight would not be finite (`safe_merge`).
         """
-        return self._restore_base_model(super().merge_and_unload(*args, **kwargs))
-
-    def _restore_base_model(self, model: nn.Module) -> nn.Module:
-        """Free all copies of weights that the removed layers, which `malora_layers` still lists, have made."""
-        for group in self._groups:
-            group.release(include_frozen=True)
-        for module in model.modules():
-            restore_linear(module)
-        return model
+        groups = self._groups
+        return _restore_base_model(super().merge_and_unload(*args, **kwargs), groups)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Keep frozen factors frozen: PEFT 0.21.2 makes new parameters here, all of them trainable."""
@@ -158,3 +152,12 @@ class MaloraModel(BaseTuner):
                 f"{current_key} is a {type(target).__name__}; experts go on nn.Linear modules only. "
                 "Leave it out of target_modules, or add it to exclude_modules."
             )
+
+
+def _restore_base_model(model: nn.Module, groups: list[ProjectionGroup]) -> nn.Module:
+    """Free all copies of weights that removed layers have made, and make converted modules plain again."""
+    for group in groups:
+        group.release(include_frozen=True)
+    for module in model.modules():
+        restore_linear(module)
+    return model

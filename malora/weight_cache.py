@@ -103,7 +103,8 @@ def release_caches(model: nn.Module) -> None:
     """Free all copies of weights that the fused backends keep for a model.
 
     These are packed weights, float8 weights and the padded columns of `malora.optimize_backbone`. The next forward
-    pass makes packed and float8 weights again; padded columns need another call of `optimize_backbone`.
+    pass makes packed and float8 weights again; padded columns need another call of `optimize_backbone`. A `WeightCache`
+    keeps its buffers until its next `refresh()`. CUDA graphs that were captured before may read freed memory.
     """
     for group in dict.fromkeys(projection_groups(model)):
         group.release(include_frozen=True)

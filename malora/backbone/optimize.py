@@ -10,19 +10,20 @@ from malora.layer import MaloraLayer
 
 
 def optimize_backbone(model: nn.Module) -> None:
-    """Change the frozen layers of a model so that the fused backends run faster. The outputs stay the same.
+    """Change the frozen layers of a model so that the fused backends run faster.
 
     Two things change, each only where it can pay:
 
-    - With `backend="fused"` and dropout, the frozen weights of large projection groups (Q, K, V; Gate, Up) are
-      allocated anew with padded columns. The up projections are copied into these columns, and base and up projection
-      become one GEMM. At the paper's ranks these weights then take about 5% more memory.
+    - With `backend="fused"` or `"auto"` and dropout, the frozen weights of large projection groups (Q, K, V; Gate, Up)
+      are allocated anew with padded columns. The up projections are copied into these columns, and base and up
+      projection become one GEMM. Outputs stay the same up to rounding. At the paper's ranks these weights then take
+      about 5% more memory.
     - With `backend="fp8"`, the other frozen `nn.Linear` layers of the same parent (attention's output projections)
       become `Float8Linear`. Their outputs are rounded to float8, which changes them by a few percent. The printed
       model shows them.
 
     Call it once the model is on its device and has its adapters; call it again after adding one. On a CPU nothing runs
-    differently. `restore_backbone` undoes it.
+    differently. FSDP2 refuses padded columns, so shard a model before. `restore_backbone` undoes it.
 
     Args:
         model: what `get_peft_model` returned, or any model with adapters of this package.
@@ -30,7 +31,8 @@ def optimize_backbone(model: nn.Module) -> None:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MaloraLayer)}
     by_parent: dict[str, list[MaloraLayer]] = {}
     for name, layer in layers.items():
-        if "." in layer.name:  # else its neighbor is the model's own child, such as a head
+        # Else its neighbor is the model's own child, such as a head; or `model` is the layer itself.
+        if name and "." in layer.name:
             by_parent.setdefault(name.rpartition(".")[0], []).append(layer)
     for group in dict.fromkeys(layer.group for layer in layers.values()):
         _augment(group)

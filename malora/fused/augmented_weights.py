@@ -63,6 +63,7 @@ def free_padding(layers: Sequence[FusedLayer], cache: GroupWeightCache) -> None:
         if _augmented(layer, cache.padding.get(g, 0)) is not None:
             _move(layer.base_layer.weight, 0)
     cache.padding.clear()
+    cache.loaded = None  # columns that are allocated anew are zero
 
 
 def augmented_weights(layers: Sequence[FusedLayer], cache: GroupWeightCache, H8: int) -> list[Tensor] | None:

@@ -89,7 +89,9 @@ def convert_unadapted_linears(parent: nn.Module, groups: Iterable[ProjectionGrou
 
 
 def restore_linear(module: nn.Module) -> None:
-    """Make a converted module a plain `nn.Linear` again, and drop its float8 weights."""
+    """Make a converted module a plain `nn.Linear` again, and drop its float8 weights. Others stay as they are."""
+    if not isinstance(module, Float8Linear):  # another class may have a `_groups` of its own
+        return
     for group in vars(module).pop("_groups", ()):
         if group.has_cache:
             group.cache.float8.pop((id(module), 0), None)

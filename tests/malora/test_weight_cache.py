@@ -6,7 +6,7 @@ import torch
 import malora
 from malora.fused import augmented_weights, weight_cache
 from tests.malora.fused.test_augmented_weights import assert_close, padding
-from tests.malora.fused.test_group import DEVICE, adapted
+from tests.malora.fused.test_group import DEVICE, DTYPE, adapted
 
 # One group of three and one of one: enough of both kinds, and the interpreter is slow.
 FEW = {"target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"], "layers_to_transform": [0], "lora_dropout": 0.3}
@@ -244,6 +244,25 @@ def test_a_weight_that_was_away_during_a_refresh_has_no_stale_up_projection(ids)
     weights.refresh()
     weight.data = there
     with weights:
+        assert_close(gradients(models[0], ids), gradients(models[1], ids))
+
+
+def test_padded_columns_that_are_allocated_anew_have_no_stale_up_projection(ids):
+    """The backbone is optimized for an adapter of another size, and then again for the first."""
+    models = [made() for _ in range(2)]
+    for model in models:
+        model.add_adapter("other", malora.METHODS["molora"](backend="fused", r=3, **FEW))
+        model.to(DEVICE, DTYPE)
+        gradients(model, ids)
+    weights = malora.WeightCache(models[0])
+    weights.refresh()
+    with weights:
+        gradients(models[0], ids)
+        before = padding(models[0])
+        for name in ("other", "default"):
+            models[0].set_adapter(name)
+            malora.optimize_backbone(models[0])
+        assert before and padding(models[0]) == before
         assert_close(gradients(models[0], ids), gradients(models[1], ids))
 
 

@@ -236,6 +236,12 @@ def test_weights_are_saved_copied_and_unloaded_without_padding(ids, tmp_path):
     assert isinstance(plain.model.layers[0].self_attn.q_proj, nn.Linear)
 
 
+def test_a_model_that_never_ran_is_unloaded_without_padding():
+    model = optimized()
+    assert any(not p.is_contiguous() for p in model.parameters())
+    assert all(p.is_contiguous() for p in model.unload().parameters())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("method", METHODS[:3])
 def test_a_graph_replays_what_a_pass_computes(method, ids):

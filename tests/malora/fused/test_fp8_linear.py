@@ -87,6 +87,15 @@ def test_an_unloaded_model_has_plain_linear_layers(leave, method, ids):
     assert not any(group.cache.float8 for group in groups)
 
 
+def test_attributes_of_other_modules_stay():
+    """`MaloraModel` has a `_groups` too."""
+    model = adapted()
+    mlp = model.base_model.model.model.layers[0].mlp
+    mlp._groups = 4
+    restore_backbone(model)
+    assert mlp._groups == 4 and model.unload().model.layers[0].mlp._groups == 4
+
+
 def test_copied_and_saved_models_refer_to_their_own_layers(ids):
     model, file = adapted(), io.BytesIO()
     torch.save(model, file)
@@ -158,6 +167,15 @@ def test_a_head_is_not_converted():
     model = get_peft_model(model, config)
     optimize_backbone(model)
     assert type(model.base_model.model[1]) is nn.Linear
+
+
+def test_a_part_of_a_model_is_optimized():
+    model = get_peft_model(make_model(), METHODS["malora"](backend="fp8")).to(DEVICE)
+    attention = model.base_model.model.model.layers[0].self_attn
+    optimize_backbone(attention.q_proj)  # has no other linear layers next to it
+    assert type(attention.q_proj.base_layer) is nn.Linear and type(attention.o_proj) is nn.Linear
+    optimize_backbone(attention)
+    assert [type(module) for module in outputs(model)] == [Float8Linear, nn.Linear]
 
 
 def test_a_second_adapter_may_target_them():
