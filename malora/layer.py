@@ -65,7 +65,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: the subspace is wider than the layer's input.
         """
-        self.group.release()
+        self.group.clear_caches()
         self.settings[adapter] = config
         self.malora_dropout[adapter] = nn.Dropout(config.lora_dropout)
         for name, shape in self._shapes(config).items():
@@ -166,7 +166,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and the copies of weights that were made for it."""
-        self.group.release(include_frozen=self.settings.keys() <= {adapter_name})
+        self.group.clear_caches(include_frozen=self.settings.keys() <= {adapter_name})
         self.settings.pop(adapter_name, None)
         self.group.drop_unused_padding()
         super().delete_adapter(adapter_name)

@@ -157,7 +157,7 @@ class MaloraModel(BaseTuner):
 def _restore_base_model(model: nn.Module, groups: list[ProjectionGroup]) -> nn.Module:
     """Free all copies of weights that removed layers have made, and make converted modules plain again."""
     for group in groups:
-        group.release(include_frozen=True)
+        group.clear_caches(include_frozen=True)
     for module in model.modules():
         restore_linear(module)
     return model

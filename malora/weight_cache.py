@@ -69,19 +69,19 @@ class WeightCache:
         for group in self._groups:
             if group.has_cache:
                 group.cache.loaded = None
-        for buffer, alike in self._buffers:
+        for buffer, group_adapters in self._buffers:
             from malora.fused.bases import load_up_proj_for_step
             from malora.fused.weight_cache import fill_buffer
 
-            fill_buffer(buffer, alike)
+            fill_buffer(buffer, group_adapters)
             torch.autograd.graph.increment_version(buffer.flat)  # our kernels do not
-            for adapter, packed in zip(alike, buffer.weights, strict=True):
+            for adapter, packed in zip(group_adapters, buffer.weights, strict=True):
                 self._up_scales[adapter] = load_up_proj_for_step(adapter, packed, self._up_scales.get(adapter))
         self._activate(self._depth > 0)
 
     def _activate(self, is_active: bool) -> None:
-        for buffer, alike in self._buffers:
-            for adapter, packed in zip(alike, buffer.weights, strict=True):
+        for buffer, group_adapters in self._buffers:
+            for adapter, packed in zip(group_adapters, buffer.weights, strict=True):
                 adapter.step = packed if is_active else None
 
     def __enter__(self) -> WeightCache:
@@ -107,4 +107,4 @@ def release_caches(model: nn.Module) -> None:
     keeps its buffers until its next `refresh()`. CUDA graphs that were captured before may read freed memory.
     """
     for group in dict.fromkeys(projection_groups(model)):
-        group.release(include_frozen=True)
+        group.clear_caches(include_frozen=True)

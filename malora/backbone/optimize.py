@@ -46,7 +46,7 @@ def restore_backbone(model: nn.Module) -> None:
     for module in model.modules():
         restore_linear(module)
         if isinstance(module, MaloraLayer):
-            module.group.release(include_frozen=True)
+            module.group.clear_caches(include_frozen=True)
 
 
 def _augment(group: ProjectionGroup) -> None:

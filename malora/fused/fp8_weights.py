@@ -38,7 +38,7 @@ from malora.fused.kernels.quantize_fp8 import (
     zero_rows,
 )
 from malora.fused.streams import run_on_parallel_streams
-from malora.fused.tensor_utils import is_captured
+from malora.fused.tensor_utils import is_captured, round_up
 
 # The magnitude that a weight's row counts for at least: as a share of the group's largest, and in absolute terms. The
 # smaller it is, the larger is h·u next to x, which shares its scale.
@@ -161,7 +161,7 @@ def quantized_weights(
 
 def padded_rank(H: int) -> int:
     """Return C, the columns that an up projection [H, m] takes next to a float8 weight."""
-    return -(-H // ALIGNMENT) * ALIGNMENT
+    return round_up(H, ALIGNMENT)
 
 
 def _min_row_magnitude(weights: list[Tensor]) -> Tensor:
@@ -177,7 +177,7 @@ def _obstacle(linears: list[nn.Linear]) -> str | None:
     device = linears[0].weight.device
     for size in (linears[0].in_features, *(linear.out_features for linear in linears)):
         if size % ALIGNMENT:
-            return f"a layer with a side of {size}, no multiple of {ALIGNMENT}"
+            return f"a layer with {size} features, no multiple of {ALIGNMENT}"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         return f"on {torch.cuda.get_device_name(device)}, which has no float8 matmul"
     return None

@@ -49,7 +49,7 @@ class ProjectionGroup:
 
     @property
     def has_cache(self) -> bool:
-        """Whether the fused path has run, or was prepared."""
+        """True once the fused path has run, or was prepared."""
         return "cache" in vars(self)
 
     def _forget_outputs(self) -> None:
@@ -88,7 +88,7 @@ class ProjectionGroup:
         for adapter in self._adapters.values():
             adapter.inference = None
 
-    def release(self, *, include_frozen: bool = False) -> None:
+    def clear_caches(self, *, include_frozen: bool = False) -> None:
         """Drop all packed weights, for example because an adapter was added. The next pass packs them again.
 
         Args:

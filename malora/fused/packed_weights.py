@@ -33,6 +33,7 @@ from torch import Tensor
 from malora.fused.kernels.down_backward import SubspaceGrad
 from malora.fused.kernels.gate import GateLayout
 from malora.fused.kernels.multi_copy import Tables, multi_tensor_copy
+from malora.fused.tensor_utils import round_up
 
 if TYPE_CHECKING:
     from malora.fused.protocol import FusedLayer
@@ -83,7 +84,7 @@ class PackedLayout:
         R = N * r if f.S is None else f.S.shape[:-1].numel()
         routers = N if config.has_router else 0
         sizes = (R, routers, N * r, D)
-        R8, N8, H8, D8 = padded = tuple(-(-size // 8) * 8 for size in sizes)
+        R8, N8, H8, D8 = padded = tuple(round_up(size, 8) for size in sizes)
         gate = GateLayout(
             N=N, top_k=config.top_k, r=r, D=D, z_step=0 if is_shared else D, z_group=R8, l_group=N8, logits_at=G * R8,
             has_p=f.P is not None, scaling=config.scaling,
@@ -154,7 +155,7 @@ class PackedLayout:
 
 
 def _aligned_size(shape: tuple[int, ...]) -> int:
-    return -(-math.prod(shape) // BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT
+    return round_up(math.prod(shape), BUFFER_ALIGNMENT)
 
 
 class PackedBuffer:

@@ -36,11 +36,11 @@ class FusedLayer(Protocol):
 
     @property
     def disable_adapters(self) -> bool:
-        """Whether all adapters are switched off."""
+        """True while all adapters are switched off."""
 
     @property
     def merged(self) -> bool:
-        """Whether an adapter is merged into the frozen weight."""
+        """True while an adapter is merged into the frozen weight."""
 
     def factors(self, adapter: str) -> Factors:
         """Return the adapter's stacked experts."""

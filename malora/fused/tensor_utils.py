@@ -1,4 +1,4 @@
-"""Dtypes and layouts that the fused path computes in."""
+"""Dtypes, layouts and padded sizes that the fused path computes with."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 def flatten_tokens(x: Tensor) -> Tensor:
     """Return x [..., n] as matmuls read it: [T, n], contiguous, in `matmul_dtype`."""
     return x.to(matmul_dtype(x)).reshape(-1, x.shape[-1]).contiguous()
+
+
+def round_up(size: int, multiple: int) -> int:
+    """Return the smallest multiple of `multiple` that is at least `size`."""
+    return -(-size // multiple) * multiple
 
 
 def is_captured(like: Tensor) -> bool:

@@ -156,7 +156,7 @@ def pack_together(adapters: list[tuple[GroupAdapter, Form]]) -> list[tuple[Packe
     by_form: dict[Form, list[GroupAdapter]] = {}
     for adapter, form in adapters:
         by_form.setdefault(form, []).append(adapter)
-    return [(PackedBuffer([adapter.layout for adapter in alike], *form), alike) for form, alike in by_form.items()]
+    return [(PackedBuffer([a.layout for a in members], *form), members) for form, members in by_form.items()]
 
 
 def fill_buffer(buffer: PackedBuffer, adapters: list[GroupAdapter]) -> None:
@@ -167,7 +167,7 @@ def fill_buffer(buffer: PackedBuffer, adapters: list[GroupAdapter]) -> None:
 def prefetch(adapters: list[GroupAdapter]) -> None:
     """Pack the weights of adapters that have trained before, for the next pass of each."""
     ready = [(adapter, form) for adapter in adapters if (form := adapter.next_form)]
-    for buffer, alike in pack_together(ready):
-        fill_buffer(buffer, alike)
-        for adapter, packed in zip(alike, buffer.weights, strict=True):
+    for buffer, group_adapters in pack_together(ready):
+        fill_buffer(buffer, group_adapters)
+        for adapter, packed in zip(group_adapters, buffer.weights, strict=True):
             adapter.prefetched = packed

@@ -235,7 +235,7 @@ class SubspaceGrad(NamedTuple):
 
     @property
     def is_small(self) -> bool:
-        """Whether the accumulators of one projection fit into the registers of one program."""
+        """True if the accumulators of one projection fit into the registers of one program."""
         return tile_size(self.H) * tile_size(self.D) <= MAX_SUBSPACE_ELEMENTS
 
     def matmul_tn_fp32(self) -> Tensor:
@@ -366,7 +366,8 @@ def _tokens_per_split(x: Tensor, Z: int, L: int) -> int:
     """Return the tokens per split: a power-of-two number of tiles, so that few different kernels are compiled."""
     launch = down_tiling.BACKWARD
     t_tiles, n_tiles = triton.cdiv(x.shape[0], launch.block_t), triton.cdiv(x.shape[1], launch.block_n)
-    needed = launch.shared_bytes(Z, L, launch.stages(Z, L, x.device))
+    fixed, per_stage = launch.shared_bytes(Z, L)
+    needed = fixed + launch.stages(Z, L, x.device) * per_stage
     two_fit = 2 * needed <= tiling.shared_memory_bytes(x.device)  # two programs at once on a multiprocessor
     target = down_tiling.TARGET_PROGRAMS if two_fit else down_tiling.TARGET_PROGRAMS // 2
     tiles = triton.cdiv(t_tiles, split_count(n_tiles, t_tiles, target))

@@ -24,6 +24,7 @@ from torch import Tensor
 from malora.fused.kernels import tiling
 from malora.fused.kernels.dropout import rescale
 from malora.fused.kernels.tiling import accumulator_dtype, has_ptx, split_tile, tile_size
+from malora.fused.tensor_utils import round_up
 
 TARGET_PROGRAMS = 264  # two per multiprocessor of an H100
 # Tiles of features per split of the forward sum. Shorter splits make the gate kernel add more of them. Tuned when the
@@ -48,8 +49,10 @@ class TunedLaunch:
     max_stages: int
     is_backward: bool
 
-    def shared_bytes(self, Z: int, L: int, stages: int) -> int:
-        """Return the shared memory in bytes for 16-bit elements, as Triton 3.6 allocates it for Hopper.
+    def shared_bytes(self, Z: int, L: int) -> tuple[int, int]:
+        """Return the shared memory in bytes, fixed and per stage, as Triton 3.6 allocates it for Hopper.
+
+        Counted for 16-bit elements.
 
         Each stage has a buffer for every tile that the loop loads. The backward kernel also keeps a tile of the
         weights for the duration of the loop, and a second copy of the tile of x in another layout.
@@ -59,13 +62,12 @@ class TunedLaunch:
             fixed, loaded_columns = 2 * (self.block_t + rows) * self.block_n, self.block_t
         else:
             fixed, loaded_columns = 0, self.block_n
-        return 1024 + fixed + stages * 2 * (self.block_t * self.block_n + rows * loaded_columns)
+        return 1024 + fixed, 2 * (self.block_t * self.block_n + rows * loaded_columns)
 
     def stages(self, Z: int, L: int, device: torch.device) -> int:
         """Return how many stages fit into shared memory, at most `max_stages`; 0 if not even one fits."""
-        available = tiling.shared_memory_bytes(device)
-        fitting = [s for s in range(1, self.max_stages + 1) if self.shared_bytes(Z, L, s) <= available]
-        return max(fitting, default=0)
+        fixed, per_stage = self.shared_bytes(Z, L)
+        return tiling.fitting_stages(per_stage, device, fixed=fixed, max_stages=self.max_stages)
 
     def options(self, Z: int, L: int, device: torch.device) -> dict[str, int]:
         """Return the launch options; many output columns are spread over more warps."""
@@ -126,7 +128,7 @@ def aligned_rows(x: Tensor, columns: int) -> Tensor:
 
     With another row stride Triton loads and stores single elements, which made the matmuls several times slower.
     """
-    return x.new_empty(len(x), -(-columns // 16) * 16)[:, :columns]
+    return x.new_empty(len(x), round_up(columns, 16))[:, :columns]
 
 
 def tile_constants(weights: Tensor, Z: int, p: float) -> dict[str, Any]:

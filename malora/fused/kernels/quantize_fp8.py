@@ -40,6 +40,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from malora.fused.tensor_utils import round_up
+
 E4M3_MAX = 448.0  # largest finite float8_e4m3fn
 MIN_SCALE = torch.finfo(torch.float32).tiny  # scale of a row of zeros: its inverse is finite
 ALIGNMENT = 16  # `torch._scaled_mm` wants both sides of a weight to be multiples of it
@@ -177,7 +179,7 @@ def quantize_rows_torch(
 
 def _empty(like: Tensor, rows: int, columns: int) -> Float8Rows:
     """Return an uninitialized quantized matrix whose rows start at cache lines."""
-    values = like.new_empty(rows, -(-columns // CACHE_LINE_BYTES) * CACHE_LINE_BYTES, dtype=torch.float8_e4m3fn)
+    values = like.new_empty(rows, round_up(columns, CACHE_LINE_BYTES), dtype=torch.float8_e4m3fn)
     return Float8Rows(values[:, :columns], like.new_empty(rows, 1, dtype=torch.float32))
 
 

@@ -80,6 +80,18 @@ def shared_memory_bytes(device: torch.device) -> int:
     return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]  # torch's stubs lack it
 
 
+def fitting_stages(per_stage: int, device: torch.device, *, max_stages: int, fixed: int = 0) -> int:
+    """Return how many stages of prefetched tiles fit into shared memory, at most `max_stages`; 0 if none fits.
+
+    Args:
+        per_stage: Bytes that each stage takes.
+        device: Device of the kernel.
+        max_stages: Upper bound of the result.
+        fixed: Bytes that the kernel takes besides.
+    """
+    return max(0, min(max_stages, (shared_memory_bytes(device) - fixed) // per_stage))
+
+
 def has_ptx(x: Tensor) -> bool:
     """Return whether kernels over x compile to PTX, that is, run on an NVIDIA GPU."""
     return x.is_cuda and not torch.version.hip

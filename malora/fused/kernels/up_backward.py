@@ -69,7 +69,7 @@ def _stages(H: int, device: torch.device) -> int:
     Counted for 16-bit elements, as Triton 3.6 allocates them for Hopper.
     """
     rows = LAUNCH["BLOCK"] + split_tile(H, MIN_RIGHT_COLUMNS).padded
-    return min(LAUNCH["num_stages"], tiling.shared_memory_bytes(device) // (2 * rows * LAUNCH["BLOCK_SUM"]))
+    return tiling.fitting_stages(2 * rows * LAUNCH["BLOCK_SUM"], device, max_stages=LAUNCH["num_stages"])
 
 
 @triton.jit

@@ -220,7 +220,7 @@ def test_weights_are_quantized_once_and_again_when_they_change():
     assert second is not first and torch.equal(second.by_output[0].scale, 2 * first.by_output[0].scale)
     layers[1].base_layer.weight.data = layers[1].base_layer.weight.data.clone()
     assert cached() is not second
-    shared.release(include_frozen=True)
+    shared.clear_caches(include_frozen=True)
     assert not shared.cache.float8
 
 
@@ -293,7 +293,7 @@ def test_a_layer_that_does_not_fit_is_logged_and_computed_in_full(caplog):
     fused, fused_dx, _ = run(layers, x, dys, "fused")
     for got, expected in zip([*ys, dx], [*fused, fused_dx], strict=True):
         torch.testing.assert_close(got, expected)
-    assert caplog.text.count("'fp8' cannot compute a layer with a side of 24, no multiple of 16; the fused") == 1
+    assert caplog.text.count("'fp8' cannot compute a layer with 24 features, no multiple of 16; the fused") == 1
 
 
 def test_without_triton_it_is_logged_and_computed_densely(caplog, monkeypatch):
