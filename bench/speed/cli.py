@@ -100,7 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--minutes", type=positive, metavar="M", help="start no round that would end later (default: all rounds)"
     )
-    parser.add_argument("--layers", type=positive, metavar="N", help="cut the depth, to try things out")
+    parser.add_argument("--layers", type=positive, metavar="N", help="use N decoder layers only, to try something out")
     parser.add_argument(
         "--results", type=folder, default=LOCAL, metavar="DIR", help="folder for the record, its tables and its figure"
     )
@@ -153,7 +153,7 @@ def _rows(
     shape = SHAPES[options.shape]
     if options.sweep:
         if unknown := set(names) - set(ROUTED):
-            raise UserError(f"--sweep takes mixtures of ours, {', '.join(ROUTED)}; not {', '.join(sorted(unknown))}.")
+            raise UserError(f"--sweep measures routed methods, {', '.join(ROUTED)}; not {', '.join(sorted(unknown))}.")
         sizes = shape.config["hidden_size"], shape.config["intermediate_size"]
         linear = nn.Linear(*sizes, bias=False, device=device, dtype=dtype)
         return sweep_rows(options.sweep, names, linear.requires_grad_(False), work), None
@@ -176,7 +176,7 @@ def _check_nothing_is_ignored(options: argparse.Namespace) -> None:
                 raise UserError(f"--sweep {options.sweep} of one linear layer has no use for --{name}; leave it out.")
     depth = SHAPES[options.shape].config["num_hidden_layers"]
     if options.layers and options.layers > depth:
-        raise UserError(f"--layers {options.layers} cuts nothing: {options.shape} has {depth} layers.")
+        raise UserError(f"--layers {options.layers} is too many: {options.shape} has {depth} layers. Choose fewer.")
 
 
 def _workload(options: argparse.Namespace) -> Workload:
