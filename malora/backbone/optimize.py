@@ -10,13 +10,14 @@ from malora.layer import MaloraLayer
 
 
 def optimize_backbone(model: nn.Module) -> None:
-    """Change the frozen layers of a model so that the fused backends run faster. The outputs stay the same.
+    """Change the frozen layers of a model so that the fused backends run faster.
 
     Two things change, each only where it can pay:
 
     - With `backend="fused"` and dropout, the frozen weights of large projection groups (Q, K, V; Gate, Up) are
       allocated anew with padded columns. The up projections are copied into these columns, and base and up projection
-      become one GEMM. At the paper's ranks these weights then take about 5% more memory.
+      become one GEMM. The outputs are the same up to rounding. At the paper's ranks these weights then take about 5%
+      more memory.
     - With `backend="fp8"`, the other frozen `nn.Linear` layers of the same parent (attention's output projections)
       become `Float8Linear`. Their outputs are rounded to float8, which changes them by a few percent. The printed
       model shows them.
