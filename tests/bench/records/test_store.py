@@ -192,7 +192,7 @@ def test_the_hash_of_a_configuration_is_that_of_its_plain_values():
 
 
 def test_published_records_are_written_again_byte_for_byte(tmp_path):
-    """Of each profile and of speed the first records; reading checks all of them."""
+    """Write the first records of each profile and of speed; reading checks all of them."""
     for profile in ("tiny", "small"):
         for path in sorted((store.RESULTS / profile / "runs").glob("*.json"))[:5]:
             written = store.write(store.read(path), tmp_path / profile)
@@ -250,7 +250,7 @@ def test_publishing_names_the_commit_whose_code_it_was(tmp_path, history):
 
 
 def test_a_commit_has_the_hash_of_its_sources():
-    """What `publish` relies on for records from machines that had no history."""
+    """`publish` relies on this for records from machines without the git history."""
     try:
         clean = not subprocess.run(
             ["git", "status", "--porcelain", "--", *(f":(glob){name}/**/*.py" for name in provenance.SOURCES)],

@@ -1,4 +1,4 @@
-"""Tables and pages of speed are arithmetic on its records."""
+"""Tables and pages of the speed benchmark are computed from its records."""
 
 from bench.records import store
 from bench.report.speed import summary, tables
@@ -55,7 +55,7 @@ def test_the_table_has_ratios_and_shares():
 
 
 def test_the_page_lists_the_longest_kernels():
-    """Of MALoRA's fastest row and of the compiled frozen backbone, which it is measured against."""
+    """It lists those of MALoRA's fastest variant and of the compiled frozen backbone, the baseline."""
     page = tables.section(make_speed())
     (line,) = (line for line in page.splitlines() if "slow_kernel_of_malora-dense-compiled" in line)
     assert [cell.strip() for cell in line.split("|")[2:4]] == ["3", "796.9"]  # 0.75 of a step of 1.0625 s

@@ -1,4 +1,4 @@
-"""What fits into shared memory, and when torch's matmuls are used instead of the kernels."""
+"""Tiles fit into shared memory; for some sizes torch's matmuls are used instead of the kernels."""
 
 import torch
 
