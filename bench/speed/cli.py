@@ -4,7 +4,7 @@ python -m bench.speed --variant malora                   # compared with LoRA an
 python -m bench.speed --variant all --shape llama2-7b    # Table 10
 python -m bench.speed --variant molora --sweep experts   # where sparse backends overtake dense ones
 
-Models have random weights. The rows named "floor" are the frozen backbone without an adapter.
+Models have random weights. The variants named "floor" are the frozen backbone without an adapter.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--variant",
         default="malora",
         metavar="A,B",
-        help="methods (each with all its rows and its baselines), single rows, or all",
+        help="methods (each with all its variants and its baselines), single variants, or all",
     )
     parser.add_argument(
         "--shape",
@@ -96,7 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="tokens per training step, or new tokens in decode (default: the shape's)",
     )
     parser.add_argument("--dropout", type=fraction, default=0.05, metavar="P", help="adapter dropout, in training")
-    parser.add_argument("--rounds", type=positive, default=5, metavar="K", help="rounds; each times every row once")
+    parser.add_argument("--rounds", type=positive, default=5, metavar="K", help="rounds; each times every variant once")
     parser.add_argument(
         "--minutes", type=positive, metavar="M", help="start no round that would end later (default: all rounds)"
     )
