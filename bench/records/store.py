@@ -42,7 +42,7 @@ ITEM_COLUMNS = ("task", "item", "correct")
 
 
 class _RunFile(RunSections):
-    """Contents of `runs/<id>.json`: the sections, and what must agree with them."""
+    """Contents of `runs/<id>.json`: the sections, and fields that must agree with them."""
 
     schema_version: Literal[2] = Field(alias="schema")
     id: str
