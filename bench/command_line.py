@@ -40,16 +40,16 @@ def positive(value: str) -> int:
 def folder(value: str) -> Path:
     """Parse the path of a folder."""
     if not value:
-        raise argparse.ArgumentTypeError("'' names no folder; for the current one write .")
+        raise argparse.ArgumentTypeError("'' is not the name of a folder; write . for the current folder")
     return Path(value)
 
 
 def fraction(value: str) -> float:
-    """Parse a number from 0 to below 1."""
+    """Parse a number that is at least 0 and below 1."""
     try:
         number = float(value)
     except ValueError:
         number = -1.0
     if not 0 <= number < 1:
-        raise argparse.ArgumentTypeError(f"{value!r} is not a number from 0 to below 1")
+        raise argparse.ArgumentTypeError(f"{value!r} must be at least 0 and below 1")
     return number

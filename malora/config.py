@@ -71,8 +71,8 @@ class MaloraConfig(PeftConfig):
             "dense" on a CPU; on a GPU it picks "fused", or "sorted" for many and large experts (`resolve_backend`).
             "fused" computes in the dtype of the input, or that of autocast, with sums and weight gradients in float32;
             the others compute in the dtype of the adapter. "fp8" is "fused" with the frozen matmuls and the up
-            projections in float8 (float8_e4m3fn, one scale per row). It also converts the other frozen `nn.Linear`
-            modules of the same parent, such as the attention output projection, and changes outputs by a few percent.
+            projections in float8 (float8_e4m3fn, one scale per row), and changes outputs by a few percent.
+            `malora.optimize_backbone` then converts the other frozen `nn.Linear` modules of the same parent too.
             "grouped" is another name of "sorted". `malora.BACKENDS` lists all.
 
     Raises:

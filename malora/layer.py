@@ -82,8 +82,8 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
     def _shapes(self, config: MaloraConfig) -> dict[str, tuple[int, ...]]:
         if (config.d or 0) > self.in_features:
             raise ValueError(
-                f"d={config.d} is more than the {self.in_features} inputs of {self.name}: a subspace of it cannot be "
-                "that wide."
+                f"d={config.d} is more than the {self.in_features} inputs of {self.name}. A subspace cannot have "
+                "more dimensions than the input; choose a smaller d."
             )
         return config.factor_shapes(self.in_features, self.out_features)
 

@@ -57,7 +57,8 @@ class WeightCache:
     def refresh(self) -> None:
         """Pack the weights of all layers that have been in a training pass.
 
-        Call it after each optimizer step. A backward pass of a forward pass before it raises a RuntimeError.
+        Call it after each optimizer step. If a forward pass ran before it, the backward pass of that raises a
+        RuntimeError.
         """
         adapters = (adapter for group in self._groups for adapter in group.trained_adapters())
         forms = [(adapter, form) for adapter in adapters if (form := adapter.next_form)]

@@ -60,8 +60,8 @@ class Mixture:
 
 
 _NOT_THE_PAPERS = (
-    "Not the paper's training data: of its six sets E2E NLG alone is here as published; open data stand in for the "
-    "others, which are not here or in small part only."
+    "Not the paper's training data. Of its six data sets only E2E NLG is used as published. Open data sets replace the "
+    "others, which are not available here, or only in part."
 )
 _BLENDS = (
     Mixture("intra", tuple(task.name for task in _INTRA)),

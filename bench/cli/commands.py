@@ -46,7 +46,7 @@ def make_setting_from(options: argparse.Namespace, mixture: str) -> RunSettings:
     """
     profile: Profile = PROFILES[options.profile]
     if options.data and profile.name == "tiny" and not options.model:
-        raise UserError("the tiny base knows the words of the procedural tasks only; with --data take --profile small.")
+        raise UserError("the tiny base model knows the words of generated tasks only; with --data use --profile small.")
     setting = RunSettings(
         profile=profile,
         model=options.model or profile.model,
@@ -203,7 +203,7 @@ def write_report(options: argparse.Namespace) -> int:
     try:
         from bench.report.html import page  # it is slow to import, and needs an extra
     except ImportError as error:
-        raise UserError(f"the report needs {error.name}: pip install 'malora[report]'.") from error
+        raise UserError(f"the report needs {error.name}: pip install --editable '.[bench]'.") from error
     path: Path = options.output or LOCAL / "report.html"
     if path.is_dir():
         raise UserError(f"--output {path} is a folder; name a file, such as {path / 'report.html'}.")

@@ -85,7 +85,7 @@ def load(base: BaseModel, device: torch.device) -> tuple[PreTrainedModel, PreTra
         model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(base.path)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{base.path} does not hold a whole causal language model: {error}") from error
+        raise UserError(f"{base.path} is not a complete causal language model: {error}") from error
     # PEFT writes this name into an adapter's config, and `load_adapter` checks it.
     model.config._name_or_path = model.name_or_path = f"{base.name}@{base.hash[:12]}"
     frozen = model.requires_grad_(False)

@@ -43,7 +43,7 @@ ITEM_COLUMNS = ("task", "item", "correct")
 
 
 class _RunFile(RunSections):
-    """Contents of `runs/<id>.json`: the sections, and what must agree with them."""
+    """Contents of `runs/<id>.json`: the sections, and fields that must agree with them."""
 
     schema_version: Literal[2] = Field(alias="schema")
     id: str
@@ -100,7 +100,7 @@ def _read_speed_file(path: Path) -> SpeedRecord:
         _require_schema(path, text, SPEED_SCHEMA)
         content = _SpeedFile.model_validate_json(text, strict=True)
     except (OSError, ValueError) as error:
-        raise _broken(path, error, "record of speed") from error
+        raise _broken(path, error, "speed record") from error
     fields = {name: getattr(content, name) for name in SpeedRecord.model_fields}
     record = SpeedRecord.model_validate(fields)
     _require_equal(path, "file name", path.stem, record.id)
@@ -189,7 +189,7 @@ def _broken(path: Path, error: Exception, kind: str = "record") -> UserError:
     else:
         problem = f"{type(error).__name__}: {error}"
     return UserError(
-        f"{path} is not a whole {kind} ({problem}). Nothing was changed; "
+        f"{path} is not a complete {kind} ({problem}). Nothing was changed; "
         "delete or restore it and its items file, and the run will be made again."
     )
 

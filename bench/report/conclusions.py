@@ -77,8 +77,8 @@ def speed_sentence(speeds: list[SpeedRecord]) -> str:
     ratios = [f"{number(value, 3)} ({device})" for device, value in sorted(worst.items())]
     reached, known = count_reached(speeds)
     return (
-        f"A training step of MALoRA takes {_and(ratios)} times as long as one of the compiled frozen backbone; "
-        f"{reached} of {known} goals for speed are reached."
+        f"At the 7B shape a training step of MALoRA takes {_and(ratios)} times as long as one of the compiled frozen "
+        f"backbone; {reached} of {known} goals for speed are reached."
     )
 
 

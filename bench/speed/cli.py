@@ -4,7 +4,7 @@ python -m bench.speed --variant malora                   # compared with LoRA an
 python -m bench.speed --variant all --shape llama2-7b    # Table 10
 python -m bench.speed --variant molora --sweep experts   # where sparse backends overtake dense ones
 
-Models have random weights. The rows named "floor" are the frozen backbone without an adapter.
+Models have random weights. The variants named "floor" are the frozen backbone without an adapter.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--variant",
         default="malora",
         metavar="A,B",
-        help="methods (each with all its rows and its baselines), single rows, or all",
+        help="methods (each with all its variants and its baselines), single variants, or all",
     )
     parser.add_argument(
         "--shape",
@@ -96,11 +96,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="tokens per training step, or new tokens in decode (default: the shape's)",
     )
     parser.add_argument("--dropout", type=fraction, default=0.05, metavar="P", help="adapter dropout, in training")
-    parser.add_argument("--rounds", type=positive, default=5, metavar="K", help="rounds; each times every row once")
+    parser.add_argument("--rounds", type=positive, default=5, metavar="K", help="rounds; each times every variant once")
     parser.add_argument(
         "--minutes", type=positive, metavar="M", help="start no round that would end later (default: all rounds)"
     )
-    parser.add_argument("--layers", type=positive, metavar="N", help="cut the depth, to try things out")
+    parser.add_argument("--layers", type=positive, metavar="N", help="use N decoder layers only, to try something out")
     parser.add_argument(
         "--results", type=folder, default=LOCAL, metavar="DIR", help="folder for the record, its tables and its figure"
     )
@@ -153,7 +153,7 @@ def _rows(
     shape = SHAPES[options.shape]
     if options.sweep:
         if unknown := set(names) - set(ROUTED):
-            raise UserError(f"--sweep takes mixtures of ours, {', '.join(ROUTED)}; not {', '.join(sorted(unknown))}.")
+            raise UserError(f"--sweep measures routed methods, {', '.join(ROUTED)}; not {', '.join(sorted(unknown))}.")
         sizes = shape.config["hidden_size"], shape.config["intermediate_size"]
         linear = nn.Linear(*sizes, bias=False, device=device, dtype=dtype)
         return sweep_rows(options.sweep, names, linear.requires_grad_(False), work), None
@@ -176,7 +176,7 @@ def _check_nothing_is_ignored(options: argparse.Namespace) -> None:
                 raise UserError(f"--sweep {options.sweep} of one linear layer has no use for --{name}; leave it out.")
     depth = SHAPES[options.shape].config["num_hidden_layers"]
     if options.layers and options.layers > depth:
-        raise UserError(f"--layers {options.layers} cuts nothing: {options.shape} has {depth} layers.")
+        raise UserError(f"--layers {options.layers} is too many: {options.shape} has {depth} layers. Choose fewer.")
 
 
 def _workload(options: argparse.Namespace) -> Workload:

@@ -26,9 +26,9 @@ from bench.speed.steps import STEPS, PhaseCallback, Workload, ignore_phase
 from bench.speed.subject import Subject
 from bench.speed.variants import Variant
 
-# A step above this is slow. A slow row needs no warm-up steps, and is timed in two rounds only.
+# A step above this is slow. A slow variant needs no warm-up steps, and is timed in two rounds only.
 SLOW_SECONDS = 10.0
-# A row's time per round: matmuls that heat the GPU, steps that are not timed, and steps that are timed.
+# A variant's time per round: matmuls that heat the GPU, steps that are not timed, and steps that are timed.
 DEVICE_WARM_SECONDS, WARM_SECONDS, ROUND_SECONDS = 2.0, 1.0, 3.0
 MAX_STEPS = 10  # per row and round, timed and untimed each: more would add samples but no information
 MAX_REASON = 300  # characters of an error message in a record
@@ -38,12 +38,12 @@ Result = dict[str, Any]  # a row of a record, while it is measured
 
 
 class BenchmarkRow(Protocol):
-    """A row that is measured once per round.
+    """A row of a record, which is measured once per round: a variant, at one value of a sweep.
 
-    Between two sessions a row keeps what it has compiled and gives its device memory back.
+    Between two sessions it keeps its compiled code and gives its device memory back.
 
     Attributes:
-        about: What the record says of the row.
+        about: Fields of the row that are known before it is measured.
         work: The work of a step.
         batch: Sequences per pass. It is halved when training does not fit into memory.
     """

@@ -4,8 +4,8 @@ Each variant is one row of the table. It is run in one of three ways. "eager" ru
 compiles each decoder layer and the loss with torch.compile. "captured" is compiled and then replayed as a CUDA graph.
 With Liger's kernels no decoder layer is compiled, because they already fuse what the compiler would fuse.
 
-The rows named "floor" are the frozen backbone: a forward pass, and in training a backward pass to the activations. No
-adapter on that backbone can be faster.
+The variants named "floor" are the frozen backbone: a forward pass, and in training a backward pass to the activations.
+No adapter on that backbone can be faster.
 
 Precision: the backbone is in bfloat16 on a GPU. PEFT keeps its adapters in float32 on such a base by default, and so do
 ours. They train under bfloat16 autocast, like the Trainer with `bf16=True`. The adapter of a `plain` variant is in
@@ -28,15 +28,15 @@ from bench.errors import UserError
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table.
+    """A frozen backbone alone, or with an adapter that is computed in a given way.
 
     Attributes:
-        name: Name of the row, as records store it.
+        name: Name in records and tables.
         method: Name in `CONFIGS`; None for the frozen backbone alone.
         backend: For our methods, one of `malora.BACKENDS`, or "loop" of `bench.speed.baselines`; None for PEFT's.
         run: "eager", "compiled" or "captured".
         plain: Whether the adapter is in bfloat16 and trains without autocast.
-        liger: Whether Liger's kernels are used. Rows of other methods use them out of the box, with Liger's loss.
+        liger: Whether Liger's kernels are used. Variants that are not ours use them out of the box, with Liger's loss.
     """
 
     name: str
@@ -77,14 +77,14 @@ def our_config(method: str) -> malora.MaloraConfig:
 
 
 ROUTED = tuple(name for name in OURS if our_config(name).has_router)
-# Left out: "reference", the oracle of the tests; backends that are not exact; "auto", which picks one of the others;
-# and "sorted", which only some methods have rows of.
+# Left out: "reference", which the tests compare the others with; backends that are not exact; "auto", which picks one
+# of the others; and "sorted", which only some methods are measured with.
 DEFAULT_BACKENDS = tuple(
     name for name, backend in malora.BACKENDS.items() if backend.exact and name not in ("auto", "reference", "sorted")
 )
 FULLY_COMPARED = ("lora", "molora", "malora")  # run in every way; the others eagerly and in their fastest way only
 RUNS = ("eager", "compiled", "captured")
-# A method's rows are read against these, so asking for a method by name measures them too.
+# The variants of a method are compared with these, so asking for a method by name measures them too.
 BASELINES = ("floor", "floor-compiled", "floor-captured", "peft-lora", "peft-lora-compiled", "peft-lora-captured",
              "lora-plain-compiled")  # fmt: skip
 
@@ -130,12 +130,12 @@ def _variants_of(method: str, backend: str) -> list[Variant]:
 def select_variants(names: list[str], mode: str, device: torch.device) -> list[Variant]:
     """Return the variants that a user asked for.
 
-    A name is "all", a method (its rows and the baselines) or a row. "all" and methods leave out what does not pay. On a
-    CPU that is every row but the eager ones: it has no CUDA graphs, and compiling takes longer than the benchmark. In
-    decode it is the compiled rows, because the compiler would compile a layer once per layer of the cache.
+    A name is "all", a method (its variants and the baselines) or a variant. "all" and methods select eager variants
+    only on a CPU: it has no CUDA graphs, and compiling takes longer than the benchmark. In decode they leave out
+    compiled variants, because the compiler would compile a layer once per layer of the cache.
 
     Raises:
-        UserError: If a name is neither a method nor a row, or if the row needs a GPU and there is none.
+        UserError: If a name is neither a method nor a variant, or if the variant needs a GPU and there is none.
     """
     known = variants()
     on_cpu = device.type == "cpu"
@@ -152,7 +152,7 @@ def select_variants(names: list[str], mode: str, device: torch.device) -> list[V
             chosen.append(name)
         else:
             methods = ", ".join(("all", *OURS))
-            raise UserError(f"unknown variant {name!r}; there are {methods}, and the rows {', '.join(known)}.")
+            raise UserError(f"unknown variant {name!r}; there are {methods}, and the variants {', '.join(known)}.")
     return [known[name] for name in dict.fromkeys(chosen)]
 
 

@@ -36,7 +36,7 @@ ROWS_MULTIPLE, MAX_UNPADDED_ROWS = 2, 4
 # No example has more labels than tokens, so this also bounds the logits: 16,384 labels of a vocabulary of 49,152 take
 # 1.5 GiB in bfloat16 and 3 GiB in float32, and their gradients the same again.
 MAX_TOKENS = {"cuda": 16_384, "cpu": 4_096}
-IGNORED_TARGET = -100  # what F.cross_entropy ignores by default
+IGNORED_TARGET = -100  # F.cross_entropy ignores it by default
 
 
 class Encoded(NamedTuple):

@@ -50,7 +50,7 @@ def movement(
         now, before = (factors._asdict().get(factor) for factors in both)
         if now is None or before is None or now.shape != before.shape or not before.any():
             shapes = {name: [*tensor.shape] for name, tensor in both[0]._asdict().items() if tensor is not None}
-            raise ValueError(f"factor={factor!r} must be in both, of one shape, not zero at first; {module}: {shapes}.")
+            raise ValueError(f"factor={factor!r} must have one shape and not start at zero; {module} has {shapes}.")
         matrices = [(None, now, before)] if now.dim() == 2 else zip(range(len(now)), now, before, strict=True)
         for expert, a, b in matrices:
             relative = ((a - b).norm() / b.norm()).item()

@@ -133,7 +133,7 @@ class FusedExperts(torch.autograd.Function):
             return _up_proj_weight_grads(h, dys, alpha) if dBs is None and needs["B"] else dBs
 
         (dx, ddown, dP), dBs = run_on_parallel_streams(x, [input_and_down, up])
-        # What is not trained gets its weights in place of gradients, and is left out below.
+        # A parameter that is not trained gets its weight in place of a gradient here, and None below.
         ddown, dBs, dP = down if ddown is None else ddown, dBs or Bs, P if dP is None else layout.dP_by_expert(dP)
         found = [grad for g in range(G) for grad in layout.views(ddown, dP, dBs[g], g)]
         trained = (grad if needed else None for grad, needed in zip(found, wanted, strict=True))
@@ -171,14 +171,16 @@ def _gradients_of_h(
     layout: PackedLayout, x: Tensor, dys: list[Tensor], h: Tensor, dh: Tensor | None, Bs: list[Tensor],
     joint: tuple[Tensor, Tensor] | None, *, needs_dB: bool,
 ) -> tuple[Tensor | None, Tensor, list[Tensor] | None]:  # fmt: skip
-    """Return the base's share of dx, dh [G, T, H8], and the gradients of the Bs, the first and last only if made here.
+    """Return the base's part of dx, dh [G, T, H8], and the gradients of the Bs.
+
+    The first and the last are None if they are computed elsewhere.
 
     Args:
         layout: sizes.
         x: the input.
         dys: gradients of the outputs, each [T, m].
-        h: see above.
-        dh: where dh is to be written; None for memory of its own.
+        h: gated outputs, [G, T, H8].
+        dh: memory to write dh to; None for new memory.
         Bs: the up projections, each [H8, m].
         joint: dx and dh, if the base computes both at once.
         needs_dB: whether any B is trained.

@@ -23,5 +23,5 @@ def interprets_triton() -> bool:
 
 @cache
 def warn_once(backend: str, reason: str, instead: str) -> None:
-    """Log that a backend cannot compute something and what does; each message appears once per process."""
+    """Log that a backend cannot compute something, and its replacement. Log each message once per process."""
     logger.warning("backend %r cannot compute %s; %s does.", backend, reason, instead)

@@ -127,10 +127,10 @@ def quantized_weights(
 
     Args:
         linears: the layers.
-        cache: where copies are kept, by the ids of the layers and their padded columns.
+        cache: the copies that exist, by the ids of the layers and their padded columns.
         backward: whether gradients of the input will be asked for.
         H: total rank of the up projection that is to fit next to each weight.
-        instead: what computes the layers if they cannot be quantized, for the log.
+        instead: name of the replacement if they cannot be quantized, for the log.
 
     Returns:
         The weights; None, and a line in the log, if the device or a size rules float8 out.

@@ -4,7 +4,8 @@ Q, K and V of an attention block read the same input; so do Gate and Up of an ML
 and is called by the model's code as before. The first one that is called computes all of them, and the others fetch
 their output.
 
-This module needs no Triton, so that every adapted layer can belong to a group; what does is imported where it runs.
+This module needs no Triton, so that every adapted layer can belong to a group. Modules that need it are imported in the
+functions that use them.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ class ProjectionGroup:
         from malora.fused.autograd import forward_group  # needs Triton
 
         if torch.is_grad_enabled():
-            self.clear_inference_cache()  # whoever makes gradients is about to change weights
+            self.clear_inference_cache()  # an optimizer step may follow and change the weights
         return forward_group(self.adapter_on(layers, adapter), x)
 
 
@@ -165,7 +166,7 @@ def prefetch_packed_weights(groups: list[ProjectionGroup]) -> Iterator[None]:
     try:
         yield
     finally:
-        for adapter in adapters:  # of a layer that did not run
+        for adapter in adapters:  # the layer may not have run
             adapter.prefetched = None
 
 

@@ -7,7 +7,7 @@ and router logits, so those weights are stacked; the others keep a matrix per pr
     P    [G, N, r, D8]      coefficients over the subspace, if the method has one
     B    G times [H8, m]    the up projections
 
-Sizes are rounded up to multiples of 8, because tensor cores read no less. What fills them up is zero. All matrices of
+Sizes are rounded up to multiples of 8, because tensor cores read no less. The padding is zero. All matrices of
 a model lie in one flat buffer and are filled by one launch.
 
 | symbol | meaning | size |

@@ -1,7 +1,7 @@
 """The one owner of every copy of weights that the fused path makes for a projection group.
 
 The GEMMs read packed weights (`packed_weights.py`), and some read frozen weights with the up projection in columns
-next to them. A copy is good until a weight changes, and nothing tells us when that is: a fused optimizer does not
+next to them. A copy is valid until a weight changes. That cannot be detected, because a fused optimizer does not
 increase `Tensor._version`. So each copy has one of three lifetimes:
 
 | lifetime | made by | good for |
@@ -38,10 +38,10 @@ Form = tuple[torch.dtype, torch.device]  # of the matmuls
 
 @dataclass(frozen=True, eq=False)
 class LoadedUpProj:
-    """Whose up projection lies next to the frozen weights for the passes of a step.
+    """The up projection that lies next to the frozen weights for all passes of a step.
 
     Attributes:
-        packed: the packed weights whose B it is.
+        packed: the packed weights that its B comes from.
         float8: the frozen weights, where they are in float8.
         up_scales: factors of h there, [G, C].
     """
@@ -57,7 +57,7 @@ class GroupWeightCache:
     Attributes:
         float8: float8 copies of frozen weights, by the ids of their linear layers and the columns next to them.
         padding: columns that `augmented_weights.allocate_padding` put next to each weight, by its place in the group.
-        loaded: whose up projection is in those columns, while one stays there for a whole step.
+        loaded: the up projection in those columns, if it stays there for all passes of a step.
         copy_tables: addresses that `multi_tensor_copy` reads on the device.
     """
 
@@ -71,7 +71,7 @@ class GroupWeightCache:
     def loaded_for(self, packed: PackedWeights, float8: Float8Weights | None) -> LoadedUpProj | None:
         """Return the up projection next to the frozen weights if it is that of `packed`.
 
-        If it is not, the pass writes its own there, and what was there is lost.
+        If it is not, the pass overwrites it with its own.
         """
         loaded = self.loaded
         if loaded is None or loaded.packed is not packed or loaded.float8 is not float8:

@@ -1,4 +1,4 @@
-"""Fresh memory is NaN, as it may be on a GPU: what nobody has written must not reach a value."""
+"""New tensors are NaN, as memory of a GPU may be: an element that was never written must not reach a result."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
 """Imports that must work without optional packages, and imports that must stay light.
 
-Which module may import which is the business of the contracts in pyproject.toml, which `make lint` checks.
+The contracts in pyproject.toml say which module may import which; `make lint` checks them.
 """
 
 import subprocess

@@ -1,4 +1,4 @@
-"""The wheel holds malora alone, and works with the dependencies that it declares and no others."""
+"""The wheel contains malora alone, and works with the dependencies that it declares and no others."""
 
 import os
 import shutil
@@ -80,7 +80,7 @@ def names_of(package: Distribution, extra: str = "") -> set[str]:
 
 
 def link_dependencies(package: Distribution, packages: Path) -> None:
-    """Link into a folder what the package declares, what that declares in turn, and nothing else.
+    """Link into a folder the declared dependencies, their own dependencies in turn, and nothing else.
 
     The files are those of the running environment, so that nothing has to be downloaded.
     """

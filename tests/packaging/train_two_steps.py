@@ -1,6 +1,6 @@
 """Train an adapter for two steps, save it and load it again, with nothing but malora and its dependencies.
 
-`test_wheel.py` runs this program in an environment that holds no checkout. It prints the folder of malora.
+`test_wheel.py` runs this program in an environment without a checkout. It prints the folder of malora.
 """
 
 import tempfile

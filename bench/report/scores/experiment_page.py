@@ -55,7 +55,7 @@ def _sections(selection: Selection, swept: bool) -> list[Section]:
         return [*sections, AdapterSection(adapter_tables.section(selection.experiment, found), found)]
     sections.append(leaderboard(selection, selection.at_own_rate))
     if swept and selection.rates.tuned and selection.rates.source == selection.experiment:
-        sections += ["## What each rate gave", sweep_table(selection)]
+        sections += ["## Scores by learning rate", sweep_table(selection)]
     return sections
 
 
@@ -73,11 +73,11 @@ def _sections_at_both_rates(selection: Selection, swept: bool) -> list[Section]:
         leaderboard(selection, selection.at_paper_rate),
     ]
     if tuned and swept and selection.rates.source == selection.experiment:
-        sections += ["## What each rate gave", sweep_table(selection)]
+        sections += ["## Scores by learning rate", sweep_table(selection)]
     if routers := router_table(selection):
-        sections += ["## What the routers did", routers]
+        sections += ["## Router statistics", routers]
     if variations := options_table(selection, spread(selection.rows(tuned, selection.experiment.entries))):
-        sections += ["## What an option changes", variations]
+        sections += ["## Effect of single options", variations]
     return sections
 
 
@@ -106,7 +106,7 @@ def _origin(selection: Selection) -> str:
 
 
 def _intro(selection: Selection) -> str:
-    """Describe the base model, the data, the machine and what is left out."""
+    """Describe the base model, the data, the machine and the records that are left out."""
     records = selection.records
     config = records[0].config
     devices = sorted({record.provenance.device for record in records})

@@ -26,7 +26,7 @@ def test_table2_runs_sweeps_and_resumes(base_folder, tmp_path, capsys):
     ]
     assert main([str(a) for a in command]) == 0
     page = (tmp_path / "table2.md").read_text()
-    assert "were cut short" in page and "| MALoRA " in page and "What each rate gave" in page
+    assert "were cut short" in page and "| MALoRA " in page and "Scores by learning rate" in page
     before = snapshot(tmp_path)
     # One record and its items per run of two methods and of the base, and the page.
     assert len(before) == 2 * (2 * RATES + 1) + 1

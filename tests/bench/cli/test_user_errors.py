@@ -30,7 +30,7 @@ from tests.bench.records.test_store import make
         (["run", "--method", "lora", "--set", "backend=dispatch"], "lora has no option backend; there are "),
         (["table2", "--seeds", "0"], "'0' is not a whole number from 1"),
         (["run", "--learning-rate", "-1"], "must be a number above 0"),
-        (["run", "--profile", "tiny", "--data", "."], "the tiny base knows the words of the procedural tasks only"),
+        (["run", "--profile", "tiny", "--data", "."], "the tiny base model knows the words of generated tasks only"),
         (["run", "--profile", "small", "--data", "nowhere"], "nowhere is not a folder"),
         (["score", "--profile", "tiny", "--adapter", "nowhere"], "nowhere has no adapter_config.json"),
         (["fly"], "invalid choice: 'fly'"),
@@ -62,7 +62,7 @@ def test_a_model_folder_without_weights(base_folder, capsys, tmp_path):
     assert "has no weights (*.safetensors)" in refused(command, capsys, tmp_path)
     (model / "model.safetensors").write_bytes((base_folder / "model.safetensors").read_bytes()[:500])
     (model / "tokenizer.json").write_bytes((base_folder / "tokenizer.json").read_bytes())
-    assert "does not hold a whole causal language model" in refused(command, capsys, tmp_path)
+    assert "is not a complete causal language model" in refused(command, capsys, tmp_path)
 
 
 def test_a_model_that_does_not_exist(capsys, tmp_path):
@@ -110,8 +110,10 @@ def test_a_results_folder_with_a_truncated_record(base_folder, capsys, tmp_path)
         *"--methods lora --seeds 1 --max-steps 1 --max-items 1 --jobs 1 --results".split(),
         results,
     ]
-    assert "is not a whole record" in refused(command, capsys, tmp_path)
-    assert "is not a whole record" in refused(["publish", "--profile", "tiny", "--results", results], capsys, tmp_path)
+    assert "is not a complete record" in refused(command, capsys, tmp_path)
+    assert "is not a complete record" in refused(
+        ["publish", "--profile", "tiny", "--results", results], capsys, tmp_path
+    )
 
 
 def test_a_results_folder_that_is_a_file(base_folder, capsys, tmp_path):
@@ -120,7 +122,7 @@ def test_a_results_folder_that_is_a_file(base_folder, capsys, tmp_path):
         command += ["--profile", "tiny", "--model", base_folder, "--results", tmp_path / "file" / "below"]
         assert "below cannot be a folder of records" in refused(command, capsys, tmp_path)
     assert "because it has no folder runs" in refused(["publish", "--results", tmp_path / "file"], capsys, tmp_path)
-    assert "'' names no folder" in refused(["run", "--results", ""], capsys, tmp_path)
+    assert "'' is not the name of a folder" in refused(["run", "--results", ""], capsys, tmp_path)
 
 
 def test_humaneval_without_bubblewrap_is_refused_before_any_work(base_folder, capsys, tmp_path, monkeypatch):

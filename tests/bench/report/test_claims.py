@@ -1,4 +1,4 @@
-"""Verdicts follow from records; what has none says so."""
+"""Verdicts follow from records; a claim without records is not run."""
 
 import pytest
 

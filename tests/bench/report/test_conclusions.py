@@ -55,7 +55,8 @@ def test_scores_are_those_of_table_2_on_the_largest_profile():
 
 
 def test_speed_is_the_worst_of_a_device_and_the_goals_are_counted():
-    sentence = "A training step of MALoRA takes 1.06 (a CPU) times as long as one of the compiled frozen backbone; "
+    sentence = "At the 7B shape a training step of MALoRA takes 1.06 (a CPU) times as long as one of the compiled "
+    sentence += "frozen backbone; "
     assert conclusions.speed_sentence(records()) == sentence + "10 of 11 goals for speed are reached."
     assert conclusions.speed_sentence([make_speed()]) == sentence + "8 of 9 goals for speed are reached."
     assert "not been measured" in conclusions.speed_sentence([])

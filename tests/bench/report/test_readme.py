@@ -1,4 +1,4 @@
-"""The README's generated blocks, and what importing the report loads."""
+"""The README's generated blocks, and the modules that importing the report loads."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Against textbook cases and simulation."""
+"""Statistics against textbook cases and simulation."""
 
 import numpy as np
 import pytest

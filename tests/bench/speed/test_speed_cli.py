@@ -61,16 +61,16 @@ def test_a_sweep_has_a_row_per_value_method_and_backend(tmp_path, capsys):
         (["--mode", "serve"], "unknown mode 'serve'; there are train, prefill, decode"),
         (["--sweep", "depth"], "unknown sweep 'depth'; there are experts, rank, tokens, top-k"),
         (["--sweep", "rank", "--mode", "decode"], "leave --mode decode out"),
-        (["--sweep", "rank", "--variant", "peft-lora"], "--sweep takes mixtures of ours, molora"),
+        (["--sweep", "rank", "--variant", "peft-lora"], "--sweep measures routed methods, molora"),
         (["--tokens", "100"], "--tokens 100 is no multiple of --batch 4 × --length 64"),
         (["--mode", "prefill", "--tokens", "7"], "leave --tokens 7 out"),
         (["--sweep", "rank", "--layers", "1"], "--sweep rank of one linear layer has no use for --layers"),
         (["--sweep", "tokens", "--tokens", "64"], "--sweep tokens of one linear layer has no use for --tokens"),
-        (["--layers", "3"], "--layers 3 cuts nothing: toy has 2 layers"),
+        (["--layers", "3"], "--layers 3 is too many: toy has 2 layers"),
         (["--length", "1"], "--length 1 leaves no next token to train on"),
         (["--rounds", "0"], "'0' is not a whole number from 1"),
         (["--rounds", "²"], "'²' is not a whole number from 1"),
-        (["--dropout", "1"], "'1' is not a number from 0 to below 1"),
+        (["--dropout", "1"], "'1' must be at least 0 and below 1"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys, tmp_path):
@@ -91,7 +91,7 @@ def test_a_file_in_place_of_the_results_folder_is_found_before_the_measurement(b
     assert (tmp_path / "file").read_text() == "mine"
     with pytest.raises(SystemExit, match="2"):
         cli.main(["--results", ""])
-    assert "'' names no folder" in capsys.readouterr().err
+    assert "'' is not the name of a folder" in capsys.readouterr().err
 
 
 def test_a_broken_record_is_found_before_the_measurement(tmp_path, capsys, monkeypatch):
@@ -99,7 +99,7 @@ def test_a_broken_record_is_found_before_the_measurement(tmp_path, capsys, monke
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "broken.json").write_text(json.dumps({"schema": 1})[:-3])
     assert cli.main(["--results", str(tmp_path)]) == 2
-    assert "broken.json is not a whole record of speed" in capsys.readouterr().err
+    assert "broken.json is not a complete speed record" in capsys.readouterr().err
 
 
 def test_every_option_has_a_help_line_and_a_default():

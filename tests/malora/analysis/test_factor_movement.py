@@ -50,7 +50,7 @@ def test_movement_in_numbers():
 def test_a_factor_that_cannot_be_compared_is_an_error():
     model = adapted()
     for factor, start in (("A", model), ("S", adapted(d=16)), ("B", adapted(trained_up=False)), ("Z", model)):
-        with pytest.raises(ValueError, match=rf"factor='{factor}' must be in both, of one .*'P': \[8, 12, 32\]"):
+        with pytest.raises(ValueError, match=rf"factor='{factor}' must have one shape .*'P': \[8, 12, 32\]"):
             movement(model, start, factor=factor)
 
 

@@ -1,4 +1,4 @@
-"""Float8 GEMMs: what is quantized, and how often. All else is the fused backend's."""
+"""Float8 GEMMs: which matrices are quantized, and how often. Tests of the fused backend cover the rest."""
 
 import copy
 

@@ -134,7 +134,7 @@ def test_a_method_that_was_tried_at_fewer_rates_is_marked():
 
 def test_a_reproduction_without_a_sweep_does_not_look_like_one():
     text = page([*records(), make(0, method="lora", rate=1e-3)], swept=False)
-    assert "Best of" not in text and "What each rate gave" not in text and "by the published sweep" in text
+    assert "Best of" not in text and "Scores by learning rate" not in text and "by the published sweep" in text
 
 
 def test_one_seed_is_a_statement_about_items():

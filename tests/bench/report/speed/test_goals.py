@@ -1,4 +1,4 @@
-"""Goals are arithmetic on records: which records count, what they say, and what the README shows."""
+"""Goals are computed from records: the records that count, their figures, and the README's table."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Tables and pages of speed are arithmetic on its records."""
+"""Tables and pages of the speed benchmark are computed from its records."""
 
 from bench.records import store
 from bench.report.speed import summary, tables
