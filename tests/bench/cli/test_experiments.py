@@ -40,7 +40,9 @@ def test_an_experiment_from_command_to_page(name, titles, lines, base_folder, tm
     if name != "table1":  # table1 generates answers and trains on single tasks
         monkeypatch.setattr("bench.runs.run.score", constant_score)
     if experiment.figure:
-        monkeypatch.setattr("bench.runs.plan.parts", lambda mixture: [f"{mixture}/lexicon", f"{mixture}/second"])
+        monkeypatch.setattr(
+            "bench.runs.plan.single_task_mixtures", lambda mixture: [f"{mixture}/lexicon", f"{mixture}/second"]
+        )
     command = f"{name} --profile tiny --max-steps 1 --max-items 2 --jobs 1".split()
     command += ["--model", str(base_folder), "--results", str(tmp_path)]
     assert main(command) == 0
