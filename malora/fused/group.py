@@ -72,7 +72,7 @@ class ProjectionGroup:
         self.layers = state["layers"]
 
     def adapter_on(self, layers: list[FusedLayer], adapter: str) -> GroupAdapter:
-        """Return an adapter on some layers of the group, the same object until `release`."""
+        """Return an adapter on some layers of the group, the same object until `clear_caches`."""
         from malora.fused.weight_cache import GroupAdapter  # needs Triton
 
         key = adapter, tuple(map(id, layers))
@@ -81,7 +81,7 @@ class ProjectionGroup:
         return self._adapters[key]
 
     def trained_adapters(self) -> list[GroupAdapter]:
-        """Return the adapters that have run since the last `release` and would run again."""
+        """Return the adapters that have run since the last `clear_caches` and would run again."""
         return [adapter for adapter in self._adapters.values() if adapter.can_run()]
 
     def clear_inference_cache(self) -> None:
