@@ -1,1 +1,4 @@
-"""A harness that trains adapters on mixtures of tasks, scores them, and writes leaderboards from its records."""
+"""A harness that trains adapters on mixtures of tasks and scores them.
+
+It writes leaderboards from its records.
+"""

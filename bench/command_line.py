@@ -8,7 +8,10 @@ from pathlib import Path
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """A help formatter that adds an option's default, unless it is None, False or empty."""
+    """A help formatter that adds an option's default.
+
+    It adds none that is None, False or empty.
+    """
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False, []) else super()._get_help_string(action)

@@ -1,4 +1,6 @@
-"""Pages of the site that are made from code and records: result tables, the HTML report, the command lines.
+"""Pages of the site that are made from code and records.
+
+These are result tables, the HTML report and the command lines.
 
 Nothing is caught here: without an extra that a page needs, the build fails and names it.
 """
@@ -22,7 +24,7 @@ def generated_pages() -> dict[str, str | bytes]:
 
 
 def _result_pages() -> dict[str, str | bytes]:
-    """Return the generated tables and figures under `results/`; local runs are left out."""
+    """Return the generated tables and figures under `results/`, without local runs."""
     pages: dict[str, str | bytes] = {}
     for path in sorted((ROOT / "results").rglob("*")):
         name = path.relative_to(ROOT / "results").as_posix()
@@ -88,5 +90,8 @@ def _options(parser: argparse.ArgumentParser) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return a help text as the cell of a Markdown table; the paths in it are those of this checkout."""
+    """Return a help text as the cell of a Markdown table.
+
+    The paths in it are those of this checkout.
+    """
     return text.replace(f"{ROOT}/", "").replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")

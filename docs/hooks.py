@@ -39,7 +39,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point links to files of the repository at their copies in the site, and check the words."""
+    """Point links to repository files at their copies in the site; check the words."""
     uri = page.file.src_uri
     if plain_english.applies_to(uri):
         for problem in plain_english.problems(markdown):

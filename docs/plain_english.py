@@ -65,7 +65,7 @@ def readme_problems(readme: str) -> list[str]:
 
 
 def _prose(markdown: str, tables: bool = True) -> list[tuple[int, str]]:
-    """Return the lines with their numbers, without code, link targets and generated blocks."""
+    """Return the lines with numbers, without code, link targets and generated blocks."""
     kept, in_code, in_generated = [], False, False
     for number, line in enumerate(markdown.splitlines(), 1):
         if line.lstrip().startswith("```"):

@@ -19,7 +19,10 @@ SOURCES = "source/"
 
 
 def linked_pages(pages: dict[str, str]) -> dict[str, str | bytes]:
-    """Return the copies of all files outside `docs/` that these pages link to, and that those link to in turn."""
+    """Return the copies of all files outside `docs/` that these pages link to.
+
+    The files that those link to in turn are included.
+    """
     made: dict[str, str | bytes] = {}
     waiting = list(pages.items())
     while waiting:
@@ -35,7 +38,10 @@ def linked_pages(pages: dict[str, str]) -> dict[str, str | bytes]:
 
 
 def rewrite(markdown: str, uri: str) -> str:
-    """Point the links of a page to files of the repository at their pages; leave broken ones, which MkDocs reports."""
+    """Point the links of a page to files of the repository at their pages.
+
+    Broken links are left as they are, and MkDocs reports them.
+    """
 
     def new(match: re.Match[str]) -> str:
         path = _target(match["target"], uri)
@@ -47,7 +53,7 @@ def rewrite(markdown: str, uri: str) -> str:
 
 
 def _target(target: str, uri: str) -> str | None:
-    """Return the file of the repository that a link of a page means, or None if it is no such file."""
+    """Return the repository file that a page's link means, or None if there is none."""
     if "://" in target or target.startswith(("mailto:", "/")):
         return None
     path = posixpath.normpath(posixpath.join(posixpath.dirname(_origin_of(uri)), target))
@@ -76,7 +82,10 @@ def _uri_of(path: str) -> str:
 
 
 def _content(path: str) -> str | bytes:
-    """Return a page for the site: Markdown and records as they are, other files as a listing."""
+    """Return a page for the site.
+
+    Markdown and records stay as they are, and other files become a listing.
+    """
     if path.startswith("results/"):
         return (ROOT / path).read_bytes() if not path.endswith(".md") else (ROOT / path).read_text()
     text = (ROOT / path).read_text()

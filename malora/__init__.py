@@ -1,4 +1,4 @@
-"""MALoRA (arXiv 2410.22782) and the methods that it is compared with, as PEFT adapters.
+"""MALoRA (arXiv 2410.22782) and the methods it is compared with, as PEFT adapters.
 
 Pick a method by name; everything else is PEFT as usual:
 

@@ -1,4 +1,7 @@
-"""MaloraConfig: the adapter that a model gets. Every method of the paper is a setting of this class."""
+"""MaloraConfig: the adapter that a model gets.
+
+Every method of the paper is a setting of this class.
+"""
 
 from __future__ import annotations
 
@@ -183,7 +186,10 @@ class MaloraConfig(PeftConfig):
 
 
 def stored_value(option: str, value: Any) -> Any:
-    """Return the value that a config stores for an option: the paper's notation of an alias, or the value itself."""
+    """Return the value that a config stores for an option.
+
+    It is the paper's notation of an alias, or the value itself.
+    """
     return ALIASES.get(option, {}).get(value, value) if isinstance(value, str) else value
 
 

@@ -1,4 +1,7 @@
-"""Former name of `malora.analysis.experts`, which has new names for two functions. It goes in the next version."""
+"""Former name of `malora.analysis.experts`.
+
+`malora.analysis.experts` has new names for two functions. This name goes in the next version.
+"""
 
 import warnings
 

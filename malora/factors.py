@@ -23,7 +23,9 @@ from torch import Tensor
 
 
 class Factors(NamedTuple):
-    """Expert matrices of one layer, stacked over the experts. A factor that the method does not have is None.
+    """Expert matrices of one layer, stacked over the experts.
+
+    A factor that the method does not have is None.
 
     The up projections are stored transposed. `B.flatten(0, 1)` is then a view, [N·r, m], and one matmul with it
     applies all experts.
@@ -56,12 +58,18 @@ class Factors(NamedTuple):
 
     @property
     def expert_down(self) -> Tensor:
-        """Down projection of each expert after the shared S, if there is one: [N, r, d], otherwise [N, r, n]."""
+        """Down projection of each expert after the shared S, if there is one.
+
+        It is [N, r, d] if there is a shared S, otherwise [N, r, n].
+        """
         return self.down() if self.shared_S is None else self.subspace()[0]
 
     @property
     def expert_up(self) -> Tensor:
-        """Transposed up projection of each expert before the shared S_B, if there is one: [N, r, d] or [N, r, m]."""
+        """Transposed up projection of each expert before the shared S_B, if there is one.
+
+        It is [N, r, d] if there is a shared S_B, otherwise [N, r, m].
+        """
         return self.up_subspace()[0] if self.B is None else self.B
 
     def subspace(self) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,9 @@ from malora.factors import Factors
 
 
 def init_factors_(factors: Factors, *, beta: float, same_start: bool) -> None:
-    """Initialize the factors of one layer in place, with PyTorch's default random generator.
+    """Initialize the factors of one layer in place.
+
+    The random numbers come from PyTorch's default random generator.
 
     The layer's change is exactly zero afterwards: B = 0 (equation 8). If the up projections are `S_B Q_t`, then
     S_B = 0. The shared matrix then learns first, and from all experts, as B does.

@@ -109,7 +109,10 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         return any(self.router(name) is not None for name in self.active_adapters)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the frozen layer's output plus that of the active adapters, [..., m] for x [..., n]."""
+        """Return the frozen layer's output plus that of the active adapters.
+
+        The output is [..., m] for x [..., n].
+        """
         if self.disable_adapters and self.merged:
             self.unmerge()
         if not (args or kwargs) and (fused := self.adapter_for_fused_path()):
@@ -159,7 +162,10 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         self._keep_frozen()
 
     def _keep_frozen(self) -> None:
-        """Freeze what a method does not train: PEFT makes all of an active adapter trainable."""
+        """Freeze what a method does not train.
+
+        PEFT makes all of an active adapter trainable.
+        """
         for adapter, config in self.settings.items():
             for name in config.freeze:
                 self._parameters_of(name)[adapter].requires_grad_(False)

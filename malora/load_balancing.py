@@ -91,7 +91,10 @@ def router_stats(model: nn.Module, attention_mask: Tensor | None = None) -> dict
 
 
 def has_router(model: nn.Module) -> bool:
-    """Return whether an active adapter of the model has a router, as `balance_loss` needs."""
+    """Return whether an active adapter of the model has a router.
+
+    `balance_loss` needs one.
+    """
     return any(layer.has_active_router for layer in _layers(model))
 
 
@@ -100,7 +103,7 @@ def _layers(model: nn.Module) -> Iterator[MaloraLayer]:
 
 
 def _stacked_routings(model: nn.Module, attention_mask: Tensor | None) -> Iterator[tuple[Routing, list[str], Tensor]]:
-    """Yield the routings of equal shape as one, with their module names and the weights of their tokens.
+    """Yield routings of equal shape as one, with module names and token weights.
 
     The probabilities are [L, B, S, N] and the weights [B, S, 1]. A model has hundreds of routers. Statistics of each
     router by itself would cost hundreds of small kernels per step.
@@ -123,7 +126,10 @@ def _stacked_routings(model: nn.Module, attention_mask: Tensor | None) -> Iterat
 
 
 def _token_weights(mask: Tensor | None, shape: torch.Size, like: Tensor) -> Tensor:
-    """Return the weight of each token, [B, S, 1] in the dtype of `like`: 1 if it counts, 0 if it is padding."""
+    """Return the weight of each token: 1 if it counts, 0 if it is padding.
+
+    The weights are [B, S, 1] in the dtype of `like`.
+    """
     if mask is None:
         return like.new_ones(*shape[:-1], 1)
     # With a key-value cache the mask covers earlier passes too. The tokens of this pass are the last ones.
@@ -134,7 +140,10 @@ def _token_weights(mask: Tensor | None, shape: torch.Size, like: Tensor) -> Tens
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:
-    """Compute the mean over batch and sequence of [L, B, S, C], weighted by [B, S, 1]: [L, C]."""
+    """Compute the weighted mean over batch and sequence, [L, C].
+
+    The values are [L, B, S, C] and the weights [B, S, 1].
+    """
     return (values * weights).sum((1, 2)) / weights.sum()
 
 

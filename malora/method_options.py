@@ -1,4 +1,4 @@
-"""Types of the options that METHODS take, so that a type checker finds a typo in one.
+"""Types of the options that METHODS take, so a type checker finds a typo in one.
 
 Each class lists the arguments of a config class. A test compares them with the classes.
 """

@@ -120,6 +120,6 @@ def make_config(method: str, **options: Any) -> LoraConfig | MaloraConfig:
 
 
 def _suggest(unknown: str, choices: Iterable[str]) -> str:
-    """Return the end of an error message: the unknown name, the nearest choice, and all choices."""
+    """Return the end of an error message: unknown name, nearest choice, all choices."""
     (nearest,) = difflib.get_close_matches(unknown, choices, n=1, cutoff=0)
     return f"{unknown!r}; did you mean {nearest!r}? Choose from {', '.join(choices)}."

@@ -1,4 +1,7 @@
-"""The PEFT tuner: adapts the linear layers of a model, and saves and loads through PEFT."""
+"""The PEFT tuner that adapts the linear layers of a model.
+
+It saves and loads through PEFT.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,9 @@ TARGET_MODULES: dict[str, list[str]] = {
 
 
 class MaloraModel(BaseTuner):
-    """A model whose targeted `nn.Linear` modules have experts; made by `peft.get_peft_model`.
+    """A model whose targeted `nn.Linear` modules have experts.
+
+    `peft.get_peft_model` makes it.
 
     Raises:
         ValueError: a target matches no module, or one that is not an `nn.Linear`; the message names what there is.
@@ -44,7 +49,10 @@ class MaloraModel(BaseTuner):
 
     @cached_property  # not set in __init__, because BaseTuner's already injects layers, which need it
     def routing_log(self) -> RoutingLog:
-        """The switch that makes layers keep their routing, and the tokens that count; shared by all layers."""
+        """The switch that makes layers keep their routing, and the tokens that count.
+
+        All layers share it.
+        """
         return RoutingLog()
 
     @cached_property
@@ -89,7 +97,10 @@ class MaloraModel(BaseTuner):
         return _restore_base_model(super().merge_and_unload(*args, **kwargs), groups)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Keep frozen factors frozen: PEFT 0.21.2 makes new parameters here, all of them trainable."""
+        """Keep frozen factors frozen.
+
+        PEFT 0.21.2 makes new parameters here, all of them trainable.
+        """
         trains = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
         for name, parameter in self.named_parameters():
@@ -119,7 +130,10 @@ class MaloraModel(BaseTuner):
         return {}
 
     def _group_of(self, key: str) -> ProjectionGroup:
-        """Return the group of the module of this name; one of its own if it reads an input of its own."""
+        """Return the group of the module of this name.
+
+        A module that reads an input of its own gets a group of its own.
+        """
         parent, _, name = key.rpartition(".")
         number = next((i for i, names in enumerate(PROJECTION_GROUPS) if name in names), None)
         if number is None:
@@ -155,7 +169,10 @@ class MaloraModel(BaseTuner):
 
 
 def _restore_base_model(model: nn.Module, groups: list[ProjectionGroup]) -> nn.Module:
-    """Free all copies of weights that removed layers have made, and make converted modules plain again."""
+    """Free removed layers' copies of weights, and make converted modules plain again.
+
+    All copies of weights that these layers have made are freed.
+    """
     for group in groups:
         group.clear_caches(include_frozen=True)
     for module in model.modules():

@@ -36,7 +36,7 @@ class Routing(NamedTuple):
 
     @property
     def chosen(self) -> Tensor:
-        """Mask of the top k experts, [B, S, N]: 1 for an expert that is used, 0 for the others."""
+        """Mask of the top k experts, [B, S, N]: 1 for a used expert, 0 for the others."""
         return top_k_mask(self.probability, self.top_k)
 
     @property
@@ -46,17 +46,18 @@ class Routing(NamedTuple):
 
     @property
     def gate(self) -> Tensor:
-        """Gate g of equation 4, [B, S, N]: the probability of the top k experts, 0 for the others.
+        """Gate g of equation 4, [B, S, N].
 
-        The gates of a token are not renormalised, so their sum is below 1.
+        It is the probability of the top k experts, and 0 for the others. The gates of a token are not renormalised, so
+        their sum is below 1.
         """
         return self.probability * self.chosen
 
 
 def route(x: Tensor, weight_Nn: Tensor, top_k: int) -> Routing:
-    """Compute softmax(W_g x) for x [..., n], from which the top k experts follow (equation 4).
+    """Compute softmax(W_g x) for x [..., n] (equation 4).
 
-    The softmax is computed in float32, or in the dtype of x if that is wider.
+    The top k experts follow from it. The softmax is computed in float32, or in the dtype of x if that is wider.
     """
     logits = F.linear(x, weight_Nn)
     return Routing(logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)), top_k)
@@ -75,10 +76,11 @@ def top_k_mask(probability: Tensor, top_k: int) -> Tensor:
 
 
 def top_k_indices(probability: Tensor, top_k: int) -> list[Tensor]:
-    """Return the indices of the k largest values of the last dimension, largest first: k tensors [..., 1], int64.
+    """Return the indices of the k largest values of the last dimension.
 
-    Of equal values the first is taken. The k maxima are found one after the other, because a compiler can fuse that
-    with the softmax. `torch.topk` would need kernels of its own.
+    They are k tensors [..., 1], int64, the largest value's first. Of equal values the first is taken. The k maxima are
+    found one after the other, because a compiler can fuse that with the softmax. `torch.topk` would need kernels of its
+    own.
     """
     remaining = probability.detach()
     expert = torch.arange(probability.shape[-1], device=probability.device)
@@ -92,10 +94,10 @@ def top_k_indices(probability: Tensor, top_k: int) -> list[Tensor]:
 
 @dataclass
 class RoutingLog:
-    """Switch that tells the layers of a model whether to keep their routing. All layers of a model share one.
+    """Switch that tells the layers of a model whether to keep their routing.
 
-    Layers record only while the model's own `forward` runs. Gradient checkpointing runs a layer a second time during
-    `backward`. If that pass were recorded, its activations would never be freed.
+    All layers of a model share one. Layers record only while the model's own `forward` runs. Gradient checkpointing
+    runs a layer a second time during `backward`. If that pass were recorded, its activations would never be freed.
 
     Attributes:
         attention_mask: Mask of the last forward pass, [B, S]; None if every token counts.

@@ -1,4 +1,7 @@
-"""Former name of the analysis functions. Use `malora.analysis`; this module goes in the next version."""
+"""Former name of the analysis functions.
+
+Use `malora.analysis`; this module goes in the next version.
+"""
 
 import warnings
 

@@ -1,4 +1,7 @@
-"""AI2 ARC: grade-school science questions with three to five choices (arXiv 1803.05457)."""
+"""AI2 ARC: grade-school science questions (arXiv 1803.05457).
+
+They have three to five choices.
+"""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ Item = Question | Exercise
 
 
 def _normalize(text: str) -> str:
-    """Return the lower-case letters and digits of a text, with one space between words."""
+    """Return a text's lower-case letters and digits, with one space between words."""
     return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()
 
 
@@ -97,7 +97,10 @@ class Example:
 
 @dataclass(frozen=True)
 class WrittenExample(Example):
-    """A formatted exercise: its only choice is the answer to learn, and the text ends after it."""
+    """A formatted exercise with the answer to learn as its only choice.
+
+    The text ends after the answer.
+    """
 
     references: tuple[str, ...] = ()
 
@@ -247,7 +250,9 @@ MAX_DOMAIN_VALIDATION_ITEMS = 150
 
 @dataclass(frozen=True)
 class Domain:
-    """Data sets that are trained on together. Validation scores the likelihood of their answers.
+    """Data sets that are trained on together.
+
+    Validation scores the likelihood of their answers.
 
     Attributes:
         name: Name in commands and records.

@@ -1,4 +1,7 @@
-"""BoolQ: yes-or-no questions about a passage (arXiv 1905.10044). Its test labels are not published."""
+"""BoolQ: yes-or-no questions about a passage (arXiv 1905.10044).
+
+Its test labels are not published.
+"""
 
 from __future__ import annotations
 

@@ -85,7 +85,10 @@ def _keys(items: dict[str, list[Item]]) -> set[str]:
 
 
 def _drop(keys: set[str], items: dict[str, list[Item]]) -> tuple[dict[str, list[Item]], dict[str, int]]:
-    """Drop the items with these keys; return the remaining items and the number dropped, both by task."""
+    """Drop the items with these keys.
+
+    The remaining items and the number dropped are returned, both by task.
+    """
     kept = {name: [item for item in of_task if item.key not in keys] for name, of_task in items.items()}
     return kept, {name: len(of_task) - len(kept[name]) for name, of_task in items.items()}
 

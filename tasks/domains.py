@@ -1,7 +1,8 @@
-"""Training data of the inter-domain mixtures: six domains, from the paper's data sets or from open stand-ins.
+"""Training data of the inter-domain mixtures: six domains.
 
-The stand-in of a domain is the open share of the paper's own data set, followed by the most similar open data sets. A
-domain has the same name and title in PAPER and in OPEN, so their tables have the same columns.
+The data are the paper's data sets or open stand-ins. The stand-in of a domain is the open share of the paper's own data
+set, followed by the most similar open data sets. A domain has the same name and title in PAPER and in OPEN, so their
+tables have the same columns.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""E2E NLG: restaurant attributes to put into words, with several references per test item (arXiv 1706.09254)."""
+"""E2E NLG: restaurant attributes to put into words (arXiv 1706.09254).
+
+Each test item has several references.
+"""
 
 from __future__ import annotations
 

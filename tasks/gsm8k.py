@@ -1,4 +1,7 @@
-"""GSM8K: grade-school word problems with worked solutions (arXiv 2110.14168), scored by the last number written."""
+"""GSM8K: grade-school word problems with worked solutions (arXiv 2110.14168).
+
+They are scored by the last number written.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ from tasks.metrics import LAST_NUMBER
 
 
 def parse_record(record: Record) -> Exercise:
-    """Parse a record of the hub or of a folder; remove the calculator annotations (`<<1+1=2>>`)."""
+    """Parse a record of the hub or of a folder.
+
+    The calculator annotations (`<<1+1=2>>`) are removed.
+    """
     solution = re.sub(r"<<.*?>>", "", record["answer"])
     return Exercise(record["question"].strip(), solution, (solution.rpartition("####")[2].strip(),))
 

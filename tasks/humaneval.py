@@ -1,4 +1,7 @@
-"""HumanEval: Python functions to complete from signature and docstring, then tested (arXiv 2107.03374)."""
+"""HumanEval: Python functions to complete (arXiv 2107.03374).
+
+They are completed from signature and docstring, then tested.
+"""
 
 from __future__ import annotations
 

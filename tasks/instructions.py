@@ -1,4 +1,7 @@
-"""Instruction data sets for training: the paper's own, and open data sets in their place."""
+"""Instruction data sets for training.
+
+They are the paper's own, and open data sets in their place.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ ALPACA: tuple[FieldNames, str] = (("instruction", "input"), "output")
 
 
 def make_parser(text: FieldNames, answer: str, context: str = "") -> Callable[[Record], Exercise | None]:
-    """Make a function that parses records with these fields and drops those without a question or an answer.
+    """Make a function that parses records with these fields.
+
+    It drops records without a question or an answer.
 
     Args:
         text: Names of the fields with the instruction; only the first one is required.

@@ -1,7 +1,7 @@
-"""MedMCQA: questions of Indian medical entrance exams with four choices (arXiv 2203.14371).
+"""MedMCQA: questions of Indian medical entrance exams (arXiv 2203.14371).
 
-Its test labels are not published, so the paper tests on dev and keeps 2,802 of its items "after cleaning". Our rule
-keeps the same number: of the 2,816 single-choice items, 14 have two equal choices.
+MedMCQA has four choices per question. Its test labels are not published, so the paper tests on dev and keeps 2,802 of
+its items "after cleaning". Our rule keeps the same number: of the 2,816 single-choice items, 14 have two equal choices.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from tasks.base import DataRef, Question, Record, Task
 
 
 def parse_record(record: Record) -> Question | None:
-    """Parse a record of the hub (`cop` is a letter) or of a folder (`cop` counts from 1).
+    """Parse a record of the hub or of a folder.
 
-    Records with several correct choices or with equal choices are dropped.
+    In the hub `cop` is a letter, in a folder it counts from 1. Records with several correct choices or with equal
+    choices are dropped.
     """
     choices = tuple(record[name].strip() for name in ("opa", "opb", "opc", "opd"))
     if record["choice_type"] != "single" or len(set(choices)) < 4:

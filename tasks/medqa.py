@@ -1,4 +1,7 @@
-"""Medical multiple choice for training: MedQA dev and test (arXiv 2009.13081), AfriMed-QA (arXiv 2411.15640)."""
+"""Medical multiple choice for training: MedQA dev and test, and AfriMed-QA.
+
+MedQA is arXiv 2009.13081, AfriMed-QA is arXiv 2411.15640.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ from tasks.base import DataRef, Question, Record, Task
 
 
 def parse_record(record: Record) -> Question | None:
-    """Parse a record; drop the three of AfriMed-QA whose answer is not among their options.
+    """Parse a record, if its answer is among its options.
 
-    The options are a list of "A. text", or texts by letter. The answer is a letter or a text.
+    The three records of AfriMed-QA whose answer is not among their options are dropped. The options are a list of
+    "A. text", or texts by letter. The answer is a letter or a text.
     """
     options = record["options"]
     if isinstance(options, list):

@@ -1,5 +1,6 @@
-"""Financial PhraseBank: the sentiment of a sentence of financial news (arXiv 1307.5336).
+"""Financial PhraseBank: the sentiment of sentences of financial news.
 
+The data set is published in arXiv 1307.5336.
 The paper uses the 3,453 sentences on which at least three quarters of the annotators agree.
 """
 

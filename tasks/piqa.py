@@ -1,4 +1,7 @@
-"""PIQA: the better of two ways to an everyday goal (arXiv 1911.11641). Its test labels are not published."""
+"""PIQA: the better of two ways to an everyday goal (arXiv 1911.11641).
+
+Its test labels are not published.
+"""
 
 from __future__ import annotations
 

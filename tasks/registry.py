@@ -73,7 +73,10 @@ _BLENDS = (
 
 
 def _single_tasks_of(blend: Mixture) -> list[Mixture]:
-    """Return a mixture for each domain, or else each task, of a blend (the paper's "ST")."""
+    """Return a mixture for each domain, or else each task, of a blend.
+
+    It is the paper's "ST".
+    """
     if blend.domains:
         return [
             replace(blend, name=f"{blend.name}/{domain.name}", tasks=domain.tests, domains=(domain,))

@@ -1,4 +1,7 @@
-"""Sources of records: the Hugging Face hub, a folder of `*.jsonl.gz` files, or a generator."""
+"""Sources of records: the Hugging Face hub, a folder, or a generator.
+
+The files of a folder are `*.jsonl.gz`.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +101,9 @@ def _load_from_hub(ref: DataRef, split: str) -> list[Record]:
 
 @dataclass(frozen=True)
 class Generator:
-    """The generator of the procedural tasks. Its records do not depend on a run's seed.
+    """The generator of the procedural tasks.
+
+    Its records do not depend on a run's seed.
 
     Attributes:
         sizes: Number of records per task for each split.

@@ -1,4 +1,7 @@
-"""Small models of several architectures, built in memory. No test downloads anything."""
+"""Small models of several architectures, built in memory.
+
+No test downloads anything.
+"""
 
 import gc
 import os
@@ -32,7 +35,10 @@ SHAPES = {
 
 
 def pytest_collection_finish(session):
-    """Exempt what the imports made from later garbage collections, which would each take a third of a second."""
+    """Exempt objects that the imports made from later garbage collections.
+
+    With them, each collection would take a third of a second.
+    """
     gc.collect()
     gc.freeze()
 

@@ -1,4 +1,7 @@
-"""A small data folder for the `inter-open` mixture: every file it reads, with the publisher's fields."""
+"""A small data folder for the `inter-open` mixture.
+
+It has every file that the mixture reads, with the publisher's fields.
+"""
 
 import gzip
 import json

@@ -1,4 +1,7 @@
-"""Commands of `python -m bench`. They compose the other packages and contain no logic of their own."""
+"""Commands of `python -m bench`.
+
+They compose the other packages and contain no logic of their own.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +104,10 @@ def make_table(options: argparse.Namespace) -> int:
 
 
 def _count_jobs(options: argparse.Namespace, setting: RunSettings) -> int:
-    """Return the number of runs at a time: 1 under `accelerate launch`, whose processes share a run."""
+    """Return the number of runs at a time.
+
+    The number is 1 under `accelerate launch`, whose processes share a run.
+    """
     if processes().num_processes > 1:
         return 1
     return options.jobs or (_count_cores() if setting.device.type == "cpu" else 1)
@@ -167,14 +173,19 @@ def score_adapter(options: argparse.Namespace) -> int:
 
 
 def _print_scores(scores: Mapping[str, TaskScore]) -> None:
-    """Print a line per task: percent, half the width of the 95% interval, metric and number of items."""
+    """Print a line per task.
+
+    A line has percent, half the width of the 95% interval, metric and number of items.
+    """
     for task, result in scores.items():
         half = f" ± {196 * result.stderr:.1f}" if result.stderr is not None else ""
         print(f"{task:16} {100 * result.value:5.1f}{half}  ({result.metric}, {result.n} items)")
 
 
 def write_leaderboards(options: argparse.Namespace) -> int:
-    """Write all pages in results/ and the README's tables, or with `--check` only compare them.
+    """Write all pages in results/ and the README's tables.
+
+    With `--check`, only compare them.
 
     Returns:
         1 if `--check` finds a page that does not agree with the records, else 0.
@@ -217,7 +228,10 @@ def write_report(options: argparse.Namespace) -> int:
 
 
 def publish_records(options: argparse.Namespace) -> int:
-    """Copy records that may be published to results/, and print the reason for each that may not."""
+    """Copy records that may be published to results/.
+
+    Print the reason for each record that may not be published.
+    """
     source, published = options.results or LOCAL / options.profile, store.RESULTS / options.profile
     if not (source / "runs").is_dir():
         raise UserError(f"{source} has no records, because it has no folder runs; name another folder as --results.")

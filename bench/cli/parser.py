@@ -51,7 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Make the parser of all commands. Each command sets `command`, a function of the options."""
+    """Make the parser of all commands.
+
+    Each command sets `command`, a function of the options.
+    """
     parser = argparse.ArgumentParser(prog="python -m bench", description=DESCRIPTION)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, experiment in EXPERIMENTS.items():

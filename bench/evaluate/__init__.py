@@ -1,1 +1,4 @@
-"""Score a model with lm-eval, generate and grade answers, and analyze trained adapters."""
+"""Scoring of a model with lm-eval, and analysis of trained adapters.
+
+This package also generates and grades answers.
+"""

@@ -1,7 +1,8 @@
-"""Analyze a routed adapter at the end of its training: the section `inside` of its record.
+"""Analysis of a routed adapter at the end of its training.
 
-Records do not keep weights. This section keeps means over modules, by decoder layer where layers differ. Routing is
-measured on some validation prompts of each task. Everything else is computed from the factors.
+The analysis is the section `inside` of the adapter's record. Records do not keep weights. This section keeps means over
+modules, by decoder layer where layers differ. Routing is measured on some validation prompts of each task. Everything
+else is computed from the factors.
 
 Shapes: N experts, "layers" decoder layers. An expert has two projections: "A", its down projection, and "B", its up
 projection.
@@ -87,7 +88,10 @@ def _spectra(now: Experts) -> dict[str, dict[str, Any]]:
 
 
 def _columns(lists: list[list[float]]) -> list[list[float]]:
-    """Return the first values of all lists, then the second values, and so on; lists may differ in length."""
+    """Return the first values of all lists, then the second values, and so on.
+
+    The lists may differ in length.
+    """
     return [[v for v in column if v is not None] for column in itertools.zip_longest(*lists)]
 
 
@@ -153,7 +157,10 @@ def _router_stats(
 
 
 def _task_information(shares: np.ndarray) -> float:
-    """Compute the mutual information of task and expert in nats from shares of the assignments [tasks, N]."""
+    """Compute the mutual information of task and expert in nats.
+
+    It is computed from shares of the assignments [tasks, N].
+    """
     return _entropy(shares.mean(0)) - float(np.mean([*map(_entropy, shares)]))
 
 
@@ -163,11 +170,14 @@ def _entropy(shares: np.ndarray) -> float:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    """Average the values that are not None: a zero matrix, for example, has no stable rank. None if there are none."""
+    """Average the values that are not None, or return None if there are none.
+
+    A zero matrix, for example, has no stable rank.
+    """
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
 
 
 def _layer(module: str) -> int:
-    """Return the number of the decoder layer, which is the first number in a module's name."""
+    """Return the decoder layer's number: the first number in a module's name."""
     return next((int(part) for part in module.split(".") if part.isdigit()), 0)

@@ -92,7 +92,9 @@ def _decode_batch(
 
 
 class _Decoder:
-    """The state of a batch, in tensors that stay where they are, so that a CUDA graph can be replayed on them.
+    """The state of a batch, in tensors that stay where they are.
+
+    A CUDA graph can therefore be replayed on them.
 
     Args:
         model: Model to decode with.

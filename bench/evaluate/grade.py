@@ -18,7 +18,10 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def last_number(text: str) -> Decimal | None:
-    """Return the last number in a text, or None. "1,000" and "1000.0" are the same number."""
+    """Return the last number in a text, or None.
+
+    "1,000" and "1000.0" are the same number.
+    """
     found = _NUMBER.findall(text)
     return Decimal(found[-1].replace(",", "")) if found else None
 
@@ -29,7 +32,10 @@ def grade_numbers(answers: list[str], references: list[References]) -> list[floa
 
 
 def grade_rouge(answers: list[str], references: list[References]) -> list[float]:
-    """Compute the F1 score of ROUGE-L against the best reference (the package rouge-score, without stemming)."""
+    """Compute the F1 score of ROUGE-L against the best reference.
+
+    The score is from the package rouge-score, without stemming.
+    """
     scorer = RougeScorer(["rougeL"])
     return [scorer.score_multi(r, a)["rougeL"].fmeasure for a, r in zip(answers, references, strict=True)]
 

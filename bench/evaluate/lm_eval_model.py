@@ -1,4 +1,7 @@
-"""A language model for lm-eval that computes logits at label positions only and generates with CUDA graphs."""
+"""A language model for lm-eval that computes logits at label positions only.
+
+It generates with CUDA graphs.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +87,10 @@ class LabelPositionLM(HFLM):  # type: ignore[misc, unused-ignore]  # lm_eval has
         return answers
 
     def _chunks(self, inputs: list[Tokens], count_labels: Callable[[Tokens], int]) -> Iterator[list[Tokens]]:
-        """Split the inputs into chunks of at most a batch and at most MAX_LABELS labels, or of one input."""
+        """Split the inputs into chunks of at most a batch.
+
+        A chunk has at most MAX_LABELS labels, or is one input.
+        """
         chunk: list[Tokens] = []
         total = 0
         for ids in inputs:
@@ -98,7 +104,10 @@ class LabelPositionLM(HFLM):  # type: ignore[misc, unused-ignore]  # lm_eval has
             yield chunk
 
     def generate_until(self, requests: list[Instance], *args: Any, **options: Any) -> list[str]:
-        """Generate a continuation of each request's context, up to the first of its stop strings."""
+        """Generate a continuation of each request's context.
+
+        A continuation goes up to the first of the request's stop strings.
+        """
         answers = [""] * len(requests)
         groups: dict[tuple[tuple[str, ...], int], list[int]] = defaultdict(list)  # numbers of requests by their options
         for number, request in enumerate(requests):

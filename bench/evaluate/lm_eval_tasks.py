@@ -40,7 +40,9 @@ def choice_config(name: str, examples: Sequence[Example], metric: str) -> dict[s
 
 
 def likelihood_config(name: str, examples: Sequence[Example], language_model: HFLM) -> dict[str, Any]:
-    """Configure a task whose metric is the geometric mean of the probabilities of a label's tokens.
+    """Configure a task that is scored by the probabilities of a label's tokens.
+
+    Its metric is their geometric mean.
 
     Args:
         name: Name of the task.

@@ -34,7 +34,9 @@ Outcomes = dict[str, list[float]]
 
 
 def require_scoring(tasks: Iterable[str], unsafe_code: bool = False) -> None:
-    """Check that these tasks can be scored on this machine, before a run spends time on training.
+    """Check that these tasks can be scored on this machine.
+
+    The check comes before a run spends time on training.
 
     Raises:
         UserError: A task runs generated programs, and bubblewrap cannot make a sandbox for them.
@@ -126,5 +128,5 @@ def _outcome(value: Any) -> float:
 
 
 def _number(value: Any) -> float | None:
-    """Return None for "N/A", which lm-eval writes as the standard error of a single item."""
+    """Return None for "N/A", lm-eval's standard error of a single item."""
     return float(value) if isinstance(value, float) else None

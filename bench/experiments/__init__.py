@@ -1,1 +1,4 @@
-"""Describe the experiments: profiles, methods at a profile's size, and the registry of tables and figures."""
+"""Profiles, methods at a profile's size, and the registry of tables and figures.
+
+They describe the experiments.
+"""

@@ -15,7 +15,9 @@ from tasks import MIXTURES, Generator, Hub, Source
 
 @dataclass(frozen=True)
 class Profile:
-    """The size of an experiment. Unless said otherwise its values are the paper's for tasks (intra-domain).
+    """The size of an experiment.
+
+    Unless said otherwise its values are the paper's for tasks (intra-domain).
 
     Attributes:
         name: Name of the profile.
@@ -64,7 +66,10 @@ class Profile:
     threads: int | None = None
 
     def on(self, mixture: str) -> Profile:
-        """Return the profile for a mixture. The paper trains longer on domains, with another learning rate."""
+        """Return the profile for a mixture.
+
+        The paper trains longer on domains, with another learning rate.
+        """
         return replace(self, **self.inter) if MIXTURES[mixture].domains else self
 
 

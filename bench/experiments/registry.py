@@ -1,4 +1,6 @@
-"""EXPERIMENTS: the paper's tables and figures as lists of runs. The one place to add an experiment.
+"""EXPERIMENTS: the paper's tables and figures as lists of runs.
+
+This is the one place to add an experiment.
 
 Learning rates are tuned for the methods in SWEPT only, over the same grid. Every other table row uses the rate of the
 method that it is a variant of. Tuning all 16 settings of β and d in Table 12 would cost five times the table. Tuning
@@ -128,7 +130,10 @@ def tuning_groups_of(entries: Iterable[TableEntry]) -> list[str]:
 
 
 def open_data_mixture(mixture: str) -> str:
-    """Return the mixture to use with `--data`: freely licensed data instead of the hub's, where there is a choice."""
+    """Return the mixture to use with `--data`.
+
+    It is freely licensed data instead of the hub's, where there is a choice.
+    """
     name, slash, part = mixture.partition("/")
     return OPEN.get(name, name) + slash + part
 
@@ -139,7 +144,10 @@ def single_task_mixtures(mixture: str) -> list[str]:
 
 
 def _sized(method: str, r: int, d: int | None = None, **options: Any) -> dict[str, Any]:
-    """Return options that give a method these ranks at its usual scaling; the method's defaults are left out."""
+    """Return options that give a method these ranks at its usual scaling.
+
+    The method's defaults are left out.
+    """
     usual = vars(malora.make_config(method))
     options |= {} if r == usual["r"] else {"r": r, "lora_alpha": 2 * r}
     return options | ({} if d is None or d == usual["d"] else {"d": d})

@@ -15,7 +15,9 @@ from bench.errors import UserError
 
 
 def add_adapter(model: PreTrainedModel, method: str, options: dict[str, Any], seed: int) -> PeftModel:
-    """Add a new adapter to a base model, whose frozen layers are then optimized for speed.
+    """Add a new adapter to a base model.
+
+    The base model's frozen layers are then optimized for speed.
 
     Args:
         model: The base model.

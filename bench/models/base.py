@@ -73,7 +73,9 @@ def _fetch_from_hub(model: str) -> BaseModel:
 
 
 def load(base: BaseModel, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a frozen base model, in bfloat16 on a GPU and in float32 on a CPU, and its tokenizer.
+    """Load a frozen base model and its tokenizer.
+
+    The model is in bfloat16 on a GPU and in float32 on a CPU.
 
     Raises:
         UserError: The folder is not a complete causal language model.
@@ -93,7 +95,7 @@ def load(base: BaseModel, device: torch.device) -> tuple[PreTrainedModel, PreTra
 
 
 def targets(base: BaseModel) -> list[str]:
-    """Return the names of the modules to adapt: the paper's Q, K, V, Up, Down and Gate.
+    """Return the names of modules to adapt: the paper's Q, K, V, Up, Down and Gate.
 
     Raises:
         UserError: The names are unknown for models of this type.

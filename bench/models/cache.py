@@ -1,4 +1,7 @@
-"""The cache folder of base models that are made here: `$MALORA_CACHE`, or `~/.cache/malora`."""
+"""The cache folder of base models that are made here.
+
+It is `$MALORA_CACHE`, or `~/.cache/malora`.
+"""
 
 from __future__ import annotations
 

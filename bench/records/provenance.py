@@ -37,7 +37,10 @@ def commit_of(sources: str, likely: str | None) -> str | None:
 
 
 def provenance(device: torch.device, jobs: int) -> Provenance:
-    """Describe the code, the packages and the machine of a run, of which `jobs` share the machine."""
+    """Describe the code, the packages and the machine of a run.
+
+    `jobs` is the number of runs that share the machine.
+    """
     commit, dirty = _git_state()
     return Provenance(
         time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -80,7 +83,10 @@ def _cpu_name() -> str:
 
 @cache
 def _git_state() -> tuple[str | None, bool | None]:
-    """Return the commit and whether the sources differ from it, or (None, None) without a git history."""
+    """Return the commit and whether the sources differ from it.
+
+    The result is (None, None) without a git history.
+    """
     try:
         commit = _git("rev-parse", "HEAD").strip()
         return commit, bool(_git("status", "--porcelain", "--", *SOURCES).strip())
@@ -94,14 +100,17 @@ def _git(*arguments: str) -> str:
 
 @cache
 def source_hash() -> str:
-    """Return the hex sha256 over names and contents of the Python sources in the working tree."""
+    """Return the hex sha256 of the Python sources in the working tree.
+
+    The hash is over names and contents.
+    """
     paths = sorted(path for name in SOURCES for path in (ROOT / name).rglob("*.py"))
     return _hash_sources((path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")) for path in paths)
 
 
 @cache
 def source_hash_of(commit: str) -> str | None:
-    """Return `source_hash` of a commit, or None if this clone does not have the commit."""
+    """Return `source_hash` of a commit, or None if this clone does not have it."""
     try:
         names = _git("ls-tree", "-r", "--name-only", commit, "--", *SOURCES).splitlines()
         names = sorted((n for n in names if n.endswith(".py")), key=lambda name: ROOT / name)

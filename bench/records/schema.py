@@ -1,7 +1,7 @@
-"""Typed contents of a record: a run's configuration, its sections, and speed measurements.
+"""Typed contents of a record.
 
-Every section is validated when it is made or read. Unknown is None. A field that an older record lacks stays unset, and
-is not written.
+They are a run's configuration, its sections, and speed measurements. Every section is validated when it is made or
+read. Unknown is None. A field that an older record lacks stays unset, and is not written.
 """
 
 from __future__ import annotations
@@ -89,7 +89,10 @@ class RunConfig(Section):
         return f"{self.mixture.replace('/', '-')}-{self.format}-{self.method}{rate}-s{self.seed}-{self.hash[:8]}"
 
     def config_key_without(self, *fields: str) -> tuple[tuple[str, str], ...]:
-        """Return the configuration without the named fields, to find runs that differ only in those."""
+        """Return the configuration without the named fields.
+
+        It serves to find runs that differ only in those.
+        """
         return tuple((name, repr(value)) for name, value in self if name not in fields)
 
 
@@ -151,7 +154,10 @@ class DataSection(Section):
 
 
 class CurvePoint(Section):
-    """Means over the last ten steps of the training loop; None where they were not finite."""
+    """Means over the last ten steps of the training loop.
+
+    They are None where they were not finite.
+    """
 
     step: int
     loss: Number | None
@@ -254,7 +260,9 @@ class Routing(Section):
 
 
 class InsideSection(Section):
-    """Analysis of a trained adapter with a router; see `bench.evaluate.adapter_analysis`.
+    """Analysis of a trained adapter with a router.
+
+    See `bench.evaluate.adapter_analysis`.
 
     Attributes:
         similarity: By compared experts (within, start, ST(S), ST(D)) and statistic (mean, mean_square).
@@ -318,7 +326,10 @@ class Record(RunSections):
         return self.config.max_steps is None and self.config.max_items is None
 
     def mean(self, split: Split = "test") -> float | None:
-        """Return the mean over tasks of a split's scores in percent, or None without scores."""
+        """Return the mean over tasks of a split's scores in percent.
+
+        It is None without scores.
+        """
         scores = self.test if split == "test" else self.validation
         return 100 * sum(score.value for score in scores.values()) / len(scores) if scores else None
 

@@ -1,7 +1,8 @@
-"""Read, write and publish records. Only this package reads or writes the records below `results/`.
+"""Reading, writing and publishing of records.
 
-A folder of results has `runs/<id>.json` and, for each run, `runs/<id>.items.csv.gz` with the outcome of every test
-item. A record is written once: first the items, then the JSON file.
+Only this package reads or writes the records below `results/`. A folder of results has `runs/<id>.json` and, for each
+run, `runs/<id>.items.csv.gz` with the outcome of every test item. A record is written once: first the items, then the
+JSON file.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ ITEM_COLUMNS = ("task", "item", "correct")
 
 
 class _RunFile(RunSections):
-    """Contents of `runs/<id>.json`: the sections, and fields that must agree with them."""
+    """Contents of `runs/<id>.json`: sections, and fields that must agree with them."""
 
     schema_version: Literal[2] = Field(alias="schema")
     id: str
@@ -133,7 +134,7 @@ def _to_json(section: Any) -> Any:
 
 
 def read(path: Path) -> Record:
-    """Read a record and check that its file name, configuration, scores and items agree.
+    """Read a record; check that its file name, configuration, scores and items agree.
 
     Raises:
         UserError: the file or its items file is broken, of another schema, or contradicts itself.
@@ -168,7 +169,10 @@ def _require_schema(path: Path, text: str, schema: int) -> None:
 
 
 def _require_sections(content: _RunFile) -> None:
-    """Check that no field is missing, and that a run that ended well has the sections of one."""
+    """Check that no field is missing.
+
+    A run that ended well must have the sections of one.
+    """
     missing = _RunFile.model_fields.keys() - content.model_fields_set - LATER_FIELDS
     if content.status == "ok":
         is_base = content.config.learning_rate is None

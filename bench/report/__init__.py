@@ -1,1 +1,4 @@
-"""Tables, pages and figures from records. Nothing here trains, evaluates or measures."""
+"""Tables, pages and figures from records.
+
+Nothing here trains, evaluates or measures.
+"""

@@ -1,4 +1,4 @@
-"""Markdown of the claims: a table of all, a page per claim, and the few on the README."""
+"""Markdown of claims: a table of all, a page per claim, and the few on the README."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def front_page_claims(found: Sequence[Claim]) -> str:
 
 
 def claim_page(claim: Claim) -> str:
-    """Return the page of one claim: its test, its values, the interval and the records."""
+    """Return the page of a claim: its test, its values, the interval and the records."""
     facts = f"The paper ({claim.source}): {claim.paper}."
     first = claim.claim[0]
     title = f"# {first.upper() if first.isascii() else first}{claim.claim[1:]}"

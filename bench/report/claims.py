@@ -114,7 +114,10 @@ class _Tested:
 
 
 def claims(records_by_profile: Mapping[str, Sequence[Record]], speeds: Sequence[SpeedRecord]) -> list[Claim]:
-    """Return every claim that we test with its verdict, in the paper's order of importance."""
+    """Return every claim that we test with its verdict.
+
+    The claims are in the paper's order of importance.
+    """
     tables = _Tables(records_by_profile)
     better = partial(_better, tables)
     found = [
@@ -158,7 +161,10 @@ class _Tables:
         return self._rows[name, profile]
 
     def find(self, name: str, titles: Sequence[str]) -> tuple[str, list[TableRow]] | None:
-        """Return these rows and their profile, the largest one that has scores of all of them."""
+        """Return these rows and their profile.
+
+        The profile is the largest one that has scores of all of them.
+        """
         for profile in EVIDENCE:
             found = self.rows(name, profile)
             if all(title in found and found[title].records for title in titles):
@@ -169,7 +175,10 @@ class _Tables:
 def _better(
     tables: _Tables, key: str, table: str, first: str, second: str, text: str, bound: float = 0.0
 ) -> Claim | _Tested:
-    """Test whether the second row's mean is above the first's by more than a bound, in points."""
+    """Test whether the second row's mean is above the first's by more than a bound.
+
+    The bound is in points.
+    """
     theirs, experiment = paper()[table], EXPERIMENTS[table]
     claim = Claim(
         text,
@@ -248,7 +257,10 @@ def _ablations(tables: _Tables) -> list[Claim | _Tested]:
 
 
 def _beta(tables: _Tables) -> Claim | _Tested:
-    """Test the paper's β for tasks that differ, 1.25, against 1. Each setting of r and d is a pair, as a seed is."""
+    """Test the paper's β for tasks that differ, 1.25, against 1.
+
+    Each setting of r and d is a pair, as a seed is.
+    """
     experiment, theirs = EXPERIMENTS["table12"], paper()["table12"]
     ones, others = ([e.title for e in experiment.entries if e.options["beta"] == beta] for beta in (1.0, 1.25))
     gains = [theirs[other]["AVG"] - theirs[one]["AVG"] for one, other in zip(ones, others, strict=True)]
@@ -284,7 +296,10 @@ SIMILARITY_KEYS = {"ST(S)": "similarity-one-task", "ST(D)": "similarity-two-task
 
 
 def _similar(tables: _Tables, setting: str) -> Claim | _Tested:
-    """Test whether MoLoRA's down projections are further above chance similarity than its up projections."""
+    """Test the similarity of MoLoRA's down projections against its up projections.
+
+    The test is whether the down projections are further above chance similarity.
+    """
     theirs = paper()["figure2"]
     claim = Claim(
         f"down projections are alike and up projections are not, {setting}",
@@ -332,7 +347,10 @@ def _similarity_claim(
 
 
 def _fewer_parameters(rank: int) -> Claim:
-    """Count the parameters on the paper's backbone, without routers, which the paper leaves out."""
+    """Count the parameters on the paper's backbone, without routers.
+
+    The paper leaves routers out.
+    """
     other = f"MoLoRA r={rank}"
     theirs = paper()["fewer_parameters_pct"][other]
     counts = {"MALoRA": _trainable("malora"), other: _trainable("molora", r=rank, lora_alpha=2 * rank)}
@@ -361,7 +379,10 @@ def _trainable(method: str, **options: int) -> int:
 
 
 def _faster(speeds: Sequence[SpeedRecord], backend: str | None) -> Claim | _Tested:
-    """Test the ratio of MoLoRA's training step to MALoRA's, with one backend or with each method's fastest."""
+    """Test the ratio of MoLoRA's training step to MALoRA's.
+
+    The steps are with one backend or with each method's fastest.
+    """
     theirs = paper()["table10"]
     ratio = theirs["MoLoRA"]["step_s"] / theirs["MALoRA"]["step_s"]
     how = f"both by {backend}" if backend else "each by its fastest backend"
@@ -387,7 +408,10 @@ def _faster(speeds: Sequence[SpeedRecord], backend: str | None) -> Claim | _Test
 
 
 def _speed_claim(claim: Claim, record: SpeedRecord, steps: dict[str, np.ndarray], ratio: float) -> _Tested:
-    """Return a claim about the ratio of two variants' steps, given their seconds by round."""
+    """Return a claim about the ratio of two variants' steps.
+
+    The steps are given as seconds by round.
+    """
     slow, fast = map(np.log, steps.values())
     bound = math.log(round(ratio, 1) - 0.05)  # all that rounds to the paper's figure counts as it
     result = ttest_ind(slow - bound, fast, equal_var=False)

@@ -1,4 +1,7 @@
-"""Three sentences that say what the records show. Every number comes from a record."""
+"""Three sentences that say what the records show.
+
+Every number comes from a record.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,10 @@ def claims_sentence(claims: list[Claim]) -> str:
 
 
 def scores_sentence(published: Iterable[Published]) -> str:
-    """Compare MALoRA with the best method of Table 2, on the largest profile that has it."""
+    """Compare MALoRA with the best method of Table 2.
+
+    The comparison is on the largest profile that has the table.
+    """
     leaderboards = {
         profile: next((section for section in sections if isinstance(section, Leaderboard)), None)
         for profile, experiment, sections in published
@@ -69,7 +75,10 @@ def scores_sentence(published: Iterable[Published]) -> str:
 
 
 def speed_sentence(speeds: list[SpeedRecord]) -> str:
-    """Compare MALoRA's training step with the frozen backbone's by device, and count the goals that are reached."""
+    """Compare MALoRA's training step with the frozen backbone's by device.
+
+    The sentence also counts the goals that are reached.
+    """
     goal = GOALS[0]  # MALoRA's step over the compiled frozen backbone's
     worst = {device: goal.worst_value(values) for device, values in measured(goal, speeds).items() if values}
     if not worst:

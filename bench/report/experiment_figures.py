@@ -45,7 +45,10 @@ def score_figures(experiment: Experiment, rows: list[TableRow], speeds: list[Spe
 
 
 def adapter_figures(experiment: Experiment, rows: list[TableRow]) -> Figures:
-    """Draw the analysis of trained adapters: Figures 2 and 3, and routing, which the paper does not show."""
+    """Draw the analysis of trained adapters.
+
+    It covers Figures 2 and 3, and routing, which the paper does not show.
+    """
     if experiment.figure == "similarity":
         title = "How alike experts are (Figure 2)"
         return _drawn((title, figures.similarity(title, readings(rows, "mean"))))
@@ -96,7 +99,10 @@ def _analyzed(row: TableRow) -> list[Record]:
 
 
 def _adapter_lines(rows: list[TableRow], *path: str) -> list[Line]:
-    """Return a line per run: the values at a path of its analysis, by their place in the list."""
+    """Return a line per run from the values at a path of its analysis.
+
+    The values are drawn by their place in the list.
+    """
     return [
         Line.through(list(enumerate(reading(record.inside, *path))), record)
         for row in rows
@@ -105,7 +111,10 @@ def _adapter_lines(rows: list[TableRow], *path: str) -> list[Line]:
 
 
 def _routing_figures(row: TableRow) -> Figures:
-    """Draw the routing of a row's runs by layer: the busiest expert's share by task, and the load of the experts."""
+    """Draw the routing of a row's runs by layer.
+
+    The figures are the busiest expert's share by task, and the load of the experts.
+    """
     routing = [record.inside.routing for record in _analyzed(row) if record.inside]
     if not routing:
         return []
@@ -145,10 +154,10 @@ def _trainable(row: TableRow) -> int | None:
 def step_seconds(
     found: list[TableRow], speeds: list[SpeedRecord]
 ) -> tuple[str, list[TableRow], Callable[[TableRow], float | None]]:
-    """Return the seconds per training step of each row's adapter, computed in the fastest way.
+    """Return the seconds per training step of each row's adapter.
 
-    They come from the one speed record that has most of the rows. The seconds of training runs are not comparable,
-    because runs may share a machine.
+    The adapter is computed in the fastest way. The seconds come from the one speed record that has most of the rows.
+    The seconds of training runs are not comparable, because runs may share a machine.
 
     Returns:
         A label with the device, the rows, and a function from a row to its seconds; None if they are unknown.

@@ -1,7 +1,8 @@
-"""Figures of the HTML report, as SVG to embed in a page. The same records give the same bytes.
+"""Figures of the HTML report, as SVG to embed in a page.
 
-Text and axes take the page's own colour and font, so a figure is readable on dark and light pages. A method has the
-same colour and marker everywhere, and a mark links to the records that it is computed from.
+The same records give the same bytes. Text and axes take the page's own colour and font, so a figure is readable on dark
+and light pages. A method has the same colour and marker everywhere, and a mark links to the records that it is computed
+from.
 """
 
 from __future__ import annotations
@@ -74,7 +75,10 @@ def _draw(title: str, *panels: Panel, height: float = 2.7) -> str:
 
 
 def _rounded(places: str) -> str:
-    """Round to a hundredth of a point: the digits that matplotlib adds are a third of a figure's bytes."""
+    """Round to a hundredth of a point.
+
+    The digits that matplotlib adds are a third of a figure's bytes.
+    """
     return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", places)
 
 
@@ -121,7 +125,10 @@ def means(
 
 
 def lines(title: str, label: str, panels: dict[str, list[Line]], scale: str = "linear") -> str | None:
-    """Draw lines in panels, keyed by the label of their y axis; None if there are no lines."""
+    """Draw lines in panels, keyed by the label of their y axis.
+
+    Returns None if there are no lines.
+    """
 
     def panel(name: str) -> Panel:
         def draw(axes: Axes) -> None:
@@ -158,7 +165,9 @@ def heat_map(title: str, label: str, columns: Mapping[Any, Sequence[float] | np.
 
 
 def similarity(title: str, readings: dict[tuple[str, str, str], list[tuple[Record, float, float]]]) -> str | None:
-    """Draw the similarity of experts and that of random ones, by projection and setting (Figure 2).
+    """Draw the similarity of experts and that of random ones (Figure 2).
+
+    Both are by projection and setting.
 
     Args:
         title: Title for screen readers.

@@ -86,7 +86,10 @@ def page(records: dict[str, list[Record]], speeds: list[SpeedRecord], claims: li
 def _contents(
     published: list[tuple[str, Experiment, list[Section]]], profiles: Iterable[str], measured: list[SpeedRecord]
 ) -> list[ContentsEntry]:
-    """Return the table of contents: claims, the experiments of each profile, and the speed measurements."""
+    """Return the table of contents.
+
+    It lists the claims, the experiments of each profile, and the speed measurements.
+    """
     of_profiles = [
         ContentsEntry(
             profile,
@@ -152,7 +155,10 @@ def _speed_title(record: SpeedRecord) -> str:
 
 
 def _markdown(text: str) -> Markup:
-    """Return Markdown as HTML, with its headings two levels down and every table in a scrolling container."""
+    """Return Markdown as HTML.
+
+    Its headings are two levels down and every table is in a scrolling container.
+    """
     parser = MarkdownIt("js-default")  # it escapes HTML in its input
     tokens = parser.parse(text)
     for number, token in enumerate(tokens):
@@ -178,7 +184,10 @@ def _embedded(record: Record | SpeedRecord) -> dict[str, Any]:
 
 
 def _packed(value: Any) -> str:
-    """Return a value as base64 of gzipped JSON; records and code are large, and compress well."""
+    """Return a value as base64 of gzipped JSON.
+
+    Records and code are large, and compress well.
+    """
     return base64.b64encode(gzip.compress(json.dumps(value).encode(), mtime=0)).decode()
 
 

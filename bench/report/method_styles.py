@@ -1,4 +1,7 @@
-"""One colour and one marker per method, the same in every figure and table of the reports."""
+"""One colour and one marker per method.
+
+They are the same in every figure and table of the reports.
+"""
 
 from __future__ import annotations
 
@@ -15,5 +18,8 @@ GLYPHS = {"X": "✕", "o": "●", "h": "⬢", "s": "■", "^": "▲", "v": "▼"
 
 
 def style(method: str) -> tuple[str, str]:
-    """Return a method's colour and matplotlib marker; a variant has the colour of its method."""
+    """Return a method's colour and matplotlib marker.
+
+    A variant has the colour of its method.
+    """
     return STYLES.get(method) or (STYLES.get(method.partition("-")[0], STYLES[BASE])[0], "P")

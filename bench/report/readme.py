@@ -21,7 +21,10 @@ END = "end"
 
 
 def published_pages(records: Mapping[str, Sequence[Record]], claims: Sequence[Claim]) -> dict[str, str]:
-    """Return the generated pages by their path in `results/`, from the published records of each profile."""
+    """Return the generated pages by their path in `results/`.
+
+    They are made from the published records of each profile.
+    """
     pages = {f"{profile}/{e.name}.md": render_page(sections) for profile, e, sections in published_sections(records)}
     return pages | claim_files(claims)
 
@@ -54,9 +57,10 @@ def _is_table(selection: Selection) -> bool:
 def fill_readme(
     readme: str, records: Mapping[str, Sequence[Record]], speeds: Sequence[SpeedRecord], claims: Sequence[Claim]
 ) -> str:
-    """Return the README with a new text in each block between a marker and `<!-- end -->`.
+    """Return the README with a new text in each block.
 
-    The markers are `<!-- claims -->`, `<!-- speed -->` and `<!-- EXPERIMENT PROFILE -->`. Other comments stay.
+    A block lies between a marker and `<!-- end -->`. The markers are `<!-- claims -->`, `<!-- speed -->` and
+    `<!-- EXPERIMENT PROFILE -->`. Other comments stay.
 
     Raises:
         UserError: a marker has no end.

@@ -49,12 +49,18 @@ class Mean:
         return f"{self.value:.1f} ± {self.half_width:.1f}"
 
     def interval_of_another(self, seeds: int) -> float:
-        """Return half of the interval in which another mean over this many seeds falls in 95% of cases."""
+        """Return half of the interval in which another mean falls in 95% of cases.
+
+        The other mean is over this many seeds.
+        """
         return self.half_width * math.sqrt(1 + self.seeds / seeds)
 
 
 def mean_over_seeds(outcomes: Sequence[Outcomes]) -> Mean:
-    """Return the mean over tasks and seeds: Student's t over seeds, or the items' standard error with one seed."""
+    """Return the mean over tasks and seeds, with its interval.
+
+    The interval is from Student's t over seeds, or from the items' standard error with one seed.
+    """
     means = [100 * _mean(run) for run in outcomes]
     value, seeds = float(np.mean(means)), len(means)
     if seeds > 1:
@@ -64,21 +70,29 @@ def mean_over_seeds(outcomes: Sequence[Outcomes]) -> Mean:
 
 
 def half_width(values: Sequence[float]) -> float:
-    """Return half of the 95% interval of the mean of two or more runs' values, by Student's t."""
+    """Return half of the 95% interval of the mean of two or more runs' values.
+
+    The interval is by Student's t.
+    """
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return error * float(student.ppf((1 + LEVEL) / 2, len(values) - 1))
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Variance between seeds of a run's mean over tasks, as a share, and its degrees of freedom."""
+    """Variance between seeds of a run's mean over tasks, and its degrees of freedom.
+
+    The mean is a share.
+    """
 
     variance: float
     freedom: int
 
 
 def spread_over_seeds(methods: Iterable[Sequence[Outcomes]]) -> Spread | None:
-    """Return the variance between seeds, pooled over the methods with several; None without one.
+    """Return the variance between seeds, pooled over the methods with several.
+
+    Returns None without such a method.
 
     Args:
         methods: Outcomes by method and seed.
@@ -114,9 +128,10 @@ class Difference:
 
     @property
     def smallest(self) -> float:
-        """The smallest difference, in points, that a two-sided test at 5% shows in 80% of such experiments.
+        """The smallest difference, in points, that a test shows.
 
-        The minimum detectable effect (t(0.975, ν) + t(0.8, ν)) · standard error (Bloom 1995).
+        The test is two-sided at 5%, and shows the difference in 80% of such experiments. It is the minimum detectable
+        effect (t(0.975, ν) + t(0.8, ν)) · standard error (Bloom 1995).
         """
         return self.error * float(student.ppf((1 + LEVEL) / 2, self.freedom) + student.ppf(POWER, self.freedom))
 
@@ -169,7 +184,10 @@ def compare_apart(first: Sequence[Outcomes], second: Sequence[Outcomes], spread:
 def _difference(
     first: Sequence[Outcomes], second: Sequence[Outcomes], of_seeds: float, seed_freedom: int, items_only: bool
 ) -> Difference:
-    """Return the difference, given the variance that comes from the seeds; that of the items is added."""
+    """Return the difference, given the variance that comes from the seeds.
+
+    That of the items is added.
+    """
     if any(_shape(run) != _shape(first[0]) for run in (*first, *second)):
         raise ValueError(UNPAIRED)
     by_task = [

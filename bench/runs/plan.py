@@ -14,7 +14,10 @@ Runs = list[tuple[RunConfig, RunSettings]]
 
 
 def sweep(setting: RunSettings, tuning_groups: Sequence[str]) -> Runs:
-    """Return the runs of a learning-rate sweep: every method at every rate of the profile, with one seed."""
+    """Return the runs of a learning-rate sweep.
+
+    A sweep runs every method at every rate of the profile, with one seed.
+    """
     rates = setting.profile.rates
     return [(make_run_config(setting, method, SWEEP_SEED, rate), setting) for method in tuning_groups for rate in rates]
 
@@ -26,7 +29,9 @@ def plan_runs(
     seeds: int | None,
     tuned: dict[str, float],
 ) -> Iterator[Runs]:
-    """Yield the runs of an experiment in lists, of which each needs the results of the lists before it.
+    """Yield the runs of an experiment in lists.
+
+    Each list needs the results of the lists before it.
 
     A table is one list. It begins with the base. Seeds are the outermost loop, so that an interrupted table compares
     all methods over equally many seeds.

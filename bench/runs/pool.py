@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 
 def run_all(runs: Runs, jobs: int) -> Iterator[Record]:
-    """Make the runs that have no record yet, and yield all records, each as soon as it is there.
+    """Make the runs that have no record yet, and yield all records.
+
+    Each record is yielded as soon as it is there.
 
     A run that finds no memory next to the others is made again by itself at the end.
 
@@ -56,7 +58,7 @@ def run_all(runs: Runs, jobs: int) -> Iterator[Record]:
 
 
 def _run_in_worker(config: RunConfig, setting: RunSettings, jobs: int) -> Record | None:
-    """Make one of several concurrent runs; None if it found no memory next to the others."""
+    """Make one of several concurrent runs; None if the others left too little memory."""
     try:
         return run(config, setting, jobs)
     except torch.OutOfMemoryError:

@@ -32,7 +32,9 @@ from tasks import MIXTURES, Example
 
 
 def run(config: RunConfig, setting: RunSettings, jobs: int = 1) -> Record:
-    """Make a run and return its record, or return the record that the results folder already has.
+    """Make a run and return its record, or return the existing record.
+
+    An existing record is one that the results folder already has.
 
     A run that fails is recorded with its status and error, and nothing is raised. With `accelerate launch` every
     process returns the record that the first one wrote.
@@ -84,7 +86,10 @@ def run(config: RunConfig, setting: RunSettings, jobs: int = 1) -> Record:
 
 
 def _train_and_score(record: Record, setting: RunSettings, checkpoint: Path) -> None:
-    """Fill in the sections of the record, one after the other, so that a failure leaves the earlier ones."""
+    """Fill in the sections of the record, one after the other.
+
+    So a failure leaves the earlier sections in the record.
+    """
     config, profile = record.config, setting.profile
     data = load_data(setting, config.seed)
     base, tokenizer = load(prepare(setting.model), setting.device)
@@ -145,7 +150,10 @@ def _train_section(log: TrainLog) -> TrainSection:
 
 
 def _rounded(value: Any) -> Any:
-    """Round all floats to five digits, to keep the record small; None for those that JSON does not have."""
+    """Round all floats to five digits, to keep the record small.
+
+    Floats that JSON does not have become None.
+    """
     if isinstance(value, dict):
         return {key: _rounded(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
@@ -164,7 +172,7 @@ _ENCODED: dict[tuple[Any, ...], list[Encoded]] = {}  # of the last run: the next
 
 
 def _encoded(setting: RunSettings, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
-    """Tokenize the training examples, or return those of the last run if they are the same."""
+    """Tokenize the training examples, or return the last run's if they are the same."""
     seed = blend_seed(setting, config.seed)
     key = (config.model_hash, setting.mixture_name, setting.source, setting.profile.format, seed, config.max_length)
     if key not in _ENCODED:

@@ -1,4 +1,4 @@
-"""Settings that the runs of an experiment share, and the configuration of each run."""
+"""Settings that an experiment's runs share, and the configuration of each run."""
 
 from __future__ import annotations
 
@@ -60,7 +60,10 @@ class RunSettings:
 
     @property
     def mixture_name(self) -> str:
-        """The mixture to train on: the profile's substitute, if the data come from the profile's source."""
+        """The mixture to train on.
+
+        It is the profile's substitute, if the data come from the profile's source.
+        """
         substitute = self.profile.mixtures.get(self.mixture, self.mixture)
         return substitute if isinstance(self.source, type(self.profile.source)) else self.mixture
 
@@ -127,7 +130,10 @@ def load_data(setting: RunSettings, seed: int) -> MixtureData:
 
 
 def blend_seed(setting: RunSettings, seed: int) -> int:
-    """Return the seed of the draw of examples: 0 for a mixture that takes all examples, else the run's."""
+    """Return the seed of the draw of examples.
+
+    It is 0 for a mixture that takes all examples, else the run's.
+    """
     return 0 if MIXTURES[setting.mixture_name].blend == "size" else seed
 
 

@@ -1,1 +1,4 @@
-"""Tools shared by training, evaluation and speed measurements: attention, logits and timing."""
+"""Tools shared by training, evaluation and speed measurements.
+
+They are attention, logits and timing.
+"""

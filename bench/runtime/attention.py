@@ -38,7 +38,7 @@ def no_attention_mask(model: nn.Module) -> Iterator[None]:
 
 
 def exact_with_masks(device: torch.device) -> AbstractContextManager[None]:
-    """Use only attention kernels with correct gradients under a mask inside the `with` block.
+    """Use only attention kernels with correct gradients under a mask inside `with`.
 
     On a GPU this excludes cuDNN, whose gradients with a mask can be NaN (PyTorch issue 196678).
     """

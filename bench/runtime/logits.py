@@ -19,7 +19,10 @@ from torch import Tensor, nn
 
 
 class _CausalLM(Protocol):
-    """A language model of transformers, or a PEFT model, which passes this method on to its base model."""
+    """A language model of transformers, or a PEFT model.
+
+    A PEFT model passes this method on to its base model.
+    """
 
     def get_output_embeddings(self) -> nn.Linear: ...
 

@@ -1,4 +1,4 @@
-"""The sandbox: a command line for bubblewrap, and a seccomp filter of system calls."""
+"""The sandbox: bubblewrap's command line and a seccomp filter of system calls."""
 
 from __future__ import annotations
 
@@ -59,7 +59,10 @@ def command(folder_bytes: int) -> list[str]:
 
 @cache
 def _find_files() -> tuple[Path, list[str]]:
-    """Return the folder of the standard library, and the shared libraries by the paths that the loader uses."""
+    """Return the standard library's folder, and the shared libraries.
+
+    A shared library is given by the path that the loader uses.
+    """
     library = Path(sysconfig.get_path("stdlib")).resolve()
     binaries = [interpreter(), *map(str, library.glob("lib-dynload/*.so"))]
     listing = subprocess.run(["ldd", *binaries], capture_output=True, text=True).stdout

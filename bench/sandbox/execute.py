@@ -77,7 +77,9 @@ def require_sandbox(unsafe: bool = False) -> None:
 def run_programs(
     programs: Iterable[tuple[str, str]], *, seconds: float = MAX_SECONDS, unsafe: bool = False
 ) -> list[Outcome]:
-    """Run (program, tests) pairs in parallel on all cores of this process, and return outcomes in the same order.
+    """Run (program, tests) pairs in parallel on all cores of this process.
+
+    The outcomes are returned in the order of the pairs.
 
     Args:
         programs: The programs, each with its tests.
@@ -101,7 +103,9 @@ def run_program(
     output_bytes: int = 1 << 20,
     unsafe: bool = False,
 ) -> Outcome:
-    """Run a program, then its tests in the same module; both must end without an exception.
+    """Run a program, then its tests in the same module.
+
+    Both must end without an exception.
 
     Args:
         program: Python source.
@@ -145,7 +149,10 @@ def _limits(seconds: float, memory_bytes: int) -> list[tuple[int, tuple[int, int
 
 
 def _start(report_end: int, secret_end: int, unsafe: bool, stack: contextlib.ExitStack) -> subprocess.Popen[bytes]:
-    """Start an interpreter that waits for a job; `stack` cleans up its folder and pipes."""
+    """Start an interpreter that waits for a job.
+
+    `stack` cleans up its folder and pipes.
+    """
     inherited = [report_end, secret_end]
     wrapper: list[str] = []
     folder = "/"
@@ -180,7 +187,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _watch(process: subprocess.Popen[bytes], report: int, proof: bytes, seconds: float, output_bytes: int) -> Outcome:
-    """Read the output and the report of a program until it passes, ends or exceeds a limit."""
+    """Read a program's output and report until it passes, ends or exceeds a limit."""
     assert process.stdout is not None, "started with a pipe"
     output = process.stdout.fileno()
     received = {output: bytearray(), report: bytearray()}
@@ -225,13 +232,19 @@ def _explain_failure(status: int, report: bytearray, seconds: float) -> Outcome:
 
 
 def _make_printable(content: bytes | bytearray) -> str:
-    """Return at most 300 characters on one line, without characters that could control a terminal."""
+    """Return at most 300 characters on one line, safe to print on a terminal.
+
+    Characters that could control a terminal become spaces.
+    """
     text = content.decode(errors="replace")[:300]
     return "".join(c if c.isprintable() else " " for c in text).strip()
 
 
 def _make_pipe_with(content: bytes, stack: contextlib.ExitStack) -> int:
-    """Return the read end of a pipe with this content, which must be smaller than a pipe's 64 KiB."""
+    """Return the read end of a pipe with this content.
+
+    The content must be smaller than a pipe's 64 KiB.
+    """
     end, other = os.pipe()
     stack.callback(os.close, end)
     with open(other, "wb") as file:

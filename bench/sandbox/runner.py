@@ -1,4 +1,6 @@
-"""The script that the interpreter in the sandbox runs: `python -c SCRIPT REPORT SECRET`.
+"""The script that the interpreter in the sandbox runs.
+
+It is started as `python -c SCRIPT REPORT SECRET`.
 
 REPORT and SECRET are file descriptors, and the job is JSON on standard input. The script is trusted until it writes
 READY. After that the program may change any module, so everything needed later is imported as a name before.

@@ -1,1 +1,4 @@
-"""Speed benchmark: time, memory and kernel launches of a step; run it with `python -m bench.speed`."""
+"""Speed benchmark: time, memory and kernel launches of a step.
+
+Run it with `python -m bench.speed`.
+"""

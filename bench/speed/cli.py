@@ -1,4 +1,4 @@
-"""Benchmark the time, memory and kernel launches of a step, of MALoRA and its baselines.
+"""Benchmark of a step of MALoRA and its baselines: time, memory, kernel launches.
 
 python -m bench.speed --variant malora                   # compared with LoRA and the frozen backbone
 python -m bench.speed --variant all --shape llama2-7b    # Table 10
@@ -148,7 +148,10 @@ def _benchmark(options: argparse.Namespace) -> int:
 def _rows(
     options: argparse.Namespace, work: Workload, device: torch.device, dtype: torch.dtype
 ) -> tuple[Sequence[BenchmarkRow], int | None]:
-    """Return the rows to measure, and the backbone's matmul operations per step, if there is a whole backbone."""
+    """Return the rows to measure, and the backbone's matmul operations per step.
+
+    The operations are None if there is no whole backbone.
+    """
     names = options.variant.split(",")
     shape = SHAPES[options.shape]
     if options.sweep:

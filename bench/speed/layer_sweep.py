@@ -1,4 +1,6 @@
-"""Sweep experts, rank, tokens or top-k of one adapted linear layer, to find where sparse backends overtake dense ones.
+"""Sweeps of the experts, rank, tokens or top-k of one adapted linear layer.
+
+They find where sparse backends overtake dense ones.
 
 Dense work grows with N·r, sparse work with k·r (N experts, r rank, k experts per token). On a GPU every backend that
 can be captured is replayed as a CUDA graph, as `bench` trains a layer. So launch overhead, which the graph of a whole
@@ -33,7 +35,10 @@ RANK, EXPERTS, TOP_K = 8, 8, 2  # of what is not swept: the paper's MoLoRA
 
 
 class SingleLayerRow:
-    """A method on one frozen linear layer: forward, and backward to the input and the adapter's weights."""
+    """A method on one frozen linear layer, forward and backward.
+
+    The backward pass goes to the input and the adapter's weights.
+    """
 
     def __init__(
         self, variant: Variant, value: int, linear: nn.Linear, options: dict[str, Any], work: Workload

@@ -1,4 +1,6 @@
-"""Measure a device: seconds of steps, kernel launches and host synchronisations, and peak rates.
+"""Measurements of a device.
+
+They are the seconds, kernel launches and host synchronisations of steps, and peak rates.
 
 On a GPU time is measured with CUDA events. They are read after all samples, so that timing adds no synchronisation.
 """
@@ -88,7 +90,9 @@ def profile_step(step: Callable[[PhaseCallback], Any], device: torch.device) -> 
 
 
 def backbone_flops(base: PreTrainedModel, work: Workload) -> int | None:
-    """Return the matmul operations of the frozen backbone per step; None for decode, which is bound by memory.
+    """Return the frozen backbone's matmul operations per step; None for decode.
+
+    Decode is bound by memory.
 
     Forward, per token: 2 operations per weight of the linear layers, and 2·S·h per layer for causal attention over S
     tokens of width h. The backward pass to the activations costs the linear layers once more and attention twice more.
@@ -120,7 +124,10 @@ def peak_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def _fastest_seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Return the seconds of the fastest of twenty calls: a peak rate has to be reached only once."""
+    """Return the seconds of the fastest of twenty calls.
+
+    A peak rate has to be reached only once.
+    """
     for _ in range(3):
         run()
 

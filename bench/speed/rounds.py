@@ -38,9 +38,9 @@ Result = dict[str, Any]  # a row of a record, while it is measured
 
 
 class BenchmarkRow(Protocol):
-    """A row of a record, which is measured once per round: a variant, at one value of a sweep.
+    """A row of a record: a variant, at one value of a sweep.
 
-    Between two sessions it keeps its compiled code and gives its device memory back.
+    It is measured once per round. Between two sessions it keeps its compiled code and gives its device memory back.
 
     Attributes:
         about: Fields of the row that are known before it is measured.
@@ -108,7 +108,10 @@ def measure(
 
 
 def _first_pass(row: BenchmarkRow, device: torch.device) -> Result:
-    """Build, compile and profile a row. Halve the micro-batch until training fits into memory."""
+    """Build, compile and profile a row.
+
+    Halve the micro-batch until training fits into memory.
+    """
     result: Result = {"status": "ok", "reason": None, "seconds": {}, "sensors": {}, "peak_bytes": None}
     while True:
         _guarded(result, device, _warm_up, row, result, device)
@@ -166,7 +169,10 @@ def _steps_in(seconds: float, result: Result) -> int:
 
 
 def _guarded(result: Result, device: torch.device, run: Callable[..., None], *arguments: Any) -> None:
-    """Run a pass of a row, turn an exception into the row's status and reason, and free the device's memory."""
+    """Run a pass of a row, and free the device's memory.
+
+    An exception is turned into the row's status and reason.
+    """
     try:
         run(*arguments)
     except torch.OutOfMemoryError as error:

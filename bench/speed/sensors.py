@@ -20,7 +20,10 @@ READINGS: dict[str, Callable[[torch.device], float]] = {
 
 
 class Sensors:
-    """Sample a GPU's sensors inside `with`, in a thread. Without a GPU or `nvidia-ml-py` there are no samples."""
+    """Samples of a GPU's sensors, taken inside `with` in a thread.
+
+    Without a GPU or `nvidia-ml-py` there are no samples.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -49,7 +49,10 @@ class Workload:
     vocab_size: int
 
     def ids(self, batch: int, device: torch.device) -> Tensor:
-        """Return the step's random token ids [micro-batches, batch, length], the same for every variant."""
+        """Return the step's random token ids [micro-batches, batch, length].
+
+        They are the same for every variant.
+        """
         sequences = self.tokens // self.length if self.mode == "train" else batch
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(self.vocab_size, (sequences, self.length), generator=generator)
@@ -127,7 +130,10 @@ class TrainStep:
 
 
 class PrefillStep:
-    """One forward pass without gradients, with logits of the last position only, as before a generation."""
+    """One forward pass without gradients, as before a generation.
+
+    It computes the logits of the last position only.
+    """
 
     def __init__(self, subject: Subject, work: Workload, batch: int) -> None:
         self.model = subject.model

@@ -73,7 +73,10 @@ class Subject:
             malora.optimize_backbone(self.model)
 
     def park(self) -> None:
-        """Move the variant's own tensors to host memory and free everything that was derived from weights."""
+        """Move the variant's own tensors to host memory.
+
+        Everything that was derived from weights is freed.
+        """
         self.kernels.__exit__(None, None, None)
         for tensor in self.own:
             tensor.grad = None
@@ -90,7 +93,10 @@ def _liger_kernels(model: PreTrainedModel, variant: Variant) -> AbstractContextM
 
 
 def _adapt(model: PreTrainedModel, method: str, backend: str | None, dropout: float, dtype: torch.dtype) -> PeftModel:
-    """Put an adapter on the model, with trainable weights in `dtype` and no factor left at zero."""
+    """Put an adapter on the model, with trainable weights in `dtype`.
+
+    No factor is left at zero.
+    """
     options = {"lora_dropout": dropout} | ({"backend": backend} if backend else {})
     torch.manual_seed(0)
     # The paper's initialisation computes an SVD per layer (minutes at 7B) and sets B to zero, unlike any trained
@@ -109,7 +115,10 @@ def _adapt(model: PreTrainedModel, method: str, backend: str | None, dropout: fl
 
 
 def _compile_loss(model: PreTrainedModel) -> None:
-    """Compile the loss. Eager cross entropy writes float32 logits, their softmax and the gradients of both."""
+    """Compile the loss.
+
+    Eager cross entropy writes float32 logits, their softmax and the gradients of both.
+    """
     model.loss_function = torch.compile(model.loss_function)
 
 

@@ -1,8 +1,9 @@
-"""List the variants to benchmark: a frozen backbone alone, or with an adapter that is computed in a given way.
+"""The variants to benchmark: a frozen backbone, alone or with an adapter.
 
-Each variant is one row of the table. It is run in one of three ways. "eager" runs the model as it is. "compiled"
-compiles each decoder layer and the loss with torch.compile. "captured" is compiled and then replayed as a CUDA graph.
-With Liger's kernels no decoder layer is compiled, because they already fuse what the compiler would fuse.
+The adapter is computed in a given way. Each variant is one row of the table. It is run in one of three ways. "eager"
+runs the model as it is. "compiled" compiles each decoder layer and the loss with torch.compile. "captured" is compiled
+and then replayed as a CUDA graph. With Liger's kernels no decoder layer is compiled, because they already fuse what the
+compiler would fuse.
 
 The variants named "floor" are the frozen backbone: a forward pass, and in training a backward pass to the activations.
 No adapter on that backbone can be faster.

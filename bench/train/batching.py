@@ -190,7 +190,10 @@ def collate(
 
 
 def _pack(lengths: list[int], width: int) -> list[list[int]]:
-    """Assign examples to sequences of `width` tokens by first-fit decreasing bin packing; returns their indices."""
+    """Assign examples to sequences of `width` tokens, and return their indices.
+
+    The indices come from first-fit decreasing bin packing.
+    """
     rows: list[list[int]] = []
     free: list[int] = []  # tokens left in each sequence
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -204,7 +207,10 @@ def _pack(lengths: list[int], width: int) -> list[list[int]]:
 
 
 def _make_micro_batch(rows: list[list[Encoded]], pad_id: int, width: int, labels: Tensor, min_targets: int) -> Batch:
-    """Lay the examples of each sequence one after the other, and pad the targets to at least `min_targets`."""
+    """Lay the examples of each sequence one after the other, and pad the targets.
+
+    There are at least `min_targets` targets after padding.
+    """
     ids, position, example = (torch.full((len(rows), width), fill) for fill in (pad_id, 0, 0))
     places = []  # row, column and target of each label token
     for r, codes in enumerate(rows):

@@ -78,7 +78,10 @@ class Checkpoint:
         os.replace(temporary, self.path)
 
     def load(self) -> TrainLog | None:
-        """Restore the saved state and return its log, or None if no checkpoint of this identity exists."""
+        """Restore the saved state and return its log, or None.
+
+        The log is None if no checkpoint of this identity exists.
+        """
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
         except FileNotFoundError:

@@ -177,7 +177,7 @@ class _Trainer:
         return [batch.to(accelerator.device) for batch in micro_batches]
 
     def _read_pending(self) -> None:
-        """Read the losses of the last steps from the device and add their mean to the curve.
+        """Read the last steps' losses from the device and add their mean to the curve.
 
         Raises:
             DivergedError: One of them is not finite.
@@ -217,10 +217,10 @@ def _make_optimizer(model: nn.Module, config: RunConfig, steps: int) -> tuple[to
 
 
 def keep_input_dtype(model: nn.Module, device: torch.device) -> AbstractContextManager[None]:
-    """Stop PEFT's LoRA from casting its inputs, within the returned context and on a GPU.
+    """Stop PEFT's LoRA from casting its inputs, on a GPU.
 
-    PEFT casts inputs to the adapter's float32, and autocast casts them back to bfloat16 at once. DoRA is left alone,
-    because it computes the norms of its weights in the dtype of its inputs.
+    This holds within the returned context. PEFT casts inputs to the adapter's float32, and autocast casts them back to
+    bfloat16 at once. DoRA is left alone, because it computes the norms of its weights in the dtype of its inputs.
     """
     loras = [module for module in model.modules() if isinstance(module, LoraLayer)]
     has_dora = any(module.lora_variant for module in loras)

@@ -118,7 +118,7 @@ class _CapturedMicroBatch:
 
 
 class GraphedStep:
-    """Captures an `EagerStep` as a CUDA graph per shape of a micro-batch, and replays the graphs.
+    """An `EagerStep` captured as a CUDA graph per micro-batch shape, and replayed.
 
     Weights change after a batch and not between its micro-batches, so they are packed once per batch, in a graph of
     their own.
@@ -136,7 +136,10 @@ class GraphedStep:
         self.refresh: Callable[[], None] | None = None  # captured with the first micro-batch
 
     def __call__(self, micro_batches: list[Batch]) -> Losses:
-        """Run all micro-batches of a batch, leave the gradients in the parameters and return the losses."""
+        """Run all micro-batches of a batch and return the losses.
+
+        The gradients are left in the parameters.
+        """
         captured = [self._captured(batch) for batch in micro_batches]
         assert self.refresh is not None, "the first capture sets it"
         self.refresh()

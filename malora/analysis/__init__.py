@@ -1,4 +1,6 @@
-"""Analysis of trained adapters: similarity of the experts, their spectra, and how far a factor moved.
+"""Analysis of trained adapters.
+
+It measures the similarity of the experts, their spectra, and how far a factor moved.
 
     from malora.analysis import means, similarities
 

@@ -1,4 +1,6 @@
-"""Experts of an adapter as plain tensors, for adapters of this package and for PEFT's LoRA.
+"""Experts of an adapter as plain tensors.
+
+The adapters are those of this package and PEFT's LoRA.
 
 Shapes are those of `malora.factors`: n inputs, m outputs, N experts, r rank.
 """
@@ -48,7 +50,9 @@ def extract_experts(model: nn.Module | Experts, adapter: str = "default") -> Exp
 
 
 def load_experts(folder: Path) -> Experts:
-    """Read the experts from a folder that `save_pretrained` wrote, without the base model.
+    """Read the experts from a folder that `save_pretrained` wrote.
+
+    The base model is not needed.
 
     Raises:
         ValueError: The folder has no adapter of this package, or a value is not finite.
@@ -85,7 +89,9 @@ def paired_experts(
 
 
 def projections(factors: Factors) -> Iterator[tuple[str, Tensor, int | None]]:
-    """Yield the down projections as "A" and the transposed up projections as "B", without the scaling.
+    """Yield the down projections and the transposed up projections, without scaling.
+
+    The down projections are named "A", the transposed up projections "B".
 
     Each comes as its name, the matrices of all experts, [N, r, n] or [N, r, m], and the rank of the subspace that the
     experts share (None if they share none).

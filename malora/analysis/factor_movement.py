@@ -1,4 +1,7 @@
-"""Distance between a factor and its start, for example of S after training. Angles need SciPy."""
+"""Distance between a factor and its start, for example of S after training.
+
+Angles need SciPy.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,9 @@ class Movement(NamedTuple):
 def movement(
     model: nn.Module | Experts, start: nn.Module | Experts, adapter: str = "default", *, factor: str = "S"
 ) -> list[Movement]:
-    """Measure how far a factor moved, for each module, and for each expert if each has its own.
+    """Measure how far a factor moved in each module.
+
+    If each expert has its own factor, the result is for each expert too.
 
     A saved adapter does not contain its start. Call `extract_experts` before training, or build the adapter again with
     the same seed, base model and config. Another LAPACK may flip the sign of rows of S. `relative` counts that as
@@ -59,7 +64,10 @@ def movement(
 
 
 def _principal_angles(a: Tensor, b: Tensor) -> list[float]:
-    """Compute the principal angles between the row spaces of two [d, n] matrices, in radians, descending."""
+    """Compute the principal angles between the row spaces of two [d, n] matrices.
+
+    They are in radians, descending.
+    """
     try:
         from scipy.linalg import subspace_angles
     except ImportError as error:

@@ -57,7 +57,9 @@ class Similarity(NamedTuple):
         return float(np.mean(np.power(self.correlations, _POWERS[statistic]))) if self.correlations else None
 
     def chance(self, statistic: str = "mean") -> float | None:
-        """Compute the expected value for random matrices of these ranks; None if an expert is zero.
+        """Compute the expected value for random matrices of these ranks.
+
+        It is None if an expert is zero.
 
         Raises:
             ValueError: The statistic is unknown.
@@ -94,7 +96,7 @@ def canonical_correlations(X: Tensor, Y: Tensor, *, centred: bool = False) -> Te
 
 @cache
 def chance_level(p: int, q: int, n: int, statistic: str = "mean") -> float:
-    """Compute the expected statistic of the canonical correlations of random row spaces.
+    """Compute the expected statistic of random row spaces' canonical correlations.
 
     "mean_square" is exactly max(p, q) / n. "mean" is simulated from a fixed seed; for p = q ≪ n it is near
     0.85 √(p / n). In the paper's Figure 2, the values of B (0.006 to 0.015, read off) are below the chance level of
@@ -128,7 +130,9 @@ def similarities(
     model: nn.Module | Experts, other: nn.Module | Experts | None = None, adapter: str = "default", *,
     centred: bool = False,
 ) -> list[Similarity]:  # fmt: skip
-    """Compare every two experts of each module, or every expert with every expert of another model (Figure 2).
+    """Compare the experts of each module in pairs (Figure 2).
+
+    Compare every two experts of one model, or every expert with every expert of another model.
 
     Experts over a shared S lie in its row space whatever they learn. Within a model their chance level is therefore
     that of d dimensions. Their similarity starts above it, because by equation 9 every P_t emphasises the same rows of
@@ -158,9 +162,10 @@ def similarities(
 
 
 def means(records: list[Similarity], statistic: str = "mean") -> dict[str, tuple[float, float] | None]:
-    """Compute the mean value and the mean chance level of each projection (the bars of Figure 2).
+    """Compute the mean value and the mean chance level of each projection.
 
-    Means are over modules and pairs of experts. A projection whose experts are all zero is None.
+    These are the bars of Figure 2. Means are over modules and pairs of experts. A projection whose experts are all zero
+    is None.
 
     Raises:
         ValueError: The statistic is unknown.

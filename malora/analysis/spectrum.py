@@ -38,15 +38,18 @@ class Spectrum(NamedTuple):
 
     @property
     def effective_rank(self) -> float | None:
-        """Exponential of the entropy of the normalised values (Roy and Vetterli 2007); None for a zero matrix."""
+        """Exponential of the entropy of the normalised values (Roy and Vetterli 2007).
+
+        It is None for a zero matrix.
+        """
         shares = [value / sum(self.values) for value in self.values if value > 0]
         return math.exp(-sum(share * math.log(share) for share in shares)) if shares else None
 
 
 def spectra(model: nn.Module | Experts, adapter: str = "default") -> list[Spectrum]:
-    """Compute the singular values of the stacked experts, for each module and projection (Figure 3).
+    """Compute the singular values of the stacked experts (Figure 3).
 
-    If the experts share S, at most d values are not zero.
+    They are computed for each module and projection. If the experts share S, at most d values are not zero.
 
     Raises:
         ValueError: No module has such an adapter, or a value is not finite.

@@ -37,7 +37,10 @@ from torch.autograd.function import once_differentiable
 
 @triton.jit
 def _add_rms_norm_kernel(x_ptr, residual_ptr, w_ptr, sum_ptr, y_ptr, n, EPS: tl.constexpr, BLOCK: tl.constexpr):
-    """Compute one row of s and y; all matrices are contiguous. BLOCK is a power of two that covers n."""
+    """Compute one row of s and y.
+
+    All matrices are contiguous. BLOCK is a power of two that covers n.
+    """
     row = tl.program_id(0).to(tl.int64) * n
     columns = tl.arange(0, BLOCK)
     mask = columns < n
@@ -56,7 +59,10 @@ def _add_rms_norm_backward_kernel(
     sum_ptr, w_ptr, dy_ptr, dsum_ptr, dx_ptr, n, dy_stride, dsum_stride,
     HAS_DSUM: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute one row of dx. `*_stride` is the number of elements from one row to the next; dx and s are contiguous."""
+    """Compute one row of dx.
+
+    `*_stride` is the number of elements from one row to the next; dx and s are contiguous.
+    """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < n
@@ -101,13 +107,19 @@ class _AddRmsNorm(torch.autograd.Function):
 
 
 def _as_matrix(gradient: Tensor, n: int) -> Tensor:
-    """Return a gradient [..., n] as a matrix whose rows are contiguous, with any row stride."""
+    """Return a gradient [..., n] as a matrix whose rows are contiguous.
+
+    The matrix can have any row stride.
+    """
     matrix = gradient.reshape(-1, n)
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def _launch_options(n: int) -> dict[str, int]:
-    """Return the block that covers a row, and one warp per 512 of its elements, at most 16."""
+    """Return the block that covers a row, and the number of warps.
+
+    There is one warp per 512 elements of the block, at most 16.
+    """
     block = int(triton.next_power_of_2(n))
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
 

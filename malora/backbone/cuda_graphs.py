@@ -67,7 +67,7 @@ def capture_refresh(weights: WeightCache) -> Callable[[], None]:
 
 
 def accumulate_grads(sums: list[Tensor] | None, replayed: list[Tensor], alone: bool) -> list[Tensor]:
-    """Add the gradients of a replayed micro-batch to those of the micro-batches before it.
+    """Add the gradients of a replayed micro-batch to those of the earlier ones.
 
     Args:
         sums: Result of the call for the previous micro-batch; None for the first one.
@@ -89,7 +89,10 @@ def accumulate_grads(sums: list[Tensor] | None, replayed: list[Tensor], alone: b
 
 
 def can_capture(model: nn.Module) -> bool:
-    """Return whether a pass of the model can be captured: it is on a GPU, and its backends never wait for a result."""
+    """Return whether a pass of the model can be captured.
+
+    It can if the model is on a GPU and its backends never wait for a result.
+    """
     backends = {getattr(config, "backend", None) for config in getattr(model, "peft_config", {}).values()}
     is_on_gpu = next(model.parameters()).device.type == "cuda"
     return is_on_gpu and all(BACKENDS[name].graph_safe for name in backends if name is not None)

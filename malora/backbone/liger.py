@@ -1,4 +1,6 @@
-"""Liger's kernels for the frozen parts of one model, with torch's and our own kernels for its norms.
+"""Liger's kernels for the frozen parts of one model.
+
+The norms of the model use torch's and our own kernels.
 
 How it works:
 
@@ -26,7 +28,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaFor
 
 
 class LigerKernels:
-    """Liger's kernels in one model, while it runs inside `with`. A model that Liger does not know stays as it is.
+    """Liger's kernels in one model, while it runs inside `with`.
+
+    A model that Liger does not know stays as it is.
 
     Args:
         model: the base model.
@@ -65,7 +69,7 @@ class LigerKernels:
 
 
 class _Precomputed(NamedTuple):
-    """The output of a norm for a tensor at a version, computed together with that tensor."""
+    """Output of a norm for a tensor at a version, computed together with that tensor."""
 
     of: Tensor
     version: int | None
@@ -78,7 +82,10 @@ def _is_liger_norm(norm: nn.Module) -> bool:
 
 
 def _rms_norm(norm: Any, x: Tensor) -> Tensor:
-    """Return the RMSNorm of x [..., n], computed by torch's kernel or already computed by the layer before."""
+    """Return the RMSNorm of x [..., n].
+
+    Torch's kernel computes it, or the layer before has already computed it.
+    """
     precomputed: _Precomputed | None = norm.precomputed
     norm.precomputed = None
     if precomputed and precomputed.of is x and precomputed.version == _version(x):
@@ -92,7 +99,10 @@ def _version(x: Tensor) -> int | None:
 
 
 def _join_sums_and_norms(model: LlamaForCausalLM) -> None:
-    """Compute each residual sum together with the norm that reads it, the layer's own or the next layer's."""
+    """Compute each residual sum together with the norm that reads it.
+
+    The norm is the layer's own or the next layer's.
+    """
     layers = list(model.model.layers)
     next_norms = [layer.input_layernorm for layer in layers[1:]] + [model.model.norm]
     for layer, norm in zip(layers, next_norms, strict=True):
@@ -103,7 +113,9 @@ def _join_sums_and_norms(model: LlamaForCausalLM) -> None:
 def _decoder_layer(
     layer: Any, original_forward: Callable[..., Tensor], next_norm: Any, hidden_states: Tensor, **options: Any
 ) -> Tensor:
-    """Run a decoder layer. The norm after it finds its output in `next_norm.precomputed`.
+    """Run a decoder layer.
+
+    The norm after it finds its output in `next_norm.precomputed`.
 
     The layer's own second norm is not called where it is computed together with a sum, so its hooks do not run.
     """

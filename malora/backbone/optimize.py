@@ -42,7 +42,10 @@ def optimize_backbone(model: nn.Module) -> None:
 
 
 def restore_backbone(model: nn.Module) -> None:
-    """Undo `optimize_backbone`: weights without padded columns, and plain linear layers."""
+    """Undo `optimize_backbone`.
+
+    The model then has weights without padded columns, and plain linear layers.
+    """
     for module in model.modules():
         restore_linear(module)
         if isinstance(module, MaloraLayer):
@@ -50,7 +53,10 @@ def restore_backbone(model: nn.Module) -> None:
 
 
 def _augment(group: ProjectionGroup) -> None:
-    """Allocate padded columns for the adapter that trains, if all layers of the group compute it by the fused path."""
+    """Allocate padded columns for the adapter that trains.
+
+    This is done only if all layers of the group compute it by the fused path.
+    """
     names = {layer.adapter_for_fused_path() for layer in group.layers}
     name = names.pop() if len(names) == 1 else None
     if name is None:

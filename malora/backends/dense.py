@@ -18,7 +18,10 @@ from malora.routing import Routing
 
 
 def dense(x_Tn: Tensor, routing: Routing | None, factors: Factors, scaling: float) -> Tensor:
-    """Compute the expert sum with all experts at once; see `malora.backends` for arguments and shapes."""
+    """Compute the expert sum with all experts at once.
+
+    See `malora.backends` for arguments and shapes.
+    """
     h_TNr = _down_proj(x_Tn, factors)
     if routing is None:
         h_TNr = h_TNr * scaling

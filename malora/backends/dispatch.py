@@ -1,4 +1,6 @@
-"""Token dispatch: gather the tokens of each expert, one small matmul per expert, scatter the results.
+"""Token dispatch, with one small matmul per expert.
+
+It gathers the tokens of each expert, runs one small matmul per expert, and scatters the results.
 
 FastMoE, which the paper used, and current public mixtures of LoRA experts work like this. The arithmetic is k/N of
 the dense backend's. The cost is data movement, N small matmuls, and a host synchronisation to learn how many tokens
@@ -16,7 +18,10 @@ from malora.routing import Routing
 
 
 def dispatch(x_Tn: Tensor, routing: Routing | None, factors: Factors, scaling: float) -> Tensor:
-    """Compute the expert sum by dispatch; see `malora.backends` for arguments and shapes."""
+    """Compute the expert sum by dispatch.
+
+    See `malora.backends` for arguments and shapes.
+    """
     if routing is None:
         return dense(x_Tn, None, factors, scaling)
     S, S_B, gate_TN = factors.shared_S, factors.S_B, routing.gate

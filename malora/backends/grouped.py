@@ -23,7 +23,10 @@ from malora.routing import Routing
 
 
 def grouped_gemm(x_Tn: Tensor, routing: Routing | None, factors: Factors, scaling: float) -> Tensor:
-    """Compute the expert sum by grouped GEMMs; see `malora.backends` for arguments and shapes."""
+    """Compute the expert sum by grouped GEMMs.
+
+    See `malora.backends` for arguments and shapes.
+    """
     if routing is None:
         return dense(x_Tn, None, factors, scaling)
     k, S, S_B = routing.top_k, factors.shared_S, factors.S_B
@@ -58,7 +61,10 @@ def _sum_over_experts(y_K: Tensor, order_K: Tensor, inverse_K: Tensor, k: int) -
 
 
 class _CopyToExperts(torch.autograd.Function):
-    """Copy tokens to assignments. Its gradient is `_SumOverExperts`, which needs no atomic additions."""
+    """Copy of tokens to assignments.
+
+    Its gradient is `_SumOverExperts`, which needs no atomic additions.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_T: Tensor, order_K: Tensor, inverse_K: Tensor, k: int) -> Tensor:

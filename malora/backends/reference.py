@@ -1,4 +1,7 @@
-"""Equation 5 as a loop over experts. It is slow and simple; the tests compare all other backends with it."""
+"""Equation 5 as a loop over experts.
+
+It is slow and simple; the tests compare all other backends with it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ from malora.routing import Routing
 
 
 def reference(x_Tn: Tensor, routing: Routing | None, factors: Factors, scaling: float) -> Tensor:
-    """Compute the expert sum one expert after the other; see `malora.backends` for arguments and shapes."""
+    """Compute the expert sum one expert after the other.
+
+    See `malora.backends` for arguments and shapes.
+    """
     gate_TN = torch.ones_like(x_Tn[:, :1]) if routing is None else routing.gate
     y_Tm = x_Tn.new_zeros(())
     for t, (down_rn, up_rm) in enumerate(zip(factors.down(), factors.up(), strict=True)):

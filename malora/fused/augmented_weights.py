@@ -32,17 +32,19 @@ MIN_ELEMENTS = 1 << 23
 
 
 def is_profitable(layers: Sequence[FusedLayer]) -> bool:
-    """Return whether one GEMM saves more passes over the outputs than the copy of x costs, by sizes alone.
+    """Return whether one GEMM saves more passes over outputs than the copy of x costs.
 
-    The number of tokens does not count: a weight that a CUDA graph has captured must not move when a larger batch
-    comes.
+    The sizes alone decide. The number of tokens does not count: a weight that a CUDA graph has captured must not move
+    when a larger batch comes.
     """
     n, outputs = layers[0].in_features, sum(layer.out_features for layer in layers)
     return n % 8 == 0 and outputs >= 2 * n and n * outputs >= MIN_ELEMENTS
 
 
 def allocate_padding(layers: Sequence[FusedLayer], cache: GroupWeightCache, H8: int) -> bool:
-    """Move the weights of a group into memory with padded columns for an up projection of total rank H8.
+    """Move the weights of a group into memory with padded columns.
+
+    The columns are for an up projection of total rank H8.
 
     Returns whether they are there now. All weights of the group move, or none does.
     """
@@ -67,7 +69,9 @@ def free_padding(layers: Sequence[FusedLayer], cache: GroupWeightCache) -> None:
 
 
 def augmented_weights(layers: Sequence[FusedLayer], cache: GroupWeightCache, H8: int) -> list[Tensor] | None:
-    """Return the weights of a whole group with their padded columns, [m, n + (g + 1)·H8] of projection g.
+    """Return the weights of a whole group with their padded columns.
+
+    The weight of projection g is [m, n + (g + 1)·H8].
 
     Return None if they have none, if those are for another rank, or if a weight was moved or exchanged since.
     """
@@ -79,7 +83,10 @@ def augmented_weights(layers: Sequence[FusedLayer], cache: GroupWeightCache, H8:
 
 
 def _augmented(layer: FusedLayer, columns: int) -> Tensor | None:
-    """Return a weight with its padded columns, or None if it does not lie where `_move` put it."""
+    """Return a weight with its padded columns.
+
+    Return None if it does not lie where `_move` put it.
+    """
     W = layer.base_layer.weight
     m, n = W.shape
     stayed = W.stride() == (n + columns, 1) and W.untyped_storage().nbytes() == m * (n + columns) * W.element_size()

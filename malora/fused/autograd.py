@@ -1,4 +1,6 @@
-"""Forward and backward of a projection group: frozen layers, routers and experts together.
+"""Forward and backward of a projection group.
+
+Frozen layers, routers and experts are computed together.
 
 How one pass goes, for G projections that read the same input x:
 
@@ -44,7 +46,10 @@ from malora.routing import Routing
 
 
 def forward_group(adapter: GroupAdapter, x: Tensor) -> list[Tensor]:
-    """Return the output [..., m] of each layer for x [..., n], and leave the routing in the layers."""
+    """Return the output [..., m] of each layer for x [..., n].
+
+    The routing is left in the layers.
+    """
     config, layers, layout = adapter.config, adapter.layers, adapter.layout
     has_dropout = config.lora_dropout > 0 and layers[0].training
     seed = torch.randint(2**31 - 1, (1,), device=x.device) if has_dropout else None
@@ -211,7 +216,10 @@ def _up_proj_weight_grads(h: Tensor, dys: list[Tensor], alpha: float) -> list[Te
 
 
 def _stack_grads(gradients: tuple[Tensor | None, ...], x: Tensor, N: int) -> Tensor | None:
-    """Return the gradients of the probabilities as [G, T, N], or None if no projection has one."""
+    """Return the gradients of the probabilities as [G, T, N].
+
+    Return None if no projection has one.
+    """
     if all(gradient is None for gradient in gradients):
         return None
     present = [gradient for gradient in gradients if gradient is not None]
@@ -225,7 +233,7 @@ def _stack_grads(gradients: tuple[Tensor | None, ...], x: Tensor, N: int) -> Ten
 
 
 def _lie_stacked(tensors: list[Tensor]) -> bool:
-    """Return whether tensors of one shape lie in memory as `torch.stack` would put them."""
+    """Return whether tensors of one shape lie in memory as `torch.stack` puts them."""
     first, storages = tensors[0], {tensor.untyped_storage().data_ptr() for tensor in tensors}
     places = [first.storage_offset() + place * first.numel() for place in range(len(tensors))]
     is_contiguous = all(tensor.is_contiguous() for tensor in tensors)

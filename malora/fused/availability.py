@@ -17,11 +17,17 @@ def has_triton() -> bool:
 
 
 def interprets_triton() -> bool:
-    """Return whether Triton's interpreter runs kernels without a GPU, slowly, to test them."""
+    """Return whether Triton's interpreter runs kernels without a GPU.
+
+    It does so slowly, to test them.
+    """
     return has_triton() and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache
 def warn_once(backend: str, reason: str, instead: str) -> None:
-    """Log that a backend cannot compute something, and its replacement. Log each message once per process."""
+    """Log that a backend cannot compute something, and its replacement.
+
+    Log each message once per process.
+    """
     logger.warning("backend %r cannot compute %s; %s does.", backend, reason, instead)

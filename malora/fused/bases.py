@@ -1,4 +1,6 @@
-"""The frozen half of a projection group: three ways to compute x Wᵀ + h B, and their gradients.
+"""Frozen half of a projection group.
+
+There are three ways to compute x Wᵀ + h B, and their gradients:
 
 | base | forward | backward |
 | --- | --- | --- |
@@ -29,7 +31,7 @@ from malora.fused.weight_cache import GroupAdapter, GroupWeightCache, LoadedUpPr
 
 
 class Base(Protocol):
-    """The frozen weights of a projection group for one forward pass and its backward pass."""
+    """Frozen weights of a projection group for one forward pass and its backward pass."""
 
     def saved(self) -> list[Tensor]:
         """Return the weights [m, n] that autograd is to save for the gradient of x."""
@@ -38,7 +40,10 @@ class Base(Protocol):
         """Return this base without the weights that autograd saves."""
 
     def allocate_x_and_h(self, x: Tensor) -> Tensor | None:
-        """Allocate memory for x and h of all projections next to each other, [T, n + G·H8], if `outputs` reads that."""
+        """Allocate memory for x and h of all projections next to each other.
+
+        The memory is [T, n + G·H8]. It is allocated only if `outputs` reads that.
+        """
 
     def load_up_proj(self, Bs: list[Tensor], alpha: float) -> list[Task]:
         """Return tasks that bring B [H, m] where `outputs` reads it. They do not need h."""
@@ -47,7 +52,10 @@ class Base(Protocol):
         """Return x Wᵀ + alpha · h B + bias of each projection, [T, m]."""
 
     def joint_gradients(self, dys: list[Tensor], Bs: list[Tensor], alpha: float) -> tuple[Tensor, Tensor] | None:
-        """Return Σ dy W [T, n] and alpha · dy Bᵀ [G, T, H] if one GEMM computes both, else None."""
+        """Return Σ dy W [T, n] and alpha · dy Bᵀ [G, T, H] if one GEMM computes both.
+
+        Otherwise return None.
+        """
 
 
 class PlainBase:
@@ -83,7 +91,10 @@ class PlainBase:
 
 
 def _two_matmuls(x: Tensor, W: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, alpha: float) -> Tensor:
-    """Return x Wᵀ + alpha · h B + bias. The base comes second: adding to what is there hides behind its arithmetic."""
+    """Return x Wᵀ + alpha · h B + bias.
+
+    The base comes second: adding to what is there hides behind its arithmetic.
+    """
     start = x.new_empty(()) if bias is None else bias.to(x.dtype)
     y = torch.addmm(start, h, B, beta=0 if bias is None else 1, alpha=alpha)
     return y.addmm_(x, W.T)
@@ -177,7 +188,10 @@ def choose_base(adapter: GroupAdapter, packed: PackedWeights, x: Tensor, *, has_
 
 
 def float8_weights(adapter: GroupAdapter, *, backward: bool) -> Float8Weights | None:
-    """Return the float8 copies of an adapter's frozen weights, or None if its backend is another."""
+    """Return the float8 copies of an adapter's frozen weights.
+
+    Return None if the adapter's backend is another.
+    """
     if adapter.config.backend != "fp8":
         return None
     linears = [layer.base_layer for layer in adapter.layers]
@@ -185,7 +199,9 @@ def float8_weights(adapter: GroupAdapter, *, backward: bool) -> Float8Weights | 
 
 
 def load_up_proj_for_step(adapter: GroupAdapter, packed: PackedWeights, up_scales: Tensor | None) -> Tensor | None:
-    """Bring B next to the frozen weights for all passes that read these packed weights, if it has a place there.
+    """Bring B next to the frozen weights, if it has a place there.
+
+    This serves all passes that read these packed weights.
 
     Args:
         adapter: the adapter.

@@ -39,7 +39,7 @@ def find_fused_adapter(layer: FusedLayer, *, is_sharded: bool) -> str | None:
 
 
 def reason_not_fused(layer: FusedLayer, configs: list[MaloraConfig], *, is_sharded: bool) -> str | None:
-    """Return what keeps a layer with these active adapters from the fused path, or None.
+    """Return what keeps active adapters of a layer from the fused path, or None.
 
     The text completes the sentence "backend 'fused' cannot compute ...".
     """

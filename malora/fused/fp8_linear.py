@@ -1,7 +1,8 @@
-"""Run un-adapted frozen linear layers in float8, next to adapted ones with `backend="fp8"`.
+"""Float8 computation of un-adapted frozen linear layers.
 
-`malora.optimize_backbone(model)` converts every other `nn.Linear` of the parents of such layers: with the paper's
-targets, the output projections of attention. A head that is the model's own child stays as it is.
+They run next to adapted ones with `backend="fp8"`. `malora.optimize_backbone(model)` converts every other `nn.Linear`
+of the parents of such adapted layers: with the paper's targets, the output projections of attention. A head that is the
+model's own child stays as it is.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
 
 
 class Float8LinearFunction(torch.autograd.Function):
-    """Compute x Wᵀ + bias [T, m] from x [T, n], a bias or None, and the float8 weights of one frozen linear layer."""
+    """Output of one frozen linear layer with float8 weights.
+
+    It is x Wᵀ + bias [T, m], from x [T, n] and a bias or None.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weights: Float8Weights) -> Tensor:
@@ -75,7 +79,10 @@ def _runs_fp8(group: ProjectionGroup) -> bool:
 
 
 def convert_unadapted_linears(parent: nn.Module, groups: Iterable[ProjectionGroup]) -> None:
-    """Convert the plain `nn.Linear` children of a module whose other children belong to these groups."""
+    """Convert the plain `nn.Linear` children of a module.
+
+    Other children of the module belong to these groups.
+    """
     groups = tuple(groups)
     for module in parent.children():
         if type(module) not in (nn.Linear, Float8Linear):
@@ -89,7 +96,10 @@ def convert_unadapted_linears(parent: nn.Module, groups: Iterable[ProjectionGrou
 
 
 def restore_linear(module: nn.Module) -> None:
-    """Make a converted module a plain `nn.Linear` again, and drop its float8 weights. Others stay as they are."""
+    """Make a converted module a plain `nn.Linear` again.
+
+    Its float8 weights are dropped. Other modules stay as they are.
+    """
     if not isinstance(module, Float8Linear):  # another class may have a `_groups` of its own
         return
     for group in vars(module).pop("_groups", ()):

@@ -1,4 +1,6 @@
-"""Float8 copies of frozen weights, with columns into which the up projection is quantized.
+"""Float8 copies of frozen weights, with columns for the up projection.
+
+The up projection is quantized into these columns.
 
 How it works:
 
@@ -67,7 +69,10 @@ class Float8Weights(NamedTuple):
         return like.new_empty(len(self.by_output), self.columns, dtype=torch.float32)
 
     def load_up_proj(self, Bs: list[Tensor], alpha: float, up_scales: Tensor) -> list[Task]:
-        """Return tasks that quantize alpha · B [H, m] next to each weight and set its factors u in `up_scales`."""
+        """Return tasks that quantize alpha · B [H, m] next to each weight.
+
+        They also set its factors u in `up_scales`.
+        """
         operands = zip(self.by_output, Bs, up_scales, strict=True)
         return [partial(quantize_up_proj, W, B, alpha, up_scale) for W, B, up_scale in operands]
 
@@ -99,7 +104,9 @@ class Float8Weights(NamedTuple):
         ]
 
     def gradients(self, dys: list[Tensor], Bs: list[Tensor], tasks: list[Task]) -> tuple[Tensor, Tensor]:
-        """Return Σ dy W over the projections, [T, n], and dy Bᵀ of each, [G, T, H], as views of one GEMM's result.
+        """Return Σ dy W over the projections, [T, n], and dy Bᵀ of each, [G, T, H].
+
+        Both are views of one GEMM's result.
 
         Args:
             dys: gradients of the outputs, each [T, m].
@@ -123,7 +130,9 @@ Float8Cache = dict[tuple[int, ...], Float8Weights]
 def quantized_weights(
     linears: list[nn.Linear], cache: Float8Cache, *, backward: bool, H: int = 0, instead: str = "the fused backend"
 ) -> Float8Weights | None:
-    """Return the float8 weights of linear layers that read the same input, quantized anew if a weight changed.
+    """Return the float8 weights of linear layers that read the same input.
+
+    They are quantized anew if a weight changed.
 
     Args:
         linears: the layers.
@@ -160,7 +169,7 @@ def quantized_weights(
 
 
 def padded_rank(H: int) -> int:
-    """Return C, the columns that an up projection [H, m] takes next to a float8 weight."""
+    """Return C, the columns of an up projection [H, m] next to a float8 weight."""
     return round_up(H, ALIGNMENT)
 
 

@@ -59,7 +59,10 @@ class ProjectionGroup:
         self._outputs: dict[int, Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProjectionGroup:
-        """Copy the layers; copies of weights and outputs that wait to be fetched stay with the original."""
+        """Copy the layers only.
+
+        Copies of weights and outputs that wait to be fetched stay with the original.
+        """
         copied = memo[id(self)] = ProjectionGroup()
         copied.layers = copy.deepcopy(self.layers, memo)
         return copied
@@ -72,7 +75,10 @@ class ProjectionGroup:
         self.layers = state["layers"]
 
     def adapter_on(self, layers: list[FusedLayer], adapter: str) -> GroupAdapter:
-        """Return an adapter on some layers of the group, the same object until `clear_caches`."""
+        """Return an adapter on some layers of the group.
+
+        It is the same object until `clear_caches`.
+        """
         from malora.fused.weight_cache import GroupAdapter  # needs Triton
 
         key = adapter, tuple(map(id, layers))
@@ -81,7 +87,7 @@ class ProjectionGroup:
         return self._adapters[key]
 
     def trained_adapters(self) -> list[GroupAdapter]:
-        """Return the adapters that have run since the last `clear_caches` and would run again."""
+        """Return adapters that ran since the last `clear_caches` and would run again."""
         return [adapter for adapter in self._adapters.values() if adapter.can_run()]
 
     def clear_inference_cache(self) -> None:
@@ -90,7 +96,9 @@ class ProjectionGroup:
             adapter.inference = None
 
     def clear_caches(self, *, include_frozen: bool = False) -> None:
-        """Drop all packed weights, for example because an adapter was added. The next pass packs them again.
+        """Drop all packed weights, for example because an adapter was added.
+
+        The next pass packs them again.
 
         Args:
             include_frozen: also drop float8 copies of frozen weights, and the columns next to them.

@@ -1,4 +1,6 @@
-"""Pack an adapter's weights into the matrices that the GEMMs of a projection group read.
+"""Pack an adapter's weights for the GEMMs of a projection group.
+
+The results are the matrices that these GEMMs read.
 
 The G projections of a group (Q, K, V; or Gate, Up) read the same input. One GEMM computes all their down projections
 and router logits, so those weights are stacked; the others keep a matrix per projection:
@@ -43,7 +45,10 @@ BUFFER_ALIGNMENT = 64
 
 
 class PackedWeights(NamedTuple):
-    """The weights of one adapter on a projection group, in the dtype of the matmuls, padded with zeros."""
+    """The packed weights of one adapter on a projection group, padded with zeros.
+
+    They have the dtype of the matmuls.
+    """
 
     down: Tensor  # [G·(R8 + N8), n]
     P: Tensor | None  # [G, N, r, D8]
@@ -52,7 +57,9 @@ class PackedWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Sizes of the packed weights, and where each parameter lies in them. It has no state.
+    """Sizes of the packed weights, and where each parameter lies in them.
+
+    It has no state.
 
     Attributes:
         G, n, out_features: projections, input features, output features of each projection.
@@ -99,7 +106,10 @@ class PackedLayout:
 
     @property
     def alpha(self) -> float:
-        """The factor of the up projection: a router scales each token's experts already, LoRA's scaling does not."""
+        """The factor of the up projection: 1 with a router, else the scaling.
+
+        A router scales each token's experts already, LoRA's scaling does not.
+        """
         return 1.0 if self.has_router else self.gate.scaling
 
     @property
@@ -109,21 +119,27 @@ class PackedLayout:
 
     @property
     def _shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of the matrices in the order of `PackedWeights`, without P where there is none."""
+        """Shapes of the matrices in the order of `PackedWeights`.
+
+        P is left out where there is none.
+        """
         s = self.gate
         shapes: list[tuple[int, ...]] = [(self.G * (s.z_group + s.l_group), self.n)]
         shapes += [(self.G, s.N, s.r, self.D8)] * s.has_p
         return shapes + [(self.H8, m) for m in self.out_features]
 
     def split(self, flat: Tensor) -> tuple[PackedWeights, list[Tensor]]:
-        """Return a flat buffer [size] as packed weights, and the views of it that belong to each parameter."""
+        """Return a flat buffer [size] as packed weights, and its view for each parameter."""
         pieces = zip(flat.split([*map(_aligned_size, self._shapes)]), self._shapes, strict=True)
         down, *rest = (piece[: math.prod(shape)].view(shape) for piece, shape in pieces)
         P, Bs = (rest[0], rest[1:]) if self.gate.has_p else (None, rest)
         return PackedWeights(down, P, Bs), [view for g, B in enumerate(Bs) for view in self.views(down, P, B, g)]
 
     def views(self, down: Tensor, P: Tensor | None, B: Tensor, g: int) -> list[Tensor]:
-        """Return projection g's parameters, in the order of `kinds`, as views of packed weights or their gradients."""
+        """Return projection g's parameters, in the order of `kinds`, as views.
+
+        They are views of packed weights or of their gradients.
+        """
         s = self.gate
         found = [down[s.logits_at + g * s.l_group :][: s.N]] if self.has_router else []
         rows = down[g * s.z_group :]
@@ -145,9 +161,10 @@ class PackedLayout:
         return SubspaceGrad(gated_dh, self.by_projection(down_out), s.N * s.r, s.N * s.D if s.z_step else s.D)
 
     def dP_by_expert(self, dP: Tensor) -> Tensor:
-        """Return dP [G, H, D], or [G, H, N·D] where each expert has a subspace, as [G, N, r, D].
+        """Return dP as [G, N, r, D].
 
-        In the second form only the blocks of an expert's rows with its own subspace count.
+        It is given as [G, H, D], or as [G, H, N·D] where each expert has a subspace. In the second form only the blocks
+        of an expert's rows with its own subspace count.
         """
         s = self.gate
         blocks = torch.unflatten(dP, 1, (s.N, s.r))
@@ -159,7 +176,10 @@ def _aligned_size(shape: tuple[int, ...]) -> int:
 
 
 class PackedBuffer:
-    """One flat buffer that holds the packed weights of several layouts, in one dtype on one device."""
+    """One flat buffer that holds the packed weights of several layouts.
+
+    It has one dtype and lies on one device.
+    """
 
     def __init__(self, layouts: list[PackedLayout], dtype: torch.dtype, device: torch.device) -> None:
         sizes = [layout.size for layout in layouts]

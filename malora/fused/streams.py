@@ -23,7 +23,10 @@ MIN_SATURATING_ELEMENTS = 1 << 23
 
 @cache
 def _streams(device: torch.device) -> list[torch.cuda.Stream]:
-    """Return the device's side streams. The list grows on demand; cuBLAS keeps a workspace for each stream."""
+    """Return the device's side streams.
+
+    The list grows on demand; cuBLAS keeps a workspace for each stream.
+    """
     return []
 
 
@@ -37,7 +40,9 @@ def saturates_device(like: Tensor) -> bool:
 
 
 def run_on_parallel_streams(like: Tensor, tasks: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Run independent tasks, in parallel if a CUDA graph is being captured, and return their results in order.
+    """Run independent tasks, in parallel if a CUDA graph is being captured.
+
+    Their results are returned in order.
 
     Args:
         like: The tasks' input, which tells their device and size.

@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of matmuls over `x`: autocast's where it is on, else the dtype of `x`."""
+    """Return the dtype of matmuls over `x`.
+
+    It is autocast's where autocast is on, else the dtype of `x`.
+    """
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 

@@ -1,4 +1,6 @@
-"""The one owner of every copy of weights that the fused path makes for a projection group.
+"""Owner of all copies of weights that the fused path makes for a projection group.
+
+There is no other owner of such copies.
 
 The GEMMs read packed weights (`packed_weights.py`), and some read frozen weights with the up projection in columns
 next to them. A copy is valid until a weight changes. That cannot be detected, because a fused optimizer does not
@@ -79,9 +81,9 @@ class GroupWeightCache:
         return loaded
 
     def split_k_counters(self, x: Tensor) -> Tensor:
-        """Return the counters of `down_proj_backward` for x [T, n]. They are zero between its calls.
+        """Return the counters of `down_proj_backward` for x [T, n].
 
-        They outlive changes of adapters, because CUDA graphs count in them.
+        They are zero between its calls. They outlive changes of adapters, because CUDA graphs count in them.
         """
         found = self._counters
         if found is None or found.device != x.device:
@@ -92,7 +94,9 @@ class GroupWeightCache:
 
 
 class GroupAdapter:
-    """One adapter on some layers of a projection group, with its packed weights by lifetime.
+    """One adapter on some layers of a projection group, with its packed weights.
+
+    The packed weights are kept by lifetime.
 
     Attributes:
         layers: the layers that are computed together.
@@ -114,7 +118,7 @@ class GroupAdapter:
         self.inference: tuple[tuple[object, ...], PackedWeights] | None = None
 
     def parameters(self) -> list[Tensor]:
-        """Return the parameters of all layers, each layer's in the order of the layout's kinds."""
+        """Return all layers' parameters, each layer's in the order of the layout's kinds."""
         found: list[Tensor | None] = []
         for layer in self.layers:
             factors = layer.factors(self.adapter)._asdict() | {"router": layer.router(self.adapter)}
@@ -123,16 +127,22 @@ class GroupAdapter:
 
     @property
     def next_form(self) -> Form | None:
-        """Dtype and device of the next pass with gradients, if it is like the last; None before one or after a move."""
+        """Dtype and device of the next pass with gradients, if it is like the last.
+
+        They are None before the first such pass or after a move.
+        """
         form = self.last_form
         return form if form and form[1] == self.layers[0].base_layer.weight.device else None
 
     def can_run(self) -> bool:
-        """Return whether the layers, as they now are, would compute this adapter by the fused path."""
+        """Return whether the layers would now compute this adapter by the fused path."""
         return all(layer.adapter_for_fused_path() == self.adapter for layer in self.layers)
 
     def packed_for(self, x: Tensor, parameters: list[Tensor]) -> PackedWeights:
-        """Return the packed weights for a pass over x [T, n], which has the dtype of the matmuls."""
+        """Return the packed weights for a pass over x [T, n].
+
+        x has the dtype of the matmuls.
+        """
         form = (x.dtype, x.device)
         if torch.is_grad_enabled():
             self.last_form, prefetched, self.prefetched = form, self.prefetched, None
@@ -152,7 +162,10 @@ class GroupAdapter:
 
 
 def pack_together(adapters: list[tuple[GroupAdapter, Form]]) -> list[tuple[PackedBuffer, list[GroupAdapter]]]:
-    """Allocate one buffer per dtype and device for the packed weights of several adapters. It is not filled yet."""
+    """Allocate a buffer per dtype and device for several adapters' packed weights.
+
+    It is not filled yet.
+    """
     by_form: dict[Form, list[GroupAdapter]] = {}
     for adapter, form in adapters:
         by_form.setdefault(form, []).append(adapter)
@@ -165,7 +178,7 @@ def fill_buffer(buffer: PackedBuffer, adapters: list[GroupAdapter]) -> None:
 
 
 def prefetch(adapters: list[GroupAdapter]) -> None:
-    """Pack the weights of adapters that have trained before, for the next pass of each."""
+    """Pack weights of adapters that have trained before, for the next pass of each."""
     ready = [(adapter, form) for adapter in adapters if (form := adapter.next_form)]
     for buffer, group_adapters in pack_together(ready):
         fill_buffer(buffer, group_adapters)

@@ -1,4 +1,7 @@
-"""Fixtures of the harness: a small random base model, settings that train it for a few steps, and provenance."""
+"""Fixtures of the harness: a small base model, settings, and provenance.
+
+The base model is random, and the settings train it for a few steps.
+"""
 
 import sys
 import types
@@ -41,7 +44,10 @@ def setting(base_folder, tmp_path):
 
 
 def make_setting(base_folder, results, **options):
-    """Make settings of the tiny profile with less data, two seeds and a checkpoint every five steps."""
+    """Make settings of the tiny profile with less data.
+
+    They have two seeds and a checkpoint every five steps.
+    """
     profile = replace(
         PROFILES["tiny"], source=SOURCE, rates=(1e-3, 1e-2), seeds=2, batch_size=8, checkpoint_every=5, warmup_ratio=0.0
     )
@@ -58,7 +64,10 @@ def stand_in_for_liger(monkeypatch, apply):
 
 @pytest.fixture
 def fresh_accelerator():
-    """Let each test choose its precision: accelerate keeps that of the first Accelerator of a process."""
+    """Let each test choose its precision.
+
+    Otherwise accelerate keeps the precision of the first Accelerator of a process.
+    """
     yield
     AcceleratorState._reset_state()
 

@@ -1,4 +1,4 @@
-"""The README and the pages of the site: their words, their code names, and their programs."""
+"""The README and the site's pages: their words, code names, and programs."""
 
 from __future__ import annotations
 

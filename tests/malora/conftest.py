@@ -1,4 +1,7 @@
-"""New tensors are NaN, as memory of a GPU may be: an element that was never written must not reach a result."""
+"""New tensors that are NaN, as memory of a GPU may be.
+
+An element that was never written must not reach a result.
+"""
 
 import pytest
 import torch

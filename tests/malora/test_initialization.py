@@ -25,7 +25,10 @@ def test_up_projections_start_at_zero():
 
 @pytest.mark.parametrize("beta", [0.3, 1.0, 5.0])
 def test_equations_9_and_10(beta):
-    """With the draws of the same seed: K_t = U_t Σ_t V_t, P_t = (U_t Σ_t)[:r] / β, S = β V_0."""
+    """Compare P and S with equations 9 and 10, with the draws of the same seed.
+
+    K_t = U_t Σ_t V_t, P_t = (U_t Σ_t)[:r] / β, S = β V_0.
+    """
     got = factors(beta=beta)
     torch.manual_seed(0)
     torch.nn.Linear(96, 48)  # draws the random numbers of the layer's frozen weight
@@ -40,7 +43,10 @@ def test_equations_9_and_10(beta):
 
 @pytest.mark.parametrize("method", ["malora", "malora-small", "malora-symmetric", "malora-unshared-s", "molora"])
 def test_down_projections_have_the_norm_of_a_kaiming_uniform_matrix(method):
-    """Entries uniform in ±1/√n have variance 1/(3n), so a row of n entries has squared norm 1/3."""
+    """Check the mean squared norm of the rows of down projections.
+
+    Entries uniform in ±1/√n have variance 1/(3n), so a row of n entries has squared norm 1/3.
+    """
     down = factors(n=512, method=method).down()
     assert (down**2).sum(-1).mean().item() == pytest.approx(1 / 3, rel=0.1)
 

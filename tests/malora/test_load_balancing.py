@@ -1,4 +1,7 @@
-"""The balance loss and the router statistics, against small cases worked out by hand."""
+"""The balance loss and the router statistics.
+
+They are compared with small cases worked out by hand.
+"""
 
 import math
 
@@ -34,7 +37,10 @@ def test_an_even_router_has_balance_loss_one(ids):
 
 
 def test_a_collapsed_router_has_balance_loss_n_over_k(ids):
-    """Two experts get everything: f = (1/2, 1/2, 0, …), p = (1/2, 1/2, 0, …), 8 · (1/4 + 1/4) = 4."""
+    """Check the balance loss of a router whose two experts get everything.
+
+    f = (1/2, 1/2, 0, …), p = (1/2, 1/2, 0, …), 8 · (1/4 + 1/4) = 4.
+    """
     model = adapted(ids, "molora")
     layer = next(m for m in model.modules() if isinstance(m, malora.MaloraLayer))
     with torch.no_grad():

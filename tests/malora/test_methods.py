@@ -44,7 +44,10 @@ def adapted(method: str, model=None, **options):
 
 
 def randomise(model, seed: int = 3):
-    """Change every adapter tensor at random, so that a test does not see the zero initialization only."""
+    """Change every adapter tensor at random.
+
+    A test then does not see the zero initialization only.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

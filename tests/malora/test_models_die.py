@@ -50,7 +50,10 @@ def evaluate(model, ids):
 
 
 def break_off(model, ids):
-    """Raise in the middle of a forward pass, when a layer waits for the other layers of its group."""
+    """Raise in the middle of a forward pass.
+
+    A layer then waits for the other layers of its group.
+    """
 
     def raises(*_):
         raise RuntimeError("broken off")
@@ -79,7 +82,10 @@ def capture(model, ids):
 
 
 def references(method, backend, use):
-    """Build a model, use it, and return weak references to it, its layers and their weights."""
+    """Build a model, use it, and return weak references.
+
+    The references are to the model, its layers and their weights.
+    """
     torch.manual_seed(0)
     base = LlamaForCausalLM(LlamaConfig(**SHAPE, vocab_size=64)).to(DEVICE, torch.bfloat16 if ON_GPU else None)
     targets = ["q_proj", "k_proj", "v_proj", "down_proj"]  # a group of three, and one of one
@@ -91,7 +97,10 @@ def references(method, backend, use):
 
 
 def allocated_bytes():
-    """Return the allocated bytes of the GPU, without the workspaces that cuBLAS keeps for each stream."""
+    """Return the allocated bytes of the GPU.
+
+    The workspaces that cuBLAS keeps for each stream do not count.
+    """
     gc.collect()
     if not ON_GPU:
         return 0

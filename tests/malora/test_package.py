@@ -1,4 +1,7 @@
-"""The package from outside: its types for a user's type checker, and the libraries that it imports."""
+"""The package from outside.
+
+Covered are its types for a user's type checker, and the libraries that it imports.
+"""
 
 import subprocess
 import sys

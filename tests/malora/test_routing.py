@@ -39,7 +39,10 @@ def test_of_equal_probabilities_the_first_are_taken():
 
 
 def test_with_one_expert_per_token_the_router_still_learns_from_the_task(ids):
-    """With k = 1 a renormalised gate would be constant, and the task would give the router no gradient."""
+    """Check that the router has a gradient with one expert per token.
+
+    With k = 1 a renormalised gate would be constant, and the task would give the router no gradient.
+    """
     model = adapted("molora", top_k=1)
     with torch.no_grad():
         for name, p in model.named_parameters():

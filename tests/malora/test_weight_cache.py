@@ -1,4 +1,7 @@
-"""Weights that are packed once for several passes: the same results, and no stale ones."""
+"""Weights that are packed once for several passes.
+
+The results are the same, and none are stale.
+"""
 
 import pytest
 import torch
@@ -43,7 +46,10 @@ def gradients(model, ids, seed=3):
 
 
 def change(model):
-    """Change the trained weights as a fused optimizer does, which does not increase their versions."""
+    """Change the trained weights as a fused optimizer does.
+
+    Such an optimizer does not increase their versions.
+    """
     for p in model.parameters():
         if p.requires_grad:
             p.data.mul_(1.3)
@@ -61,7 +67,10 @@ def with_two_adapters(backend):
 
 
 class Tasks:
-    """Counts how often weights are packed and up projections written next to frozen weights."""
+    """Counts of packed weights and of written up projections.
+
+    They say how often weights are packed and up projections written next to frozen weights.
+    """
 
     def __init__(self, monkeypatch):
         self.counts = {}
@@ -86,7 +95,10 @@ class Tasks:
 
 @pytest.mark.parametrize("method, backend", CASES)
 def test_passes_with_a_cache_compute_the_same(method, backend, ids, monkeypatch):
-    """Before the first pass the cache is empty; after that each refresh does all the packing."""
+    """Compare passes with a cache to passes without one.
+
+    Before the first pass the cache is empty; after that each refresh does all the packing.
+    """
     cached_model, model = (made(method, backend) for _ in range(2))
     weights, tasks = malora.WeightCache(cached_model), Tasks(monkeypatch)
     # In float8 each of four layers has padded columns, else one group: Down has too few outputs.
@@ -248,7 +260,7 @@ def test_a_weight_that_was_away_during_a_refresh_has_no_stale_up_projection(ids)
 
 
 def test_padded_columns_that_are_allocated_anew_have_no_stale_up_projection(ids):
-    """The backbone is optimized for an adapter of another size, and then again for the first."""
+    """Optimize the backbone for an adapter of another size, then again for the first."""
     models = [made() for _ in range(2)]
     for model in models:
         model.add_adapter("other", malora.METHODS["molora"](backend="fused", r=3, **FEW))

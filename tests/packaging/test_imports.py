@@ -1,4 +1,4 @@
-"""Imports that must work without optional packages, and imports that must stay light.
+"""Imports that must work without optional packages, or that must stay light.
 
 The contracts in pyproject.toml say which module may import which; `make lint` checks them.
 """

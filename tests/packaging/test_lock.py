@@ -1,4 +1,7 @@
-"""The lock file names one version of every package that a checkout needs, and no place of one machine."""
+"""The lock file of the packages that a checkout needs.
+
+It names one version of every package, and no place of one machine.
+"""
 
 import re
 import tomllib

@@ -1,4 +1,7 @@
-"""The wheel contains malora alone, and works with the dependencies that it declares and no others."""
+"""The wheel, which contains malora alone.
+
+It works with the dependencies that it declares and no others.
+"""
 
 import os
 import shutil
@@ -25,7 +28,10 @@ def run(*command, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Build the wheel from a copy of the checkout, since a build writes into its source folder."""
+    """Build the wheel from a copy of the checkout.
+
+    A copy is needed since a build writes into its source folder.
+    """
     copy, built = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
@@ -74,14 +80,18 @@ def test_an_adapter_trains_in_an_environment_with_the_declared_dependencies_alon
 
 
 def names_of(package: Distribution, extra: str = "") -> set[str]:
-    """Return the names of the distributions that a package declares, as they apply to this Python."""
+    """Return the names of the distributions that a package declares.
+
+    Only those that apply to this Python count.
+    """
     requirements = map(Requirement, package.requires or ())
     return {r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": extra})}
 
 
 def link_dependencies(package: Distribution, packages: Path) -> None:
-    """Link into a folder the declared dependencies, their own dependencies in turn, and nothing else.
+    """Link into a folder the declared dependencies and their own ones in turn.
 
+    Nothing else is linked.
     The files are those of the running environment, so that nothing has to be downloaded.
     """
     pending, done = [(package, "")], set()
@@ -103,7 +113,10 @@ def link_dependencies(package: Distribution, packages: Path) -> None:
 
 
 def link_files(package: Distribution, packages: Path) -> None:
-    """Link the files and folders that a distribution has at the top of its site-packages."""
+    """Link what a distribution has at the top of its site-packages.
+
+    Both files and folders are linked.
+    """
     for name in {path.parts[0] for path in package.files or ()} - {"..", "__pycache__"}:
         if not (packages / name).exists():
             (packages / name).symlink_to(package.locate_file(name))

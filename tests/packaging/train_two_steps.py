@@ -1,5 +1,6 @@
-"""Train an adapter for two steps, save it and load it again, with nothing but malora and its dependencies.
+"""Training of an adapter for two steps, saving and loading it again.
 
+It needs nothing but malora and its dependencies.
 `test_wheel.py` runs this program in an environment without a checkout. It prints the folder of malora.
 """
 

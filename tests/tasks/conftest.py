@@ -1,4 +1,7 @@
-"""Folders with the files of the intra-domain and the inter-domain mixtures, on a few made-up records."""
+"""Folders with the files of the intra-domain and the inter-domain mixtures.
+
+They hold a few made-up records.
+"""
 
 import gzip
 import json

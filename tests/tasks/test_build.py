@@ -1,4 +1,7 @@
-"""Building mixtures: duplicates, validation splits, blends, and hashes that stay the same."""
+"""Building of mixtures.
+
+Covered are duplicates, validation splits, blends, and hashes that stay the same.
+"""
 
 from collections import Counter
 from dataclasses import replace

@@ -11,7 +11,10 @@ from tasks.procedural import GENERATORS, VOCABULARY, pretraining_text
 
 @pytest.mark.parametrize("name", GENERATORS)
 def test_procedural_answers_cannot_be_guessed_from_their_position(name):
-    """In 3,000 draws every choice is correct about equally often (five standard errors)."""
+    """Check that every choice is correct about equally often.
+
+    The bound is five standard errors in 3,000 draws.
+    """
     rng = random.Random(0)
     drawn = [GENERATORS[name](rng) for _ in range(3000)]
     share = 1 / len(drawn[0].choices)

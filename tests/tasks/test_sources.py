@@ -1,4 +1,7 @@
-"""Reading records from the hub and from a folder, and the errors for missing or broken files."""
+"""Reading of records from the hub and from a folder.
+
+Covered are also the errors for missing or broken files.
+"""
 
 import gzip
 
@@ -28,7 +31,10 @@ def test_the_hub_returns_the_names_of_classes(monkeypatch):
 
 
 def test_data_sets_with_a_loading_script_are_read_as_parquet(tmp_path, monkeypatch):
-    """The hub's Financial PhraseBank is a script, which datasets 4 refuses. Its Parquet branch can be read."""
+    """Read the Parquet branch of the hub's Financial PhraseBank.
+
+    The data set is a script, which datasets 4 refuses. Its Parquet branch can be read.
+    """
     import datasets
 
     load, ref = datasets.load_dataset, TASKS["phrasebank"].data

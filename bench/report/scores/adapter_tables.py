@@ -1,4 +1,6 @@
-"""Tables from the analysis of trained adapters: Figures 2 and 3, and what the paper does not show.
+"""Tables from the analysis of trained adapters.
+
+They have Figures 2 and 3, and what the paper does not show.
 
 Shapes: L decoder layers, N experts.
 """
@@ -151,7 +153,10 @@ def reading(section: Any, *path: str) -> Any:
 
 
 def _over(analyses: Sequence[InsideSection], *path: str) -> Any:
-    """Return the mean over runs of the value at a path, an array or a number; None if no run has it."""
+    """Return the mean over runs of the value at a path.
+
+    The value is an array or a number. Returns None if no run has it.
+    """
     found = [value for analysis in analyses if (value := reading(analysis, *path)) is not None]
     return np.mean(found, axis=0) if found else None
 

@@ -1,4 +1,7 @@
-"""Sections of a generated page. Those with rows know them, so that the HTML report can link to their records."""
+"""Sections of a generated page.
+
+Those with rows know them, so that the HTML report can link to their records.
+"""
 
 from __future__ import annotations
 

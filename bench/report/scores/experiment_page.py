@@ -60,7 +60,10 @@ def _sections(selection: Selection, swept: bool) -> list[Section]:
 
 
 def _sections_at_both_rates(selection: Selection, swept: bool) -> list[Section]:
-    """Return the sections of a table that has each method at its own rate and at the paper's."""
+    """Return the sections of a table with each method at two rates.
+
+    The rates are the method's own and the paper's.
+    """
     tuned, sections = selection.rates.tuned, list[Section]()
     if tuned:
         chosen = "" if swept else " by the published sweep"
@@ -82,7 +85,10 @@ def _sections_at_both_rates(selection: Selection, swept: bool) -> list[Section]:
 
 
 def _policy(selection: Selection) -> str:
-    """Say which learning rates the rows have, their origin, and how the ranks differ from the paper's."""
+    """Say which learning rates the rows have, and their origin.
+
+    The text also says how the ranks differ from the paper's.
+    """
     groups, tuned = groups_with_runs(selection.experiment, selection.frame), selection.rates.tuned
     rates = ", ".join(f"{TITLES.get(group, group)} {selection.at_own_rate[group]:g}" for group in groups)
     lines = [
@@ -97,7 +103,10 @@ def _policy(selection: Selection) -> str:
 
 
 def _origin(selection: Selection) -> str:
-    """Name the sweeps that chose the rates, with their prompt format if it is another one."""
+    """Name the sweeps that chose the rates.
+
+    Their prompt format is added if it is another one.
+    """
     rates = selection.rates
     if rates.source == selection.experiment:
         return "sweeps on this mixture"
@@ -106,7 +115,7 @@ def _origin(selection: Selection) -> str:
 
 
 def _intro(selection: Selection) -> str:
-    """Describe the base model, the data, the machine and the records that are left out."""
+    """Describe the base model, data, machine and the records that are left out."""
     records = selection.records
     config = records[0].config
     devices = sorted({record.provenance.device for record in records})

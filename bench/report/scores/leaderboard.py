@@ -1,4 +1,7 @@
-"""Leaderboards: a row per method, a column per task, and which differences are significant."""
+"""Leaderboards with a row per method and a column per task.
+
+They show which differences are significant.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,10 @@ class Verdict:
         return f"{self.word}, p={self.p:.2g}" if self.is_significant else self.word
 
     def in_full(self, detailed: bool) -> str:
-        """Return the outcome with its interval and p and, if detailed, the effect size and the power."""
+        """Return the outcome with its interval and p.
+
+        If detailed, it also has the effect size and the power.
+        """
         d = self.difference
         if d is None:
             return self.word
@@ -128,7 +134,10 @@ def _tasks(scored: Sequence[TableRow]) -> list[str]:
 
 
 def _reference(selection: Selection, scored: Sequence[TableRow]) -> TableRow | None:
-    """Return the row that the others are compared with: the experiment's reference, or the best mean."""
+    """Return the row that the others are compared with.
+
+    It is the experiment's reference, or the best mean.
+    """
     best = max(scored, key=lambda row: row.mean.value, default=None)
     return next((row for row in scored if row.title == selection.experiment.reference), best)
 
@@ -178,7 +187,7 @@ def _notes(selection: Selection, scored: Sequence[TableRow], against: str) -> st
 
 
 def _partial_sweeps(selection: Selection) -> dict[str, str]:
-    """Return a note for each method that was tried at fewer learning rates than another."""
+    """Return a note per method that was tried at fewer learning rates than another."""
     frame = selection.frame
     sweep = frame[(frame["method"] != BASE) & (frame["seed"] == SWEEP_SEED)]
     every = sweep["learning_rate"].nunique()

@@ -8,9 +8,10 @@ from bench.report.scores.selection import Selection, TableRow, select
 
 
 def reproduction(mine: Selection, published: pd.DataFrame) -> str:
-    """Say for each row and learning rate whether this machine's mean agrees with the published one.
+    """Say whether this machine's means agree with the published ones.
 
-    It agrees if it lies in the interval where another mean of the published runs would fall.
+    There is a verdict for each row and learning rate. A mean agrees if it lies in the interval where another mean of
+    the published runs would fall.
     """
     experiment = mine.experiment
     theirs = select(experiment, mine.profile, published)

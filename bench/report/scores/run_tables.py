@@ -1,4 +1,7 @@
-"""Tables of single runs: sweeps of the learning rate, router statistics, and effects of single options."""
+"""Tables of single runs.
+
+They are of sweeps of the learning rate, router statistics, and effects of single options.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,10 @@ def _sweep_cell(record: Record, is_chosen: bool) -> str:
 
 
 def router_table(selection: Selection) -> str:
-    """Return router statistics and gradient norms of the runs of the sweep's seed, or "" without any."""
+    """Return router statistics and gradient norms of the runs of the sweep's seed.
+
+    Returns "" without any.
+    """
     frame = selection.frame.sort_values(["method", "learning_rate"], kind="stable")
     body = []
     for r in records_of(frame[frame["seed"] == SWEEP_SEED]):
@@ -71,7 +77,10 @@ def router_table(selection: Selection) -> str:
 
 
 def options_table(selection: Selection, between_seeds: Spread | None) -> str:
-    """Compare runs that have another option of a method with their twins without it; return "" without any."""
+    """Compare runs that have another option of a method with their twins without it.
+
+    Returns "" without any.
+    """
     mine = [record for record in selection.records if record.test]
     others = selection.folder[~selection.folder.index.isin(selection.frame.index)]
     body = []
@@ -91,7 +100,10 @@ def options_table(selection: Selection, between_seeds: Spread | None) -> str:
 
 
 def _twin(record: Record, candidates: list[Record]) -> Record | None:
-    """Return the run that differs in the method's options only and has the same test set."""
+    """Return the run that differs in the method's options only.
+
+    It has the same test set.
+    """
     if not (record.test and record.data):
         return None
     key = record.config.config_key_without("method_options", "data_hash")

@@ -211,7 +211,10 @@ class Selection:
 
     @property
     def at_own_rate(self) -> dict[str, float]:
-        """The tuned learning rate of every tuning group, or the paper's where none was tuned."""
+        """The learning rate of every tuning group.
+
+        It is the tuned one, or the paper's where none was tuned.
+        """
         return self.at_paper_rate | self.rates.tuned
 
     def rows(self, rates: Rates, entries: Sequence[TableEntry] | None = None) -> list[TableRow]:
@@ -252,10 +255,10 @@ def select(
 def select_comparable(
     frame: pd.DataFrame, experiment: Experiment, like: RunConfig | None = None
 ) -> tuple[pd.DataFrame, int]:
-    """Return the records that differ only in row, learning rate and seed, and the number of the others.
+    """Return the records that differ only in row, learning rate and seed.
 
     Without `like` they are the largest such group; of equal groups, the one with the latest record. Runs of a method
-    with other options than the experiment's rows have are left out.
+    with other options than the experiment's rows have are left out. The number of the other records is returned too.
     """
     entries = [TableEntry(BASE), *entries_of(experiment, frame)]
     suites = frame["mixture"].map(partial(_suite, experiment))
@@ -273,7 +276,10 @@ def select_comparable(
 
 
 def _suite(experiment: Experiment, mixture: str) -> str | None:
-    """Return the experiment's mixture that a run belongs to: its own, or the one that it trains a single task of."""
+    """Return the experiment's mixture that a run belongs to.
+
+    It is the run's own mixture, or the one that it trains a single task of.
+    """
     if mixture in experiment.mixtures:
         return mixture
     suite = mixture.rpartition("/")[0]
@@ -281,14 +287,17 @@ def _suite(experiment: Experiment, mixture: str) -> str | None:
 
 
 def _same_test(group: pd.DataFrame) -> pd.DataFrame:
-    """Return the records with the most common test set of their mixture, and those that did not read any data."""
+    """Return the records with the most common test set of their mixture.
+
+    Those that did not read any data are returned too.
+    """
     known = group.dropna(subset=["test_hash"])
     commonest = known.groupby("mixture")["test_hash"].agg(lambda hashes: hashes.mode().iloc[0])
     return group[group["test_hash"].isna() | (group["test_hash"] == group["mixture"].map(commonest))]
 
 
 def entries_of(experiment: Experiment, frame: pd.DataFrame) -> list[TableEntry]:
-    """Return the paper's rows and, in Table 2, a row for every other method that was run."""
+    """Return the paper's rows and, in Table 2, a row for every other method run."""
     if not experiment.both_rates:
         return list(experiment.entries)
     others = set(frame.loc[frame["mixture"].isin(experiment.mixtures), "method"]) - {*experiment.methods, BASE}
@@ -312,10 +321,10 @@ def records_that_lend_rates(frame: pd.DataFrame, like: RunConfig) -> pd.DataFram
 
 
 def choose_rates(frame: pd.DataFrame) -> dict[str, float]:
-    """Return by method the learning rate with the best validation mean of the sweep's seed.
+    """Return by method the learning rate with the best validation mean.
 
-    The records are of one mixture. Runs with other options than the paper's do not count. A method with a single rate
-    was not tuned and is left out. Of equal means the lower rate is taken.
+    The mean is that of the sweep's seed. The records are of one mixture. Runs with other options than the paper's do
+    not count. A method with a single rate was not tuned and is left out. Of equal means the lower rate is taken.
     """
     sweep = frame[(frame["seed"] == SWEEP_SEED) & (frame["method"] != BASE)]
     examples = sweep.drop_duplicates("variant")
@@ -355,7 +364,10 @@ def groups_with_runs(experiment: Experiment, frame: pd.DataFrame) -> list[str]:
 
 
 def _joined(runs: list[Record]) -> list[Record]:
-    """Return a record per seed with the tests of all single tasks, for the seeds that have every task's run."""
+    """Return a record per seed with the tests of all single tasks.
+
+    Only the seeds that have every task's run get one.
+    """
     names = set(single_task_mixtures(runs[0].config.mixture.rpartition("/")[0]))
     joined = []
     for seed in sorted({run.config.seed for run in runs}):

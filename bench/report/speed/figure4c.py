@@ -32,7 +32,10 @@ class Bar(NamedTuple):
 
 
 def figure4c(record: SpeedRecord) -> str:
-    """Return the figure of a training record as a file, with the paper's steps below on a scale of their own."""
+    """Return the figure of a training record as a file.
+
+    The paper's steps are below, on a scale of their own.
+    """
     table = paper()["table10"]
     theirs = [Bar(name, row["step_s"], style(name.lower())[0]) for name, row in table.items()]
     theirs.sort(key=lambda bar: -bar.seconds)
@@ -41,7 +44,10 @@ def figure4c(record: SpeedRecord) -> str:
 
 
 def step_figure(title: str, record: SpeedRecord, link: str) -> str | None:
-    """Return the record's bars for the HTML report, linked to the record; None if no row ran."""
+    """Return the record's bars for the HTML report, linked to the record.
+
+    Returns None if no row ran.
+    """
     bars = _bars(record)
     return _svg(title, [("", bars)], link) if bars else None
 

@@ -108,7 +108,10 @@ def _grouped_gemm_row(record: SpeedRecord) -> SpeedRow | None:
 
 
 def _other_methods(record: SpeedRecord) -> float | None:
-    """Measure the slower of MoLoRA and LoRA, both with the backend of MALoRA's row, over the frozen backbone."""
+    """Measure the slower of MoLoRA and LoRA over the frozen backbone.
+
+    Both have the backend of MALoRA's row.
+    """
     malora = malora_row(record)
     if malora is None:
         return None
@@ -195,7 +198,10 @@ NOT_MEASURED = "The goals are set for a GPU and are not measured yet."
 
 
 def goal_table(records: list[SpeedRecord]) -> str:
-    """Return all goals with the figures of every device, and a table of the records they are measured on."""
+    """Return all goals with the figures of every device, and their records.
+
+    The records that the goals are measured on are in a table.
+    """
     goals = _goals_by_device(GOALS, records, lambda goal, values: ", ".join(_cell(goal, value) for value in values))
     if goals is None:
         return NOT_MEASURED
@@ -207,7 +213,10 @@ def goal_table(records: list[SpeedRecord]) -> str:
 
 
 def front_page_goals(records: list[SpeedRecord]) -> str:
-    """Return the goals that the README shows, with one figure per device: the worst of its records."""
+    """Return the goals that the README shows, with one figure per device.
+
+    The figure is the worst of the records of its device.
+    """
     shown = [goal for goal in GOALS if goal.on_front_page]
     goals = _goals_by_device(shown, records, lambda goal, values: _cell(goal, goal.worst_value(values), digits=3))
     if goals is None:

@@ -1,4 +1,7 @@
-"""Statistics of speed records: medians, ratios, the fastest row, and the records that count."""
+"""Statistics of speed records.
+
+They are medians, ratios, the fastest row, and the records that count.
+"""
 
 from __future__ import annotations
 
@@ -31,20 +34,29 @@ def seconds(row: SpeedRow | None, phase: str = "step") -> float | None:
 
 
 def rows_by_seconds(record: SpeedRecord) -> list[tuple[float, SpeedRow]]:
-    """Return the rows that ran with the median seconds of their step, the slowest first."""
+    """Return the rows that ran with the median seconds of their step.
+
+    The slowest comes first.
+    """
     timed = ((seconds(row), row) for row in record.rows)
     return sorted(((step, row) for step, row in timed if step is not None), key=lambda pair: -pair[0])
 
 
 def by_round(record: SpeedRecord, row: SpeedRow) -> np.ndarray:
-    """Return the mean seconds per step of each round; steps within a round are not independent samples."""
+    """Return the mean seconds per step of each round.
+
+    Steps within a round are not independent samples.
+    """
     samples = np.array(row.seconds["step"])
     means: np.ndarray = samples.reshape(-1, max(1, len(samples) // record.options.rounds)).mean(1)
     return means
 
 
 def tokens_per_second(record: SpeedRecord, row: SpeedRow | None) -> float | None:
-    """Return the tokens that a row processes per second; in decode, over all sequences of the batch."""
+    """Return the tokens that a row processes per second.
+
+    In decode, they are over all sequences of the batch.
+    """
     sequences = record.options.batch if record.mode == "decode" else 1
     return ratio(sequences * record.options.tokens, seconds(row))
 
@@ -92,7 +104,7 @@ def by_work(records: list[SpeedRecord]) -> list[list[SpeedRecord]]:
 
 
 def compared(record: SpeedRecord) -> tuple[int, str, str]:
-    """Return a sort key: first how many rows of `COMPARED` the record has, then its age."""
+    """Return a sort key: how many rows of `COMPARED` the record has, then its age."""
     return sum(seconds(named(record, name)) is not None for name in COMPARED), *age(record)
 
 

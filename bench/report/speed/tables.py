@@ -1,4 +1,7 @@
-"""Pages of the speed benchmark: its records as Markdown tables. The same records give the same bytes."""
+"""Pages of the speed benchmark, with its records as Markdown tables.
+
+The same records give the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +115,10 @@ def _intro(record: SpeedRecord) -> str:
 
 
 def _model_table(record: SpeedRecord) -> str:
-    """Return a table of the variants of a whole model, with the paper's rows below if it is a training record."""
+    """Return a table of the variants of a whole model.
+
+    The paper's rows are below if it is a training record.
+    """
     train = record.mode == "train"
     backbones = {title: seconds(named(record, name)) for name, title in _BACKBONES.items()}
     backbones = {title: step for title, step in backbones.items() if step}
@@ -131,7 +137,10 @@ def _model_table(record: SpeedRecord) -> str:
 
 
 def _model_cells(record: SpeedRecord, row: SpeedRow, others: list[float | None]) -> list[str]:
-    """Return the cells of a variant that ran; `others` are the steps that its own is divided by."""
+    """Return the cells of a variant that ran.
+
+    `others` are the steps that its own is divided by.
+    """
     step = seconds(row)
     assert step is not None, "only rows that ran have cells"
     peak_rate = max(rates.matrix_flops_per_second for rates in record.peak_rates.values())
@@ -183,7 +192,10 @@ def _model_note(record: SpeedRecord) -> str:
 
 
 def _longest_kernels(record: SpeedRecord) -> list[str]:
-    """Return tables of the kernels that took longest: of MALoRA's fastest row, and of the compiled backbone."""
+    """Return tables of the kernels that took longest.
+
+    They are those of MALoRA's fastest row, and of the compiled backbone.
+    """
     parts = []
     for row in (malora_row(record), named(record, COMPILED_BACKBONE)):
         if row is None or not row.where:
@@ -199,7 +211,7 @@ _SWEEP_NOTE = "Median milliseconds of a forward and backward pass. Captured rows
 
 
 def _sweep_table(record: SpeedRecord) -> str:
-    """Return milliseconds by value and backend, with the fastest of each value in bold."""
+    """Return milliseconds by value and backend, the fastest of each value in bold."""
     names = list(dict.fromkeys(row.name for row in record.rows))
     body = []
     for value in dict.fromkeys(row.value for row in record.rows):
@@ -216,7 +228,10 @@ def _sweep_table(record: SpeedRecord) -> str:
 
 
 def _crossovers(record: SpeedRecord) -> list[str]:
-    """Return a line per method: the values at which a sparse row is the fastest that ran."""
+    """Return a line per method with the values at which a sparse row wins.
+
+    A sparse row wins if it is the fastest that ran.
+    """
     lines = []
     for method in dict.fromkeys(row.method for row in record.rows):
         won: dict[str, list[str]] = {}

@@ -77,7 +77,10 @@ def _subspace_grad(
 
 @triton.jit
 def _is_last_split(counter_ptr, splits):
-    """Count this program, and return whether it is the last of `splits`; the counter is then zero again."""
+    """Count this program, and return whether it is the last of `splits`.
+
+    After the last one the counter is zero again.
+    """
     tl.debug_barrier()  # all stores of the program's threads come before its count
     is_last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == splits - 1
     if is_last:
@@ -114,10 +117,10 @@ def _down_proj_backward_kernel(
     TAIL: tl.constexpr, L: tl.constexpr, PAD_HEAD: tl.constexpr, PAD_TAIL: tl.constexpr, PAD_L: tl.constexpr,
     ACC: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Compute one split of one tile of in features, or of dP: program (tile of in features, split of the tokens).
+    """Compute one split of one tile of in features, or of dP.
 
-    G is 0 without dP. `sum_ptr` receives the sums over the splits; with a single split it equals `splits_ptr`. EVEN_T
-    and EVEN_N say that tiles need no bounds check.
+    Programs: (tile of in features, split of the tokens). G is 0 without dP. `sum_ptr` receives the sums over the
+    splits; with a single split it equals `splits_ptr`. EVEN_T and EVEN_N say that tiles need no bounds check.
     """
     split, splits = tl.program_id(1), tl.num_programs(1)
     tokens = split.to(tl.int64) * T_PER_SPLIT + tl.arange(0, BLOCK_T)
@@ -235,7 +238,7 @@ class SubspaceGrad(NamedTuple):
 
     @property
     def is_small(self) -> bool:
-        """True if the accumulators of one projection fit into the registers of one program."""
+        """True if the accumulators of one projection fit into one program's registers."""
         return tile_size(self.H) * tile_size(self.D) <= MAX_SUBSPACE_ELEMENTS
 
     def matmul_tn_fp32(self) -> Tensor:
@@ -331,7 +334,10 @@ def _backward_by_kernel(
     subspace: SubspaceGrad | None,
     counters: Tensor | None,
 ) -> Grads:
-    """Launch the kernel; a dP that does not fit into registers is left to torch's matmul."""
+    """Launch the kernel, and torch's matmul for a large dP.
+
+    A dP that does not fit into registers is left to torch's matmul.
+    """
     (T, n), rows, launch = x.shape, len(weights), down_tiling.BACKWARD
     fused = subspace if subspace is not None and subspace.is_small else None
     # Without dP the kernel reads neither operand; it only needs pointers and strides.
@@ -363,7 +369,10 @@ def _backward_by_kernel(
 
 
 def _tokens_per_split(x: Tensor, Z: int, L: int) -> int:
-    """Return the tokens per split: a power-of-two number of tiles, so that few different kernels are compiled."""
+    """Return the tokens per split, a power-of-two number of tiles.
+
+    So few different kernels are compiled.
+    """
     launch = down_tiling.BACKWARD
     t_tiles, n_tiles = triton.cdiv(x.shape[0], launch.block_t), triton.cdiv(x.shape[1], launch.block_n)
     fixed, per_stage = launch.shared_bytes(Z, L)
@@ -375,9 +384,10 @@ def _tokens_per_split(x: Tensor, Z: int, L: int) -> int:
 
 
 def split_k_counters(x: Tensor) -> Tensor:
-    """Return zeroed counters for `down_proj_backward` of inputs with the feature count of x [T, n].
+    """Return zeroed counters for `down_proj_backward`.
 
-    The programs of a launch count in them which split finishes last.
+    They serve inputs with the feature count of x [T, n]. The programs of a launch count in them which split finishes
+    last.
     """
     tiles = triton.cdiv(x.shape[1], down_tiling.BACKWARD.block_n)
     return x.new_zeros(tiles + MAX_SUBSPACE_PROGRAMS, dtype=torch.int32)

@@ -54,10 +54,11 @@ def _dropout_matmul_kernel(
     PAD_TAIL: tl.constexpr, PAD_L: tl.constexpr, ACC: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     PTX: tl.constexpr,
 ):  # fmt: skip
-    """Compute a tile of tokens of one split: program (tile of tokens, split of the in features).
+    """Compute a tile of tokens of one split.
 
-    `out_ptr` is down_out [T, Z + L], or the splits [splits, T, Z + L]. EVEN_T and EVEN_N say that tiles need no bounds
-    check. PAD_HEAD, PAD_TAIL and PAD_L are the tile sides that cover the head of Z, its tail, and L.
+    Programs: (tile of tokens, split of the in features). `out_ptr` is down_out [T, Z + L], or the splits
+    [splits, T, Z + L]. EVEN_T and EVEN_N say that tiles need no bounds check. PAD_HEAD, PAD_TAIL and PAD_L are the tile
+    sides that cover the head of Z, its tail, and L.
     """
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     split = tl.program_id(1)
@@ -107,7 +108,9 @@ def _dropout_matmul_kernel(
 def dropout_matmul(
     x: Tensor, bits: Tensor, weights: Tensor, Z: int, p: float, copy: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """Return [dropout(x) Wdᵀ, x Wrᵀ], the down projections and the routing logits of a group.
+    """Return [dropout(x) Wdᵀ, x Wrᵀ].
+
+    These are the down projections and the routing logits of a group.
 
     Args:
         x: [T, n], with any row stride.

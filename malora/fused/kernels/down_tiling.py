@@ -1,4 +1,6 @@
-"""Tile sizes of the down-projection kernels, and when to use torch's matmuls instead.
+"""Tile sizes of the down-projection kernels.
+
+The module also says when to use torch's matmuls instead.
 
 Both kernels walk over x [T, n] in tiles and keep all Z + L columns of their output in registers. That bounds Z and L,
 and the number of tiles that can be prefetched is bounded by shared memory.
@@ -50,9 +52,9 @@ class TunedLaunch:
     is_backward: bool
 
     def shared_bytes(self, Z: int, L: int) -> tuple[int, int]:
-        """Return the shared memory in bytes, fixed and per stage, as Triton 3.6 allocates it for Hopper.
+        """Return the shared memory in bytes, fixed and per stage.
 
-        Counted for 16-bit elements.
+        Counted for 16-bit elements, as Triton 3.6 allocates it for Hopper.
 
         Each stage has a buffer for every tile that the loop loads. The backward kernel also keeps a tile of the
         weights for the duration of the loop, and a second copy of the tile of x in another layout.
@@ -65,7 +67,10 @@ class TunedLaunch:
         return 1024 + fixed, 2 * (self.block_t * self.block_n + rows * loaded_columns)
 
     def stages(self, Z: int, L: int, device: torch.device) -> int:
-        """Return how many stages fit into shared memory, at most `max_stages`; 0 if not even one fits."""
+        """Return the number of stages that fit into shared memory.
+
+        It is at most `max_stages`, and 0 if not even one fits.
+        """
         fixed, per_stage = self.shared_bytes(Z, L)
         return tiling.fitting_stages(per_stage, device, fixed=fixed, max_stages=self.max_stages)
 
@@ -93,10 +98,10 @@ def prefers_plain_matmul(x: Tensor, Z: int, L: int) -> bool:
 
 
 def split_count(programs: int, max_splits: int, target: int = TARGET_PROGRAMS) -> int:
-    """Return into how many splits (split-K) to cut a sum, so that about `target` programs run.
+    """Return the number of splits (split-K) of a sum.
 
-    It is a power of two, since each different count compiles a kernel of its own. It is at most the power of two next
-    to `max_splits`.
+    It is chosen so that about `target` programs run. It is a power of two, since each different count compiles a kernel
+    of its own. It is at most the power of two next to `max_splits`.
 
     Args:
         programs: Programs of the launch without splits.
@@ -108,7 +113,9 @@ def split_count(programs: int, max_splits: int, target: int = TARGET_PROGRAMS) -
 
 
 def matmul_tn_fp32(left: Tensor, right: Tensor) -> Tensor:
-    """Return leftᵀ @ right, accumulated and returned in float32 (float64 for float64 data).
+    """Return leftᵀ @ right in float32 (float64 for float64 data).
+
+    The product is accumulated in that dtype too.
 
     Args:
         left: [..., T, a].
@@ -124,9 +131,10 @@ def matmul_tn_fp32(left: Tensor, right: Tensor) -> Tensor:
 
 
 def aligned_rows(x: Tensor, columns: int) -> Tensor:
-    """Return an uninitialized [len(x), columns] like x, whose row stride is a multiple of 16 elements.
+    """Return an uninitialized [len(x), columns] like x, with aligned rows.
 
-    With another row stride Triton loads and stores single elements, which made the matmuls several times slower.
+    The row stride is a multiple of 16 elements. With another row stride Triton loads and stores single elements, which
+    made the matmuls several times slower.
     """
     return x.new_empty(len(x), round_up(columns, 16))[:, :columns]
 

@@ -70,7 +70,10 @@ def draw_mask(T: int, n: int, seed: Tensor, p: float) -> Tensor:
 
 
 def rescale(p: float) -> float:
-    """Return the factor of the elements that are kept: one over the keep probability as it is drawn."""
+    """Return the factor of the elements that are kept.
+
+    It is one over the keep probability as it is drawn.
+    """
     return LEVELS / _keep_level(p)
 
 
@@ -81,15 +84,19 @@ def _keep_level(p: float) -> int:
 
 @triton.jit
 def _unpack_bits(word, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Unpack words [BLOCK_T, BLOCK_N / 32] to booleans [BLOCK_T, BLOCK_N]: True keeps an element."""
+    """Unpack words [BLOCK_T, BLOCK_N / 32] to booleans [BLOCK_T, BLOCK_N].
+
+    True keeps an element.
+    """
     return tl.reshape((word[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1, [BLOCK_T, BLOCK_N]) != 0
 
 
 @triton.jit
 def mask_tile(x, word, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.constexpr):
-    """Set the dropped elements of a tile x [BLOCK_T, BLOCK_N] to zero, without rescaling the others.
+    """Set the dropped elements of a tile x [BLOCK_T, BLOCK_N] to zero.
 
-    `word` holds the tile's mask words [BLOCK_T, BLOCK_N / 32]. With PTX, elements of x must have 16 or 32 bits.
+    The others are not rescaled. `word` holds the tile's mask words [BLOCK_T, BLOCK_N / 32]. With PTX, elements of x
+    must have 16 or 32 bits.
     """
     if PTX:
         # One comparison per element would be half of all instructions of a matmul's loop. Instead:
@@ -133,7 +140,9 @@ def _apply_dropout_kernel(
 
 
 def apply_dropout(x: Tensor, bits: Tensor, p: float) -> Tensor:
-    """Return dropout(x), contiguous: dropped elements are zero, the others are multiplied by `rescale(p)`.
+    """Return dropout(x), contiguous.
+
+    Dropped elements are zero, the others are multiplied by `rescale(p)`.
 
     Args:
         x: [T, n], with any row stride.

@@ -61,7 +61,10 @@ MAX_STEP_COLUMNS = 64  # columns of h per step of the loop: the fastest tried on
 
 @triton.jit
 def _load_or_sum(out_ptr, splits_ptr, offsets, mask, split_stride, SPLITS: tl.constexpr):
-    """Load from out_ptr; or, if there are SPLITS, store their sum there and return it as it was rounded."""
+    """Load from out_ptr, or store and return the sum of the splits.
+
+    If there are SPLITS, their sum is stored in out_ptr and returned as it was rounded.
+    """
     if SPLITS == 0:
         value = tl.load(out_ptr + offsets, mask=mask, other=0.0)
     else:
@@ -76,7 +79,10 @@ def _load_or_sum(out_ptr, splits_ptr, offsets, mask, split_stride, SPLITS: tl.co
 
 @triton.jit
 def _softmax(logits, experts, N: tl.constexpr, ACC: tl.constexpr):
-    """Return the softmax over the N experts. Logits of masked tokens must be finite, so that no NaN arises."""
+    """Return the softmax over the N experts.
+
+    Logits of masked tokens must be finite, so that no NaN arises.
+    """
     logits = tl.where((experts < N)[None, :], logits.to(ACC), float("-inf"))
     weights = tl.exp(logits - tl.max(logits, 1)[:, None])
     return weights / tl.sum(weights, 1)[:, None]
@@ -84,7 +90,10 @@ def _softmax(logits, experts, N: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def _top_k_mask(probability, experts, N: tl.constexpr, K: tl.constexpr, PAD_N: tl.constexpr):
-    """Return 1.0 for the K most probable experts of each token, else 0.0. Ties go to the lower index."""
+    """Return 1.0 for the K most probable experts of each token, else 0.0.
+
+    Ties go to the lower index.
+    """
     remaining = tl.where((experts < N)[None, :], probability, -2.0)
     chosen = tl.zeros_like(probability)
     for _ in range(K):
@@ -98,7 +107,10 @@ def _top_k_mask(probability, experts, N: tl.constexpr, K: tl.constexpr, PAD_N: t
 
 @triton.jit
 def _gate_of_columns(gate, experts, columns, first, R: tl.constexpr, E_STEP: tl.constexpr):
-    """Return each column's gate, [BLOCK_T, PAD_H]: R columns for each of the E_STEP experts from `first` on."""
+    """Return each column's gate, [BLOCK_T, PAD_H].
+
+    There are R columns for each of the E_STEP experts from `first` on.
+    """
     of_columns = tl.zeros([gate.shape[0], columns.shape[0]], dtype=gate.dtype)
     for j in range(E_STEP):
         gate_t = tl.sum(tl.where((experts == first + j)[None, :], gate, 0.0), 1)
@@ -111,9 +123,9 @@ def _load_P(
     p_ptr, columns, subspace, first, p_row_stride, N: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
     Z_STEP: tl.constexpr,
 ):  # fmt: skip
-    """Load P of the experts from `first` on as one matrix [PAD_H, PAD_D], whose columns are those of the step's z.
+    """Load P of the experts from `first` on as one matrix [PAD_H, PAD_D].
 
-    If each expert reads columns of its own, the matrix is block diagonal.
+    Its columns are those of the step's z. If each expert reads columns of its own, the matrix is block diagonal.
     """
     mask = (first * R + columns < N * R)[:, None]
     if Z_STEP == 0:
@@ -132,10 +144,10 @@ def _gate_kernel(
     K: tl.constexpr, R: tl.constexpr, D: tl.constexpr, E_STEP: tl.constexpr, PAD_N: tl.constexpr, PAD_H: tl.constexpr,
     PAD_D: tl.constexpr, ACC: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Write h and probability of a tile of tokens: program (tile of tokens, projection).
+    """Write h and probability of a tile of tokens.
 
-    The layout constants are those of `GateLayout`. A program reads, and with splits writes, only its projection's
-    columns of down_out.
+    Programs: (tile of tokens, projection). The layout constants are those of `GateLayout`. A program reads, and with
+    splits writes, only its projection's columns of down_out.
     """
     group = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -178,9 +190,10 @@ def _gate_backward_kernel(
     HAS_P: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, D: tl.constexpr, E_STEP: tl.constexpr,
     PAD_N: tl.constexpr, PAD_H: tl.constexpr, PAD_D: tl.constexpr, ACC: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Write d_down_out and gated_dh of a tile of tokens: program (tile of tokens, projection).
+    """Write d_down_out and gated_dh of a tile of tokens.
 
-    Probabilities and expert outputs are recomputed from down_out. `h_stride` and `h_group_stride` are those of dh.
+    Programs: (tile of tokens, projection). Probabilities and expert outputs are recomputed from down_out. `h_stride`
+    and `h_group_stride` are those of dh.
     """
     group = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -299,7 +312,9 @@ def forward_stages(layout: GateLayout, splits: int) -> int:
 
 
 def gate(down_out: Tensor, P: Tensor | None, h: Tensor, layout: GateLayout, splits: Tensor | None = None) -> Tensor:
-    """Route each token, write the gated expert outputs to h and return the router probabilities.
+    """Route each token, and return the router probabilities.
+
+    The gated expert outputs are written to h.
 
     Args:
         down_out: [T, columns], with any row stride; `layout` describes its columns. With splits it is written: their
@@ -353,10 +368,16 @@ def gate_backward(
 
 
 def backward_step_columns(layout: GateLayout) -> int:
-    """Return the columns per step of the backward kernel: with P, registers suffice for one expert per step."""
+    """Return the columns per step of the backward kernel.
+
+    With P, registers suffice for one expert per step.
+    """
     return layout.r if layout.has_p else MAX_STEP_COLUMNS
 
 
 def _strides(P: Tensor | None) -> tuple[int, int]:
-    """Return the elements from one projection's P to the next one's, and from one row of P to the next."""
+    """Return the strides of P over projections and over rows, in elements.
+
+    They lead from one projection's P to the next one's, and from one row of P to the next.
+    """
     return (0, 0) if P is None else (P.stride(0), P.stride(2))

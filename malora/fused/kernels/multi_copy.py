@@ -1,4 +1,6 @@
-"""Copy many float32 weights into one packed buffer of another dtype, in one launch.
+"""One-launch copy of many float32 weights into one packed buffer.
+
+The buffer has another dtype.
 
     target_i = cast(source_i)        for all i
 
@@ -81,7 +83,10 @@ def copy_with_table(table: Tensor, buffer: Tensor) -> None:
 
 
 def table_rows(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[int, int, int]]:
-    """Return address, offset in the buffer and size of each block of (source, target) pairs."""
+    """Return the table rows of (source, target) pairs.
+
+    There is one row per block: its address, its offset in the buffer and its size.
+    """
     return [
         (source.data_ptr() + 4 * start, int(target.storage_offset()) + start, min(BLOCK, source.numel() - start))
         for source, target in pairs

@@ -146,7 +146,10 @@ def quantize_rows(
 def quantize_rows_triton(
     matrices: list[Tensor], up: UpOperand | None, out: Float8Rows, alpha: float, min_magnitude: Tensor | None
 ) -> None:
-    """Quantize into `out` in one launch that reads each element once. Arguments as in `quantize_rows`."""
+    """Quantize into `out` in one launch that reads each element once.
+
+    Arguments as in `quantize_rows`.
+    """
     matrices = [matrix.contiguous() for matrix in matrices]  # W may be a column slice of an augmented weight
     widths = tuple(matrix.shape[1] for matrix in matrices)
     block = triton.next_power_of_2(max(widths))
@@ -163,7 +166,10 @@ def quantize_rows_triton(
 def quantize_rows_torch(
     matrices: list[Tensor], up: UpOperand | None, out: Float8Rows, alpha: float, min_magnitude: Tensor | None
 ) -> None:
-    """Quantize into `out` by PyTorch operations, for tensors on a CPU. Arguments as in `quantize_rows`."""
+    """Quantize into `out` by PyTorch operations, for tensors on a CPU.
+
+    Arguments as in `quantize_rows`.
+    """
     if up is not None:
         H, C = up.h.shape[2], up.up_scale.shape[1]
         scaled_h = up.h.float() * up.up_scale[:, None, :H]
@@ -184,7 +190,10 @@ def _empty(like: Tensor, rows: int, columns: int) -> Float8Rows:
 
 
 def zero_rows(like: Tensor, rows: int, columns: int) -> Float8Rows:
-    """Return a quantized matrix [rows, columns] of zeros on the device of `like`, whose rows start at cache lines."""
+    """Return a quantized matrix [rows, columns] of zeros on the device of `like`.
+
+    Its rows start at cache lines.
+    """
     zeros = _empty(like, rows, columns)
     zeros.values.view(torch.uint8).zero_()  # torch cannot fill float8
     zeros.scale.zero_()
@@ -227,7 +236,9 @@ def _load_B_over_scales(B_ptr, scale_ptr, m, H, columns, ranks):
 
 
 def quantize_up_proj(W: Float8Rows, B: Tensor, alpha: float, up_scale: Tensor) -> None:
-    """Write B, quantized with the row scales of W, into the last C columns of W, and its up scales.
+    """Write B, quantized, into the last C columns of W, and its up scales.
+
+    B is quantized with the row scales of W.
 
     Args:
         W: Quantized frozen weight [m, n + padding]; its last C columns are written.

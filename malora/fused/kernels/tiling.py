@@ -58,7 +58,10 @@ class SplitTile(NamedTuple):
 
 
 def split_tile(size: int, min_tile: int = MIN_TILE) -> SplitTile:
-    """Cover `size` elements by one power-of-two tile, or by two if they are smaller in sum."""
+    """Cover `size` elements by one power-of-two tile, or by two.
+
+    Two are used if they are smaller in sum.
+    """
     single = tile_size(size, min_tile)
     head, pad_tail = single // 2, tile_size(size - single // 2, min_tile)
     if head >= min_tile and head + pad_tail < single:
@@ -73,7 +76,10 @@ def tile_size(size: int, min_tile: int = MIN_TILE) -> int:
 
 @cache
 def shared_memory_bytes(device: torch.device) -> int:
-    """Return the bytes of shared memory that one thread block can use; off a GPU, those of an H100."""
+    """Return the bytes of shared memory that one thread block can use.
+
+    Off a GPU, they are those of an H100.
+    """
     if device.type != "cuda":
         return HOPPER_SHARED_BYTES
     properties = torch.cuda.get_device_properties(device)
@@ -81,7 +87,9 @@ def shared_memory_bytes(device: torch.device) -> int:
 
 
 def fitting_stages(per_stage: int, device: torch.device, *, max_stages: int, fixed: int = 0) -> int:
-    """Return how many stages of prefetched tiles fit into shared memory, at most `max_stages`; 0 if none fits.
+    """Return the number of stages of prefetched tiles that fit into shared memory.
+
+    It is at most `max_stages`, and 0 if none fits.
 
     Args:
         per_stage: Bytes that each stage takes.
@@ -98,5 +106,5 @@ def has_ptx(x: Tensor) -> bool:
 
 
 def accumulator_dtype(dtype: torch.dtype) -> tl.dtype:
-    """Return the dtype in which kernels accumulate: float64 for float64 data, else float32."""
+    """Return the dtype of accumulators: float64 for float64 data, else float32."""
     return tl.float64 if dtype == torch.float64 else tl.float32

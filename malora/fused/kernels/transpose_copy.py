@@ -1,4 +1,4 @@
-"""Write scaled transposes of the up projections into the padding of the augmented weights.
+"""Scaled transposes of up projections in the padding of augmented weights.
 
     augmented_weight = [W, padding, α Bᵀ]
 
@@ -46,7 +46,10 @@ def write_up_proj(augmented_weights: list[Tensor], Bs: list[Tensor], alpha: floa
 def _write_one_up_proj(
     B_ptr, padding_ptr, H, m, padding_stride, SCALE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """Write a tile of one projection. `padding_stride` is the row stride of the augmented weight."""
+    """Write a tile of one projection.
+
+    `padding_stride` is the row stride of the augmented weight.
+    """
     columns = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
     h_mask, m_mask = ranks < H, columns < m
@@ -59,7 +62,10 @@ def _write_one_up_proj(
 def _write_up_proj_kernel(
     B_ptrs, padding_ptrs, H, ms, padding_strides, SCALE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """Write a tile: program (tile of out features, tile of ranks, projection). Tuples have one entry per projection."""
+    """Write a tile of one projection.
+
+    Programs: (tile of out features, tile of ranks, projection). Tuples have one entry per projection.
+    """
     for g in tl.static_range(len(ms)):
         if tl.program_id(2) == g:
             _write_one_up_proj(B_ptrs[g], padding_ptrs[g], H, ms[g], padding_strides[g], SCALE, BLOCK_H, BLOCK_M)

@@ -1,4 +1,6 @@
-"""Backward pass of the up projections: both gradients in one launch for all projections of a group.
+"""Backward pass of the up projections.
+
+Both gradients are computed in one launch for all projections of a group.
 
     dh = α dy Bᵀ        dB = α hᵀ dy
 
@@ -64,9 +66,9 @@ def is_profitable(dy: Tensor, h: Tensor, H: int) -> bool:
 
 
 def _stages(H: int, device: torch.device) -> int:
-    """Return how many stages of prefetched tiles fit into shared memory, at most those of LAUNCH.
+    """Return the number of stages of prefetched tiles that fit into shared memory.
 
-    Counted for 16-bit elements, as Triton 3.6 allocates them for Hopper.
+    It is at most those of LAUNCH. Counted for 16-bit elements, as Triton 3.6 allocates them for Hopper.
     """
     rows = LAUNCH["BLOCK"] + split_tile(H, MIN_RIGHT_COLUMNS).padded
     return tiling.fitting_stages(2 * rows * LAUNCH["BLOCK_SUM"], device, max_stages=LAUNCH["num_stages"])
@@ -109,7 +111,10 @@ def _dB_tile(
     EVEN_M: tl.constexpr, H: tl.constexpr, TAIL: tl.constexpr, PAD_HEAD: tl.constexpr, PAD_TAIL: tl.constexpr,
     ACC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SUM: tl.constexpr,
 ):  # fmt: skip
-    """Compute dB of the out features of tile `block`, summed over all tokens; accumulated as dBᵀ."""
+    """Compute dB of the out features of tile `block`, summed over all tokens.
+
+    It is accumulated as dBᵀ.
+    """
     tokens = tl.arange(0, BLOCK_SUM).to(tl.int64)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     head_ranks, tail_ranks = tl.arange(0, PAD_HEAD), PAD_HEAD + tl.arange(0, PAD_TAIL)
@@ -206,7 +211,10 @@ def _backward_same_width(
 
 
 def _padded_tokens(T: int, block: int) -> int:
-    """Round T up to tiles, and up to an eighth further: few different lengths mean few compilations."""
+    """Round T up to tiles, and up to an eighth further.
+
+    Few different lengths mean few compilations.
+    """
     tiles = triton.cdiv(T, block)
     step = 1 << max(0, tiles.bit_length() - 4)
     return int(triton.cdiv(tiles, step) * step * block)

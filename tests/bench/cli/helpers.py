@@ -11,7 +11,10 @@ def snapshot(folder: Path) -> dict[Path, bytes]:
 
 
 def refused(arguments: list, capsys, tmp_path) -> str:
-    """Run a command that must be refused and write nothing; returns the last line of its error."""
+    """Run a command that must be refused and write nothing.
+
+    Returns the last line of its error.
+    """
     before = snapshot(tmp_path)
     try:
         code = main([str(a) for a in arguments])

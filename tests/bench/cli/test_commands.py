@@ -54,7 +54,7 @@ def test_run_prints_and_records(base_folder, tmp_path, capsys):
 
 
 def test_run_on_domains(base_folder, capsys, tmp_path):
-    """Trains on long labels, validates by likelihood, and generates the answers of the test."""
+    """Train on long labels, validate by likelihood, and generate the test's answers."""
     command = [
         *"run --profile tiny --mixture inter --method malora --max-steps 12 --max-items 3 --model".split(),
         *(base_folder, "--results", tmp_path),
@@ -83,7 +83,10 @@ def launch(*arguments) -> None:
 
 
 def test_two_processes_train_together(base_folder, tmp_path):
-    """As the paper profile on several GPUs: each process takes half of every batch, and one writes the record."""
+    """Train in two processes, as the paper profile does on several GPUs.
+
+    Each process takes half of every batch, and one writes the record.
+    """
     command = [
         *"run --profile tiny --model".split(),
         base_folder,
@@ -100,7 +103,10 @@ def test_two_processes_train_together(base_folder, tmp_path):
 
 
 def test_two_processes_make_a_table_together(base_folder, tmp_path):
-    """Both processes must choose the same learning rates, although only one of them scores."""
+    """Check that both processes choose the same learning rates.
+
+    Only one of them scores.
+    """
     options = "--profile tiny --methods lora --seeds 1 --sweep --max-steps 1 --max-items 2".split()
     launch("table2", *options, "--model", base_folder, "--results", tmp_path)
     assert len(store.read_all(tmp_path)) == RATES + 1  # and the base

@@ -1,4 +1,7 @@
-"""A mistake of the user gives exit code 2 and one clear line. Nothing is written and nothing is lost."""
+"""Mistakes of the user: each gives exit code 2 and one clear line.
+
+Nothing is written and nothing is lost.
+"""
 
 import gzip
 import json

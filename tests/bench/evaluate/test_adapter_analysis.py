@@ -30,7 +30,10 @@ def with_up_projections(model):
 
 
 def test_a_model_compared_with_itself(model, tmp_path):
-    """Nothing moved, tasks with the same prompts have the same routing, and each expert equals its own copy."""
+    """Check that nothing moved and that each expert equals its own copy.
+
+    Tasks with the same prompts have the same routing.
+    """
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     peers = {"ST(S)": tmp_path, "ST(D)": tmp_path / "nowhere"}
     found = analyze_adapter(model, tiny.tokenizer(), extract_experts(model), {"a": PROMPTS, "b": PROMPTS}, peers)
@@ -49,7 +52,10 @@ def test_a_model_compared_with_itself(model, tmp_path):
 
 
 def test_routing_that_depends_on_the_task(model):
-    """A router that sends the tokens of two tasks to different experts has log 2 nats of information."""
+    """Check that a router that separates two tasks has log 2 nats of information.
+
+    It sends the tokens of the two tasks to different experts.
+    """
     with torch.no_grad():
         embeddings = model.get_input_embeddings().weight
         embeddings.zero_()

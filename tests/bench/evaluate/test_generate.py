@@ -64,7 +64,10 @@ def test_one_token_or_no_prompt():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("method", [None, "lora", "dora", "malora"])
 def test_a_captured_step_generates_what_the_eager_one_does(method, monkeypatch):
-    """Two batches of one shape, so that the graph is replayed for another batch, and a last one of another shape."""
+    """Generate for two batches of one shape and a last one of another shape.
+
+    There are two of one shape, so that the graph is replayed for another batch.
+    """
     model = make_model().to("cuda", torch.bfloat16)  # as `bench.models.base.load` loads it
     if method:
         model = get_peft_model(model, malora.METHODS[method]()).cuda().eval()

@@ -18,7 +18,10 @@ def test_a_table_has_the_papers_rows(name):
 
 
 def test_the_rows_have_the_papers_sizes():
-    """Section 3 and Table 12: all (r, d) have equally many parameters, 8 r + d = 128 matrix rows."""
+    """Check that all (r, d) of Table 12 have equally many parameters.
+
+    Section 3 and Table 12: 8 r + d = 128 matrix rows.
+    """
     for entry in EXPERIMENTS["table12"].entries:
         config = malora.METHODS[entry.method](**entry.options)
         assert entry.title == f"MALoRA r={config.r} d={config.d} β={config.beta:g}"

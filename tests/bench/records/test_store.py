@@ -1,4 +1,7 @@
-"""Records are written completely or not at all, read back unchanged, and published only if they can be run again."""
+"""Records on disk: they are written completely or not at all.
+
+They are read back unchanged, and published only if they can be run again.
+"""
 
 import gzip
 import hashlib

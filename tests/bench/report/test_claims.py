@@ -52,7 +52,10 @@ def test_without_records_nothing_is_run_but_parameters_are_counted():
 
 @pytest.mark.parametrize("other, share", [("MoLoRA r=12", "29.8%"), ("MoLoRA r=16", "47.3%")])
 def test_fewer_parameters_are_counted_on_the_papers_backbone(other, share):
-    """From the paper's totals less its routers: 1 - (158,859,264 - 8,060,928) / (222,756,864 - 8,060,928), and r=16."""
+    """Compute the shares from the paper's totals less its routers.
+
+    The first is 1 - (158,859,264 - 8,060,928) / (222,756,864 - 8,060,928), and the second is that of r=16.
+    """
     (claim,) = [c for c in claims({}, []) if c.claim.endswith(other)]
     assert claim.ours.startswith(share) and claim.verdict.startswith("holds")
 
@@ -85,7 +88,10 @@ def test_one_seed_takes_the_variance_of_rows_with_several():
 
 
 def test_holm_counts_the_claims_that_were_tested():
-    """A difference that one test would call real is not among two: p = 0.03 and 0.9 become 0.06 and 0.9."""
+    """Check that a difference that one test would call real is not among two.
+
+    p = 0.03 and 0.9 become 0.06 and 0.9.
+    """
     pair = [
         run("table2", "MoLoRA", right=0.5),
         run("table2", "MALoRA", right=0.5125),

@@ -1,4 +1,7 @@
-"""The HTML report: it sums up, sorts, filters and opens records in a browser, and loads nothing else."""
+"""The HTML report in a browser: it sums up, sorts, filters and opens records.
+
+It loads nothing else.
+"""
 
 import base64
 import gzip
@@ -187,7 +190,10 @@ def browser():
 
 @pytest.fixture
 def open_page(browser, tmp_path):
-    """Open a page from a file; at the end it must have made no network request and no console message."""
+    """Open a page from a file.
+
+    At the end it must have made no network request and no console message.
+    """
     said = []
 
     def open_(text, width=1280):

@@ -20,7 +20,10 @@ def test_the_interval_over_seeds_is_students():
 
 
 def test_with_one_seed_it_is_the_items():
-    """Two tasks of 100 items at one half: standard error of their mean √(2 · 0.25/99) / 2."""
+    """Compute the error of two tasks of 100 items at one half.
+
+    The standard error of their mean is √(2 · 0.25/99) / 2.
+    """
     mean = mean_over_seeds([{t: [0, 1] * 50 for t in "ab"}])
     assert mean.over == "items" and mean.half_width == pytest.approx(1.96 * 100 * (2 * 0.25 / 99) ** 0.5 / 2, rel=1e-4)
 
@@ -38,7 +41,10 @@ def test_a_large_difference_is_found_and_its_interval_holds_it():
 
 
 def false_alarms(seeds, between_seeds, draws=300):
-    """Return how often two equal methods are called different, given the standard deviation between seeds."""
+    """Return how often two equal methods are called different.
+
+    `between_seeds` is the standard deviation between seeds.
+    """
     rng = np.random.default_rng(1)
 
     def method():
@@ -49,7 +55,10 @@ def false_alarms(seeds, between_seeds, draws=300):
 
 @pytest.mark.parametrize("seeds, between_seeds", [(1, 0.0), (3, 0.0), (3, 0.06), (5, 0.06)])
 def test_no_difference_is_called_one_in_at_most_one_of_twenty_cases(seeds, between_seeds):
-    """Up to 5% and 3 standard errors of 300 draws; with one seed only where runs do not vary."""
+    """Allow up to 5% and 3 standard errors of 300 draws.
+
+    With one seed, this holds only where runs do not vary.
+    """
     assert false_alarms(seeds, between_seeds) <= 0.05 + 3 * (0.05 * 0.95 / 300) ** 0.5
 
 
@@ -59,14 +68,20 @@ def test_one_seed_does_not_know_how_runs_vary():
 
 
 def test_the_spread_is_pooled_over_methods_with_several_seeds():
-    """Means 50, 54 and 40, 44, 48: sums of squares 8 and 32, on 1 + 2 degrees of freedom."""
+    """Pool the means 50, 54 and 40, 44, 48.
+
+    The sums of squares are 8 and 32, on 1 + 2 degrees of freedom.
+    """
     methods = [[{"t": [1] * k + [0] * (100 - k)} for k in means] for means in ((50, 54), (40, 44, 48), (10,))]
     assert spread_over_seeds(methods) == Spread(pytest.approx(40 / 3 / 100**2), 3)
     assert spread_over_seeds(methods[2:]) is None
 
 
 def test_one_seed_with_the_spread_of_others_is_seldom_wrong():
-    """Compare two equal methods of one and two seeds, with two others of three; see `false_alarms`."""
+    """Compare two equal methods of one and two seeds, with two others of three.
+
+    See `false_alarms`.
+    """
     rng = np.random.default_rng(4)
 
     def method(seeds):
@@ -78,7 +93,10 @@ def test_one_seed_with_the_spread_of_others_is_seldom_wrong():
 
 
 def shown(seeds, between_seeds, gain, draws=300):
-    """Return how often a true gain in points is shown, and the mean of the smallest detectable difference."""
+    """Return how often a true gain is shown, and the mean smallest difference.
+
+    The gain is in points. The mean is that of the smallest detectable difference.
+    """
     rng = np.random.default_rng(2)
 
     def method(mean):
@@ -115,7 +133,10 @@ def test_the_effect_size_is_cohens():
 
 
 def test_pairing_counts():
-    """The same 10 of 400 items turned right is surer than two independent samples of the same means."""
+    """Check that the same 10 of 400 items turned right is surer than two samples.
+
+    The two samples are independent and have the same means.
+    """
     base = [0, 1] * 200
     better = [1] * 20 + base[20:]
     assert compare([{"t": base}], [{"t": better}]).p < 0.01

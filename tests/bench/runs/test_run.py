@@ -1,4 +1,4 @@
-"""One run from its configuration to its record, and the records of runs that go wrong."""
+"""One run from its configuration to its record, and records of failed runs."""
 
 import json
 

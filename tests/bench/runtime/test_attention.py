@@ -1,4 +1,7 @@
-"""Attention in packed sequences equals that of their examples one by one; no mask is made without need."""
+"""Attention in packed sequences: it equals that of their examples one by one.
+
+No mask is made without need.
+"""
 
 import pytest
 import torch

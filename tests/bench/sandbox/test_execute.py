@@ -1,5 +1,6 @@
-"""Programs that try to escape the sandbox: each is contained and fails, and the harness continues.
+"""Programs that try to escape the sandbox: each is contained and fails.
 
+The harness continues.
 Harmless attacks are also run without the sandbox, where they succeed. This shows that the sandbox stopped them.
 """
 
@@ -23,7 +24,10 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture(autouse=True)
 def harness_unharmed(monkeypatch):
-    """Check after each test that no descriptor is left open and no started process is alive."""
+    """Check after each test that no descriptor is left open.
+
+    No started process is alive either.
+    """
     mark = uuid.uuid4().hex
     monkeypatch.setattr(execute, "RUNNER", f"{execute.RUNNER}\n# {mark}\n")
     before = len(os.listdir("/proc/self/fd"))

@@ -1,4 +1,7 @@
-"""The expert loop agrees with the reference, forward and every gradient, and is registered only on demand."""
+"""The expert loop: it agrees with the reference, forward and every gradient.
+
+It is registered only on demand.
+"""
 
 import pytest
 import torch

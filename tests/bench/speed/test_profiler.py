@@ -10,7 +10,10 @@ from bench.speed.steps import Workload
 
 
 def test_the_backbone_s_operations():
-    """One layer of the toy: q, k, v, o of 128 × 128, three MLP matrices of 128 × 256, a head of 128 × 512."""
+    """Count the operations of one layer of the toy.
+
+    It has q, k, v, o of 128 × 128, three MLP matrices of 128 × 256, and a head of 128 × 512.
+    """
     base = backbone(SHAPES["toy"], 1, torch.device("cpu"))
     linear, attention = 2 * (4 * 128 * 128 + 3 * 128 * 256 + 128 * 512), 2 * 64 * 128
     work = Workload("train", batch=4, length=64, tokens=256, dropout=0.0, vocab_size=512)

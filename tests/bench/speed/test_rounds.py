@@ -1,4 +1,7 @@
-"""Interleaved rounds: every row is timed in turn on an equally hot device, and a row that cannot run gives a reason."""
+"""Interleaved rounds: every row is timed in turn on an equally hot device.
+
+A row that cannot run gives a reason.
+"""
 
 from contextlib import contextmanager, nullcontext
 

@@ -1,4 +1,7 @@
-"""The command line: a call measures, writes a record and its pages, and rejects what it would ignore."""
+"""The command line: a call measures, and writes a record and its pages.
+
+It rejects what it would ignore.
+"""
 
 import json
 import subprocess

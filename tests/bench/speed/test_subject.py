@@ -1,4 +1,7 @@
-"""Models of variants: they share the frozen weights, and Liger's patches are active only while one is loaded."""
+"""Models of variants: they share the frozen weights.
+
+Liger's patches are active only while one is loaded.
+"""
 
 from dataclasses import replace
 
@@ -80,7 +83,10 @@ def test_all_variants_share_one_set_of_frozen_weights():
     [("fused", "train", True), ("fused", "prefill", False), ("fp8", "decode", True), ("dense", "train", False)],
 )
 def test_the_backbone_is_optimized_while_it_is_loaded(backend, mode, optimizes, monkeypatch):
-    """Frozen weights are padded for training with the fused backends and run in float8 with fp8; parking frees both."""
+    """Check that frozen weights are optimized as the backend and the mode need.
+
+    They are padded for training with the fused backends and run in float8 with fp8; parking frees both.
+    """
     calls = []
     monkeypatch.setattr("malora.optimize_backbone", lambda model: calls.append(("optimize", model)))
     monkeypatch.setattr("malora.release_caches", lambda model: calls.append(("release", model)))

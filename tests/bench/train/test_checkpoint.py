@@ -16,7 +16,10 @@ class KilledError(BaseException):
 
 @pytest.mark.parametrize("method", ["lora", "malora"])
 def test_a_killed_run_that_is_resumed_ends_bitwise_like_an_unbroken_one(method, base_folder, tmp_path, monkeypatch):
-    """It is killed at step 8, after the checkpoint at step 5. With dropout the generator's state is tested as well."""
+    """Kill a run at step 8, after the checkpoint at step 5, and resume it.
+
+    With dropout the generator's state is tested as well.
+    """
 
     def train_adapter(folder):
         setting = make_setting(base_folder, tmp_path / folder, save=tmp_path / folder / "adapter")

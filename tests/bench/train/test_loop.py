@@ -12,7 +12,10 @@ from tests.conftest import make_model
 
 @pytest.mark.parametrize("method, active", [("lora", True), ("dora", False), ("malora", False)])
 def test_lora_computes_the_same_without_casting_its_inputs(method, active, ids):
-    """Bitwise, under bfloat16 autocast; `keep_input_dtype` is told that the device is a GPU."""
+    """Compare bitwise, under bfloat16 autocast.
+
+    `keep_input_dtype` is told that the device is a GPU.
+    """
 
     def computed(device: str):
         model = get_peft_model(make_model().bfloat16(), malora.METHODS[method](lora_dropout=0.0)).train()

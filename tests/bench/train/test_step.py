@@ -20,7 +20,10 @@ ENCODED = [Encoded([7, 3, 9, 11, 2, 5], 2), Encoded([4, 8, 1], 1), Encoded([6, 6
 def run_step(
     shape="llama", max_tokens=10_000, method="malora", fixed_shapes=False, balance=0.0, row_length=512, encoded=ENCODED
 ):
-    """Run one step of a model whose up projections are not zero; returns model, losses and gradients by name."""
+    """Run one step of a model whose up projections are not zero.
+
+    Returns model, losses and gradients by name.
+    """
     torch.manual_seed(0)
     targets = malora.TARGET_MODULES[shape]
     model = get_peft_model(make_model(shape), malora.METHODS[method](lora_dropout=0.0, target_modules=targets)).train()
@@ -72,7 +75,10 @@ def test_padded_labels_and_sequences_change_nothing(encoded):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("method", ["lora", "malora"])
 def test_a_captured_step_computes_what_the_eager_step_does(method):
-    """Two shapes, so that one graph is replayed after the other; two micro-batches; and longer labels."""
+    """Compare on two shapes, two micro-batches, and longer labels.
+
+    There are two shapes, so that one graph is replayed after the other.
+    """
 
     def trained(captured: bool):
         torch.manual_seed(0)

@@ -31,7 +31,10 @@ def test_training_moves_s_unless_it_is_frozen(ids):
 
 
 def test_movement_in_numbers():
-    """Angles of a known rotation. Flipped signs move the matrix, but not its row space."""
+    """Compute the angles of a known rotation.
+
+    Flipped signs move the matrix, but not its row space.
+    """
     start, model = adapted("malora", d=2, r=2, lora_alpha=4), adapted("malora", d=2, r=2, lora_alpha=4)
     before, after = rotated([0.2, 0.5], n=64)
     for m, S in ((start, before), (model, after)):

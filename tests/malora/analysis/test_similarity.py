@@ -1,4 +1,7 @@
-"""CCA against its definitions and known angles, and the similarity of experts in models whose factors are known."""
+"""CCA against its definitions and known angles, and the similarity of experts.
+
+The experts are in models whose factors are known.
+"""
 
 import math
 
@@ -10,7 +13,10 @@ from tests.malora.analysis.helpers import adapted, random, rotated
 
 
 def by_covariance(X, Y):
-    """Compute them as Hotelling defined them: singular values of Σxx^(-1/2) Σxy Σyy^(-1/2), centred."""
+    """Compute canonical correlations as Hotelling defined them.
+
+    They are the singular values of Σxx^(-1/2) Σxy Σyy^(-1/2), centred.
+    """
 
     def inverse_root(C):
         values, vectors = torch.linalg.eigh(C)
@@ -72,7 +78,10 @@ def test_the_chance_level_is_that_of_random_matrices(p, q, n):
 
 
 def test_the_chance_level_of_one_row_is_known():
-    """|cos| of a random angle in n dimensions has mean Γ(n/2) / (√π Γ((n+1)/2)); its square has mean 1/n."""
+    """Check the mean of |cos| of a random angle in n dimensions, and of its square.
+
+    The mean is Γ(n/2) / (√π Γ((n+1)/2)), and that of the square is 1/n.
+    """
     exact = math.exp(math.lgamma(48) - math.lgamma(48.5)) / math.sqrt(math.pi)
     assert chance_level(1, 1, 96) == pytest.approx(exact, rel=0.04)  # three standard errors
     assert chance_level(1, 1, 96, "mean_square") == 1 / 96
@@ -80,7 +89,10 @@ def test_the_chance_level_of_one_row_is_known():
 
 
 def test_up_projections_of_figure_2_are_below_the_chance_level_of_the_mean():
-    """The figure shows 0.006 to 0.015. LLaMA-2 7B has up projections with 4,096 and 11,008 outputs."""
+    """Check that the chance level is above Figure 2's 0.006 to 0.015.
+
+    LLaMA-2 7B has up projections with 4,096 and 11,008 outputs.
+    """
     assert chance_level(8, 8, 4096) == pytest.approx(0.85 * math.sqrt(8 / 4096), rel=0.03)
     assert chance_level(8, 8, 11008) > 0.02
 

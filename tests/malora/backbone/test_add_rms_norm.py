@@ -1,4 +1,7 @@
-"""Residual sum and RMSNorm in one kernel, alone and in a model, through Triton's interpreter or on a GPU."""
+"""Residual sum and RMSNorm in one kernel, alone and in a model.
+
+It runs through Triton's interpreter or on a GPU.
+"""
 
 import pytest
 import torch
@@ -66,7 +69,10 @@ def test_gradients_may_be_column_slices():
 
 @pytest.fixture
 def with_kernels(monkeypatch):
-    """Patch a model as with Liger installed; the norms that Liger replaces carry a mark."""
+    """Patch a model as with Liger installed.
+
+    The norms that Liger replaces carry a mark.
+    """
 
     def apply(model, **_):
         for norm in model.modules():

@@ -1,4 +1,7 @@
-"""Every exact backend agrees with the reference: outputs and all gradients, in float64, with dropout."""
+"""Agreement of every exact backend with the reference.
+
+Outputs and all gradients agree, in float64, with dropout.
+"""
 
 import dataclasses
 from types import SimpleNamespace
@@ -196,7 +199,10 @@ def test_a_layer_uses_the_backend_that_auto_resolves_to(backend, monkeypatch):
 
 @pytest.mark.parametrize("backend", EXACT)
 def test_16_bits_are_near_float64(backend):
-    """Errors of bfloat16 operands are 1e-3 to 1e-2 of the norm. Triton's interpreter has float16 only."""
+    """Compare results of 16-bit operands with those of float64.
+
+    Errors of bfloat16 operands are 1e-3 to 1e-2 of the norm. Triton's interpreter has float16 only.
+    """
     dtype = torch.float16 if backend == "fused" else torch.bfloat16
     made = layer(METHODS["malora"](lora_dropout=0.0))
     x = torch.randn(4, 16, 72, dtype=torch.float64)

@@ -1,4 +1,7 @@
-"""Compile kernels for Hopper, which needs no GPU, in a process where Triton does not interpret."""
+"""Compilation of kernels for Hopper.
+
+It needs no GPU, and runs in a process where Triton does not interpret.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,9 @@ def compile_for_hopper(
     aligned: Iterable[str] = (),
     **options: int,
 ) -> str:
-    """Return the kernel's Triton GPU IR (TTGIR), and assert that it fits into an H100's shared memory.
+    """Return the kernel's Triton GPU IR (TTGIR).
 
+    Assert that the kernel fits into an H100's shared memory.
     Pointers are those of bfloat16 and divisible by 16, numbers are int32, strides are multiples of 16.
 
     Args:
@@ -56,7 +60,10 @@ def compile_for_hopper(
 
 
 def unfinished_matmuls(ttgir: str) -> list[int]:
-    """Return, for each innermost loop with asynchronous matmuls, how many an iteration leaves unfinished."""
+    """Return how many asynchronous matmuls an iteration leaves unfinished.
+
+    There is one number for each innermost loop with asynchronous matmuls.
+    """
     found: list[int] = []
     regions: list[list[int] | None] = []  # a stack: of a loop [matmuls started, matmuls unfinished], else None
     for line in map(str.strip, ttgir.splitlines()):
@@ -74,7 +81,9 @@ def unfinished_matmuls(ttgir: str) -> list[int]:
 
 
 def run_compile_script(code: str, cache: Path) -> list[str]:
-    """Run Python code in a process where Triton compiles, and return what it prints, split at form feeds.
+    """Run Python code in a process where Triton compiles, and return its output.
+
+    The output is what the code prints, split at form feeds.
 
     Args:
         code: Source text that ends each output with a form feed.

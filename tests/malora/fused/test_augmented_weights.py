@@ -1,4 +1,7 @@
-"""Base and up projection as one GEMM: the same sums, only when asked for, and weights that can be restored."""
+"""Base and up projection as one GEMM.
+
+The sums are the same, the GEMM is used only when asked for, and weights can be restored.
+"""
 
 import copy
 
@@ -245,7 +248,10 @@ def test_a_model_that_never_ran_is_unloaded_without_padding():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("method", METHODS[:3])
 def test_a_graph_replays_what_a_pass_computes(method, ids):
-    """It writes the up projection while it routes. An optimizer changes weights after the capture."""
+    """Compare the replays of a graph with passes of another model.
+
+    The graph writes the up projection while it routes. An optimizer changes weights after the capture.
+    """
     model, other = pair(method)
     trainable = [[p for p in each.parameters() if p.requires_grad] for each in (model, other)]
     dropout_seed = torch.full((1,), 5, device=DEVICE)

@@ -1,4 +1,7 @@
-"""Un-adapted frozen linear layers with `backend="fp8"`: the output projections of attention."""
+"""Un-adapted frozen linear layers with `backend="fp8"`.
+
+They are the output projections of attention.
+"""
 
 import copy
 import io

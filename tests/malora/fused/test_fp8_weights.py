@@ -1,4 +1,7 @@
-"""Float8 GEMMs: which matrices are quantized, and how often. Tests of the fused backend cover the rest."""
+"""Float8 GEMMs: which matrices are quantized, and how often.
+
+Tests of the fused backend cover the rest.
+"""
 
 import copy
 
@@ -74,7 +77,10 @@ def in_float8(t, least=0.0):
 
 
 def with_identities(layers):
-    """Return copies in which W is zero and B the identity: their output is α·h, and dh comes back."""
+    """Return copies in which W is zero and B the identity.
+
+    Their output is α·h, and dh comes back.
+    """
     layers = copy.deepcopy(layers)
     with torch.no_grad():
         for layer in layers:
@@ -86,7 +92,10 @@ def with_identities(layers):
 
 
 def expected_outputs(layers, x, dys):
-    """Return [x h·u] [W (B/u)ᵀ]ᵀ + bias of float8 factors: B in scales of W's rows, and u brings it to 448."""
+    """Return [x h·u] [W (B/u)ᵀ]ᵀ + bias of float8 factors.
+
+    B is in scales of W's rows, and u brings it to 448.
+    """
     hs, weights = run(with_identities(layers), x, dys, "fused")[0], []
     least = max(layer.base_layer.weight.detach().abs().max().float() for layer in layers) / 256
     for layer in layers:
@@ -101,7 +110,10 @@ def expected_outputs(layers, x, dys):
 
 
 def expected_gradients(layers, x, dys):
-    """Return dx and the gradients of what trains: [dx dh] = dy [W Bᵀ] of float8 factors, the rest follows from dh."""
+    """Return dx and the gradients of what trains.
+
+    [dx dh] = dy [W Bᵀ] of float8 factors, and the rest follows from dh.
+    """
     dy, of_dy = in_float8(torch.cat(dys, 2))
     W, of_W = in_float8(torch.cat([layer.base_layer.weight.detach() for layer in layers]).T)
     dhs = []
@@ -133,7 +145,10 @@ def test_only_gemms_with_frozen_weights_and_up_projections_are_quantized(case):
 
 
 def numbers_of_the_format(*shape, seed):
-    """Return rows that each have a 448. The interpreter halves what is rounded up to a power of two, so no others."""
+    """Return rows of numbers of the format that each have a 448.
+
+    The interpreter halves what is rounded up to a power of two, so there are no other rows.
+    """
     generator = torch.Generator().manual_seed(seed)
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     every = every[every.abs() >= 1]  # so that a sixtieth of it has as many bits
@@ -226,7 +241,10 @@ def test_weights_are_quantized_once_and_again_when_they_change():
 
 @pytest.mark.parametrize("share", [1e-3, 1e-8, 0.0])
 def test_small_weights_do_not_disturb_their_group_or_their_other_rows(share):
-    """B in scales of W would otherwise be so large that x next to it is rounded to zero."""
+    """Check outputs next to weights that are small or zero.
+
+    B in scales of W would otherwise be so large that x next to it is rounded to zero.
+    """
     layers = group(sizes=(160, 128, 128))
     with torch.no_grad():
         layers[1].base_layer.weight.mul_(share)
@@ -310,7 +328,10 @@ def test_without_triton_it_is_logged_and_computed_densely(caplog, monkeypatch):
 
 
 def test_a_model_is_near_the_fused_one(ids):
-    """The model has two layers of random weights. The bound is four times float8's rounding, 2^-4 of a number."""
+    """Compare a model of two layers of random weights with the fused one.
+
+    The bound is four times float8's rounding, 2^-4 of a number.
+    """
     results, options = {}, {"lora_dropout": 0.0, "top_k": 8}  # another choice of experts is no small change
     for backend in ("fused", "fp8"):
         torch.manual_seed(0)

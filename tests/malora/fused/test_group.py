@@ -222,7 +222,10 @@ def test_a_copy_and_generation(ids):
 
 
 def test_inference_after_training_sees_weights_that_a_fused_optimizer_changed(ids):
-    """A fused optimizer does not increase versions, and inference mode computes layers one by one."""
+    """Check that inference after training sees changed weights.
+
+    A fused optimizer does not increase versions, and inference mode computes layers one by one.
+    """
     model = adapted()
     with torch.inference_mode():
         before = model(ids, use_cache=False).logits

@@ -1,4 +1,7 @@
-"""FSDP2 over one process: its weights come and go, so copies of them would be stale."""
+"""FSDP2 over one process.
+
+Its weights come and go, so copies of them would be stale.
+"""
 
 import pytest
 import torch

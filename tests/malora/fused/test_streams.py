@@ -1,4 +1,7 @@
-"""Tasks on parallel CUDA streams: order outside a graph, equal results and plain errors in one."""
+"""Tasks on parallel CUDA streams.
+
+Outside a graph they run in order, and in one they have equal results and plain errors.
+"""
 
 import pytest
 import torch
@@ -18,7 +21,10 @@ def test_outside_a_graph_tasks_run_in_order():
 
 @needs_gpu
 def test_a_graph_with_parallel_tasks_equals_sequential_tasks():
-    """Chains of tasks whose memory returns to the stream where it was allocated, replayed with new inputs."""
+    """Replay chains of tasks with new inputs.
+
+    The memory of the tasks returns to the stream where it was allocated.
+    """
     size, times = 256, 20
     x, weights = torch.randn(size, size, device="cuda"), torch.randn(3, size, size, device="cuda") / size**0.5
 

@@ -76,7 +76,10 @@ def test_other_methods_have_rows_too_and_other_options_do_not_mix():
 
 
 def test_a_sweep_counts_where_all_that_ran_were_swept():
-    """Otherwise Table 2 lends its rates to all, so that no row is tuned while another is not."""
+    """Check that Table 2 lends its rates to all unless all that ran were swept.
+
+    So no row is tuned while another is not.
+    """
     table3, lent = EXPERIMENTS["table3"], records()
 
     def on_domains(method, rate, right=0.5):

@@ -1,4 +1,7 @@
-"""Goals are computed from records: the records that count, their figures, and the README's table."""
+"""Goals, computed from records.
+
+Tested are the records that count, their figures, and the README's table.
+"""
 
 import re
 

@@ -55,7 +55,10 @@ def test_the_table_has_ratios_and_shares():
 
 
 def test_the_page_lists_the_longest_kernels():
-    """They are those of MALoRA's fastest row and of the compiled frozen backbone, its baseline."""
+    """Check that the kernels of MALoRA's fastest row and its baseline are listed.
+
+    The baseline is the compiled frozen backbone.
+    """
     page = tables.section(make_speed())
     (line,) = (line for line in page.splitlines() if "slow_kernel_of_malora-dense-compiled" in line)
     assert [cell.strip() for cell in line.split("|")[2:4]] == ["3", "796.9"]  # 0.75 of a step of 1.0625 s

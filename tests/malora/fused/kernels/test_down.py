@@ -1,5 +1,6 @@
-"""The down projection with dropout equals matmuls of masked tensors, forward and backward.
+"""The down projection with dropout, against matmuls of masked tensors.
 
+They are equal, forward and backward.
 In float64 through Triton's interpreter; on a GPU in bfloat16, at sizes in use.
 """
 
@@ -125,7 +126,10 @@ for Z, L in (256, 0), (64, 8), (96, 24), (96, 192), (256, 256):
 
 
 def test_no_matmul_is_unfinished_when_its_loop_overwrites_its_operands(tmp_path):
-    """Each is waited for within its iteration: the next one writes the same registers and buffers."""
+    """Check that each matmul is waited for within its iteration.
+
+    The next iteration writes the same registers and buffers.
+    """
     codes = run_compile_script(COMPILE, tmp_path)
     assert len(codes) == 20
     for code in codes:

@@ -1,4 +1,7 @@
-"""The dropout mask: rate of dropped elements, and independence of adjacent bits and of seeds."""
+"""The dropout mask: its rate, and its independence.
+
+The rate is that of dropped elements. Adjacent bits are independent, and so are seeds.
+"""
 
 import pytest
 import torch

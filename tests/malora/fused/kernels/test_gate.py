@@ -1,4 +1,7 @@
-"""The gate kernels alone: split sums that they add, missing gradients, and padding that they leave untouched."""
+"""The gate kernels alone.
+
+Covered are split sums that they add, missing gradients, and padding that they leave untouched.
+"""
 
 import pytest
 import torch
@@ -13,7 +16,10 @@ G, T = 2, 37  # projections, and tokens of two tiles
 
 
 def make_layout(N: int, r: int, D: int, z_step: int, has_p: bool) -> GateLayout:
-    """Return the layout of G projections, with z and logits padded to multiples of 8 columns."""
+    """Return the layout of G projections.
+
+    Both z and logits are padded to multiples of 8 columns.
+    """
     z, logits = (-(-size // 8) * 8 for size in (N * D if z_step else D, N))
     return GateLayout(N, 2, r, D, z_step, z_group=z, l_group=logits, logits_at=G * z, has_p=has_p, scaling=2.0)
 
@@ -31,7 +37,10 @@ all_dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 
 def used_columns(layout: GateLayout, padded_z: bool = False) -> torch.Tensor:
-    """Return the columns of down_out that are not padding; with `padded_z`, also the padding of a shared z."""
+    """Return the columns of down_out that are not padding.
+
+    With `padded_z`, return also the padding of a shared z.
+    """
     z = layout.N * layout.D if layout.z_step else layout.D
     if padded_z and not layout.z_step:
         z = layout.z_group
@@ -85,7 +94,10 @@ def test_no_gradient_of_the_probabilities_equals_zeros(layout, dtype):
 @all_dtypes
 @all_layouts
 def test_gradients_may_be_written_to_another_row_stride(layout, dtype):
-    """All columns that a matmul reads are written if the number of experts is a multiple of eight."""
+    """Check that gradients are equal, and that nothing else is written.
+
+    All columns that a matmul reads are written if the number of experts is a multiple of eight.
+    """
     splits, P, h = make_tensors(layout, dtype)
     down_out, dh = splits.sum(0).to(dtype), torch.randn(h.shape).to(h)
     expected = torch.zeros_like(down_out)
@@ -166,7 +178,10 @@ for N, r, D, step, has_p in (8, 12, 32, 0, True), (8, 12, 4, 4, True), (2, 8, 12
 
 
 def test_compiled_for_hopper_matmuls_are_synchronous_and_missing_tensors_are_not_read(tmp_path):
-    """Tiles of 32 tokens are too small for Hopper's asynchronous matmuls, so that the kernels need no wait."""
+    """Check the matmuls and the loads of the kernels that are compiled for Hopper.
+
+    Tiles of 32 tokens are too small for Hopper's asynchronous matmuls, so that the kernels need no wait.
+    """
     codes = run_compile_script(COMPILE, tmp_path)
     assert len(codes) == 16
 

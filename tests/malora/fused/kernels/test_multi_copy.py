@@ -1,4 +1,7 @@
-"""Copies by table, through the interpreter or on a GPU: each element at its place, and no other one written."""
+"""Copies by table, through the interpreter or on a GPU.
+
+Each element is at its place, and no other one is written.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,7 @@
-"""Scaled transposes in the padding of augmented weights, through the interpreter or on a GPU."""
+"""Scaled transposes in the padding of augmented weights.
+
+They run through the interpreter or on a GPU.
+"""
 
 import pytest
 import torch
