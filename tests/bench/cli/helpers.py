@@ -13,6 +13,7 @@ def snapshot(folder: Path) -> dict[Path, bytes]:
 def refused(arguments: list, capsys, tmp_path) -> str:
     """Run a command that must be refused and write nothing; returns the last line of its error."""
     before = snapshot(tmp_path)
+    code: int | str | None
     try:
         code = main([str(a) for a in arguments])
     except SystemExit as exit:  # raised by argparse
