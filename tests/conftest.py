@@ -5,6 +5,7 @@ No test downloads anything.
 
 import gc
 import os
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it, so that a test that would download fails at once
 
@@ -19,7 +20,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 
 torch.set_num_threads(1)
 
-_SHAPE = {
+_SHAPE: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,

@@ -19,6 +19,7 @@ PACKAGES = ("bench", "malora", "tasks")
 
 def _load(name: str):
     spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -73,8 +74,8 @@ def _defined(file: Path) -> set[str]:
                 names |= {alias.asname or alias.name for alias in node.names}
             case ast.Assign():
                 names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-            case ast.AnnAssign():
-                names.add(node.target.id)
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                names.add(name)
     return names
 
 

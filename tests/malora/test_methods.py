@@ -16,7 +16,7 @@ from malora.methods import Methods
 from tests.conftest import SHAPES, make_model
 
 every_method = pytest.mark.parametrize("method", METHODS)
-ours = [name for name, config in METHODS.items() if isinstance(config(), MaloraConfig)]
+ours = [name for name in METHODS if isinstance(METHODS[name](), MaloraConfig)]
 routed = [name for name in ours if METHODS[name]().has_router]
 
 # Parameters that each method trains (the paper's sections 3 and 4, and Table 3).

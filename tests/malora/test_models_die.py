@@ -15,7 +15,7 @@ from malora.fused import augmented_weights
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 MiB = 2**20
-OUR_METHODS = [name for name, config in METHODS.items() if isinstance(config(), MaloraConfig)]
+OUR_METHODS = [name for name in METHODS if isinstance(METHODS[name](), MaloraConfig)]
 OUR_BACKENDS = [name for name in BACKENDS if name != "auto"]  # that is one of the others
 # Without a GPU kernels are interpreted, which is slow: uses other than training take a method of each kind.
 METHODS_USED = OUR_METHODS if ON_GPU else ["asylora", "molora", "malora"]

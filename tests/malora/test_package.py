@@ -1,7 +1,4 @@
-"""The package from outside.
-
-Covered are its types for a user's type checker, and the libraries that it imports.
-"""
+"""The package from outside: its types for a user's type checker."""
 
 import subprocess
 import sys
@@ -56,16 +53,3 @@ def test_a_type_checker_finds_a_misspelt_option_of_every_method(tmp_path):
     assert [number for number, _ in errors["wrong.py"]] == list(range(2, len(wrong) + 2)), output
     messages = [message for _, message in errors["wrong.py"]]
     assert all('Unexpected keyword argument "rnk"' in message for message in messages[: len(METHODS)])
-
-
-def test_importing_the_package_needs_no_scipy():
-    """Its dependency transformers may load SciPy where that is installed."""
-    program = """
-import sys, peft, transformers.models.llama.modeling_llama
-before = {name for name in sys.modules if name.startswith("scipy")}
-sys.modules.setdefault("scipy", None)
-import malora
-after = {name for name in sys.modules if name.startswith("scipy")} - {"scipy"}
-assert after <= before and "malora.analysis" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

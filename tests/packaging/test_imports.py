@@ -17,11 +17,16 @@ def run(code: str) -> str:
 
 
 def test_malora_needs_neither_triton_nor_liger_nor_scipy():
-    run("import sys; sys.modules |= dict.fromkeys(['triton', 'liger_kernel', 'scipy']); import malora")
+    absent = ["triton", "liger_kernel", "scipy"]
+    loaded = run(
+        f"import sys; sys.modules |= dict.fromkeys({absent}); import malora; print('malora.analysis' in sys.modules)"
+    )
+    assert loaded == "False"
 
 
 def test_reports_load_no_trainer_and_no_evaluation():
-    heavy = ["lm_eval", "datasets", "bench.train", "bench.evaluate", "bench.runs", "bench.speed"]
+    heavy = ["lm_eval", "datasets", "evaluate"]
+    heavy += [f"bench.{package}" for package in ("train", "evaluate", "runs", "speed", "models", "sandbox")]
     loaded = run(
         "import importlib, pkgutil, sys, bench.report as report\n"
         "for module in pkgutil.walk_packages(report.__path__, 'bench.report.'):\n"

@@ -119,4 +119,4 @@ def link_files(package: Distribution, packages: Path) -> None:
     """
     for name in {path.parts[0] for path in package.files or ()} - {"..", "__pycache__"}:
         if not (packages / name).exists():
-            (packages / name).symlink_to(package.locate_file(name))
+            (packages / name).symlink_to(str(package.locate_file(name)))

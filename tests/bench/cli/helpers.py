@@ -16,6 +16,7 @@ def refused(arguments: list, capsys, tmp_path) -> str:
     Returns the last line of its error.
     """
     before = snapshot(tmp_path)
+    code: int | str | None
     try:
         code = main([str(a) for a in arguments])
     except SystemExit as exit:  # raised by argparse

@@ -1,20 +1,13 @@
-"""The README's generated blocks, and the modules that importing the report loads."""
-
-import subprocess
-import sys
+"""The README's generated blocks."""
 
 import pytest
 
 from bench.errors import UserError
-from bench.records.provenance import ROOT
 from bench.report.claims import claims
 from bench.report.readme import fill_readme
 from tests.bench.report.scores.test_experiment_page import records
 
 CLAIMS = claims({}, [])
-# Other parts of the harness, and libraries that only they need.
-NOT_LOADED = ("lm_eval", "datasets", "evaluate", "bench.train", "bench.evaluate", "bench.runs", "bench.speed",
-              "bench.models", "bench.sandbox")  # fmt: skip
 
 
 def fill(text, profiles=None):
@@ -48,17 +41,3 @@ def test_the_short_leaderboard_has_a_line_per_method_and_a_short_verdict():
 def test_a_marker_without_its_end_is_an_error(text):
     with pytest.raises(UserError, match="<!-- claims --> has no <!-- end -->"):
         fill(text)
-
-
-def test_importing_the_report_loads_no_other_part_of_the_harness():
-    code = f"""
-import importlib, importlib.util, pathlib, sys
-for path in sorted(pathlib.Path("bench/report").rglob("*.py")):
-    if path.stem not in ("html", "figures") or importlib.util.find_spec("itables"):  # of the extra "report"
-        importlib.import_module(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
-loaded = [name for name in sys.modules for other in {NOT_LOADED} if name == other or name.startswith(other + ".")]
-print(*loaded)
-sys.exit(bool(loaded))
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr

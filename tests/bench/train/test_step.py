@@ -84,9 +84,8 @@ def test_a_captured_step_computes_what_the_eager_step_does(method):
         torch.manual_seed(0)
         model = get_peft_model(make_model(), malora.METHODS[method](lora_dropout=0.0)).cuda().train()
         kernels = LigerKernels(model.get_base_model()) if captured else None
-        step = EagerStep(model, model, Accelerator(), balance_factor=0.01, kernels=kernels)
-        if captured:
-            step = GraphedStep(step)
+        eager = EagerStep(model, model, Accelerator(), balance_factor=0.01, kernels=kernels)
+        step = GraphedStep(eager) if captured else eager
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         losses = []
         for width, max_tokens, label in ((5, 10_000, 1), (20, 10_000, 1), (5, 10_000, 1), (20, 32, 1), (20, 32, 7)):

@@ -16,7 +16,7 @@ from malora.fused.availability import interprets_triton
 from malora.fused.kernels import down_tiling, dropout, gate
 from malora.routing import RoutingLog
 
-methods = [name for name, config in METHODS.items() if isinstance(config(), MaloraConfig)]
+methods = [name for name in METHODS if isinstance(METHODS[name](), MaloraConfig)]
 
 
 def layer(config: MaloraConfig, n: int = 72, m: int = 24) -> MaloraLayer:
@@ -85,7 +85,7 @@ odd = [("malora", {"num_experts": 3}), ("molora", {"num_experts": 3}), ("malora"
 
 
 @on_a_cpu
-@pytest.mark.parametrize("method, options", [(method, {}) for method in methods] + odd)
+@pytest.mark.parametrize("method, options", [*((method, {}) for method in methods), *odd])
 def test_a_split_k_down_projection_agrees_with_the_reference(method, options, monkeypatch):
     """With a router the gate kernel adds up the partial sums."""
     monkeypatch.setattr(down_tiling, "MIN_BLOCKS_PER_SPLIT", 1)

@@ -1,6 +1,6 @@
 """Speed records that are made up for tests."""
 
-from bench.records.schema import SpeedRecord
+from bench.records.schema import PeakRates, SpeedOptions, SpeedRecord
 from tests.bench.conftest import CLEAN
 
 
@@ -18,7 +18,7 @@ def row(name, step, peak=10.0, method=None, waits=0, backend=None) -> dict:
 def make_speed(shape="llama2-7b", mode="train", rows=None, **options) -> SpeedRecord:
     asked = {"variant": "all", "sweep": None, "batch": 4, "length": 1024, "tokens": 16384, "dropout": 0.05,
              "rounds": 3, "layers": None, "flops": 8}  # fmt: skip
-    rate = {"matrix_flops_per_second": 16.0, "copy_bytes_per_second": 1.0}
+    rates = PeakRates(matrix_flops_per_second=16.0, copy_bytes_per_second=1.0)
     rows = rows or [
         row("floor", 1.2), row("floor-compiled", 1.0), row("peft-lora", 2.0), row("lora-plain-compiled", 1.25),
         row("malora-dense", 4.0, 99.0, "malora", 3), row("malora-dense-compiled", 1.0625, 8.0, "malora"),
@@ -29,9 +29,9 @@ def make_speed(shape="llama2-7b", mode="train", rows=None, **options) -> SpeedRe
     return SpeedRecord(
         shape=shape,
         mode=mode,
-        options=asked | options,
+        options=SpeedOptions.model_validate(asked | options),
         provenance=CLEAN.replace(cuda="13"),
-        peak_rates={"before": rate, "after": rate},
+        peak_rates={"before": rates, "after": rates},
         rows=rows,
     )
 
