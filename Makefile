@@ -22,7 +22,7 @@ help: ## this list
 	touch $@
 
 test: .venv/ready ## run the test suite
-	$(BIN)/python -m pytest -n 2 -q $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(ARGS)
 
 lint: .venv/ready ## check style, formatting, types, spelling and which package imports which
 	$(BIN)/ruff check .
