@@ -82,7 +82,7 @@ def half_width(values: Sequence[float]) -> float:
 class Spread:
     """Variance between seeds of a run's mean over tasks, and its degrees of freedom.
 
-    The mean is a share.
+    Computed from scores as fractions, from 0 to 1, not in percent.
     """
 
     variance: float

@@ -30,14 +30,14 @@ class Float8LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weights: Float8Weights) -> Tensor:
-        """Return the output."""
+        """Return x Wᵀ + bias [T, m]."""
         ctx.weights = weights
         return weights.outputs(x, [bias])[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        """Return the gradient of x."""
+        """Return the gradient of x [T, n], dy W for dy [T, m]."""
         return ctx.weights.input_gradient(dy), None, None
 
 
