@@ -18,6 +18,8 @@ FUSED_BACKENDS = frozenset({"fused", "fp8"})
 def find_fused_adapter(layer: FusedLayer, *, is_sharded: bool) -> str | None:
     """Return the adapter to compute together with the frozen layer, or None.
 
+    Every layer asks this in every pass, so the usual answers must be cheap.
+
     Args:
         layer: the adapted layer.
         is_sharded: whether FSDP2 has sharded the layer's weights.
@@ -26,14 +28,15 @@ def find_fused_adapter(layer: FusedLayer, *, is_sharded: bool) -> str | None:
     """
     if layer.disable_adapters or layer.merged:
         return None
-    active = [adapter for adapter in layer.active_adapters if adapter in layer.settings]
-    device = layer.base_layer.weight.device
-    if not any(resolve_backend(layer.settings[adapter], device) in FUSED_BACKENDS for adapter in active):
+    settings, device = layer.settings, layer.base_layer.weight.device
+    active = [adapter for adapter in layer.active_adapters if adapter in settings]
+    configs = [settings[adapter] for adapter in active]
+    if FUSED_BACKENDS.isdisjoint([resolve_backend(config, device) for config in configs]):
         return None
-    reason = reason_not_fused(layer, [layer.settings[adapter] for adapter in active], is_sharded=is_sharded)
+    reason = reason_not_fused(layer, configs, is_sharded=is_sharded)
     if reason is None:
         return active[0]
-    for asked in {layer.settings[adapter].backend for adapter in active} & FUSED_BACKENDS:
+    for asked in {config.backend for config in configs} & FUSED_BACKENDS:
         warn_once(asked, reason, "the dense backend")
     return None
 
@@ -43,16 +46,20 @@ def reason_not_fused(layer: FusedLayer, configs: list[MaloraConfig], *, is_shard
 
     The text completes the sentence "backend 'fused' cannot compute ...".
     """
-    base, config, device = layer.base_layer, configs[0], layer.base_layer.weight.device
-    runs_triton = has_triton() if device.type == "cuda" else interprets_triton()
-    obstacles = {
-        "several adapters at once": len(configs) > 1,
-        f"a {type(base).__name__}": type(base) is not nn.Linear,
-        # Sharded weights come and go: copies of them would be stale.
-        "weights that FSDP has sharded": is_sharded,
-        "a base that is trained too": any(parameter.requires_grad for parameter in base.parameters()),
-        f"up={config.up!r}": config.up != "B_t",
-        f"one expert with down={config.down!r}": config.down != "A_t" and not config.has_router,
-        f"on {device.type}, with Triton {'' if has_triton() else 'not '}installed": not runs_triton,
-    }
-    return next((reason for reason, applies in obstacles.items() if applies), None)
+    base, config = layer.base_layer, configs[0]
+    if len(configs) > 1:
+        return "several adapters at once"
+    if type(base) is not nn.Linear:
+        return f"a {type(base).__name__}"
+    if is_sharded:  # such weights come and go: copies of them would be stale
+        return "weights that FSDP has sharded"
+    weight, bias = base.weight, base.bias
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return "a base that is trained too"
+    if config.up != "B_t":
+        return f"up={config.up!r}"
+    if config.down != "A_t" and not config.has_router:
+        return f"one expert with down={config.down!r}"
+    if not (has_triton() if weight.is_cuda else interprets_triton()):
+        return f"on {weight.device.type}, with Triton {'' if has_triton() else 'not '}installed"
+    return None

@@ -137,9 +137,9 @@ class ProjectionGroup:
         state = (adapter, x._version, torch.is_grad_enabled(), layer.training)
         if x is not self._input or state != self._state or id(layer) not in self._outputs:
             self._forget_outputs()
-            together = [other for other in self.layers if other.adapter_for_fused_path() == adapter]
-            if together == [layer] or layer not in together:
-                return self._compute([layer], adapter, x)[0]
+            together = [o for o in self.layers if o is layer or o.adapter_for_fused_path() == adapter]
+            if len(together) == 1:
+                return self._compute(together, adapter, x)[0]
             self._outputs = {id(o): y for o, y in zip(together, self._compute(together, adapter, x), strict=True)}
             self._input, self._state = x, state
         y = self._outputs.pop(id(layer))
