@@ -6,32 +6,25 @@ It saves and loads through PEFT.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, QuantizationBackend
 from torch import nn
 
 from malora.config import MaloraConfig
 from malora.fused.fp8_linear import restore_linear
 from malora.fused.group import PROJECTION_GROUPS, ProjectionGroup, prefetch_packed_weights
-from malora.layer import PREFIX, MaloraLayer
+from malora.layer import LINEAR_TYPES, PREFIX, MaloraLayer
 from malora.routing import RoutingLog
-
-_LLAMA_LIKE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj", "gate_proj"]
-
-# The paper's targets, Q, K, V, Up, Down and Gate, under the names that each `model_type` uses. Without the attention's
-# output: with it the paper's parameter shares do not come out.
-TARGET_MODULES: dict[str, list[str]] = {
-    **dict.fromkeys(
-        ["llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo2"],
-        _LLAMA_LIKE,
-    ),
-    "phi3": ["qkv_proj", "gate_up_proj", "down_proj"],
-    "gpt_neox": ["query_key_value", "dense_h_to_4h", "dense_4h_to_h"],
-    "opt": ["q_proj", "k_proj", "v_proj", "fc1", "fc2"],
-}
+from malora.targets import TARGET_MODULES
+from malora.weighted_adapter import Summand, combine, combined_rank
 
 
 class MaloraModel(BaseTuner):
@@ -45,7 +38,7 @@ class MaloraModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = MaloraLayer
-    target_module_mapping = TARGET_MODULES
+    target_module_mapping = TARGET_MODULES  # type: ignore[assignment]  # PEFT has regular expressions in its own too
 
     @cached_property  # not set in __init__, because BaseTuner's already injects layers, which need it
     def routing_log(self) -> RoutingLog:
@@ -96,6 +89,91 @@ class MaloraModel(BaseTuner):
         groups = self._groups
         return _restore_base_model(super().merge_and_unload(*args, **kwargs), groups)
 
+    def _check_merge_allowed(self) -> None:
+        """Refuse a merge before any layer has changed."""
+        super()._check_merge_allowed()  # type: ignore[no-untyped-call]
+        for layer in self.malora_layers:
+            layer.check_mergeable()
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse arguments that PEFT would drop without a word.
+
+        Raises:
+            ValueError: the call has `adapter_names` or `alora_offsets`.
+        """
+        for name in ("adapter_names", "alora_offsets"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name}= is not supported by malora: all rows of a batch use the active adapter. Split the batch "
+                    "by adapter, and call set_adapter() before each part."
+                )
+        yield
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add an adapter that is a weighted sum of others, as in PEFT's LoRA.
+
+        Args:
+            adapters: names of adapters without a router.
+            weights: weight of each.
+            adapter_name: name of the sum. It is not activated.
+            combination_type: "cat", "svd" or "linear"; see `malora.weighted_adapter.combined_rank`.
+            svd_rank: rank of "svd"; by default the largest rank of the adapters.
+
+        Raises:
+            ValueError: an adapter does not exist, has a router, or trains more than its experts; or the name is taken.
+        """
+        config = self._check_summands(adapters, weights, adapter_name)
+        layers = [layer for layer in self.malora_layers if layer.settings.keys() & set(adapters)]
+        ranks = [max(layer.settings[name].r for layer in layers if name in layer.settings) for name in adapters]
+        rank = combined_rank(combination_type, ranks, svd_rank)
+        self.peft_config[adapter_name] = replace(
+            config, r=rank, lora_alpha=rank, down="A_t", up="B_t", d=None, beta=1.0, same_start=False, freeze=[],
+            target_modules={layer.name for layer in layers}, layers_to_transform=None, layers_pattern=None,
+        )  # fmt: skip
+        self.inject_adapter(self.model, adapter_name)
+        for layer in layers:
+            summands = [
+                Summand(weight, layer.settings[name].scaling, layer.factors(name))
+                for name, weight in zip(adapters, weights, strict=True)
+                if name in layer.settings
+            ]
+            A, B = (factor for factor in layer.factors(adapter_name) if factor is not None)
+            for factor, value in zip((A, B), combine(combination_type, summands, rank), strict=True):
+                factor.data.zero_()
+                factor.data[0, : len(value)] = value
+
+    def _check_summands(self, adapters: list[str], weights: list[float], adapter_name: str) -> MaloraConfig:
+        """Return the config of the first of some adapters if their sum has a meaning."""
+        if adapter_name in self.peft_config:
+            raise ValueError(f"there is already an adapter {adapter_name!r}; choose another name for the sum.")
+        if unknown := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"adapters {unknown} do not exist; choose from {list(self.peft_config)}.")
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(
+                f"{len(adapters)} adapters and {len(weights)} weights: give at least one adapter, and a weight each."
+            )
+        configs = [cast("MaloraConfig", self.peft_config[name]) for name in adapters]
+        for name, config in zip(adapters, configs, strict=True):
+            if config.has_router:
+                raise ValueError(
+                    f"adapter {name!r} routes tokens among {config.num_experts} experts: its change depends on the "
+                    "input, so it cannot be summed with others."
+                )
+            if config.modules_to_save or config.trainable_token_indices or config.bias != "none":
+                raise ValueError(
+                    f"adapter {name!r} trains more than its experts (modules_to_save, trainable_token_indices or "
+                    "bias), which cannot be summed."
+                )
+        return configs[0]
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Keep frozen factors frozen.
 
@@ -106,23 +184,48 @@ class MaloraModel(BaseTuner):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(trains[name])
 
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        """Choose the default targets of the model's type if the user named none.
+
+        Raises:
+            ValueError: the type is unknown, or its targets cannot be limited to some layers.
+        """
+        assert isinstance(peft_config, MaloraConfig)
+        if peft_config.target_modules is None:
+            model_type = model_config.get("model_type")
+            if model_type not in TARGET_MODULES:
+                raise ValueError(
+                    f"no default targets are known for models of type {model_type!r}; give target_modules=, the names "
+                    f"of linear modules such as {_linear_names(self.model)}."
+                )
+            defaults = TARGET_MODULES[model_type]
+            # Variants of a type may lack some names.
+            names = defaults if isinstance(defaults, str) else set(defaults) - set(self._missing(defaults))
+            peft_config.target_modules = names
+            peft_config.check_layers()  # the default may be a regular expression
+        return peft_config
+
+    def _missing(self, targets: Iterable[str]) -> list[str]:
+        """Return the targets that match no module of the model."""
+        names = [name for name, _ in self.model.named_modules()]
+        return [target for target in sorted(targets) if not _matches(target, names)]
+
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Refuse targets that match nothing, before PEFT replaces anything."""
         assert isinstance(peft_config, MaloraConfig)
         targets = peft_config.target_modules
         if isinstance(targets, str) or targets is None:
             return  # a regular expression, or "all-linear"; PEFT says so if it matches nothing
-        linear = {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear | MaloraLayer)
-        } - {"base_layer"}
-        names = [name for name, _ in model.named_modules()]
-        missing = [t for t in sorted(targets) if not any(name == t or name.endswith(f".{t}") for name in names)]
+        missing = self._missing(targets)
+        if fused := [t for t in missing if _matches(t, (name for name, _ in model.named_parameters()))]:
+            raise ValueError(
+                f"target_modules {fused} are parameters of this {type(model).__name__} and no modules, as the fused "
+                "expert weights of transformers 5 are. malora adapts linear modules only; leave them out."
+            )
         if missing:
             raise ValueError(
                 f"target_modules {missing} match nothing in this {type(model).__name__}. "
-                f"Its linear modules are called {sorted(linear)}; name some of these."
+                f"Its linear modules are called {_linear_names(model)}; name some of these."
             )
 
     @cached_property
@@ -140,6 +243,17 @@ class MaloraModel(BaseTuner):
             return ProjectionGroup()
         return self._groups_by_parent.setdefault((parent, number), ProjectionGroup())
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a module in the place of another.
+
+        PEFT would give a plain module the weight of the wrapper that it replaces, which fails for embeddings of which
+        some tokens are trained.
+        """
+        if hasattr(new_module, "base_layer"):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)
+
     def _create_and_replace(
         self,
         peft_config: PeftConfig,
@@ -156,16 +270,35 @@ class MaloraModel(BaseTuner):
         restore_linear(target)
         if isinstance(target, MaloraLayer):
             target.update_layer(adapter_name, peft_config)
-        elif isinstance(target, nn.Linear):
+        elif isinstance(target, LINEAR_TYPES):
             layer = MaloraLayer(target, current_key, self.routing_log, self._group_of(current_key))
+            layer.quantization_backend = _quantization_backend(target, self.model)
             layer.set_adapter(self.active_adapters)
             layer.update_layer(adapter_name, peft_config)
             self._replace_module(parent, target_name, layer, target)
         else:
             raise ValueError(
-                f"{current_key} is a {type(target).__name__}; experts go on nn.Linear modules only. "
+                f"{current_key} is a {type(target).__name__}; experts go on nn.Linear and Conv1D modules only. "
                 "Leave it out of target_modules, or add it to exclude_modules."
             )
+
+
+def _quantization_backend(linear: nn.Module, model: nn.Module) -> QuantizationBackend | None:
+    """Return PEFT's way to change a quantized weight, or None if the weight is plain."""
+    try:
+        return resolve_quantization_backend(linear, **get_quantization_kwargs(model))
+    except ValueError as error:  # a weight that cannot be quantized again, because nobody knows how it was
+        return ForwardOnlyQuantizationBackend(str(error))
+
+
+def _matches(target: str, names: Iterable[str]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for name in names)
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    """Return the last parts of the names of a model's linear modules."""
+    linear = (name for name, module in model.named_modules() if isinstance(module, (*LINEAR_TYPES, MaloraLayer)))
+    return sorted({name.rpartition(".")[2] for name in linear} - {"base_layer"})
 
 
 def _restore_base_model(model: nn.Module, groups: list[ProjectionGroup]) -> nn.Module:
