@@ -85,7 +85,7 @@ def score(
 
         def config(name: str, items: list[Example]) -> dict[str, Any]:
             if metrics[name] == LIKELIHOOD:
-                return likelihood_config(name, items, language_model)
+                return likelihood_config(name, items, language_model.count_label_tokens)
             if writing := getattr(TASKS[name], "writing", None):
                 return generation_config(name, cast(list[WrittenExample], items), writing, unsafe_code)
             return choice_config(name, items, metrics[name])
