@@ -47,6 +47,7 @@ class RunConfig(Section):
     """Every setting that a run's outcome depends on. Its hash names the run.
 
     Attributes:
+        model_hash: Identity of the base model; see `bench.models.base.BaseModel`.
         learning_rate: None for the base model, which is scored but not trained.
         max_steps: Shortens a trial run; such a record is not published.
         max_items: Shortens a trial run's scoring; such a record is not published.
