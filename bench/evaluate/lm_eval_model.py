@@ -126,7 +126,8 @@ class LabelPositionLM(HFLM):  # type: ignore[misc, unused-ignore]  # lm_eval has
     def generate_until(self, requests: list[Instance], *args: Any, **options: Any) -> list[str]:
         """Generate a continuation of each request's context.
 
-        A continuation goes up to the first of the request's stop strings.
+        A continuation goes up to the first of the request's stop strings. One of white space alone, such as a line
+        break, ends no continuation that has not begun.
         """
         answers = [""] * len(requests)
         groups: dict[tuple[tuple[str, ...], int], list[int]] = defaultdict(list)  # numbers of requests by their options
@@ -152,14 +153,21 @@ class LabelPositionLM(HFLM):  # type: ignore[misc, unused-ignore]  # lm_eval has
 
         def has_any(tokens: list[int]) -> bool:
             text = self.tok_decode(tokens)
-            return any(s in text for s in stop)
+            return _end(stop, text) < len(text)
 
         return has_any
 
 
 def _until(stop: tuple[str, ...], text: str) -> str:
     """Cut the text before the first stop string."""
-    return text[: min((text.index(s) for s in stop if s in text), default=len(text))]
+    return text[: _end(stop, text)]
+
+
+def _end(stop: tuple[str, ...], text: str) -> int:
+    """Return the place of the first stop string, or the length of the text."""
+    begin = len(text) - len(text.lstrip())
+    places = [text.find(s, 0 if s.strip() else begin) for s in stop]
+    return min((place for place in places if place >= 0), default=len(text))
 
 
 @cache

@@ -25,14 +25,22 @@ from tasks.metrics import LIKELIHOOD
 def choice_config(name: str, examples: Sequence[Example], metric: str) -> dict[str, Any]:
     """Configure a multiple-choice task.
 
+    lm-eval counts the characters of a choice without the delimiter in front of it, so the blank that our choices begin
+    with is given as the delimiter.
+
     Args:
         name: Name of the task.
         examples: Its items.
         metric: `acc` or `acc_norm`.
     """
-    rows = [{"prompt": e.prompt, "choices": list(e.choices), "answer": e.answer} for e in examples]
+    delimiter = " " if all(choice.startswith(" ") for e in examples for choice in e.choices) else ""
+    rows = [
+        {"prompt": e.prompt, "choices": [choice.removeprefix(delimiter) for choice in e.choices], "answer": e.answer}
+        for e in examples
+    ]
     return _config(name, rows, metric) | {
         "output_type": "multiple_choice",
+        "target_delimiter": delimiter,
         "doc_to_choice": "choices",
         "doc_to_target": "answer",
     }
