@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from bench.evaluate.score import metric_of
 from bench.experiments.methods import BASE, method_options
 from bench.experiments.profiles import Profile
 from bench.models.base import prepare
 from bench.records.schema import RunConfig
+from bench.records.scorer_versions import named_versions
 from tasks import MIXTURES, MixtureData, Source, build
 
 
@@ -116,6 +118,9 @@ def make_run_config(setting: RunSettings, method: str, seed: int, learning_rate:
         device_type=setting.device.type,
         max_steps=setting.max_steps,
         max_items=setting.max_items,
+        scorer_versions=named_versions(
+            {task: metric_of(task, profile.format) for task in MIXTURES[setting.mixture_name].tasks}
+        ),
     )
 
 

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from bench.errors import UserError
+from bench.runtime.tokens import encode_texts, split_label
 from tasks import Example, WrittenExample
 
 # Tokens per packed sequence, by device. An example that is longer gets a multiple of it.
@@ -102,14 +104,21 @@ def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_
         tokenizer: Tokenizer of the base model.
         examples: Examples to tokenize.
         max_length: Maximum tokens of an encoded example, prompt and label.
+
+    Raises:
+        UserError: There are written answers, and the tokenizer has no end-of-text token.
     """
-    texts = tokenizer([e.prompt + e.label for e in examples])["input_ids"]
-    prompts = tokenizer([e.prompt for e in examples])["input_ids"]
+    is_written = [isinstance(example, WrittenExample) for example in examples]
+    if any(is_written) and tokenizer.eos_token_id is None:
+        raise UserError("the base model's tokenizer has no end-of-text token (eos_token) to end a written answer with.")
+    texts = encode_texts(tokenizer, [e.prompt + e.label for e in examples])
+    prompts = encode_texts(tokenizer, [e.prompt for e in examples])
     encoded = []
-    for example, ids, prompt in zip(examples, texts, prompts, strict=True):
-        label = ids[len(prompt) :] + [tokenizer.eos_token_id] * isinstance(example, WrittenExample)
-        label = label[: max_length - min(len(prompt), max_length // 2)]
-        encoded.append(Encoded((ids[: len(prompt)] + label)[-max_length:], len(label)))
+    for ends, ids, prompt in zip(is_written, texts, prompts, strict=True):
+        context, label = split_label(prompt, ids)
+        label = label + [tokenizer.eos_token_id] * ends
+        label = label[: max_length - min(len(context), max_length // 2)]
+        encoded.append(Encoded((context + label)[-max_length:], len(label)))
     return encoded
 
 
