@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from tasks.errors import DataError
-from tasks.fields import Record, require_filled, require_text
+from tasks.fields import Record as Record  # data sets import it from here
+from tasks.fields import require_filled, require_text
 from tasks.metrics import LIKELIHOOD
 
 

@@ -1,8 +1,10 @@
 """Records as the data sets' publishers write them, on the hub and in a folder."""
 
+from typing import Any
+
 import pytest
 
-from tasks import TASKS, Question
+from tasks import TASKS, Question, Task
 from tasks.domains import OPEN, PAPER
 from tasks.medqa import AFRIMEDQA
 from tests import inter_folder
@@ -43,7 +45,7 @@ def test_medmcqa_drops_records_without_exactly_one_correct_choice():
 
 
 # A record of every data set, with the fields that it must have.
-RECORDS = {
+RECORDS: dict[str, dict[str, Any]] = {
     "piqa": PIQA,
     "boolq": BOOLQ,
     "arc_easy": {name: ARC[name] for name in ("question", "choices", "answer")},
@@ -61,8 +63,8 @@ RECORDS = {
     "financial_qa_10k": {"question": "Gain?", "answer": "1", "context": "We gained 1."},
 }
 PARSERS = {task.name: task.parse_record for domain in (*PAPER, *OPEN) for task in domain.training_sets}
-PARSERS |= {name: TASKS[name].parse_record for name in RECORDS if name in TASKS}
-OTHER_TYPES = (None, 3.5, -1, 12, ["x", None], [], {"x": 1}, {}, "half \ud83d", float("nan"))
+PARSERS |= {name: task.parse_record for name, task in TASKS.items() if isinstance(task, Task)}
+OTHER_TYPES: tuple[object, ...] = (None, 3.5, -1, 12, ["x", None], [], {"x": 1}, {}, "half \ud83d", float("nan"))
 
 
 @pytest.mark.parametrize("task, field", [(task, field) for task, record in RECORDS.items() for field in record])
