@@ -82,7 +82,7 @@ def generation_config(
     rows = [{"prompt": e.prompt, "references": list(e.references)} for e in examples]
     grade = grader(writing.metric, unsafe_code)
 
-    def grade_answers(answers: list[list[str]], documents: Iterable[dict[str, Any]]) -> list[float]:
+    def grade_answers(answers: list[list[str]], documents: Iterable[dict[str, Any]]) -> Sequence[float]:
         return grade([answer for (answer,) in answers], [row["references"] for row in documents])
 
     return _config(name, rows, writing.metric) | {
