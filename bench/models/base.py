@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import malora
@@ -117,6 +118,15 @@ def load(base: BaseModel, device: torch.device) -> tuple[PreTrainedModel, PreTra
     model.config._name_or_path = model.name_or_path = f"{base.name}@{base.hash[:12]}"
     frozen = model.requires_grad_(False)
     return frozen.to(device), tokenizer  # type: ignore[arg-type]  # transformers wraps `to`, which hides its signature
+
+
+def count_weights(base: BaseModel) -> int:
+    """Count the weights in a base model's files, which are not loaded."""
+    count = 0
+    for path in base.path.glob(WEIGHTS):
+        with safe_open(path, framework="pt") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return count
 
 
 def targets(base: BaseModel) -> list[str] | str:

@@ -205,6 +205,11 @@ class TrainSection(Section):
     router: list[RouterPoint]
     peak_bytes: int | None
 
+    @property
+    def training_seconds(self) -> float:
+        """The time of all phases but evaluation."""
+        return sum(seconds for phase, seconds in self.seconds.items() if phase != "evaluation")
+
 
 class TaskScore(Section):
     """A task's score.

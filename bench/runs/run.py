@@ -27,6 +27,7 @@ from bench.runs.setting import RunSettings, blend_seed, load_data, processes
 from bench.train.batching import Encoded, encode, label_tokens
 from bench.train.checkpoint import TrainLog
 from bench.train.loop import DivergedError, train
+from bench.train.tracking import Log, tracked
 from malora.analysis import extract_experts
 from tasks import MIXTURES, Example
 
@@ -58,7 +59,9 @@ def run(config: RunConfig, setting: RunSettings, jobs: int = 1) -> Record:
     checkpoint = setting.results / "checkpoints" / f"{config.id}.pt"
     record = Record(config=config, status="ok", provenance=provenance.provenance(setting.device, jobs))
     try:
-        _train_and_score(record, setting, checkpoint)
+        names = setting.track if state.is_main_process else ()
+        with tracked(names, config, setting.results / "tracking") as track:
+            _train_and_score(record, setting, checkpoint, track)
     except DivergedError as error:
         record.status, record.error, record.train = "diverged", str(error), _train_section(error.log)
     except UserError:
@@ -85,7 +88,7 @@ def run(config: RunConfig, setting: RunSettings, jobs: int = 1) -> Record:
     return record
 
 
-def _train_and_score(record: Record, setting: RunSettings, checkpoint: Path) -> None:
+def _train_and_score(record: Record, setting: RunSettings, checkpoint: Path, track: Log) -> None:
     """Fill in the sections of the record, one after the other.
 
     So a failure leaves the earlier sections in the record.
@@ -111,6 +114,7 @@ def _train_and_score(record: Record, setting: RunSettings, checkpoint: Path) -> 
             pad_id=tokenizer.pad_token_id or 0,
             checkpoint=checkpoint,
             checkpoint_every=profile.checkpoint_every,
+            track=track,
         )
         record.train = _train_section(log)
         if setting.save and processes().is_main_process:
@@ -131,6 +135,15 @@ def _train_and_score(record: Record, setting: RunSettings, checkpoint: Path) -> 
     record.test = {task: TaskScore(**one) for task, one in test.items()}
     if record.train:
         record.train.seconds["evaluation"] = time.perf_counter() - start
+    track(_final_scores(record), record.train.steps if record.train else 0)
+
+
+def _final_scores(record: Record) -> dict[str, float | None]:
+    """Return the scores in percent by split and task, for trackers."""
+    scores = {"test/mean": record.mean("test"), "validation/mean": record.mean("validation")}
+    for split, by_task in (("validation", record.validation), ("test", record.test)):
+        scores |= {f"{split}/{task}": 100 * score.value for task, score in (by_task or {}).items()}
+    return scores
 
 
 def score_options(setting: RunSettings) -> dict[str, Any]:

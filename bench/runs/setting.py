@@ -46,6 +46,7 @@ class RunSettings:
         save: Folder for the trained adapter.
         peers: Folders of adapters to compare the run's experts with, by the name of the comparison.
         unsafe_code: Run generated programs without a sandbox.
+        track: Trackers to log losses and scores to, names in `bench.train.tracking.TRACKERS`.
     """
 
     profile: Profile
@@ -59,6 +60,7 @@ class RunSettings:
     save: Path | None = None
     peers: dict[str, Path] = field(default_factory=dict)
     unsafe_code: bool = False
+    track: tuple[str, ...] = ()
 
     @property
     def mixture_name(self) -> str:

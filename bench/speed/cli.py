@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from bench.command_line import Help, folder, fraction, one_of, positive
+from bench.command_line import Parser, folder, fraction, one_of, positive, unknown_name
 from bench.errors import UserError
 from bench.models.backbone import SHAPES, backbone
 from bench.records import store
@@ -57,11 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.speed", description=(__doc__ or "").partition("\n")[0], formatter_class=Help
-    )
+    text, _, examples = (__doc__ or "").partition("\n\n")
+    parser = Parser(prog="python -m bench.speed", text=text, example=examples.partition("\n\n")[0])
     on_gpu = torch.cuda.is_available()
     parser.add_argument(
         "--variant",
@@ -155,8 +154,8 @@ def _rows(
     names = options.variant.split(",")
     shape = SHAPES[options.shape]
     if options.sweep:
-        if unknown := set(names) - set(ROUTED):
-            raise UserError(f"--sweep measures routed methods, {', '.join(ROUTED)}; not {', '.join(sorted(unknown))}.")
+        for name in set(names) - set(ROUTED):
+            raise UserError(f"--sweep measures routed methods: {unknown_name('one', name, ROUTED)}.")
         sizes = shape.config["hidden_size"], shape.config["intermediate_size"]
         linear = nn.Linear(*sizes, bias=False, device=device, dtype=dtype)
         return sweep_rows(options.sweep, names, linear.requires_grad_(False), work), None
