@@ -31,7 +31,8 @@ from bench.report.speed import tables
 from bench.runs.plan import Runs, plan_runs, rates_before_sweep, sweep
 from bench.runs.pool import run_all
 from bench.runs.run import find_record, run, score_options
-from bench.runs.setting import RunSettings, make_run_config, processes
+from bench.runs.setting import RunSettings, make_run_config
+from bench.runtime.processes import processes
 from bench.train.tracking import require_trackers
 from tasks import MIXTURES, Folder, build
 
@@ -121,7 +122,7 @@ def make_table(options: argparse.Namespace) -> int:
 def _count_jobs(options: argparse.Namespace, setting: RunSettings) -> int:
     """Return the number of runs at a time.
 
-    The number is 1 under `accelerate launch`, whose processes share a run.
+    The number is 1 if a launcher has started several processes, because they share a run.
     """
     if processes().num_processes > 1:
         return 1
@@ -180,8 +181,13 @@ def make_run(options: argparse.Namespace) -> int:
 
 
 def score_adapter(options: argparse.Namespace) -> int:
-    """Score a saved adapter and print its scores; nothing is recorded."""
+    """Score a saved adapter and print its scores; nothing is recorded.
+
+    Of several processes only the first one scores.
+    """
     setting = make_setting_from(options, options.mixture)
+    if not processes().is_main_process:
+        return 0
     check_adapter(options.adapter)
     require_scoring(MIXTURES[setting.mixture_name].tasks, options.unsafe_code)
     base, tokenizer = load(prepare(setting.model), setting.device)

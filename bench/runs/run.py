@@ -23,7 +23,8 @@ from bench.models.base import load, prepare, targets
 from bench.records import provenance
 from bench.records import store as records
 from bench.records.schema import DataSection, InsideSection, Parameters, Record, RunConfig, TaskScore, TrainSection
-from bench.runs.setting import RunSettings, blend_seed, load_data, processes
+from bench.runs.setting import RunSettings, blend_seed, load_data
+from bench.runtime.processes import processes
 from bench.train.batching import Encoded, encode, label_tokens
 from bench.train.checkpoint import TrainLog
 from bench.train.loop import DivergedError, train
@@ -37,8 +38,8 @@ def run(config: RunConfig, setting: RunSettings, jobs: int = 1) -> Record:
 
     An existing record is one that the results folder already has.
 
-    A run that fails is recorded with its status and error, and nothing is raised. With `accelerate launch` every
-    process returns the record that the first one wrote.
+    A run that fails is recorded with its status and error, and nothing is raised. If several processes share the run,
+    the first one writes the record and the others return it. A failure in one of several processes is raised.
 
     Args:
         config: Configuration of the run.
@@ -70,11 +71,13 @@ def run(config: RunConfig, setting: RunSettings, jobs: int = 1) -> Record:
         if jobs > 1:
             checkpoint.unlink(missing_ok=True)  # its times are those of crowded runs, so nothing may resume from it
             raise
+        if state.num_processes > 1:
+            raise  # as below
         record.status, record.error = "oom", str(error)
     except Exception as error:
-        record.status, record.error = "failed", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
         if state.num_processes > 1:
             raise  # the other processes wait for this one in the middle of a step; the launcher ends them
+        record.status, record.error = "failed", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
     if state.is_main_process:
         records.write(record, setting.results)
         if record.status != "failed":
@@ -106,7 +109,7 @@ def _train_and_score(record: Record, setting: RunSettings, checkpoint: Path, tra
         record.parameters = Parameters(**count_parameters(model))
         encoded = _encoded(setting, config, tokenizer)
         record.data = record.data.replace(train=label_tokens(data.train, encoded))
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed + processes().process_index)  # every process drops out other activations
         log = train(
             model,
             encoded,

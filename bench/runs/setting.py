@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from bench.evaluate.score import metric_of
 from bench.experiments.methods import BASE, method_options
@@ -19,15 +17,8 @@ from bench.experiments.profiles import Profile
 from bench.models.base import prepare
 from bench.records.schema import RunConfig
 from bench.records.scorer_versions import named_versions
+from bench.runtime.processes import processes
 from tasks import MIXTURES, MixtureData, Source, build
-
-
-def processes() -> PartialState:
-    """Return this process's place among those of `accelerate launch`.
-
-    The timeout is long, because the other processes wait for hours while the first one scores.
-    """
-    return PartialState(timeout=timedelta(hours=12))
 
 
 @dataclass(frozen=True)

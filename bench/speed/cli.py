@@ -25,6 +25,7 @@ from bench.records import store
 from bench.records.provenance import provenance
 from bench.records.schema import PeakRates, SpeedOptions, SpeedRecord, SpeedRow
 from bench.report.speed import tables
+from bench.runtime.processes import started_processes
 from bench.speed.baselines import registered_baselines
 from bench.speed.layer_sweep import SWEEPS, sweep_rows
 from bench.speed.profiler import backbone_flops, peak_rates
@@ -111,6 +112,9 @@ def _benchmark(options: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     _check_nothing_is_ignored(options)
+    name, started = started_processes()
+    if started > 1:
+        raise UserError(f"{name} is {started}, but steps are measured in one process; start it without a launcher.")
     known = store.read_speed(options.results)  # before the measurement, so that a broken record costs no time
     work = _workload(options)
     rows, flops = _rows(options, work, device, dtype)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
@@ -20,6 +18,7 @@ from transformers import get_linear_schedule_with_warmup
 import malora
 from bench.records.provenance import source_hash
 from bench.records.schema import RunConfig
+from bench.runtime.processes import make_accelerator
 from bench.runtime.timer import PhaseTimer
 from bench.train.batching import MAX_TOKENS, PACKED_ROW_LENGTH, Batch, Encoded, collate, shuffled_batches
 from bench.train.checkpoint import Checkpoint, TrainLog
@@ -86,9 +85,8 @@ class _Trainer:
         self, model: PeftModel, encoded: Sequence[Encoded], config: RunConfig, pad_id: int, checkpoint: Path, track: Log
     ) -> None:
         self.model, self.encoded, self.config, self.pad_id, self.track = model, encoded, config, pad_id, track
-        self.accelerator = Accelerator(mixed_precision="bf16" if config.device_type == "cuda" else "no")
-        self.single_process = self.accelerator.num_processes == 1
-        self.captures = self.single_process and can_capture(model)
+        self.accelerator = make_accelerator("bf16" if config.device_type == "cuda" else "no")
+        self.captures = self.accelerator.num_processes == 1 and can_capture(model)
         self.batches = shuffled_batches(
             len(encoded), batch_size=config.batch_size, epochs=config.epochs, seed=config.seed
         )
@@ -96,7 +94,9 @@ class _Trainer:
         optimizer, self.scheduler = _make_optimizer(model, config, len(self.batches))
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
         identity = config.hash + source_hash()
-        self.checkpoint = Checkpoint(checkpoint, identity, model, self.optimizer, self.scheduler)
+        self.checkpoint = Checkpoint(
+            checkpoint, identity, model, self.optimizer, self.scheduler, self.accelerator.process_index
+        )
         self.log = self.checkpoint.load() or TrainLog()
         self.timer = PhaseTimer(self.accelerator.device)
         self.step = self._make_step()
@@ -156,34 +156,38 @@ class _Trainer:
         log.tokens += sum(len(self.encoded[i].ids) for i in chosen)
         self.pending.append(torch.stack([loss, balance, norm]))
         if self.has_router and log.steps % ROUTER_EVERY == 0:
-            summary = _router_summary(self.model, micro_batches[-1].mask)
+            stats = malora.router_stats(self.model, micro_batches[-1].mask, all_reduce=self._sum_over_processes)
+            summary = _router_summary(stats.values())
             log.router.append({"step": log.steps} | summary)
             self.track({f"router/{name}": value for name, value in summary.items()}, log.steps)
 
     def _make_micro_batches(self, chosen: list[int]) -> list[Batch]:
         """Collate this process's share of a batch and copy it to the device."""
         accelerator, device_type = self.accelerator, self.config.device_type
-        mine = chosen[accelerator.process_index :: accelerator.num_processes]
-        mine = mine or chosen[:1]  # a small last batch may not reach every process
         micro_batches = collate(
-            [self.encoded[i] for i in mine],
+            [self.encoded[i] for i in chosen],
             self.pad_id,
             row_length=PACKED_ROW_LENGTH[device_type],
-            # All processes must run equally many forward passes, so several processes do not split a batch further.
-            max_tokens=MAX_TOKENS[device_type] if self.single_process else sys.maxsize,
+            max_tokens=MAX_TOKENS[device_type],
             fixed_shapes=self.captures,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
         )
         return [batch.to(accelerator.device) for batch in micro_batches]
 
     def _read_pending(self) -> None:
         """Read the last steps' losses from the device and add their mean to the curve.
 
+        The losses are summed over the processes. Gradients are already, so all processes have the same norm.
+
         Raises:
             DivergedError: One of them is not finite.
         """
         log = self.log
         self.timer.add_to(log.seconds)
-        loss, balance, norm = torch.stack(self.pending).mean(0).tolist()
+        mean = torch.stack(self.pending).mean(0)
+        loss, balance = self._sum_over_processes(mean[:2]).tolist()
+        norm = mean[2].item()
         means = {"loss": loss, "balance_loss": balance, "grad_norm": norm}
         log.curve.append({"step": log.steps} | means)
         self.pending.clear()
@@ -192,11 +196,16 @@ class _Trainer:
         if not all(map(math.isfinite, (loss, balance, norm))):
             raise DivergedError(log)
 
+    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all processes."""
+        total = self.accelerator.reduce(tensor, reduction="sum")
+        assert isinstance(total, Tensor)
+        return total
+
     def _save_checkpoint(self) -> None:
         if self.pending:
             self._read_pending()
-        if self.accelerator.is_main_process:
-            self.checkpoint.save(self.log)
+        self.checkpoint.save(self.log)
 
 
 def _make_optimizer(model: nn.Module, config: RunConfig, steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
@@ -229,9 +238,8 @@ def keep_input_dtype(model: nn.Module, device: torch.device) -> AbstractContextM
     return disable_input_dtype_casting(model, active=device.type == "cuda" and bool(loras) and not has_dora)
 
 
-def _router_summary(model: nn.Module, mask: Tensor) -> dict[str, float]:
+def _router_summary(stats: Collection[malora.RouterStats]) -> dict[str, float]:
     """Average router statistics over the routed layers; `unused_experts` is their sum."""
-    stats = malora.router_stats(model, mask).values()
     return {
         "entropy": sum(s.entropy for s in stats) / len(stats),
         "gate_sum": sum(s.gate_sum for s in stats) / len(stats),

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -57,12 +58,19 @@ class EagerStep:
         self.kernels = kernels or nullcontext()
         self.has_router = malora.has_router(model)
         in_bfloat16 = accelerator.mixed_precision == "bf16"
+        self.num_processes = accelerator.num_processes
+        self.all_reduce = partial(accelerator.reduce, reduction="sum") if self.num_processes > 1 else None
         self.attention_dtype = torch.bfloat16 if in_bfloat16 else next(model.parameters()).dtype
         self.end_phase: Callable[[str], None] = lambda phase: None
 
     def __call__(self, micro_batches: list[Batch]) -> Losses:
-        """Run all micro-batches of a batch and return the losses of the batch."""
-        losses = [self.run_micro_batch(batch) for batch in micro_batches]
+        """Run all micro-batches of a batch and return this process's summands of the losses.
+
+        The gradients are those of the losses of the whole batch, in every process.
+        """
+        with self.accelerator.no_sync(self.wrapped):  # the last backward pass adds up the gradients of all processes
+            losses = [self.run_micro_batch(batch) for batch in micro_batches[:-1]]
+        losses.append(self.run_micro_batch(micro_batches[-1]))
         loss, balance = losses[0]
         for more_loss, more_balance in losses[1:]:
             loss, balance = loss + more_loss, balance + more_balance
@@ -72,7 +80,8 @@ class EagerStep:
         """Run forward and backward of a micro-batch.
 
         Returns:
-            Its share of the losses of the batch, weighted by label tokens, so that shares add up.
+            Its summands of the losses of the batch. The sums are over micro-batches, weighted by label tokens, and over
+            processes.
         """
         at_labels = label_positions_only(self.model, batch.row, batch.column)
         with self.kernels, exact_with_masks(batch.ids.device), at_labels:
@@ -85,9 +94,12 @@ class EagerStep:
         loss = F.cross_entropy(logits.float(), batch.target, reduction="sum") / batch.labels
         balance = torch.zeros_like(loss)
         if self.has_router:
-            balance = malora.balance_loss(self.model, batch.mask) * ((batch.target >= 0).sum() / batch.labels)
+            balance = malora.balance_loss(self.model, batch.mask, all_reduce=self.all_reduce) * batch.share
         self.end_phase("forward")
-        self.accelerator.backward(loss + self.balance_factor * balance)
+        total = loss + self.balance_factor * balance
+        if self.num_processes > 1:
+            total = total * self.num_processes  # DistributedDataParallel divides the sum of the gradients by it
+        self.accelerator.backward(total)
         self.end_phase("backward")
         return loss.detach(), balance.detach()
 
