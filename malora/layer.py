@@ -19,7 +19,7 @@ from malora.factors import Factors
 from malora.fused.eligibility import find_fused_adapter
 from malora.fused.group import ProjectionGroup
 from malora.initialization import init_factors_, kaiming_uniform
-from malora.routing import Routing, RoutingLog, route
+from malora.routing import Routing, RoutingLog, RoutingLogReference, route
 
 PREFIX = "malora_"
 
@@ -32,11 +32,10 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
     Args:
         base_layer: the frozen linear layer, weight [m, n].
         name: its name in the base model.
-        log: the model's routing log.
+        log: the model's routing log, to which the layer refers weakly.
         group: the layers that read the same input; None if it reads an input of its own.
 
     Attributes:
-        routings: the routing of the model's last forward pass, by adapter.
         settings: the config of each adapter, by its name.
     """
 
@@ -48,10 +47,9 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.name = name
-        self.routing_log = log
+        self._log = RoutingLogReference(log)
         self.group = group or ProjectionGroup()
         self.group.layers.append(self)
-        self.routings: dict[str, Routing] = {}
         self.settings: dict[str, MaloraConfig] = {}
         for attribute in self.adapter_layer_names:
             setattr(self, attribute, nn.ParameterDict())
@@ -104,6 +102,23 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         return routers[adapter] if adapter in routers else None
 
     @property
+    def routing_log(self) -> RoutingLog | None:
+        """The routing log of the layer's model; None if the model is gone."""
+        return self._log()
+
+    @property
+    def routings(self) -> dict[str, Routing]:
+        """The routing of the model's last forward pass, by adapter."""
+        log = self.routing_log
+        return {} if log is None else log.routings.get(self.name, {})
+
+    def record_routing(self, adapter: str, routing: Routing) -> None:
+        """Keep a routing in the log while that records."""
+        log = self._log()
+        if log is not None and log.recording:
+            log.routings.setdefault(self.name, {})[adapter] = routing
+
+    @property
     def has_active_router(self) -> bool:
         """True if an active adapter of this layer has a router."""
         return any(self.router(name) is not None for name in self.active_adapters)
@@ -139,8 +154,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         router = self.router(adapter)
         if router is not None:
             routing = route(x, router, config.top_k)
-            if self.routing_log.recording:
-                self.routings[adapter] = routing
+            self.record_routing(adapter, routing)
             routed = routing._replace(probability=routing.probability.flatten(0, -2))
         x_Tn = self.malora_dropout[adapter](x).flatten(0, -2)
         y_Tm = BACKENDS[resolve_backend(config, x.device)].compute(x_Tn, routed, factors, config.scaling)
@@ -220,10 +234,6 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         while self.merged_adapters:
             # Not in place: copies of the weight are known by its address.
             weight.data = weight.data - self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copy or pickle the layer without the autograd graph of its last batch."""
-        return dict(super().__getstate__()) | {"routings": {}}  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:
         return "malora." + super().__repr__()
