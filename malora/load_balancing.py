@@ -130,7 +130,8 @@ def _stacked_routings(model: nn.Module, attention_mask: Tensor | None) -> Iterat
     """
     groups = defaultdict(list)
     for layer in _layers(model):
-        mask = attention_mask if attention_mask is not None else layer.routing_log.attention_mask
+        log = layer.routing_log
+        mask = attention_mask if attention_mask is not None or log is None else log.attention_mask
         for routing in layer.routings.values():
             groups[routing.probability.shape, routing.top_k].append((layer.name, routing.probability, mask))
     if not groups:

@@ -24,7 +24,7 @@ from bench.runtime.attention import exact_with_masks
 from bench.runtime.logits import label_positions_only
 from bench.train.batching import Batch
 from malora.backbone.cuda_graphs import accumulate_grads, capture, capture_refresh, warm_up
-from malora.routing import Routing
+from malora.routing import Routing, RoutingLog
 
 Losses = tuple[Tensor, Tensor]  # task loss and balance loss, both []
 Step = Callable[[list[Batch]], Losses]
@@ -113,14 +113,14 @@ class _CapturedMicroBatch:
         inputs: Tensors that the graph reads.
         losses: Task loss and balance loss that it writes.
         gradients: Gradients that it writes, in the order of the trainable parameters.
-        routings: Routings that it writes, by adapter, one dictionary per adapted layer.
+        routings: Routings that it writes, by layer and adapter.
     """
 
     graph: torch.cuda.CUDAGraph
     inputs: Batch
     losses: Losses
     gradients: list[Tensor]
-    routings: list[dict[str, Routing]]
+    routings: dict[str, dict[str, Routing]]
 
     def replay(self, batch: Batch) -> None:
         """Copy the batch into the inputs and launch the graph."""
@@ -142,7 +142,8 @@ class GraphedStep:
     def __init__(self, eager: EagerStep) -> None:
         self.eager = eager
         self.parameters = [p for p in eager.model.parameters() if p.requires_grad]
-        self.adapted_layers = [module for module in eager.model.modules() if isinstance(module, malora.MaloraLayer)]
+        tuner = eager.model.base_model
+        self.log = tuner.routing_log if isinstance(tuner, malora.MaloraModel) else RoutingLog()
         self.captured: dict[Shape, _CapturedMicroBatch] = {}
         self.weights = malora.WeightCache(eager.model)
         self.refresh: Callable[[], None] | None = None  # captured with the first micro-batch
@@ -163,8 +164,7 @@ class GraphedStep:
             gradients = accumulate_grads(gradients, graph.gradients, alone=len(micro_batches) == 1)
         for parameter, gradient in zip(self.parameters, gradients or [], strict=True):
             parameter.grad = gradient
-        for layer, routings in zip(self.adapted_layers, captured[-1].routings, strict=True):
-            layer.routings = dict(routings)
+        self.log.routings = captured[-1].routings
         loss, balance = torch.stack(losses).sum(0)
         return loss, balance
 
@@ -193,8 +193,8 @@ class GraphedStep:
             graph = capture(run, passes=1, pool=pool)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         assert len(gradients) == len(self.parameters), "every trainable parameter takes part in the loss"
-        routings = [
-            {adapter: Routing(kept.probability.detach(), kept.top_k) for adapter, kept in layer.routings.items()}
-            for layer in self.adapted_layers
-        ]
+        routings = {
+            layer: {adapter: Routing(kept.probability.detach(), kept.top_k) for adapter, kept in of_layer.items()}
+            for layer, of_layer in self.log.routings.items()
+        }
         return _CapturedMicroBatch(graph, inputs, losses[-1], gradients, routings)
