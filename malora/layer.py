@@ -244,12 +244,11 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
                 weight is not finite.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.settings]
-        deltas = [self.get_delta_weight(name) for name in names]  # all or none
         if names:
             self.check_mergeable()
+        deltas = [self.get_delta_weight(name) for name in names]  # all or none
         for name, delta in zip(names, deltas, strict=True):
-            weight = self.get_base_weight()  # dequantized
-            merged = weight + delta.to(weight.dtype)
+            merged = self._add_to_base(delta)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"merging adapter {name!r} would put values that are not finite into {self.name}.")
             self.set_base_weight(merged)
@@ -257,11 +256,19 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Subtract the change of all merged adapters from the frozen weight."""
+        if self.merged:
+            self.check_mergeable()
         while self.merged_adapters:
-            weight = self.get_base_weight()
-            delta = self.get_delta_weight(self.merged_adapters.pop())
             # Not in place: copies of the weight are known by its address.
-            self.set_base_weight(weight - delta.to(weight.dtype))
+            self.set_base_weight(self._add_to_base(-self.get_delta_weight(self.merged_adapters.pop())))
+
+    def _add_to_base(self, delta: Tensor) -> Tensor:
+        """Return the frozen weight plus a change of it.
+
+        It has the dtype of the weight, or of the change if the weight is quantized.
+        """
+        weight = self.get_base_weight()
+        return weight + delta.to(weight.dtype) if self.quantization_backend is None else weight.to(delta.dtype) + delta
 
     def check_mergeable(self) -> None:
         """Refuse a frozen weight that no change can be added to.
@@ -270,6 +277,11 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
             ValueError: the weight is quantized, and PEFT cannot dequantize it.
         """
         backend, weight = self.quantization_backend, self.weight
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(  # PEFT would dequantize it to garbage
+                f"cannot change the weight of {self.name}: bitsandbytes packed it in an inference pass on this CPU, "
+                "which cannot be undone exactly. Load the base again and merge before the first pass, or use a GPU."
+            )
         if backend is not None and backend.supports_merge:
             return
         shape = (self.in_features, self.out_features) if self.is_transposed else (self.out_features, self.in_features)
