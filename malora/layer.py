@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -81,7 +81,8 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
             router = self.router(adapter)
             if router is not None:
                 router.data.copy_(kaiming_uniform(router.shape))
-        self._move_adapter_to_device_of_base_layer(adapter)
+        hook = getattr(self.base_layer, "_hf_hook", None)  # accelerate's: its weight may be on "meta" now
+        self._move_adapter_to_device_of_base_layer(adapter, device=getattr(hook, "execution_device", None))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _shapes(self, config: MaloraConfig) -> dict[str, tuple[int, ...]]:
@@ -136,7 +137,8 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
         The output is [..., m] for x [..., n].
         """
         if self.disable_adapters and self.merged:
-            self.unmerge()
+            with onload_layer(self):
+                self.unmerge()
         if not (args or kwargs) and (fused := self.adapter_for_fused_path()):
             output: Tensor = self.group.output(self, fused, x)
             return output

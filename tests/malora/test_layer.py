@@ -46,6 +46,29 @@ def test_factors_that_accelerate_offloads_are_loaded_for_the_pass(method, backen
         assert not torch.equal(model(x), y)
 
 
+@pytest.mark.parametrize("method", ["asylora", "malora"])
+def test_an_adapter_of_an_offloaded_base_starts_without_effect_and_trains(method):
+    base = nn.Sequential(nn.Linear(16, 8))
+    x = torch.randn(3, 16)
+    y = base(x)
+    cpu_offload(base, execution_device=torch.device("cpu"))
+    model = get_peft_model(base, METHODS[method](**SIZES | ({"d": 8} if method == "malora" else {})))
+    torch.testing.assert_close(model(x), y)
+    model(x).pow(2).sum().backward()
+    assert model.base_model.model[0].malora_B["default"].grad.abs().sum() > 0
+
+
+def test_disabling_a_merged_and_offloaded_adapter_gives_the_base():
+    model = small("asylora")
+    x = torch.randn(3, 16)
+    y, base = model(x), model.base_model.model[0].base_layer(x)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), base)
+    torch.testing.assert_close(model(x), y)
+
+
 def test_an_adapter_that_is_added_in_evaluation_mode_has_no_dropout():
     model = small("molora", lora_dropout=0.5)
     model.add_adapter("second", METHODS["molora"](**SIZES | {"lora_dropout": 0.5}))
