@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, QuantizationBackend
@@ -193,6 +193,13 @@ class MaloraModel(BaseTuner):
             peft_config.check_layers()  # the default may be a regular expression
         return peft_config
 
+    def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
+        """Refuse modules whose weight is read and that are not called, such as Mamba's `out_proj`.
+
+        PEFT knows them, and refuses them for its LoRA only.
+        """
+        super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
+
     def _missing(self, targets: Iterable[str]) -> list[str]:
         """Return the targets that match no module of the model."""
         names = [name for name, _ in self.model.named_modules()]
@@ -251,6 +258,11 @@ class MaloraModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, MaloraConfig)
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"{current_key} cannot be adapted: nn.MultiheadAttention reads its weight and does not call it. Add it "
+                "to exclude_modules."
+            )
         for cached in ("malora_layers", "_groups"):
             self.__dict__.pop(cached, None)
         restore_linear(target)
