@@ -28,12 +28,12 @@ from malora.weighted_adapter import Summand, combine, combined_rank
 
 
 class MaloraModel(BaseTuner):
-    """A model whose targeted `nn.Linear` modules have experts.
+    """A model whose targeted linear modules have experts.
 
     `peft.get_peft_model` makes it.
 
     Raises:
-        ValueError: a target matches no module, or one that is not an `nn.Linear`; the message names what there is.
+        ValueError: a target matches no module, or one that is not linear; the message names what there is.
     """
 
     prefix = PREFIX
@@ -125,6 +125,7 @@ class MaloraModel(BaseTuner):
         self.peft_config[adapter_name] = replace(
             config, r=rank, lora_alpha=rank, down="A_t", up="B_t", d=None, beta=1.0, same_start=False, freeze=[],
             target_modules={layer.name for layer in layers}, layers_to_transform=None, layers_pattern=None,
+            rank_pattern={}, alpha_pattern={}, use_rslora=False, init_weights=True,
         )  # fmt: skip
         self.inject_adapter(self.model, adapter_name)
         for layer in layers:
@@ -135,8 +136,9 @@ class MaloraModel(BaseTuner):
             ]
             A, B = (factor for factor in layer.factors(adapter_name) if factor is not None)
             for factor, value in zip((A, B), combine(combination_type, summands, rank), strict=True):
-                factor.data.zero_()
-                factor.data[0, : len(value)] = value
+                padded = value.new_zeros(factor.shape)
+                padded[0, : len(value)] = value
+                factor.data = padded
 
     def _check_summands(self, adapters: list[str], weights: list[float], adapter_name: str) -> MaloraConfig:
         """Return the config of the first of some adapters if their sum has a meaning."""
@@ -285,8 +287,8 @@ def _quantization_backend(linear: nn.Module, model: nn.Module) -> QuantizationBa
     """Return PEFT's way to change a quantized weight, or None if the weight is plain."""
     try:
         return resolve_quantization_backend(linear, **get_quantization_kwargs(model))
-    except ValueError as error:  # a weight that cannot be quantized again, because nobody knows how it was
-        return ForwardOnlyQuantizationBackend(str(error))
+    except ValueError:  # the model does not say how its weights were quantized, so they cannot be quantized again
+        return ForwardOnlyQuantizationBackend("torchao")
 
 
 def _matches(target: str, names: Iterable[str]) -> bool:
