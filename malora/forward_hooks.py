@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from malora.fused.group import ProjectionGroup, drop_prefetched, prefetch_packed_weights
@@ -63,7 +63,7 @@ class ForwardHooks:
         if self._depth > 1:
             return
         mask = _argument("attention_mask", model, args, kwargs)
-        is_padding_mask = mask is not None and mask.dim() == 2
+        is_padding_mask = isinstance(mask, Tensor) and mask.dim() == 2  # it may be a dictionary, by type of layer
         if self._groups is None:
             layers = (module for module in model.modules() if isinstance(module, MaloraLayer))
             self._groups = list(dict.fromkeys(layer.group for layer in layers))

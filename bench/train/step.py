@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 import malora
-from bench.runtime.attention import exact_with_masks
+from bench.runtime.attention import attention_windows, exact_with_masks, masks_for
 from bench.runtime.logits import label_positions_only
 from bench.train.batching import Batch
 from malora.backbone.cuda_graphs import accumulate_grads, capture, capture_refresh, warm_up
@@ -40,6 +40,9 @@ class EagerStep:
         accelerator: Runs the backward pass and decides the precision.
         balance_factor: Weight of the balance loss.
         kernels: Context manager to enter for every forward pass.
+
+    Raises:
+        UserError: The model's attention cannot be confined to the examples of a packed sequence.
 
     Attributes:
         end_phase: Called with "forward" or "backward" when that phase of a micro-batch ends.
@@ -61,6 +64,7 @@ class EagerStep:
         self.num_processes = accelerator.num_processes
         self.all_reduce = partial(accelerator.reduce, reduction="sum") if self.num_processes > 1 else None
         self.attention_dtype = torch.bfloat16 if in_bfloat16 else next(model.parameters()).dtype
+        self.windows = attention_windows(model)
         self.end_phase: Callable[[str], None] = lambda phase: None
 
     def __call__(self, micro_batches: list[Batch]) -> Losses:
@@ -88,7 +92,7 @@ class EagerStep:
             logits = self.wrapped(
                 input_ids=batch.ids,
                 position_ids=batch.position,
-                attention_mask=batch.attention_bias(self.attention_dtype),
+                attention_mask=masks_for(self.windows, partial(batch.attention_bias, self.attention_dtype)),
                 use_cache=False,
             ).logits
         loss = F.cross_entropy(logits.float(), batch.target, reduction="sum") / batch.labels

@@ -10,6 +10,7 @@ import malora
 from bench.train.batching import Encoded, collate
 from bench.train.step import EagerStep, GraphedStep
 from malora.backbone.liger import LigerKernels
+from tests.bench.base_types import ALL, make_base
 from tests.conftest import SHAPES, make_model
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -52,6 +53,21 @@ def test_logits_at_label_positions_give_the_loss_of_all_logits(shape):
     for name, p in model.named_parameters():
         if p.requires_grad and "router" not in name:
             torch.testing.assert_close(gradients[name], p.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if "window" in name and "mixtral" not in name])
+def test_the_loss_is_that_of_plain_forward_passes_with_sliding_windows(name):
+    """With an adapter of this package, whose model gets a dictionary of masks if layers differ."""
+    texts = [[7, 3, 9, 11, 2, 5, 8, 8, 31, 7, 12], [4, 8, 1], [6, 6, 2, 3, 40, 17, 22]]
+    base = make_base(name)
+    targets = malora.TARGET_MODULES.get(ALL[name][0], ["q_proj", "v_proj"])
+    model = get_peft_model(base, malora.METHODS["molora"](lora_dropout=0.0, target_modules=targets)).train()
+    (batch,) = collate([Encoded(text, 1) for text in texts], 0)
+    loss, balance = EagerStep(model, model, Accelerator(), balance_factor=0.01)([batch])
+    ends = torch.stack([model(input_ids=torch.tensor([text[:-1]])).logits[0, -1] for text in texts])
+    expected = F.cross_entropy(ends, torch.tensor([text[-1] for text in texts]))
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-4, atol=1e-5)
+    assert balance.isfinite()
 
 
 def test_micro_batches_give_the_losses_and_gradients_of_the_batch():
