@@ -114,6 +114,17 @@ def test_the_base_logs_its_scores_and_a_failed_run_ends_its_log(base_folder, tmp
     assert recorders[1].events == ["start", "finish"] and "train/loss" in recorders[1].logged[10]
 
 
+def test_a_tracker_that_cannot_start_is_no_failed_run(base_folder, tmp_path, recorders, monkeypatch):
+    def start(self):
+        raise OSError("no login\nat all")
+
+    monkeypatch.setattr(Recorder, "start", start)
+    setting = make_setting(base_folder, tmp_path, track=("tensorboard",))
+    with pytest.raises(UserError, match=r"--track tensorboard cannot start \(OSError: no login\)\."):
+        run(make_run_config(setting, "lora", seed=0), setting)
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("name", tracking.TRACKERS)
 def test_a_tracker_that_is_not_installed_is_refused_before_any_work(name, base_folder, capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(tracking.TRACKERS, name, lambda: False)
