@@ -67,7 +67,9 @@ def outcome(record):
     return record.config, record.parameters, record.data, train, record.validation, record.test, record.items
 
 
-def test_a_tracker_gets_the_figures_of_the_record_and_does_not_change_it(base_folder, tmp_path, recorders, monkeypatch):
+def test_a_tracker_gets_the_figures_of_the_record_and_does_not_change_it(
+    base_folder, tmp_path, recorders, monkeypatch, capsys
+):
     def made(folder, **options):
         setting = make_setting(base_folder, tmp_path / folder, max_items=4, **options)
         return run(make_run_config(setting, "malora", seed=0), setting)
@@ -76,6 +78,9 @@ def test_a_tracker_gets_the_figures_of_the_record_and_does_not_change_it(base_fo
     monkeypatch.setattr(progress, "SECONDS_PER_LINE", 0.0)
     record = made("tracked", track=("tensorboard",))
     assert outcome(record) == outcome(plain) and plain.config.id == record.config.id
+    lines = capsys.readouterr().err.splitlines()
+    starts = [f"{record.id}: step {step}/{record.train.steps}, loss " for step in range(1, record.train.steps + 1)]
+    assert len(lines) == len(starts) and all(map(str.startswith, lines, starts))
 
     (tracker,) = recorders
     assert tracker.run_name == record.id and tracker.events == ["start", "finish"]
@@ -112,6 +117,17 @@ def test_the_base_logs_its_scores_and_a_failed_run_ends_its_log(base_folder, tmp
     monkeypatch.setattr(bench.runs.run, "score", lambda *a, **k: 1 / 0)
     assert run(make_run_config(setting, "lora", seed=0), setting).status == "failed"
     assert recorders[1].events == ["start", "finish"] and "train/loss" in recorders[1].logged[10]
+
+
+def test_a_tracker_that_cannot_start_is_no_failed_run(base_folder, tmp_path, recorders, monkeypatch):
+    def start(self):
+        raise OSError("no login\nat all")
+
+    monkeypatch.setattr(Recorder, "start", start)
+    setting = make_setting(base_folder, tmp_path, track=("tensorboard",))
+    with pytest.raises(UserError, match=r"--track tensorboard cannot start \(OSError: no login\)\."):
+        run(make_run_config(setting, "lora", seed=0), setting)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("name", tracking.TRACKERS)
