@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -17,6 +18,7 @@ from tasks.errors import DataError
 from tasks.fields import Record as Record  # data sets import it from here
 from tasks.fields import require_filled, require_text
 from tasks.metrics import LIKELIHOOD
+from tasks.splits import SplitRule
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,18 @@ Item = Question | Exercise
 
 
 def _normalize(text: str) -> str:
-    """Return a text's lower-case letters and digits, with one space between words."""
-    return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()
+    """Return a text's lower-case letters and digits of all scripts, with one space between words.
+
+    A text without any, such as a line of symbols, is returned without surrounding white space.
+    """
+    if text.isascii():
+        return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip() or text.strip()
+    text = unicodedata.normalize("NFKC", text).lower()
+    # Python's \w lacks combining marks, which are the vowels of many scripts.
+    kept = "".join(
+        c if c.isalnum() or unicodedata.combining(c) or unicodedata.category(c) == "Mc" else " " for c in text
+    )
+    return " ".join(kept.split()) or text.strip()
 
 
 @dataclass(frozen=True)
@@ -232,6 +244,10 @@ class Task:
         writing: Generation settings of a task with free-text answers, None for a task with choices.
         may_repeat_choices: The published records have questions with two equal choices. They are kept as published. In
             other data sets equal choices are an error, because only one of them would be correct.
+        split_rule: Splits the published split by this rule, if the publisher has one only. Then `published` maps all
+            our splits to it.
+        source: Reader of the task's own files; None for the run's source.
+        fingerprint: Hash of the records and settings of a task that has its own files, else "".
     """
 
     name: str
@@ -241,6 +257,9 @@ class Task:
     published: dict[str, str]
     writing: Writing | None = None
     may_repeat_choices: bool = False
+    split_rule: SplitRule | None = None
+    source: Source | None = None
+    fingerprint: str = ""
 
     @property
     def metric(self) -> str | None:
@@ -264,16 +283,25 @@ class Task:
         Raises:
             DataError: The file is missing or broken, or `parse_record` cannot read a record.
         """
-        items = self._parse(source, self.published[split])
+        items = self._parse(self.source or source, self.published[split])
+        if self.split_rule:
+            total, items = len(items), [item for item in items if self.split_rule.split_of(item.key) == split]
+            if not items:
+                raise DataError(
+                    f"{self.title}: none of its {total} items is in the {split} split of {self.split_rule}; add items "
+                    "with different questions, raise a share or choose another seed."
+                )
         return _merge_references(items) if self.writing and split == "test" else items
 
     def _parse(self, source: Source, published_split: str) -> list[Item]:
-        items = []
+        items: list[Item] = []
         for number, record in enumerate(source.read(self.data, published_split)):
             try:
                 item = self.parse_record(record)
                 if isinstance(item, Question) and not self.may_repeat_choices:
                     _require_different(item.choices)
+                if isinstance(item, Exercise) and not item.references and published_split == self.published.get("test"):
+                    raise ValueError("the item has no reference to score an answer with")
             except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
                 problem = error if isinstance(error, ValueError) else repr(error)
                 raise DataError(

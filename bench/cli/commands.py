@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from bench.cli import own_tasks
 from bench.cli.estimates import announce
 from bench.errors import UserError
 from bench.evaluate.score import require_scoring, score
@@ -40,18 +41,19 @@ LOCAL = store.RESULTS / "local"
 SPEED = "speed"  # folder of the records of bench.speed, next to those of the profiles
 
 
-def make_setting_from(options: argparse.Namespace, mixture: str) -> RunSettings:
+def make_setting_from(options: argparse.Namespace, mixture: str | None) -> RunSettings:
     """Make the settings that the options ask for.
 
     Args:
         options: Parsed options of a command that trains or scores.
-        mixture: Mixture to train or score on.
+        mixture: Mixture to train or score on: a name, or the file of a description. None for the tasks of `--task`.
 
     Raises:
         UserError: The options contradict each other, `--data` is not a folder, or a tracker is not installed.
     """
     require_trackers(getattr(options, "track", ()))
     profile: Profile = PROFILES[options.profile]
+    mixture = own_tasks.resolve(options, mixture, profile)
     if options.data and profile.name == "tiny" and not options.model:
         raise UserError("the tiny base model knows the words of generated tasks only; with --data use --profile small.")
     setting = RunSettings(

@@ -336,6 +336,8 @@ def records_that_lend_rates(frame: pd.DataFrame, like: RunConfig) -> pd.DataFram
     expected = like.config_key_without(*FREE_FOR_RATES)
     agree = frame["record"].map(lambda record: record.config.config_key_without(*FREE_FOR_RATES) == expected)
     same = frame[agree.astype(bool)]
+    known = same["mixture"].isin(list(MIXTURES))  # runs on tasks of files may have been recorded here as well
+    same = same[known.astype(bool)]
     of_domains = same["mixture"].map(lambda name: bool(MIXTURES[name].domains)).astype(bool)
     same_format = same["format"] == like.format
     if MIXTURES[like.mixture].domains and of_domains[same_format].all():
