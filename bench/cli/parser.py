@@ -193,6 +193,11 @@ def _add_score_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="mixture whose test sets are used",
     )
+    parser.add_argument(
+        "--record",
+        action="store_true",
+        help="record the scores, so that the adapter has a row in Table 2, marked as trained elsewhere",
+    )
     parser.set_defaults(command=score_adapter)
 
 
