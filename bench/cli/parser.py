@@ -188,6 +188,11 @@ def _add_score_options(parser: argparse.ArgumentParser) -> None:
         "--adapter", type=Path, required=True, metavar="DIR", help="folder that PEFT's save_pretrained wrote"
     )
     own_tasks.add_mixture_options(parser, "mixture whose test sets are used")
+    parser.add_argument(
+        "--record",
+        action="store_true",
+        help="record the scores, so that the adapter has a row in Table 2, marked as trained elsewhere",
+    )
     parser.set_defaults(command=score_adapter)
 
 

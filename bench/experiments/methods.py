@@ -14,6 +14,7 @@ from bench.experiments.profiles import Profile
 from malora.config import stored_value
 
 BASE = "base"  # the method that trains nothing
+ELSEWHERE = "elsewhere-"  # begins the method of an adapter that was trained elsewhere and is only scored
 TITLES = {
     "lora": "LoRA",
     "asylora": "AsyLoRA",
@@ -25,6 +26,13 @@ TITLES = {
     BASE: "base, no adapter",
 }
 PAPER_BETA = {"intra": 1.25, "procedural": 1.25}  # β by mixture; the paper has 1 for all others
+
+
+def title_of(method: str) -> str:
+    """Return the title of a method in tables."""
+    if method.startswith(ELSEWHERE):
+        return f"{method.removeprefix(ELSEWHERE)}, trained elsewhere"
+    return TITLES.get(method, method)
 
 
 def method_options(method: str, profile: Profile, mixture: str, changes: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from bench.errors import UserError
 from bench.evaluate.adapter_analysis import analyze_adapter
 from bench.evaluate.score import require_scoring, score
 from bench.experiments.methods import BASE
-from bench.models.adapters import add_adapter, count_parameters
+from bench.models.adapters import add_adapter, count_parameters, save_adapter
 from bench.models.base import load, prepare, targets
 from bench.records import provenance
 from bench.records import store as records
@@ -121,7 +121,7 @@ def _train_and_score(record: Record, setting: RunSettings, checkpoint: Path, tra
         )
         record.train = _train_section(log)
         if setting.save and processes().is_main_process:
-            model.save_pretrained(str(setting.save), save_embedding_layers=False)
+            save_adapter(model, prepare(setting.model), setting.save)
     if not processes().is_main_process:
         return
     if setting.device.type == "cuda":

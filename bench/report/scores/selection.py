@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from bench.experiments.methods import BASE
+from bench.experiments.methods import BASE, ELSEWHERE
 from bench.experiments.profiles import PROFILES, Profile
 from bench.experiments.registry import (
     EXPERIMENTS,
@@ -208,8 +208,9 @@ class Selection:
 
     @property
     def at_paper_rate(self) -> dict[str, float]:
-        """The paper's learning rate for every tuning group."""
-        return dict.fromkeys(tuning_groups_of(self.entries), self.size.paper_rate)
+        """The paper's learning rate for every tuning group that is trained here."""
+        groups = [group for group in tuning_groups_of(self.entries) if not group.startswith(ELSEWHERE)]
+        return dict.fromkeys(groups, self.size.paper_rate)
 
     @property
     def at_own_rate(self) -> dict[str, float]:
@@ -320,7 +321,7 @@ def _named(config: RunConfig | None) -> dict[str, int]:
 
 
 def entries_of(experiment: Experiment, frame: pd.DataFrame) -> list[TableEntry]:
-    """Return the paper's rows and, in Table 2, a row for every other method run."""
+    """Return the paper's rows and, in Table 2, a row for every other method and every adapter from elsewhere."""
     if not experiment.both_rates:
         return list(experiment.entries)
     others = set(frame.loc[frame["mixture"].isin(experiment.mixtures), "method"]) - {*experiment.methods, BASE}
@@ -351,7 +352,7 @@ def choose_rates(frame: pd.DataFrame) -> dict[str, float]:
     The mean is that of the sweep's seed. The records are of one mixture. Runs with other options than the paper's do
     not count. A method with a single rate was not tuned and is left out. Of equal means the lower rate is taken.
     """
-    sweep = frame[(frame["seed"] == SWEEP_SEED) & (frame["method"] != BASE)]
+    sweep = frame[(frame["seed"] == SWEEP_SEED) & frame["learning_rate"].notna()]
     examples = sweep.drop_duplicates("variant")
     usual = {
         variant: TableEntry(record.config.method).matches(record.config)
