@@ -56,6 +56,8 @@ class EagerStep:
         self.balance_factor = balance_factor
         self.kernels = kernels or nullcontext()
         self.has_router = malora.has_router(model)
+        # The balance loss is added here, with a mask for packed rows, and so not by the model.
+        self.router_options = {"output_router_logits": False} if self.has_router else {}
         in_bfloat16 = accelerator.mixed_precision == "bf16"
         self.attention_dtype = torch.bfloat16 if in_bfloat16 else next(model.parameters()).dtype
         self.end_phase: Callable[[str], None] = lambda phase: None
@@ -81,6 +83,7 @@ class EagerStep:
                 position_ids=batch.position,
                 attention_mask=batch.attention_bias(self.attention_dtype),
                 use_cache=False,
+                **self.router_options,
             ).logits
         loss = F.cross_entropy(logits.float(), batch.target, reduction="sum") / batch.labels
         balance = torch.zeros_like(loss)

@@ -30,6 +30,7 @@ from tests.bench.records.test_store import make
         (["run", "--set", "backend=warp"], "malora: backend='warp' is unknown; choose one of 'auto', 'dense'"),
         (["run", "--set", "rank=3"], "malora has no option rank; there are backend, beta, d, down"),
         (["run", "--set", "backend"], "'backend' is not NAME=VALUE"),
+        (["run", "--set", "router_aux_loss_coef=0.1"], "router_aux_loss_coef has no effect in the benchmark"),
         (["run", "--method", "lora", "--set", "backend=dispatch"], "lora has no option backend; there are "),
         (["table2", "--seeds", "0"], "'0' is not a whole number from 1"),
         (["run", "--learning-rate", "-1"], "must be a number above 0"),
