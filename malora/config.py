@@ -84,6 +84,9 @@ class MaloraConfig(PeftConfig):
             which is for tests.
         num_experts: Number of experts, N. One expert has no router, and is LoRA.
         top_k: Number of experts per token, k. Their gates are not renormalised (equation 4).
+        router_aux_loss_coef: Weight of the load-balancing loss (`malora.balance_loss`) in the loss that the model
+            returns for labels. `outputs.aux_loss` is the balance loss without its weight. 0 leaves it out. `METHODS`
+            with a router have the paper's 0.01.
         down: Form of the down projections. "per_expert" ("A_t") is a matrix per expert (equation 3).
             "shared_subspace" ("P_t S") is coefficients per expert over a subspace that all experts of the layer share
             (equations 6 and 7). "per_expert_subspace" ("P_t S_t") gives each expert a subspace of d / N dimensions.
@@ -118,6 +121,7 @@ class MaloraConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
     num_experts: int = field(default=8, metadata={"help": "Number of experts N; one expert has no router."})
     top_k: int = field(default=2, metadata={"help": "Number of experts per token."})
+    router_aux_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the load-balancing loss."})
     down: Down = field(default="P_t S", metadata={"help": "Form of the down projections."})
     up: Up = field(default="B_t", metadata={"help": "Form of the up projections."})
     d: int | None = field(default=None, metadata={"help": "Rank of the subspace that experts share."})
@@ -208,6 +212,11 @@ class MaloraConfig(PeftConfig):
         _check_positive("lora_alpha", self.lora_alpha)
         for module, alpha in (self.alpha_pattern or {}).items():
             _check_positive(f"alpha_pattern[{module!r}]", alpha)
+        if not (isinstance(self.router_aux_loss_coef, int | float) and self.router_aux_loss_coef >= 0):
+            raise ValueError(
+                f"router_aux_loss_coef={self.router_aux_loss_coef!r} must be a number, at least 0; 0 leaves the "
+                "load-balancing loss out."
+            )
         if self.beta <= 0:
             raise ValueError(f"beta={self.beta} must be positive: S is scaled by it and P_t by its inverse.")
 
@@ -243,6 +252,11 @@ class MaloraConfig(PeftConfig):
             )
 
     def _check_nothing_is_ignored(self) -> None:
+        if self.router_aux_loss_coef and not self.has_router:
+            raise ValueError(
+                f"router_aux_loss_coef={self.router_aux_loss_coef} has no effect with one expert, which has no router; "
+                "leave it out."
+            )
         if self.down == "A_t" and self.beta != 1:
             raise ValueError(f"beta={self.beta} has no effect with down='A_t'; leave it out.")
         if self.same_start and self.down != "A_t":

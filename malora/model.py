@@ -18,7 +18,7 @@ from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, Quanti
 from torch import nn
 
 from malora.config import MaloraConfig
-from malora.forward_hooks import ForwardHooks
+from malora.forward_hooks import AUX_LOSS_WEIGHT, ForwardHooks
 from malora.fused.fp8_linear import restore_linear
 from malora.fused.group import PROJECTION_GROUPS, ProjectionGroup
 from malora.layer import LINEAR_TYPES, PREFIX, MaloraLayer
@@ -61,7 +61,10 @@ class MaloraModel(BaseTuner):
             if name.endswith(saved):  # PEFT copies them with their attributes
                 restore_linear(module)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        ForwardHooks.on(model).forget_layers()
+        hooks = ForwardHooks.on(model)
+        hooks.forget_layers()
+        weights = (getattr(config, AUX_LOSS_WEIGHT, 0) for config in self.peft_config.values())
+        hooks.announce_aux_loss(model, next(filter(None, weights), 0))
 
     def unload(self) -> nn.Module:
         """Return the base model without adapters."""
@@ -306,7 +309,7 @@ def _restore_base_model(model: nn.Module, groups: list[ProjectionGroup]) -> nn.M
 
     All copies of weights that these layers have made are freed.
     """
-    ForwardHooks.on(model).remove()
+    ForwardHooks.on(model).remove(model)
     for group in groups:
         group.clear_caches(include_frozen=True)
     for module in model.modules():

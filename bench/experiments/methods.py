@@ -63,6 +63,11 @@ def method_options(method: str, profile: Profile, mixture: str, changes: dict[st
     known, general = ({f.name for f in fields(of)} for of in (config, PeftConfig))
     for name in sorted(changes.keys() - known):
         raise UserError(f"{method}: {unknown_name('option', name, sorted(known - general))}.")
+    if "router_aux_loss_coef" in changes:
+        raise UserError(
+            "router_aux_loss_coef has no effect in the benchmark: the weight of the balance loss is the profile's "
+            f"balance_factor, {profile.balance_factor} in {profile.name}."
+        )
     try:
         malora.make_config(method, **options)
     except (TypeError, ValueError) as error:

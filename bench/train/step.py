@@ -60,6 +60,8 @@ class EagerStep:
         self.balance_factor = balance_factor
         self.kernels = kernels or nullcontext()
         self.has_router = malora.has_router(model)
+        # The balance loss is added here, with a mask for packed rows, and so not by the model.
+        self.router_options = {"output_router_logits": False} if self.has_router else {}
         in_bfloat16 = accelerator.mixed_precision == "bf16"
         self.num_processes = accelerator.num_processes
         self.all_reduce = partial(accelerator.reduce, reduction="sum") if self.num_processes > 1 else None
@@ -94,6 +96,7 @@ class EagerStep:
                 position_ids=batch.position,
                 attention_mask=masks_for(self.windows, partial(batch.attention_bias, self.attention_dtype)),
                 use_cache=False,
+                **self.router_options,
             ).logits
         loss = F.cross_entropy(logits.float(), batch.target, reduction="sum") / batch.labels
         balance = torch.zeros_like(loss)

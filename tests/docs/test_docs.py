@@ -81,6 +81,8 @@ def _defined(file: Path) -> set[str]:
                 names.add(node.name)
             case ast.Import() | ast.ImportFrom():
                 names |= {alias.asname or alias.name for alias in node.names}
+            case ast.Assign(targets=[ast.Name(id="__all__")], value=ast.List()):
+                names |= set(ast.literal_eval(node.value))  # some are imported on demand
             case ast.Assign():
                 names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
             case ast.AnnAssign(target=ast.Name(id=name)):

@@ -35,6 +35,7 @@ from tests.bench.records.test_store import make
         (["run", "--set", "rank=3"], "malora: unknown option 'rank'; there are alpha_pattern, backend, beta"),
         (["run", "--set", "topk=3"], "malora: unknown option 'topk'; did you mean 'top_k'?"),
         (["run", "--set", "backend"], "'backend' is not NAME=VALUE"),
+        (["run", "--set", "router_aux_loss_coef=0.1"], "router_aux_loss_coef has no effect in the benchmark"),
         (["run", "--method", "lora", "--set", "backend=dispatch"], "lora: unknown option 'backend'; there are "),
         (["table2", "--seeds", "0"], "'0' is not a whole number from 1"),
         (["run", "--learning-rate", "-1"], "must be a number above 0"),

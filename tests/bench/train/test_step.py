@@ -19,7 +19,14 @@ ENCODED = [Encoded([7, 3, 9, 11, 2, 5], 2), Encoded([4, 8, 1], 1), Encoded([6, 6
 
 
 def run_step(
-    shape="llama", max_tokens=10_000, method="malora", fixed_shapes=False, balance=0.0, row_length=512, encoded=ENCODED
+    shape="llama",
+    max_tokens=10_000,
+    method="malora",
+    fixed_shapes=False,
+    balance=0.0,
+    row_length=512,
+    encoded=ENCODED,
+    **options,
 ):
     """Run one step of a model whose up projections are not zero.
 
@@ -27,7 +34,8 @@ def run_step(
     """
     torch.manual_seed(0)
     targets = malora.TARGET_MODULES[shape]
-    model = get_peft_model(make_model(shape), malora.METHODS[method](lora_dropout=0.0, target_modules=targets)).train()
+    config = malora.METHODS[method](lora_dropout=0.0, target_modules=targets, **options)
+    model = get_peft_model(make_model(shape), config).train()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "malora_B" in name:
@@ -133,3 +141,13 @@ def test_every_replay_draws_new_dropout(method):
     micro_batches = [one.to(torch.device("cuda")) for one in collate(batch, 0, fixed_shapes=True)]
     losses = [torch.stack(step(micro_batches))[0].item() for _ in range(5)]
     assert len(set(losses)) == 5
+
+
+def test_the_balance_loss_is_added_once():
+    """The adapter's own weight, with which the model would add it, has no effect here."""
+    for balance in (0.0, 0.1):
+        (_, losses, gradients), (_, expected, without) = (
+            run_step(balance=balance, router_aux_loss_coef=weight) for weight in (0.5, 0.0)
+        )
+        assert [loss.item() for loss in losses] == [loss.item() for loss in expected]
+        assert all(torch.equal(gradient, without[name]) for name, gradient in gradients.items())
