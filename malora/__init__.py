@@ -25,7 +25,8 @@ from malora.config import PEFT_TYPE, MaloraConfig
 from malora.layer import PREFIX, MaloraLayer
 from malora.load_balancing import RouterStats, balance_loss, has_router, router_stats
 from malora.methods import METHODS, make_config
-from malora.model import TARGET_MODULES, MaloraModel
+from malora.model import MaloraModel
+from malora.targets import TARGET_MODULES
 from malora.weight_cache import WeightCache, release_caches
 
 # PEFT's `register_peft_method` accepts members of its PeftType enum only, and another package cannot extend an enum.

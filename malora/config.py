@@ -85,7 +85,9 @@ class MaloraConfig(PeftConfig):
     r: int = field(default=8, metadata={"help": "Rank of each expert."})
     lora_alpha: float = field(default=16, metadata={"help": "Numerator of the scaling lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the down projection's input."})
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "The nn.Linear modules to adapt."})
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "The nn.Linear modules to adapt."}
+    )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Decoder layers to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
@@ -112,6 +114,7 @@ class MaloraConfig(PeftConfig):
         self._check_choices()
         self._check_ranges()
         self._check_subspace()
+        self.check_layers()
         self._check_nothing_is_ignored()
 
     @property
@@ -171,6 +174,25 @@ class MaloraConfig(PeftConfig):
             raise ValueError(
                 f"down='P_t S_t' gives each expert d / N dimensions, and {self.d} / {self.num_experts} is not a whole "
                 "number; choose d as a multiple of num_experts."
+            )
+
+    def check_layers(self) -> None:
+        """Refuse choices of layers that PEFT would ignore, as its `LoraConfig` does.
+
+        Raises:
+            ValueError: `layers_to_transform` or `layers_pattern` would have no effect.
+        """
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} cannot be used with target_modules={self.target_modules!r}: "
+                        "a str is matched against whole module names. Write the layers into it, or give a list."
+                    )
+        elif self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform; give the indices "
+                "of the layers too, or leave it out."
             )
 
     def _check_nothing_is_ignored(self) -> None:

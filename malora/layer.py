@@ -7,11 +7,12 @@ and which are trained is a setting. Shapes: n in, m out, N experts, r rank, d ra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from malora.backends import BACKENDS
 from malora.config import MaloraConfig, resolve_backend
@@ -23,14 +24,16 @@ from malora.routing import Routing, RoutingLog, route
 
 PREFIX = "malora_"
 
+LINEAR_TYPES = (nn.Linear, Conv1D)  # GPT-2's Conv1D is a linear layer whose weight is [n, m]
+
 
 class MaloraLayer(nn.Module, BaseTunerLayer):
-    """An `nn.Linear` with experts.
+    """A linear layer with experts.
 
     Each factor is an `nn.ParameterDict` by adapter name, as PEFT keeps them.
 
     Args:
-        base_layer: the frozen linear layer, weight [m, n].
+        base_layer: the frozen linear layer: an `nn.Linear` with weight [m, n], or a `Conv1D` with weight [n, m].
         name: its name in the base model.
         log: the model's routing log.
         group: the layers that read the same input; None if it reads an input of its own.
@@ -43,10 +46,14 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = tuple(PREFIX + name for name in ("router", *Factors._fields))
     other_param_names = ("malora_dropout",)
 
-    def __init__(self, base_layer: nn.Linear, name: str, log: RoutingLog, group: ProjectionGroup | None = None) -> None:
+    def __init__(self, base_layer: nn.Module, name: str, log: RoutingLog, group: ProjectionGroup | None = None) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.base_layer = cast("nn.Linear", base_layer)  # for the fused path, which takes no other
+        self.is_transposed = isinstance(base_layer, Conv1D)
+        if isinstance(base_layer, Conv1D):
+            self.in_features, self.out_features = base_layer.nx, base_layer.nf
+        else:
+            self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.name = name
         self.routing_log = log
         self.group = group or ProjectionGroup()
@@ -121,10 +128,24 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         y: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return y
+        offloaded = self._offloaded_factors()
+        for factor in offloaded:
+            factor._hf_hook.pre_forward(factor)
         for adapter in self.active_adapters:
             if adapter in self.settings:
                 y = y + self.delta(adapter, x).to(y.dtype)
+        for factor in offloaded:
+            factor._hf_hook.post_forward(factor, None)
         return y
+
+    def _offloaded_factors(self) -> list[Any]:
+        """Return the parameters that accelerate loads before a forward pass and offloads after it.
+
+        Its hooks run when a module is called, and nobody calls an `nn.ParameterDict`.
+        """
+        if not hasattr(self.base_layer, "_hf_hook"):  # accelerate hooks a layer as a whole
+            return []
+        return [factor for name in self.adapter_layer_names if hasattr(factor := getattr(self, name), "_hf_hook")]
 
     def adapter_for_fused_path(self) -> str | None:
         """Return the adapter that can be computed together with the frozen layer, or None."""
@@ -141,10 +162,10 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
             routing = route(x, router, config.top_k)
             if self.routing_log.recording:
                 self.routings[adapter] = routing
-            routed = routing._replace(probability=routing.probability.flatten(0, -2))
-        x_Tn = self.malora_dropout[adapter](x).flatten(0, -2)
+            routed = routing._replace(probability=routing.probability.reshape(-1, config.num_experts))
+        x_Tn = self.malora_dropout[adapter](x).reshape(-1, self.in_features)
         y_Tm = BACKENDS[resolve_backend(config, x.device)].compute(x_Tn, routed, factors, config.scaling)
-        return torch.unflatten(y_Tm, 0, x.shape[:-1])
+        return y_Tm.reshape(*x.shape[:-1], self.out_features)
 
     def train(self, mode: bool = True) -> MaloraLayer:
         """Switch between training and evaluation."""
@@ -185,7 +206,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         return self
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return the adapter's change of W, [m, n] in the adapter's dtype.
+        """Return the adapter's change of the frozen weight, in its layout and the adapter's dtype.
 
         Raises:
             ValueError: the adapter has a router, so its change depends on the token.
@@ -196,30 +217,54 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
                 f"adapter {adapter!r} routes tokens among {config.num_experts} experts: its change depends on the "
                 "input and cannot be merged into one weight. Keep it as an adapter, or use unload() to drop it."
             )
-        return self.factors(adapter).delta_weight(config.scaling)
+        delta = self.factors(adapter).delta_weight(config.scaling)
+        return delta.T if self.is_transposed else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' change to the frozen weight.
 
+        A quantized weight is dequantized and quantized again, as PEFT's LoRA does.
+
         Raises:
-            ValueError: an adapter has a router; or, with `safe_merge`, the merged weight is not finite.
+            ValueError: an adapter has a router; the weight cannot be dequantized; or, with `safe_merge`, the merged
+                weight is not finite.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.settings]
         deltas = [self.get_delta_weight(name) for name in names]  # all or none
-        weight = self.base_layer.weight
+        if names:
+            self.check_mergeable()
         for name, delta in zip(names, deltas, strict=True):
-            merged = weight.data + delta.to(weight.dtype)
+            weight = self.get_base_weight()  # dequantized
+            merged = weight + delta.to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"merging adapter {name!r} would put values that are not finite into {self.name}.")
-            weight.data = merged
+            self.set_base_weight(merged)
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Subtract the change of all merged adapters from the frozen weight."""
-        weight = self.base_layer.weight
         while self.merged_adapters:
+            weight = self.get_base_weight()
+            delta = self.get_delta_weight(self.merged_adapters.pop())
             # Not in place: copies of the weight are known by its address.
-            weight.data = weight.data - self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
+            self.set_base_weight(weight - delta.to(weight.dtype))
+
+    def check_mergeable(self) -> None:
+        """Refuse a frozen weight that no change can be added to.
+
+        Raises:
+            ValueError: the weight is quantized, and PEFT cannot dequantize it.
+        """
+        backend, weight = self.quantization_backend, self.weight
+        if backend is not None and backend.supports_merge:
+            return
+        shape = (self.in_features, self.out_features) if self.is_transposed else (self.out_features, self.in_features)
+        if backend is not None or not weight.is_floating_point() or (weight.shape != shape and not weight.is_meta):
+            raise ValueError(
+                f"cannot merge into {self.name}: its weight is {weight.dtype} {tuple(weight.shape)} in a "
+                f"{type(self.base_layer).__name__}, which cannot be dequantized to {shape}. Keep it as an adapter, or "
+                "load the base without quantization to merge."
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy or pickle the layer without the autograd graph of its last batch."""

@@ -24,7 +24,7 @@ from peft import LoraConfig, PeftConfig
 
 from malora.config import MaloraConfig
 from malora.method_options import LoraMethod, MaloraMethod
-from malora.model import TARGET_MODULES
+from malora.targets import ALL_PAPER_TARGETS
 
 Config = TypeVar("Config", bound=PeftConfig)
 
@@ -77,7 +77,7 @@ class _Preset(Generic[Config]):
 _COMMON = {"lora_dropout": 0.05, "task_type": "CAUSAL_LM"}
 
 # By default PEFT puts LoRA on Q and V only. For a fair comparison all methods adapt the same modules.
-_LORA = _Preset(LoraConfig, {**_COMMON, "r": 64, "lora_alpha": 128, "target_modules": TARGET_MODULES["llama"]})
+_LORA = _Preset(LoraConfig, {**_COMMON, "r": 64, "lora_alpha": 128, "target_modules": ALL_PAPER_TARGETS})
 _ONE_EXPERT = _Preset(MaloraConfig, {**_COMMON, "num_experts": 1, "top_k": 1, "down": "A_t"})
 _MOLORA = _Preset(MaloraConfig, {**_COMMON, "num_experts": 8, "top_k": 2, "down": "A_t"})
 _MALORA = _Preset(

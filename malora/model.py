@@ -6,32 +6,23 @@ It saves and loads through PEFT.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, QuantizationBackend
 from torch import nn
 
 from malora.config import MaloraConfig
 from malora.fused.fp8_linear import restore_linear
 from malora.fused.group import PROJECTION_GROUPS, ProjectionGroup, prefetch_packed_weights
-from malora.layer import PREFIX, MaloraLayer
+from malora.layer import LINEAR_TYPES, PREFIX, MaloraLayer
 from malora.routing import RoutingLog
-
-_LLAMA_LIKE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj", "gate_proj"]
-
-# The paper's targets, Q, K, V, Up, Down and Gate, under the names that each `model_type` uses. Without the attention's
-# output: with it the paper's parameter shares do not come out.
-TARGET_MODULES: dict[str, list[str]] = {
-    **dict.fromkeys(
-        ["llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo2"],
-        _LLAMA_LIKE,
-    ),
-    "phi3": ["qkv_proj", "gate_up_proj", "down_proj"],
-    "gpt_neox": ["query_key_value", "dense_h_to_4h", "dense_4h_to_h"],
-    "opt": ["q_proj", "k_proj", "v_proj", "fc1", "fc2"],
-}
+from malora.targets import TARGET_MODULES
 
 
 class MaloraModel(BaseTuner):
@@ -45,7 +36,7 @@ class MaloraModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = MaloraLayer
-    target_module_mapping = TARGET_MODULES
+    target_module_mapping = TARGET_MODULES  # type: ignore[assignment]  # PEFT has regular expressions in its own too
 
     @cached_property  # not set in __init__, because BaseTuner's already injects layers, which need it
     def routing_log(self) -> RoutingLog:
@@ -96,6 +87,27 @@ class MaloraModel(BaseTuner):
         groups = self._groups
         return _restore_base_model(super().merge_and_unload(*args, **kwargs), groups)
 
+    def _check_merge_allowed(self) -> None:
+        """Refuse a merge before any layer has changed."""
+        super()._check_merge_allowed()  # type: ignore[no-untyped-call]
+        for layer in self.malora_layers:
+            layer.check_mergeable()
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse arguments that PEFT would drop without a word.
+
+        Raises:
+            ValueError: the call has `adapter_names` or `alora_offsets`.
+        """
+        for name in ("adapter_names", "alora_offsets"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name}= is not supported by malora: all rows of a batch use the active adapter. Split the batch "
+                    "by adapter, and call set_adapter() before each part."
+                )
+        yield
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Keep frozen factors frozen.
 
@@ -106,23 +118,43 @@ class MaloraModel(BaseTuner):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(trains[name])
 
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        """Choose the default targets of the model's type if the user named none.
+
+        Raises:
+            ValueError: the type is unknown, or its targets cannot be limited to some layers.
+        """
+        assert isinstance(peft_config, MaloraConfig)
+        if peft_config.target_modules is None:
+            model_type = model_config.get("model_type")
+            if model_type not in TARGET_MODULES:
+                raise ValueError(
+                    f"no default targets are known for models of type {model_type!r}; give target_modules=, the names "
+                    f"of linear modules such as {_linear_names(self.model)}."
+                )
+            defaults = TARGET_MODULES[model_type]
+            # Variants of a type may lack some names.
+            names = defaults if isinstance(defaults, str) else set(defaults) - set(self._missing(defaults))
+            peft_config.target_modules = names
+            peft_config.check_layers()  # the default may be a regular expression
+        return peft_config
+
+    def _missing(self, targets: Iterable[str]) -> list[str]:
+        """Return the targets that match no module of the model."""
+        names = [name for name, _ in self.model.named_modules()]
+        return [t for t in sorted(targets) if not any(name == t or name.endswith(f".{t}") for name in names)]
+
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Refuse targets that match nothing, before PEFT replaces anything."""
         assert isinstance(peft_config, MaloraConfig)
         targets = peft_config.target_modules
         if isinstance(targets, str) or targets is None:
             return  # a regular expression, or "all-linear"; PEFT says so if it matches nothing
-        linear = {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear | MaloraLayer)
-        } - {"base_layer"}
-        names = [name for name, _ in model.named_modules()]
-        missing = [t for t in sorted(targets) if not any(name == t or name.endswith(f".{t}") for name in names)]
+        missing = self._missing(targets)
         if missing:
             raise ValueError(
                 f"target_modules {missing} match nothing in this {type(model).__name__}. "
-                f"Its linear modules are called {sorted(linear)}; name some of these."
+                f"Its linear modules are called {_linear_names(model)}; name some of these."
             )
 
     @cached_property
@@ -156,16 +188,31 @@ class MaloraModel(BaseTuner):
         restore_linear(target)
         if isinstance(target, MaloraLayer):
             target.update_layer(adapter_name, peft_config)
-        elif isinstance(target, nn.Linear):
+        elif isinstance(target, LINEAR_TYPES):
             layer = MaloraLayer(target, current_key, self.routing_log, self._group_of(current_key))
+            layer.quantization_backend = _quantization_backend(target, self.model)
             layer.set_adapter(self.active_adapters)
             layer.update_layer(adapter_name, peft_config)
             self._replace_module(parent, target_name, layer, target)
         else:
             raise ValueError(
-                f"{current_key} is a {type(target).__name__}; experts go on nn.Linear modules only. "
+                f"{current_key} is a {type(target).__name__}; experts go on nn.Linear and Conv1D modules only. "
                 "Leave it out of target_modules, or add it to exclude_modules."
             )
+
+
+def _quantization_backend(linear: nn.Module, model: nn.Module) -> QuantizationBackend | None:
+    """Return PEFT's way to change a quantized weight, or None if the weight is plain."""
+    try:
+        return resolve_quantization_backend(linear, **get_quantization_kwargs(model))
+    except ValueError as error:  # a weight that cannot be quantized again, because nobody knows how it was
+        return ForwardOnlyQuantizationBackend(str(error))
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    """Return the last parts of the names of a model's linear modules."""
+    linear = (name for name, module in model.named_modules() if isinstance(module, (*LINEAR_TYPES, MaloraLayer)))
+    return sorted({name.rpartition(".")[2] for name in linear} - {"base_layer"})
 
 
 def _restore_base_model(model: nn.Module, groups: list[ProjectionGroup]) -> nn.Module:

@@ -94,15 +94,17 @@ def load(base: BaseModel, device: torch.device) -> tuple[PreTrainedModel, PreTra
     return frozen.to(device), tokenizer  # type: ignore[arg-type]  # transformers wraps `to`, which hides its signature
 
 
-def targets(base: BaseModel) -> list[str]:
-    """Return the names of modules to adapt: the paper's Q, K, V, Up, Down and Gate.
+def targets(base: BaseModel) -> list[str] | str:
+    """Return the names of modules to adapt, or a regular expression.
+
+    They are the paper's Q, K, V, Up, Down and Gate.
 
     Raises:
         UserError: The names are unknown for models of this type.
     """
     model_type = AutoConfig.from_pretrained(base.path).model_type
     if model_type not in malora.TARGET_MODULES:
-        raise UserError(f"no targets are known for models of type {model_type!r}; add them in malora/model.py.")
+        raise UserError(f"no targets are known for models of type {model_type!r}; add them in malora/targets.py.")
     return malora.TARGET_MODULES[model_type]
 
 

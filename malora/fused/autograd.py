@@ -62,8 +62,8 @@ def forward_group(adapter: GroupAdapter, x: Tensor) -> list[Tensor]:
     ys, probabilities = results[: layout.G], results[layout.G :]
     for layer, probability in zip(layers, probabilities, strict=False):  # none without a router
         if layer.routing_log.recording:
-            layer.routings[adapter.adapter] = Routing(probability.unflatten(0, x.shape[:-1]), config.top_k)
-    return [y.unflatten(0, x.shape[:-1]) for y in ys]
+            layer.routings[adapter.adapter] = Routing(probability.view(*x.shape[:-1], config.num_experts), config.top_k)
+    return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
 
 
 class FusedExperts(torch.autograd.Function):

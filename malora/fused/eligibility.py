@@ -53,6 +53,8 @@ def reason_not_fused(layer: FusedLayer, configs: list[MaloraConfig], *, is_shard
         return f"a {type(base).__name__}"
     if is_sharded:  # such weights come and go: copies of them would be stale
         return "weights that FSDP has sharded"
+    if hasattr(base, "_hf_hook"):
+        return "weights that accelerate moves"
     weight, bias = base.weight, base.bias
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return "a base that is trained too"

@@ -1,0 +1,141 @@
+"""The adapted layer: shapes of inputs, offloaded factors, and merging into frozen weights of every kind."""
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from peft import get_peft_model
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import nn
+
+from malora import METHODS
+from tests.malora.test_methods import ours, randomise
+
+SIZES = {"r": 4, "target_modules": ["0"], "task_type": None}
+
+
+def small(method: str, linear: nn.Module | None = None, **options) -> nn.Module:
+    """Adapt one linear layer with 16 inputs and 8 outputs, and change all its factors."""
+    d = {"d": 8} if METHODS[method]().d else {}
+    torch.manual_seed(0)
+    model = nn.Sequential(linear or nn.Linear(16, 8))
+    return randomise(get_peft_model(model, METHODS[method](**SIZES | d | options))).eval()
+
+
+@pytest.mark.parametrize("method", ours)
+@pytest.mark.parametrize("backend", ["dense", "dispatch", "sorted", "reference", "fused"])
+def test_the_output_of_a_token_does_not_depend_on_the_shape_of_the_batch(method, backend):
+    model = small(method, backend=backend)
+    x = torch.randn(2, 3, 16)
+    y = model(x)
+    torch.testing.assert_close(model(x[1, 2]), y[1, 2])
+    torch.testing.assert_close(model(x[1]), y[1])
+    torch.testing.assert_close(model(x[:, None]), y[:, None])
+    assert model(x[:0]).shape == (0, 3, 8)
+
+
+@pytest.mark.parametrize("method", ours)
+@pytest.mark.parametrize("backend", ["auto", "fused"])
+def test_factors_that_accelerate_offloads_are_loaded_for_the_pass(method, backend):
+    model = small(method, backend=backend)
+    x = torch.randn(3, 16)
+    y = model(x)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(model(x), y)
+    assert all(parameter.is_meta for parameter in model.parameters())  # offloaded again
+    with model.disable_adapter():
+        assert not torch.equal(model(x), y)
+
+
+def test_an_offloaded_adapter_is_merged():
+    model = small("asylora")
+    x = torch.randn(3, 16)
+    y = model(x)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), y)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x), y)
+
+
+class Int8Linear(nn.Linear):
+    """A linear layer whose weight is stored as whole numbers, as quantized ones are."""
+
+    def __init__(self, linear: nn.Linear, *, packed: bool = False) -> None:
+        super().__init__(linear.in_features, linear.out_features)
+        self.bias = linear.bias
+        self.scale = linear.weight.detach().abs().max() / 127
+        weight = (linear.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = nn.Parameter(weight.reshape(-1, 1) if packed else weight, requires_grad=False)
+
+    def forward(self, x):
+        weight = self.weight.reshape(self.out_features, self.in_features).to(x.dtype) * self.scale
+        return nn.functional.linear(x, weight, self.bias)
+
+
+class Int8Backend(QuantizationBackend):
+    """Change the weight of an Int8Linear as PEFT's backends change those of bitsandbytes."""
+
+    supports_merge = True
+    backend_name = "int8"
+
+    def get_base_weight(self, base_layer):
+        return base_layer.weight.float() * base_layer.scale
+
+    def set_base_weight(self, peft_layer, weight_data):
+        base = peft_layer.get_base_layer()
+        base.scale = weight_data.abs().max() / 127
+        base.weight.data = (weight_data / base.scale).round().to(torch.int8)
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_weight_that_cannot_be_dequantized_refuses_a_merge_and_stays(packed, safe_merge):
+    """Two layers: the plain one must not be merged before the other refuses."""
+    torch.manual_seed(0)
+    plain, quantized = nn.Linear(16, 16), Int8Linear(nn.Linear(16, 8), packed=packed)
+    model = get_peft_model(
+        nn.Sequential(plain, quantized), METHODS["asylora"](**SIZES | {"target_modules": ["0", "1"]})
+    )
+    randomise(model).eval()
+    x = torch.randn(3, 16)
+    y = model(x)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"cannot merge into 1: its weight is torch.int8 .* in a Int8Linear"):
+            merge(safe_merge=safe_merge)
+    assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_a_quantized_weight_that_peft_can_change_is_merged(safe_merge):
+    model = small("asylora", Int8Linear(nn.Linear(16, 8)))
+    layer = model.base_model.model[0]
+    layer.quantization_backend = Int8Backend()
+    x = torch.randn(3, 16)
+    y = model(x)
+    with model.disable_adapter():
+        assert (model(x) - y).abs().max() > 0.5
+    model.merge_adapter(safe_merge=safe_merge)
+    assert layer.base_layer.weight.dtype == torch.int8
+    torch.testing.assert_close(model(x), y, rtol=0, atol=0.15)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x), y, rtol=0, atol=0.15)
+    torch.testing.assert_close(model.merge_and_unload(safe_merge=safe_merge)(x), y, rtol=0, atol=0.15)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_merging_into_weights_of_bitsandbytes_is_as_exact_as_pefts_lora(bits):
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 64, bias=False)
+    if bits == 8:
+        quantized = bnb.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
+        quantized.load_state_dict(linear.state_dict())
+    else:
+        quantized = bnb.nn.Linear4bit(64, 64, bias=False)
+        quantized.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = small("asylora", quantized.to(device), lora_dropout=0.0).to(device)
+    x = torch.randn(3, 64, device=device)
+    y = model(x)
+    merged = model.merge_and_unload(safe_merge=True)
+    assert (merged(x) - y).abs().max() < 0.5
