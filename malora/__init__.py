@@ -22,7 +22,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from malora.backbone import optimize_backbone, restore_backbone
 from malora.backends import BACKENDS
 from malora.config import PEFT_TYPE, MaloraConfig
-from malora.layer import PREFIX, MaloraLayer
+from malora.layer import PREFIX, MaloraLayer, MaloraLinear
 from malora.load_balancing import RouterStats, balance_loss, has_router, router_stats
 from malora.methods import METHODS, make_config
 from malora.model import MaloraModel
@@ -30,7 +30,7 @@ from malora.targets import TARGET_MODULES
 from malora.weight_cache import WeightCache, release_caches
 
 # PEFT's `register_peft_method` accepts members of its PeftType enum only, and another package cannot extend an enum.
-PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = MaloraConfig  # type: ignore[index]  # the key is a str, as above
+PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = MaloraConfig  # type: ignore[index]  # the key is a member of our own enum
 PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = MaloraModel  # type: ignore[index]
 PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PREFIX  # type: ignore[index]
 
@@ -42,6 +42,7 @@ __all__ = [
     "TARGET_MODULES",
     "MaloraConfig",
     "MaloraLayer",
+    "MaloraLinear",
     "MaloraModel",
     "RouterStats",
     "WeightCache",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,17 @@ from peft import PeftConfig
 
 from malora.backends import BACKENDS
 
-PEFT_TYPE = "MALORA"
+
+class MaloraPeftType(str, Enum):  # noqa: UP042  # a StrEnum is not what PEFT has
+    """The type of our adapters, in the form of PEFT's own `PeftType`.
+
+    PEFT and transformers read its `value`. Another package cannot extend PEFT's enum.
+    """
+
+    MALORA = "MALORA"
+
+
+PEFT_TYPE = MaloraPeftType.MALORA
 
 Down = Literal["A_t", "P_t S", "P_t S_t", "per_expert", "shared_subspace", "per_expert_subspace"]
 Up = Literal["B_t", "S_B Q_t", "per_expert", "shared_subspace"]

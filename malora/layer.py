@@ -27,7 +27,7 @@ PREFIX = "malora_"
 LINEAR_TYPES = (nn.Linear, Conv1D)  # GPT-2's Conv1D is a linear layer whose weight is [n, m]
 
 
-class MaloraLayer(nn.Module, BaseTunerLayer):
+class MaloraLinear(nn.Module, BaseTunerLayer):
     """A linear layer with experts.
 
     Each factor is an `nn.ParameterDict` by adapter name, as PEFT keeps them.
@@ -74,7 +74,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         """
         self.group.clear_caches()
         self.settings[adapter] = config
-        self.malora_dropout[adapter] = nn.Dropout(config.lora_dropout)
+        self.malora_dropout[adapter] = nn.Dropout(config.lora_dropout).train(self.training)
         for name, shape in self._shapes(config).items():
             self._parameters_of(name)[adapter] = nn.Parameter(torch.empty(shape))
         factors = self.factors(adapter)
@@ -167,7 +167,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         y_Tm = BACKENDS[resolve_backend(config, x.device)].compute(x_Tn, routed, factors, config.scaling)
         return y_Tm.reshape(*x.shape[:-1], self.out_features)
 
-    def train(self, mode: bool = True) -> MaloraLayer:
+    def train(self, mode: bool = True) -> MaloraLinear:
         """Switch between training and evaluation."""
         self.group.clear_inference_cache()  # training may have changed the weights
         return super().train(mode)
@@ -198,7 +198,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         self.group.drop_unused_padding()
         super().delete_adapter(adapter_name)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> MaloraLayer:
+    def _apply(self, *args: Any, **kwargs: Any) -> MaloraLinear:
         device = self.base_layer.weight.device
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         if self.base_layer.weight.device != device:
@@ -272,3 +272,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "malora." + super().__repr__()
+
+
+# Name in the public interface. PEFT's "all-linear" finds an adapted layer by "Linear" in the name of its class.
+MaloraLayer = MaloraLinear

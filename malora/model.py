@@ -8,8 +8,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
@@ -23,6 +24,7 @@ from malora.fused.group import PROJECTION_GROUPS, ProjectionGroup, prefetch_pack
 from malora.layer import LINEAR_TYPES, PREFIX, MaloraLayer
 from malora.routing import RoutingLog
 from malora.targets import TARGET_MODULES
+from malora.weighted_adapter import Summand, combine, combined_rank
 
 
 class MaloraModel(BaseTuner):
@@ -107,6 +109,67 @@ class MaloraModel(BaseTuner):
                     "by adapter, and call set_adapter() before each part."
                 )
         yield
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add an adapter that is a weighted sum of others, as in PEFT's LoRA.
+
+        Args:
+            adapters: names of adapters without a router.
+            weights: weight of each.
+            adapter_name: name of the sum. It is not activated.
+            combination_type: "cat", "svd" or "linear"; see `malora.weighted_adapter.combined_rank`.
+            svd_rank: rank of "svd"; by default the largest rank of the adapters.
+
+        Raises:
+            ValueError: an adapter does not exist, has a router, or trains more than its experts; or the name is taken.
+        """
+        config = self._check_summands(adapters, weights, adapter_name)
+        layers = [layer for layer in self.malora_layers if layer.settings.keys() & set(adapters)]
+        ranks = [max(layer.settings[name].r for layer in layers if name in layer.settings) for name in adapters]
+        rank = combined_rank(combination_type, ranks, svd_rank)
+        self.peft_config[adapter_name] = replace(
+            config, r=rank, lora_alpha=rank, down="A_t", up="B_t", d=None, beta=1.0, same_start=False, freeze=[],
+            target_modules={layer.name for layer in layers}, layers_to_transform=None, layers_pattern=None,
+        )  # fmt: skip
+        self.inject_adapter(self.model, adapter_name)
+        for layer in layers:
+            summands = [
+                Summand(weight, layer.settings[name].scaling, layer.factors(name))
+                for name, weight in zip(adapters, weights, strict=True)
+                if name in layer.settings
+            ]
+            A, B = (factor for factor in layer.factors(adapter_name) if factor is not None)
+            for factor, value in zip((A, B), combine(combination_type, summands, rank), strict=True):
+                factor.data.zero_()
+                factor.data[0, : len(value)] = value
+
+    def _check_summands(self, adapters: list[str], weights: list[float], adapter_name: str) -> MaloraConfig:
+        """Return the config of the first of some adapters if their sum has a meaning."""
+        if adapter_name in self.peft_config:
+            raise ValueError(f"there is already an adapter {adapter_name!r}; choose another name for the sum.")
+        if unknown := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"adapters {unknown} do not exist; choose from {list(self.peft_config)}.")
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(
+                f"{len(adapters)} adapters and {len(weights)} weights: give at least one adapter, and a weight each."
+            )
+        configs = [cast("MaloraConfig", self.peft_config[name]) for name in adapters]
+        for name, config in zip(adapters, configs, strict=True):
+            if config.has_router:
+                raise ValueError(
+                    f"adapter {name!r} routes tokens among {config.num_experts} experts: its change depends on the "
+                    "input, so it cannot be summed with others."
+                )
+            if config.modules_to_save:
+                raise ValueError(f"adapter {name!r} trains {config.modules_to_save} too, which cannot be summed.")
+        return configs[0]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Keep frozen factors frozen.

@@ -46,6 +46,15 @@ def test_factors_that_accelerate_offloads_are_loaded_for_the_pass(method, backen
         assert not torch.equal(model(x), y)
 
 
+def test_an_adapter_that_is_added_in_evaluation_mode_has_no_dropout():
+    model = small("molora", lora_dropout=0.5)
+    model.add_adapter("second", METHODS["molora"](**SIZES | {"lora_dropout": 0.5}))
+    model.set_adapter("second")
+    randomise(model)
+    x = torch.randn(3, 16)
+    assert torch.equal(model(x), model(x))
+
+
 def test_an_offloaded_adapter_is_merged():
     model = small("asylora")
     x = torch.randn(3, 16)
