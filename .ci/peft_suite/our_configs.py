@@ -11,10 +11,10 @@ from malora.config import Down, MaloraConfig
 
 # Methods by name. PEFT's custom models have as few as 10 inputs, so the subspaces are small.
 METHODS: dict[str, dict[str, Any]] = {
-    "malora": {"r": 4, "lora_alpha": 1, "num_experts": 4, "top_k": 2, "down": "P_t S", "d": 6},
-    "molora": {"r": 4, "lora_alpha": 1, "num_experts": 4, "top_k": 2, "down": "A_t"},
-    "asylora": {"r": 4, "lora_alpha": 1, "num_experts": 1, "top_k": 1, "down": "A_t", "freeze": ["A"]},
-    "one-expert": {"r": 4, "lora_alpha": 1, "num_experts": 1, "top_k": 1, "down": "A_t"},
+    "malora": {"r": 4, "lora_alpha": 8, "num_experts": 4, "top_k": 2, "down": "P_t S", "d": 6},
+    "molora": {"r": 4, "lora_alpha": 8, "num_experts": 4, "top_k": 2, "down": "A_t"},
+    "asylora": {"r": 4, "lora_alpha": 8, "num_experts": 1, "top_k": 1, "down": "A_t", "freeze": ["A"]},
+    "one-expert": {"r": 4, "lora_alpha": 8, "num_experts": 1, "top_k": 1, "down": "A_t"},
 }
 MORE_METHODS: dict[str, dict[str, Any]] = {
     "unshared-s": {**METHODS["malora"], "down": "P_t S_t", "d": 8},
@@ -57,6 +57,10 @@ class Malora(MaloraConfig):
     d: int | None = 6
 
 
+CLASSES = [pytest.param(Malora, id="malora"), pytest.param(OneExpert, id="one-expert")]
+CONFIGS = [pytest.param(Malora(), id="malora"), pytest.param(OneExpert(), id="one-expert")]
+
+
 class LoraLike:
     """Stand-in for `LoraConfig` in tests that make one: a `OneExpert` with the same options."""
 
@@ -84,9 +88,8 @@ def tables(is_all: bool) -> dict[str, dict[str, list[Any]]]:
         settings = {"target_modules": None, "lora_dropout": 0.05} | ({"task_type": task} if task else {})
         return [pytest.param(MaloraConfig, {**settings, **options}, id=name) for name, options in few.items()]
 
-    classes = [pytest.param(Malora, id="malora"), pytest.param(OneExpert, id="one-expert")]
     custom = [
-        pytest.param(f"{method} {target}", model, MaloraConfig, {**options, **settings}, id=f"{method}-{target}")
+        pytest.param(f"{method} {target}", model, MaloraConfig, {**options, **settings, "lora_alpha": 1}, id=f"{method}-{target}")
         for method, options in methods.items()
         for target, model, settings in targets
     ]
@@ -106,7 +109,7 @@ def tables(is_all: bool) -> dict[str, dict[str, list[Any]]]:
     return {
         "test_custom_models": {
             "TEST_CASES": custom,
-            "ALL_PEFT_CONFIG_CLASSES": classes,
+            "ALL_PEFT_CONFIG_CLASSES": CLASSES,
             "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES": two_adapters,
         },
         "test_decoder_models": {"ALL_CONFIGS": models("CAUSAL_LM")},

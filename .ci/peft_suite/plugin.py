@@ -77,6 +77,8 @@ def put_configs(module: ModuleType, name: str) -> None:
     arguments: dict[str, str] = SELECTION["arguments"].get(name, {})
     makes_its_own: list[str] = SELECTION["makes_its_own"].get(name, [])
     for function in _tests(module):
+        if function.__name__ in SELECTION["cannot_run"]:
+            continue
         for i, mark in enumerate(getattr(function, "pytestmark", [])):
             if mark.name != "parametrize":
                 continue
@@ -84,7 +86,7 @@ def put_configs(module: ModuleType, name: str) -> None:
             if id(rows) in ours:
                 rows = ours[id(rows)]
             elif arguments.get(function.__name__) == names:
-                rows = [our_configs.OneExpert, our_configs.Malora]
+                rows = our_configs.CONFIGS if names == "config" else our_configs.CLASSES
             else:
                 continue
             function.pytestmark[i] = pytest.mark.parametrize(names, rows).mark  # type: ignore[attr-defined]

@@ -6,11 +6,14 @@ stand-in has the architecture of the original, but other sizes and weights.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -20,7 +23,14 @@ LAYERS = 2
 HEADS = 4
 HIDDEN = 16
 
-_TOKENS: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+# Weights of the usual size would leave hidden states so small that an adapter hardly changes the output.
+_TOKENS: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 3,  # PEFT's inputs have 1, and the embedding of the padding is zero
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+}
 _LLAMA: dict[str, Any] = {
     **_TOKENS,
     "hidden_size": HIDDEN,
@@ -96,6 +106,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "BertConfig",
         _BERT,
     ),
+    "bert-base-uncased": ("BertForSequenceClassification", "BertConfig", _BERT),
     "peft-internal-testing/tiny-random-RobertaForSequenceClassification": (
         "RobertaForSequenceClassification",
         "RobertaConfig",
@@ -112,32 +123,47 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**_LLAMA, "projection_dim": HIDDEN},
     ),
 }
+# An adapter of which the tests of configs read the config, at a revision.
+ADAPTER = ("peft-internal-testing/tiny-opt-lora-revision", "test")
 
 
 def make_stand_ins(cache: Path) -> None:
-    """Write the models that the cache lacks.
+    """Write the models that the cache lacks, and the adapter.
 
     Args:
         cache: Folder that `HF_HUB_CACHE` names.
     """
     for name, (model_class, config_class, options) in MODELS.items():
-        repository = cache / f"models--{name.replace('/', '--')}"
-        reference = repository / "refs" / "main"
-        if reference.exists():  # written last
-            continue
-        torch.manual_seed(0)
-        config = getattr(transformers, config_class)(**options)
-        model: PreTrainedModel = getattr(transformers, model_class)(config)
-        snapshot = repository / "snapshots" / COMMIT
-        model.save_pretrained(snapshot)
-        _byte_tokenizer().save_pretrained(snapshot)
-        reference.parent.mkdir(parents=True, exist_ok=True)
-        reference.write_text(COMMIT)
+        with _snapshot(cache, name) as folder:
+            if folder is not None:
+                torch.manual_seed(0)
+                config = getattr(transformers, config_class)(**options)
+                model: PreTrainedModel = getattr(transformers, model_class)(config)
+                model.save_pretrained(folder)
+                _byte_tokenizer().save_pretrained(folder)
+    with _snapshot(cache, *ADAPTER) as folder:
+        if folder is not None:
+            LoraConfig(base_model_name_or_path="peft-internal-testing/opt-125m").save_pretrained(str(folder))
+
+
+@contextmanager
+def _snapshot(cache: Path, name: str, revision: str = "main") -> Iterator[Path | None]:
+    """Give the folder that the files of a repository belong in, or None if it is complete."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    reference = repository / "refs" / revision
+    if reference.exists():
+        yield None
+        return
+    folder = repository / "snapshots" / COMMIT
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+    reference.parent.mkdir(parents=True, exist_ok=True)
+    reference.write_text(COMMIT)  # last, so that a repository with a reference is complete
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer with one token for each byte."""
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    special = ["<s>", "<unk>", "</s>", "<pad>"]
     tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
