@@ -6,12 +6,14 @@ Every method of the paper is a setting of this class.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from math import sqrt
 from typing import Any, Literal
 
 import torch
 from peft import PeftConfig
+from peft.utils.other import get_pattern_key
 
 from malora.backends import BACKENDS
 
@@ -33,6 +35,9 @@ Up = Literal["B_t", "S_B Q_t", "per_expert", "shared_subspace"]
 # Values of the options as the paper writes them; configs and records store these.
 DOWN_FORMS = ("A_t", "P_t S", "P_t S_t")
 UP_FORMS = ("B_t", "S_B Q_t")
+
+# Biases of the base to train. PEFT names the adapted layers' own by the method, and LoRA's users know "lora_only".
+BIASES = ("none", "all", "malora_only", "lora_only")
 
 # Readable names for some values, by option. They are replaced when a config is made.
 ALIASES: dict[str, dict[str, str]] = {
@@ -65,10 +70,18 @@ class MaloraConfig(PeftConfig):
             without dropout.
         target_modules: Names (or a regular expression) of the `nn.Linear` modules to adapt. By default the paper's Q,
             K, V, Up, Down and Gate, under the names that the model's type uses.
+        rank_pattern: Ranks of some modules, by name or regular expression, as in PEFT. They take the place of `r`.
+        alpha_pattern: The same for `lora_alpha`.
+        use_rslora: Whether the scaling is `lora_alpha / sqrt(r)` (rank-stabilized LoRA), not `lora_alpha / r`.
         exclude_modules: Names (or a regular expression) of modules to leave out.
         layers_to_transform: Indices of the decoder layers to adapt, as in PEFT. By default all.
         layers_pattern: Name of the list of decoder layers, as in PEFT.
         modules_to_save: Modules to train and save besides the adapter, as in PEFT.
+        bias: Biases of the base to train and save: "none", "all", or those of adapted layers ("malora_only", or
+            "lora_only"). With another value than "none" the disabled adapter is not the base.
+        trainable_token_indices: Tokens whose embeddings are trained, as in PEFT.
+        init_weights: Whether a new adapter starts without effect. With False the up projections start random too,
+            which is for tests.
         num_experts: Number of experts, N. One expert has no router, and is LoRA.
         top_k: Number of experts per token, k. Their gates are not renormalised (equation 4).
         down: Form of the down projections. "per_expert" ("A_t") is a matrix per expert (equation 3).
@@ -112,6 +125,14 @@ class MaloraConfig(PeftConfig):
     same_start: bool = field(default=False, metadata={"help": "Start all A_t as the same matrix."})
     freeze: list[str] = field(default_factory=list, metadata={"help": "Factors that are not trained."})
     backend: str = field(default="auto", metadata={"help": "Implementation of the expert sum."})
+    rank_pattern: dict[str, int] | None = field(default_factory=dict, metadata={"help": "Ranks of some modules."})
+    alpha_pattern: dict[str, float] | None = field(default_factory=dict, metadata={"help": "Alphas of some modules."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r)."})
+    bias: str = field(default="none", metadata={"help": "Biases of the base to train."})
+    init_weights: bool = field(default=True, metadata={"help": "Start without effect on the base."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embeddings are trained."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT's has no annotations
@@ -122,6 +143,7 @@ class MaloraConfig(PeftConfig):
         for name in ALIASES:
             setattr(self, name, stored_value(name, getattr(self, name)))
         self.freeze = sorted(self.freeze)
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         self._check_choices()
         self._check_ranges()
         self._check_subspace()
@@ -130,13 +152,22 @@ class MaloraConfig(PeftConfig):
 
     @property
     def scaling(self) -> float:
-        """Factor of the experts' sum, `lora_alpha / r`."""
-        return self.lora_alpha / self.r
+        """Factor of the experts' sum: `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`."""
+        return self.lora_alpha / (sqrt(self.r) if self.use_rslora else self.r)
 
     @property
     def has_router(self) -> bool:
         """True if a router picks the experts. A single expert needs none."""
         return self.num_experts > 1
+
+    def for_module(self, name: str) -> MaloraConfig:
+        """Return the config of one module, with its own rank and alpha if a pattern matches its name."""
+        ranks, alphas = self.rank_pattern or {}, self.alpha_pattern or {}
+        r = ranks.get(get_pattern_key([*ranks], name), self.r)
+        alpha = alphas.get(get_pattern_key([*alphas], name), self.lora_alpha)
+        if (r, alpha) == (self.r, self.lora_alpha):
+            return self
+        return replace(self, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
 
     def factor_shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the router and the factors on one linear layer, by name.
@@ -160,18 +191,23 @@ class MaloraConfig(PeftConfig):
         _check_choice("down", self.down, DOWN_FORMS)
         _check_choice("up", self.up, UP_FORMS)
         _check_choice("backend", self.backend, BACKENDS)
+        _check_choice("bias", self.bias, BIASES)
+        for name in ("use_rslora", "init_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
 
     def _check_ranges(self) -> None:
         for name in ("r", "num_experts", "top_k"):
-            value = getattr(self, name)
-            if not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"{name}={value!r} must be a whole number, at least 1.")
+            _check_count(name, getattr(self, name))
+        for module, r in (self.rank_pattern or {}).items():
+            _check_count(f"rank_pattern[{module!r}]", r)
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} is more than num_experts={self.num_experts}; choose at most all.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout} must be in [0, 1).")
-        if not (isinstance(self.lora_alpha, int | float) and self.lora_alpha > 0):
-            raise ValueError(f"lora_alpha={self.lora_alpha!r} must be a positive number.")
+        _check_positive("lora_alpha", self.lora_alpha)
+        for module, alpha in (self.alpha_pattern or {}).items():
+            _check_positive(f"alpha_pattern[{module!r}]", alpha)
         if self.beta <= 0:
             raise ValueError(f"beta={self.beta} must be positive: S is scaled by it and P_t by its inverse.")
 
@@ -241,7 +277,17 @@ def resolve_backend(config: MaloraConfig, device: torch.device) -> str:
     return "sorted" if is_sparse and torch.cuda.get_device_properties(device).major >= 9 else "fused"
 
 
+def _check_count(name: str, value: Any) -> None:
+    if not (isinstance(value, int) and value >= 1):
+        raise ValueError(f"{name}={value!r} must be a whole number, at least 1.")
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not (isinstance(value, int | float) and value > 0):
+        raise ValueError(f"{name}={value!r} must be a positive number.")
+
+
 def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    choices = (*choices, *ALIASES[name])
+    choices = (*choices, *ALIASES.get(name, ()))
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}.")

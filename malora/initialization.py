@@ -14,18 +14,19 @@ from torch import Tensor
 from malora.factors import Factors
 
 
-def init_factors_(factors: Factors, *, beta: float, same_start: bool) -> None:
+def init_factors_(factors: Factors, *, beta: float, same_start: bool, has_effect: bool = False) -> None:
     """Initialize the factors of one layer in place.
 
     The random numbers come from PyTorch's default random generator.
 
-    The layer's change is exactly zero afterwards: B = 0 (equation 8). If the up projections are `S_B Q_t`, then
-    S_B = 0. The shared matrix then learns first, and from all experts, as B does.
+    The layer's change is exactly zero afterwards, unless `has_effect`: B = 0 (equation 8). If the up projections are
+    `S_B Q_t`, then S_B = 0. The shared matrix then learns first, and from all experts, as B does.
 
     Args:
         factors: Factors to write to.
         beta: β of equation 10. It scales S, and its inverse scales P_t.
         same_start: Whether all A_t start as the same random matrix.
+        has_effect: Whether B, or S_B, starts random instead of zero, uniform in ±1/√r or ±1/√d.
     """
     with torch.no_grad():
         if factors.A is not None:
@@ -39,6 +40,9 @@ def init_factors_(factors: Factors, *, beta: float, same_start: bool) -> None:
             Q, S_B = factors.up_subspace()
             Q.copy_(kaiming_uniform(Q.shape))
             S_B.zero_()
+        if has_effect:
+            last = factors.up_subspace()[1] if factors.B is None else factors.B
+            last.copy_(kaiming_uniform(last.mT.shape).mT)
 
 
 def kaiming_uniform(shape: torch.Size) -> Tensor:

@@ -73,13 +73,13 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
             ValueError: the subspace is wider than the layer's input.
         """
         self.group.clear_caches()
-        self.settings[adapter] = config
+        config = self.settings[adapter] = config.for_module(self.name)
         self.malora_dropout[adapter] = nn.Dropout(config.lora_dropout).train(self.training)
         for name, shape in self._shapes(config).items():
             self._parameters_of(name)[adapter] = nn.Parameter(torch.empty(shape))
         factors = self.factors(adapter)
         if not any(tensor.is_meta for tensor in factors if tensor is not None):
-            init_factors_(factors, beta=config.beta, same_start=config.same_start)
+            init_factors_(factors, beta=config.beta, same_start=config.same_start, has_effect=not config.init_weights)
             router = self.router(adapter)
             if router is not None:
                 router.data.copy_(kaiming_uniform(router.shape))

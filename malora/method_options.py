@@ -37,6 +37,10 @@ class CommonOptions(TypedDict, total=False):
     layers_to_transform: list[int] | int | None
     layers_pattern: list[str] | str | None
     modules_to_save: list[str] | None
+    rank_pattern: dict[str, int] | None
+    alpha_pattern: dict[str, int] | None
+    use_rslora: bool
+    trainable_token_indices: list[int] | dict[str, list[int]] | None
     task_type: str | TaskType | None
     base_model_name_or_path: str | None
     revision: str | None
@@ -55,6 +59,8 @@ class MaloraOptions(CommonOptions, total=False):
     same_start: bool
     freeze: list[str]
     backend: str
+    bias: Literal["none", "all", "malora_only", "lora_only"]
+    init_weights: bool
 
 
 class LoraOptions(CommonOptions, total=False):
@@ -62,14 +68,10 @@ class LoraOptions(CommonOptions, total=False):
 
     fan_in_fan_out: bool
     bias: Literal["none", "all", "lora_only"]
-    use_rslora: bool
     use_dora: bool
     init_lora_weights: bool | str
-    rank_pattern: dict[str, int] | None
-    alpha_pattern: dict[str, int] | None
     megatron_config: dict[str, Any] | None
     megatron_core: str | None
-    trainable_token_indices: list[int] | dict[str, list[int]] | None
     loftq_config: LoftQConfig | dict[str, Any]
     eva_config: EvaConfig | None
     corda_config: CordaConfig | None

@@ -65,6 +65,8 @@ class _Preset(Generic[Config]):
         """
         known = sorted(field.name for field in fields(self.config_class) if field.init)
         for option in options:
+            if option in _ONLY_LORA and option not in known:
+                raise TypeError(f"{self.config_class.__name__} has no option {option!r}: {_ONLY_LORA[option]}.")
             if option not in known:
                 raise TypeError(f"{self.config_class.__name__} has no option {_suggest(option, known)}")
         return self.config_class(**self.settings | options)
@@ -73,6 +75,20 @@ class _Preset(Generic[Config]):
         """Return a preset with these settings changed."""
         return replace(self, settings=self.settings | changes)
 
+
+_ANOTHER_METHOD = "it makes another method of PEFT's LoRA; use LoraConfig for it"
+
+# Options of PEFT's LoraConfig that MaloraConfig has not, with the reason and the way out.
+_ONLY_LORA: dict[str, str] = {
+    **{field.name: _ANOTHER_METHOD for field in fields(LoraConfig) if field.init},
+    "fan_in_fan_out": "the layout of a weight follows from its module, an nn.Linear or a Conv1D; leave it out",
+    "init_lora_weights": "use init_weights=False to start with an effect; other initializations are LoRA's",
+    "target_parameters": "experts with a router cannot be folded into a parameter, such as fused expert weights of "
+    "transformers 5; name modules in target_modules",
+    "layer_replication": "replicate the layers of the base model before",
+    "ensure_weight_tying": "trainable_token_indices keeps tied embeddings tied, and modules_to_save cannot",
+    "lora_bias": "an expert has no bias; use bias='malora_only' to train those of the adapted layers",
+}
 
 _COMMON = {"lora_dropout": 0.05, "task_type": "CAUSAL_LM"}
 

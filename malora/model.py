@@ -167,8 +167,11 @@ class MaloraModel(BaseTuner):
                     f"adapter {name!r} routes tokens among {config.num_experts} experts: its change depends on the "
                     "input, so it cannot be summed with others."
                 )
-            if config.modules_to_save:
-                raise ValueError(f"adapter {name!r} trains {config.modules_to_save} too, which cannot be summed.")
+            if config.modules_to_save or config.trainable_token_indices or config.bias != "none":
+                raise ValueError(
+                    f"adapter {name!r} trains more than its experts (modules_to_save, trainable_token_indices or "
+                    "bias), which cannot be summed."
+                )
         return configs[0]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -205,7 +208,7 @@ class MaloraModel(BaseTuner):
     def _missing(self, targets: Iterable[str]) -> list[str]:
         """Return the targets that match no module of the model."""
         names = [name for name, _ in self.model.named_modules()]
-        return [t for t in sorted(targets) if not any(name == t or name.endswith(f".{t}") for name in names)]
+        return [target for target in sorted(targets) if not _matches(target, names)]
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Refuse targets that match nothing, before PEFT replaces anything."""
@@ -214,6 +217,11 @@ class MaloraModel(BaseTuner):
         if isinstance(targets, str) or targets is None:
             return  # a regular expression, or "all-linear"; PEFT says so if it matches nothing
         missing = self._missing(targets)
+        if fused := [t for t in missing if _matches(t, (name for name, _ in model.named_parameters()))]:
+            raise ValueError(
+                f"target_modules {fused} are parameters of this {type(model).__name__} and no modules, as the fused "
+                "expert weights of transformers 5 are. malora adapts linear modules only; leave them out."
+            )
         if missing:
             raise ValueError(
                 f"target_modules {missing} match nothing in this {type(model).__name__}. "
@@ -234,6 +242,17 @@ class MaloraModel(BaseTuner):
         if number is None:
             return ProjectionGroup()
         return self._groups_by_parent.setdefault((parent, number), ProjectionGroup())
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a module in the place of another.
+
+        PEFT would give a plain module the weight of the wrapper that it replaces, which fails for embeddings of which
+        some tokens are trained.
+        """
+        if hasattr(new_module, "base_layer"):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)
 
     def _create_and_replace(
         self,
@@ -270,6 +289,10 @@ def _quantization_backend(linear: nn.Module, model: nn.Module) -> QuantizationBa
         return resolve_quantization_backend(linear, **get_quantization_kwargs(model))
     except ValueError as error:  # a weight that cannot be quantized again, because nobody knows how it was
         return ForwardOnlyQuantizationBackend(str(error))
+
+
+def _matches(target: str, names: Iterable[str]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for name in names)
 
 
 def _linear_names(model: nn.Module) -> list[str]:

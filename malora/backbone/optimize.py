@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from malora.fused.fp8_linear import convert_unadapted_linears, restore_linear
-from malora.fused.group import ProjectionGroup
+from malora.fused.group import ProjectionGroup, has_one_layout
 from malora.layer import MaloraLayer
 
 
@@ -55,11 +55,11 @@ def restore_backbone(model: nn.Module) -> None:
 def _augment(group: ProjectionGroup) -> None:
     """Allocate padded columns for the adapter that trains.
 
-    This is done only if all layers of the group compute it by the fused path.
+    This is done only if all layers of the group compute it together by the fused path.
     """
     names = {layer.adapter_for_fused_path() for layer in group.layers}
     name = names.pop() if len(names) == 1 else None
-    if name is None:
+    if name is None or not has_one_layout(group.layers, name):
         return
     from malora.fused.augmented_weights import allocate_padding, is_profitable  # needs Triton
 

@@ -137,7 +137,7 @@ class ProjectionGroup:
         state = (adapter, x._version, torch.is_grad_enabled(), layer.training)
         if x is not self._input or state != self._state or id(layer) not in self._outputs:
             self._forget_outputs()
-            together = [o for o in self.layers if o is layer or o.adapter_for_fused_path() == adapter]
+            together = [o for o in self.layers if o is layer or _can_share(o, layer, adapter)]
             if len(together) == 1:
                 return self._compute(together, adapter, x)[0]
             self._outputs = {id(o): y for o, y in zip(together, self._compute(together, adapter, x), strict=True)}
@@ -153,6 +153,19 @@ class ProjectionGroup:
         if torch.is_grad_enabled():
             self.clear_inference_cache()  # an optimizer step may follow and change the weights
         return forward_group(self.adapter_on(layers, adapter), x)
+
+
+def has_one_layout(layers: list[FusedLayer], adapter: str) -> bool:
+    """Return whether one kernel can compute an adapter on all these layers.
+
+    With `rank_pattern` or `alpha_pattern` they may have different ranks and scalings.
+    """
+    configs = [layer.settings[adapter] for layer in layers]
+    return all((config.r, config.scaling) == (configs[0].r, configs[0].scaling) for config in configs)
+
+
+def _can_share(other: FusedLayer, layer: FusedLayer, adapter: str) -> bool:
+    return other.adapter_for_fused_path() == adapter and has_one_layout([layer, other], adapter)
 
 
 @contextmanager

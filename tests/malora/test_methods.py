@@ -304,6 +304,18 @@ def test_an_unknown_option_is_an_error_that_names_the_nearest_one(method):
         make_config(method, rnk=3)
 
 
+@pytest.mark.parametrize("option", sorted(set(LoraOptions.__annotations__) - set(MaloraOptions.__annotations__)))
+def test_an_option_of_pefts_lora_alone_is_an_error_with_a_reason(option):
+    with pytest.raises(TypeError, match=f"MaloraConfig has no option {option!r}: .{{20,}}"):
+        METHODS["malora"](**{option: None})
+    METHODS["lora"](**{option: fields_of(LoraConfig)[option]})
+
+
+def fields_of(config_class):
+    config = config_class()
+    return {field.name: getattr(config, field.name) for field in fields(config_class)}
+
+
 def test_an_unknown_method_is_an_error_that_names_the_nearest_one():
     with pytest.raises(ValueError, match="there is no method 'mallora'; did you mean 'malora'"):
         make_config("mallora")

@@ -107,6 +107,13 @@ def test_a_name_that_the_user_gave_must_match_even_if_others_do():
         get_peft_model(make_model(), METHODS["malora"](target_modules=["q_proj", "fc1"]))
 
 
+def test_fused_expert_weights_are_refused_by_name():
+    with pytest.raises(
+        ValueError, match=r"\['gate_up_proj'\] are parameters of this MixtralForCausalLM and no modules"
+    ):
+        get_peft_model(shallow("mixtral"), METHODS["malora"](target_modules=["q_proj", "gate_up_proj"]))
+
+
 def test_lora_of_peft_keeps_targets_that_the_user_gave():
     assert METHODS["lora"](target_modules=["q_proj"]) == LoraConfig(
         r=64, lora_alpha=128, lora_dropout=0.05, target_modules=["q_proj"], task_type="CAUSAL_LM"

@@ -267,3 +267,26 @@ def test_gradient_checkpointing_recomputes_the_same(ids):
     model(ids, use_cache=False).logits.pow(2).mean().backward()
     for name, gradient in plain.items():
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, **CLOSE, msg=name)
+
+
+@pytest.mark.parametrize("options", [
+    {"rank_pattern": {"q_proj": 16}, "alpha_pattern": {"q_proj": 32}},  # the same scaling, another rank
+    {"alpha_pattern": {"k_proj": 7, r"1\.mlp\.up_proj": 5}},  # the same rank, another scaling
+    {"rank_pattern": {"[qkv]_proj": 5}, "use_rslora": True},  # another rank for a whole group
+])  # fmt: skip
+@pytest.mark.parametrize("method", ["malora", "asylora"])
+def test_layers_of_different_ranks_or_scalings_are_not_computed_together(method, options, ids):
+    model = adapted(method, **options)
+    malora.optimize_backbone(model)
+    assert_same(model, ids)
+
+
+def test_layers_of_equal_rank_and_scaling_are_still_computed_together(ids):
+    model = adapted(rank_pattern={"q_proj": 4})
+    model(ids)
+    attention, mlp = model.base_model.model.model.layers[0].self_attn, model.base_model.model.model.layers[0].mlp
+    together = [
+        [layer.name.rpartition(".")[2] for layer in a.layers] for a in attention.q_proj.group._adapters.values()
+    ]
+    assert together == [["q_proj"], ["k_proj", "v_proj"]]
+    assert [len(a.layers) for a in mlp.up_proj.group._adapters.values()] == [2]
