@@ -87,7 +87,16 @@ def run_pytest(folder: Path, arguments: list[str], expression: str | None) -> di
     """
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "outcomes.json"
-        command = [sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"), f"--rootdir={folder}", "-p", "plugin"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-c",
+            str(HERE / "pytest.ini"),
+            f"--rootdir={folder}",
+            "-p",
+            "plugin",
+        ]
         command += [*arguments, *(["-k", expression] if expression else [])]
         process = subprocess.run(
             command, env={**os.environ, "PEFT_SUITE_OUTCOMES": str(file)}, cwd=ROOT, stdout=subprocess.PIPE, text=True

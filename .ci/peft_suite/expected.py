@@ -34,7 +34,7 @@ class Difference:
         reason: Why.
         error: Regular expression that finds the message of each failure.
         methods: Methods that the tests fail for: "any", those with a "router", or with "frozen" factors.
-        tests: Names of the tests, as "module::function", without parameters.
+        tests: Names of the tests, as "module::function" or "module::function[parameters]".
     """
 
     reason: str
@@ -44,7 +44,8 @@ class Difference:
 
     def has(self, test: str) -> bool:
         """Return whether this test is listed."""
-        return function_of(test) in self.tests and (self.methods == "any" or self.methods in kinds_of(test))
+        names = {short_name(test), short_name(test).partition("[")[0]}
+        return not names.isdisjoint(self.tests) and (self.methods == "any" or self.methods in kinds_of(test))
 
 
 def read(file: Path) -> list[Difference]:
@@ -60,10 +61,11 @@ def read(file: Path) -> list[Difference]:
     return entries
 
 
-def function_of(test: str) -> str:
-    """Return the module and the function of a test: "test_config::test_methods"."""
-    path = test.partition("[")[0].split("::")
-    return f"{path[0].removesuffix('.py')}::{path[-1]}"
+def short_name(test: str) -> str:
+    """Return a test's name without its class: "test_config::test_methods[malora]"."""
+    path, bracket, parameters = test.partition("[")
+    module, *_, function = path.split("::")
+    return f"{module.removesuffix('.py')}::{function}{bracket}{parameters}"
 
 
 def kinds_of(test: str) -> set[str]:
@@ -71,9 +73,9 @@ def kinds_of(test: str) -> set[str]:
     parameters = f"-{test.partition('[')[2].removesuffix(']')}-"
     methods = our_configs.METHODS | our_configs.MORE_METHODS
     name = max((name for name in methods if f"-{name}-" in parameters), key=len, default=None)
-    if name is None:
-        return set()
-    return ({"router"} if methods[name]["num_experts"] > 1 else set()) | ({"frozen"} if "freeze" in methods[name] else set())
+    options = methods[name] if name else {"num_experts": 1}
+    kinds = {"router": options["num_experts"] > 1, "frozen": "freeze" in options}
+    return {kind for kind, applies in kinds.items() if applies}
 
 
 def compare(outcomes: dict[str, Outcome], differences: list[Difference], *, is_partial: bool) -> list[str]:
@@ -90,9 +92,10 @@ def compare(outcomes: dict[str, Outcome], differences: list[Difference], *, is_p
         if result.outcome == "failed":
             if not any(re.search(entry.error, result.error) for entry in listed):
                 lines.append(f"unexpected failure: {test}\n    {result.error.splitlines()[0][:300]}")
-        elif listed:
-            lines.append(f"expected to fail, but {result.outcome}: {test}\n    {listed[0].reason}")
-    ran = {function_of(test) for test in outcomes}
+        elif listed and result.outcome == "passed":
+            lines.append(f"expected to fail, but passed: {test}\n    {listed[0].reason}")
+    ran = {short_name(test) for test in outcomes}
+    ran |= {name.partition("[")[0] for name in ran}
     if not is_partial:
         lines += [f"listed, but not run: {name}" for entry in differences for name in entry.tests if name not in ran]
     return lines

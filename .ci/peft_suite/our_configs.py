@@ -89,7 +89,9 @@ def tables(is_all: bool) -> dict[str, dict[str, list[Any]]]:
         return [pytest.param(MaloraConfig, {**settings, **options}, id=name) for name, options in few.items()]
 
     custom = [
-        pytest.param(f"{method} {target}", model, MaloraConfig, {**options, **settings, "lora_alpha": 1}, id=f"{method}-{target}")
+        pytest.param(
+            f"{method} {target}", model, MaloraConfig, {**options, **settings, "lora_alpha": 1}, id=f"{method}-{target}"
+        )
         for method, options in methods.items()
         for target, model, settings in targets
     ]

@@ -98,7 +98,9 @@ def put_configs(module: ModuleType, name: str) -> None:
 
 
 def _tests(module: ModuleType) -> Iterator[FunctionType]:
-    classes = [value for value in vars(module).values() if isinstance(value, type) and value.__name__.startswith("Test")]
+    classes = [
+        value for value in vars(module).values() if isinstance(value, type) and value.__name__.startswith("Test")
+    ]
     for holder in (module, *classes):
         for value in list(vars(holder).values()):
             if isinstance(value, FunctionType) and value.__name__.startswith("test"):
