@@ -104,4 +104,5 @@ def compare(outcomes: dict[str, Outcome], differences: list[Difference], *, is_p
 def summarize(outcomes: dict[str, Outcome]) -> str:
     """Return the counts of a run in one line."""
     counts = Counter(result.outcome for result in outcomes.values())
-    return f"PEFT's tests with our adapters: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped"
+    parts = ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
+    return f"PEFT's tests with our adapters: {parts}"
