@@ -1,20 +1,66 @@
-"""Help format and argument types of the command lines."""
+"""Help format, parser and argument types of the command lines."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection
+import difflib
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """A help formatter that adds an option's default.
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """A help formatter that adds an option's default, and keeps the lines of descriptions.
 
-    It adds none that is None, False or empty.
+    It adds no default that is None, False or empty.
     """
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+        return action.help if action.default in (None, False, [], ()) else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose help opens with a sentence and an example.
+
+    For a command that does not exist it suggests the nearest one.
+
+    Args:
+        text: What the command does, in a sentence.
+        example: A command line to try; more than one are separated by line breaks.
+        options: Arguments of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, *, text: str = "", example: str = "", **options: Any) -> None:
+        examples = "\n".join(f"  {line}" for line in example.splitlines())
+        description = f"{text}\n\nexample:\n{examples}" if example else text
+        # All options in the usage would fill the screen before the first sentence.
+        options.setdefault("usage", "%(prog)s [options]")
+        super().__init__(description=description, formatter_class=Help, **options)
+        self.text, self.example = text, example
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Check a value that must be one of an action's choices."""
+        if action.choices is not None and value not in action.choices:
+            what = "command" if isinstance(action, argparse._SubParsersAction) else "name"
+            raise argparse.ArgumentError(None, unknown_name(what, value, action.choices))
+
+
+def unknown_name(what: str, value: str, choices: Iterable[str]) -> str:
+    """Return an error message for a name that does not exist: the nearest name, then all names.
+
+    Args:
+        what: What the names stand for.
+        value: The name that was given.
+        choices: The names that exist.
+    """
+    names = list(choices)
+    spellings: dict[str, str] = {}
+    for name in names:  # "piqa" is near to "intra/piqa"
+        spellings.setdefault(name.rpartition("/")[2].casefold(), name)
+    spellings |= {name.casefold(): name for name in names}
+    near = difflib.get_close_matches(value.casefold(), spellings, n=1)
+    suggestion = f"; did you mean {spellings[near[0]]!r}? There are " if near else "; there are "
+    return f"unknown {what} {value!r}{suggestion}{', '.join(names)}"
 
 
 def one_of(what: str, choices: Collection[str]) -> Callable[[str], str]:
@@ -27,7 +73,7 @@ def one_of(what: str, choices: Collection[str]) -> Callable[[str], str]:
 
     def check(value: str) -> str:
         if value not in choices:
-            raise argparse.ArgumentTypeError(f"unknown {what} {value!r}; there are {', '.join(choices)}")
+            raise argparse.ArgumentTypeError(unknown_name(what, value, choices))
         return value
 
     return check

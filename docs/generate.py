@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bench.command_line import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = "benchmark/results"
@@ -57,21 +61,21 @@ def _command_lines() -> str:
         "This page is generated from the argument parsers. A default that depends on the machine is the default of a "
         "machine without a GPU.",
         f"## {bench.prog}",
-        bench.description or "",
+        bench.text,
+        _example(bench),
         "An error of the user ends a command with exit code 2 and one line that says what to change.",
     ]
     for action in bench._actions:
         if isinstance(action, argparse._SubParsersAction):
-            summaries = {choice.dest: choice.help or "" for choice in action._choices_actions}
-            for name, parser in action.choices.items():
-                lines += [f"### {bench.prog} {name}", _sentence(summaries[name]), _options(parser)]
+            for parser in action.choices.values():
+                lines += [f"### {parser.prog}", parser.text, _example(parser), _options(parser)]
     speed = speed_cli.make_parser()
-    lines += [f"## {speed.prog}", speed.description or "", _options(speed)]
+    lines += [f"## {speed.prog}", speed.text, _example(speed), _options(speed)]
     return "\n\n".join(line for line in lines if line) + "\n"
 
 
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
+def _example(parser: Parser) -> str:
+    return f"```bash\n{parser.example}\n```"
 
 
 def _options(parser: argparse.ArgumentParser) -> str:
@@ -81,11 +85,11 @@ def _options(parser: argparse.ArgumentParser) -> str:
     for action in parser._actions:
         if isinstance(action, argparse._HelpAction):
             continue
-        names = ", ".join(action.option_strings)
-        metavar = f" {action.metavar}" if action.metavar and action.nargs != 0 else ""
+        metavar = action.metavar if action.metavar and action.nargs != 0 else ""
+        names = " ".join(filter(None, [", ".join(action.option_strings), str(metavar)]))
         text = formatter._expand_help(action) if action.help else ""
         required = " (required)" if action.required else ""
-        body.append(f"| `{names}{metavar}` | {_cell(text)}{required} |")
+        body.append(f"| `{names}` | {_cell(text)}{required} |")
     return "\n".join(["| option | meaning |", "| --- | --- |", *body]) if body else "It takes no options."
 
 

@@ -20,7 +20,7 @@ from malora.factors import Factors
 from malora.fused.eligibility import find_fused_adapter
 from malora.fused.group import ProjectionGroup
 from malora.initialization import init_factors_, kaiming_uniform
-from malora.routing import Routing, RoutingLog, route
+from malora.routing import Routing, RoutingLog, RoutingLogReference, route
 
 PREFIX = "malora_"
 
@@ -35,11 +35,10 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
     Args:
         base_layer: the frozen linear layer: an `nn.Linear` with weight [m, n], or a `Conv1D` with weight [n, m].
         name: its name in the base model.
-        log: the model's routing log.
+        log: the model's routing log, to which the layer refers weakly.
         group: the layers that read the same input; None if it reads an input of its own.
 
     Attributes:
-        routings: the routing of the model's last forward pass, by adapter.
         settings: the config of each adapter, by its name.
     """
 
@@ -55,10 +54,9 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
         else:
             self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.name = name
-        self.routing_log = log
+        self._log = RoutingLogReference(log)
         self.group = group or ProjectionGroup()
         self.group.layers.append(self)
-        self.routings: dict[str, Routing] = {}
         self.settings: dict[str, MaloraConfig] = {}
         for attribute in self.adapter_layer_names:
             setattr(self, attribute, nn.ParameterDict())
@@ -111,6 +109,23 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
         return routers[adapter] if adapter in routers else None
 
     @property
+    def routing_log(self) -> RoutingLog | None:
+        """The routing log of the layer's model; None if the model is gone."""
+        return self._log()
+
+    @property
+    def routings(self) -> dict[str, Routing]:
+        """The routing of the model's last forward pass, by adapter."""
+        log = self.routing_log
+        return {} if log is None else log.routings.get(self.name, {})
+
+    def record_routing(self, adapter: str, routing: Routing) -> None:
+        """Keep a routing in the log while that records."""
+        log = self._log()
+        if log is not None and log.recording:
+            log.routings.setdefault(self.name, {})[adapter] = routing
+
+    @property
     def has_active_router(self) -> bool:
         """True if an active adapter of this layer has a router."""
         return any(self.router(name) is not None for name in self.active_adapters)
@@ -160,8 +175,7 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
         router = self.router(adapter)
         if router is not None:
             routing = route(x, router, config.top_k)
-            if self.routing_log.recording:
-                self.routings[adapter] = routing
+            self.record_routing(adapter, routing)
             routed = routing._replace(probability=routing.probability.reshape(-1, config.num_experts))
         x_Tn = self.malora_dropout[adapter](x).reshape(-1, self.in_features)
         y_Tm = BACKENDS[resolve_backend(config, x.device)].compute(x_Tn, routed, factors, config.scaling)
@@ -268,10 +282,6 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
                 f"{type(self.base_layer).__name__}, which cannot be dequantized to {shape}. Keep it as an adapter, or "
                 "load the base without quantization to merge."
             )
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copy or pickle the layer without the autograd graph of its last batch."""
-        return dict(super().__getstate__()) | {"routings": {}}  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:
         return "malora." + super().__repr__()

@@ -6,7 +6,7 @@ Shapes: B batch, S sequence length, N experts, L layers whose routings have the 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from malora.layer import MaloraLayer
 from malora.routing import Routing
+
+AllReduce = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class RouterStats:
         return [t for t, share in enumerate(self.share) if share == 0]
 
 
-def balance_loss(model: nn.Module, attention_mask: Tensor | None = None) -> Tensor:
+def balance_loss(
+    model: nn.Module, attention_mask: Tensor | None = None, *, all_reduce: AllReduce | None = None
+) -> Tensor:
     """Compute the load-balancing loss of the last forward pass, a float32 scalar.
 
         N Σ_t f_t p_t
@@ -48,9 +52,16 @@ def balance_loss(model: nn.Module, attention_mask: Tensor | None = None) -> Tens
     (arXiv 2101.03961, equation 4). The MALoRA paper gives only the weight of the loss (0.01 or 0.001). We take the
     mean over layers, not the sum, so that the same weight works for every depth.
 
+    Several processes may each have a part of the tokens. The loss of all tokens is not the mean of the processes'
+    losses, because it is a product of two means. With `all_reduce`, f_t and p_t are those of all tokens, and each
+    process gets its summand of the loss. DistributedDataParallel averages gradients, so multiply the summand by the
+    number of processes there.
+
     Args:
         model: Model from `get_peft_model`, after a forward pass.
         attention_mask: [B, S], nonzero for tokens that count. Defaults to the mask of that forward pass.
+        all_reduce: Sums a tensor without gradient over all processes. All of them must call this function. Defaults
+            to the tokens of this process alone.
 
     Raises:
         ValueError: The model has no router, has not run yet, or its routing carries no gradient.
@@ -62,19 +73,25 @@ def balance_loss(model: nn.Module, attention_mask: Tensor | None = None) -> Tens
                 "the routing of the last forward pass carries no gradient, so a balance loss would train nothing; "
                 "use gradient checkpointing with use_reentrant=False, or torch.no_grad() to measure only."
             )
-        share, probability = _share(routing, mask), _mean(routing.probability, mask)
+        share = _share(routing, mask, all_reduce)
+        # The sum is this process's, because gradients are added up over processes.
+        probability = (routing.probability * mask).sum((1, 2)) / _reduced(mask.sum(), all_reduce)
         losses.append(routing.probability.shape[-1] * (share * probability).sum())
         layers += len(share)
     return torch.stack(losses).sum() / layers
 
 
 @torch.no_grad()
-def router_stats(model: nn.Module, attention_mask: Tensor | None = None) -> dict[str, RouterStats]:
+def router_stats(
+    model: nn.Module, attention_mask: Tensor | None = None, *, all_reduce: AllReduce | None = None
+) -> dict[str, RouterStats]:
     """Compute the statistics of every router in the last forward pass, by module name.
 
     Args:
         model: Model from `get_peft_model`, after a forward pass.
         attention_mask: [B, S], nonzero for tokens that count. Defaults to the mask of that forward pass.
+        all_reduce: Sums a tensor over all processes, for statistics of their tokens together. All of them must call
+            this function. Defaults to the tokens of this process alone.
 
     Raises:
         ValueError: The model has no router, or has not run yet.
@@ -82,9 +99,9 @@ def router_stats(model: nn.Module, attention_mask: Tensor | None = None) -> dict
     stats = {}
     for routing, modules, mask in _stacked_routings(model, attention_mask):
         p = routing.probability
-        entropy = _mean(torch.special.entr(p).sum(-1, keepdim=True), mask)[:, 0]
-        gate_sum = _mean(routing.gate.sum(-1, keepdim=True), mask)[:, 0]
-        fields = (_share(routing, mask), _mean(p, mask), entropy, gate_sum)
+        entropy = _mean(torch.special.entr(p).sum(-1, keepdim=True), mask, all_reduce)[:, 0]
+        gate_sum = _mean(routing.gate.sum(-1, keepdim=True), mask, all_reduce)[:, 0]
+        fields = (_share(routing, mask, all_reduce), _mean(p, mask, all_reduce), entropy, gate_sum)
         for module, *values in zip(modules, *(field.tolist() for field in fields), strict=True):
             stats[module] = RouterStats(*values)
     return stats
@@ -113,7 +130,8 @@ def _stacked_routings(model: nn.Module, attention_mask: Tensor | None) -> Iterat
     """
     groups = defaultdict(list)
     for layer in _layers(model):
-        mask = attention_mask if attention_mask is not None else layer.routing_log.attention_mask
+        log = layer.routing_log
+        mask = attention_mask if attention_mask is not None or log is None else log.attention_mask
         for routing in layer.routings.values():
             groups[routing.probability.shape, routing.top_k].append((layer.name, routing.probability, mask))
     if not groups:
@@ -139,15 +157,20 @@ def _token_weights(mask: Tensor | None, shape: torch.Size, like: Tensor) -> Tens
     return (mask != 0).to(like.dtype).unsqueeze(-1)
 
 
-def _mean(values: Tensor, weights: Tensor) -> Tensor:
-    """Compute the weighted mean over batch and sequence, [L, C].
+def _reduced(tensor: Tensor, all_reduce: AllReduce | None) -> Tensor:
+    """Sum a tensor over the processes, or return it if there is only this one."""
+    return tensor if all_reduce is None else all_reduce(tensor)
+
+
+def _mean(values: Tensor, weights: Tensor, all_reduce: AllReduce | None) -> Tensor:
+    """Compute the weighted mean over batch, sequence and processes, [L, C].
 
     The values are [L, B, S, C] and the weights [B, S, 1].
     """
-    return (values * weights).sum((1, 2)) / weights.sum()
+    return _reduced((values * weights).sum((1, 2)), all_reduce) / _reduced(weights.sum(), all_reduce)
 
 
-def _share(routing: Routing, weights: Tensor) -> Tensor:
+def _share(routing: Routing, weights: Tensor, all_reduce: AllReduce | None) -> Tensor:
     """Compute the share of each expert in the weighted assignments: [L, N]."""
-    counts = (routing.chosen * weights).sum((1, 2))
+    counts = _reduced((routing.chosen * weights).sum((1, 2)), all_reduce)
     return counts / counts.sum(-1, keepdim=True)

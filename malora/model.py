@@ -5,7 +5,6 @@ It saves and loads through PEFT.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,8 +18,9 @@ from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, Quanti
 from torch import nn
 
 from malora.config import MaloraConfig
+from malora.forward_hooks import ForwardHooks
 from malora.fused.fp8_linear import restore_linear
-from malora.fused.group import PROJECTION_GROUPS, ProjectionGroup, prefetch_packed_weights
+from malora.fused.group import PROJECTION_GROUPS, ProjectionGroup
 from malora.layer import LINEAR_TYPES, PREFIX, MaloraLayer
 from malora.routing import RoutingLog
 from malora.targets import TARGET_MODULES
@@ -40,13 +40,10 @@ class MaloraModel(BaseTuner):
     tuner_layer_cls = MaloraLayer
     target_module_mapping = TARGET_MODULES  # type: ignore[assignment]  # PEFT has regular expressions in its own too
 
-    @cached_property  # not set in __init__, because BaseTuner's already injects layers, which need it
+    @property
     def routing_log(self) -> RoutingLog:
-        """The switch that makes layers keep their routing, and the tokens that count.
-
-        All layers share it.
-        """
-        return RoutingLog()
+        """Routing of the model's last forward pass."""
+        return ForwardHooks.on(self.model).log
 
     @cached_property
     def malora_layers(self) -> list[MaloraLayer]:
@@ -57,16 +54,6 @@ class MaloraModel(BaseTuner):
     def _groups(self) -> list[ProjectionGroup]:
         return list(dict.fromkeys(layer.group for layer in self.malora_layers))
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model, and keep what its routers decide until the next call."""
-        arguments = inspect.signature(self.model.forward).bind_partial(*args, **kwargs).arguments
-        mask = arguments.get("attention_mask")
-        is_padding_mask = mask is not None and mask.dim() == 2
-        for layer in self.malora_layers:
-            layer.routings.clear()
-        with self.routing_log.record(mask if is_padding_mask else None), prefetch_packed_weights(self._groups):
-            return super().forward(*args, **kwargs)
-
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; see `peft.tuners.tuners_utils.BaseTuner.inject_adapter`."""
         saved = tuple(getattr(self.peft_config[adapter_name], "modules_to_save", None) or ())
@@ -74,6 +61,7 @@ class MaloraModel(BaseTuner):
             if name.endswith(saved):  # PEFT copies them with their attributes
                 restore_linear(module)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        ForwardHooks.on(model).forget_layers()
 
     def unload(self) -> nn.Module:
         """Return the base model without adapters."""
@@ -302,10 +290,11 @@ def _linear_names(model: nn.Module) -> list[str]:
 
 
 def _restore_base_model(model: nn.Module, groups: list[ProjectionGroup]) -> nn.Module:
-    """Free removed layers' copies of weights, and make converted modules plain again.
+    """Remove the hooks, free removed layers' copies of weights, and make converted modules plain again.
 
     All copies of weights that these layers have made are freed.
     """
+    ForwardHooks.on(model).remove()
     for group in groups:
         group.clear_caches(include_frozen=True)
     for module in model.modules():

@@ -7,16 +7,16 @@
 | N | experts |
 | k | experts per token, `top_k` |
 
-After a forward pass each layer keeps its `Routing` until the next one. `malora.balance_loss` and
+The routing of a model's last forward pass is kept in its `RoutingLog` until the next one. `malora.balance_loss` and
 `malora.router_stats` read it.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -92,31 +92,71 @@ def top_k_indices(probability: Tensor, top_k: int) -> list[Tensor]:
     return indices
 
 
-@dataclass
 class RoutingLog:
-    """Switch that tells the layers of a model whether to keep their routing.
+    """Routing of the last forward pass of a model.
 
-    All layers of a model share one. Layers record only while the model's own `forward` runs. Gradient checkpointing
-    runs a layer a second time during `backward`. If that pass were recorded, its activations would never be freed.
+    Layers record only while the model's own `forward` runs. Gradient checkpointing runs a layer a second time during
+    `backward`. If that pass were recorded, its activations would never be freed.
+
+    A routing leads to the autograd graph, and under gradient checkpointing the graph leads to the layers. Python's
+    garbage collector does not see references through the graph. So the model owns the log, and its layers refer to it
+    weakly (`RoutingLogReference`): a model without other references is then freed.
 
     Attributes:
-        attention_mask: Mask of the last forward pass, [B, S]; None if every token counts.
-        recording: Whether layers keep their routing now.
+        attention_mask: Padding mask of that pass, [B, S]; None if every token counts.
+        routings: Routings of that pass, by the layer's name and the adapter's.
+        recording: Whether layers record now.
     """
 
-    attention_mask: Tensor | None = None
-    recording: bool = False
+    def __init__(self) -> None:
+        self.attention_mask: Tensor | None = None
+        self.routings: dict[str, dict[str, Routing]] = {}
+        self.recording = False
+
+    def start(self, attention_mask: Tensor | None) -> None:
+        """Forget the last pass and record the one that begins.
+
+        Args:
+            attention_mask: Padding mask of the pass, [B, S]; None if every token counts.
+        """
+        self.attention_mask = attention_mask
+        self.routings = {}
+        self.recording = True
+
+    def stop(self) -> None:
+        """Record no more. What was recorded stays."""
+        self.recording = False
 
     @contextmanager
     def record(self, attention_mask: Tensor | None) -> Iterator[None]:
-        """Record the routing of the forward pass inside the `with` block.
-
-        Args:
-            attention_mask: Padding mask of that pass, [B, S]; None if every token counts.
-        """
-        self.attention_mask = attention_mask
-        self.recording = True
+        """Record the forward pass inside the `with` block; the arguments are those of `start`."""
+        self.start(attention_mask)
         try:
             yield
         finally:
-            self.recording = False
+            self.stop()
+
+    def __reduce__(self) -> tuple[type[RoutingLog], tuple[()]]:
+        """Copy or pickle the log as an empty one: a tensor with an autograd graph cannot be copied."""
+        return RoutingLog, ()
+
+
+class RoutingLogReference:
+    """A weak reference to a routing log.
+
+    Unlike `weakref.ref` it can be copied and pickled. The copy of a model's layer refers to the log of the copied
+    model.
+
+    Args:
+        log: The log; None for a reference to nothing.
+    """
+
+    def __init__(self, log: RoutingLog | None) -> None:
+        self._reference = None if log is None else weakref.ref(log)
+
+    def __call__(self) -> RoutingLog | None:
+        """Return the log, or None if its model is gone."""
+        return None if self._reference is None else self._reference()
+
+    def __reduce__(self) -> tuple[type[RoutingLogReference], tuple[Any]]:
+        return RoutingLogReference, (self(),)

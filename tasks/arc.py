@@ -6,6 +6,7 @@ They have three to five choices.
 from __future__ import annotations
 
 from tasks.base import DataRef, Question, Record, Task
+from tasks.fields import index, one_of, text, texts
 
 
 def parse_record(record: Record) -> Question:
@@ -14,10 +15,13 @@ def parse_record(record: Record) -> Question:
     On the hub each choice has a label ("A" or "1"), and the answer is a label. In a folder the choices are a list, and
     the answer is an index from 0.
     """
-    choices = record["choices"]
-    if isinstance(choices, dict):
-        return Question(record["question"], tuple(choices["text"]), choices["label"].index(record["answerKey"]))
-    return Question(record["question"], tuple(choices), record["answer"])
+    question = text(record, "question", "question_stem")
+    if isinstance(choices := record["choices"], dict):
+        listed, labels = texts(choices, "text"), texts(choices, "label")
+        if len(listed) != len(labels):
+            raise ValueError(f"field 'choices' has {len(listed)} texts and {len(labels)} labels")
+        return Question(question, listed, one_of(record, "answerKey", labels))
+    return Question(question, texts(record, "choices"), index(record, "answer"))
 
 
 _PUBLISHED = {"train": "train", "validation": "validation", "test": "test"}

@@ -11,12 +11,12 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from tasks.errors import DataError
+from tasks.fields import Record as Record  # data sets import it from here
+from tasks.fields import require_filled, require_text
 from tasks.metrics import LIKELIHOOD
-
-Record = dict[str, Any]  # one record as its publisher wrote it
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Question:
         context: A text to read before the question (BoolQ's passage), or "".
 
     Raises:
-        ValueError: `answer` is not an index of `choices`.
+        ValueError: A field has another type, the question or a choice is empty, or `answer` is not an index of
+            `choices`.
     """
 
     text: str
@@ -39,8 +40,18 @@ class Question:
     context: str = ""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.answer < len(self.choices):
-            raise ValueError(f"answer {self.answer} is not one of {len(self.choices)} choices: {self.text[:60]!r}")
+        require_filled("the question", self.text)
+        require_text("the context", self.context)
+        for number, choice in enumerate(self.choices):
+            require_filled(f"choice {number}", choice)
+        if len(self.choices) < 2:
+            raise ValueError(f"there are {len(self.choices)} choices, and a question needs two: {self.text[:60]!r}")
+        if (
+            not isinstance(self.answer, int)
+            or isinstance(self.answer, bool)
+            or not 0 <= self.answer < len(self.choices)
+        ):
+            raise ValueError(f"answer {self.answer!r} is not one of {len(self.choices)} choices: {self.text[:60]!r}")
 
     @property
     def key(self) -> str:
@@ -58,6 +69,9 @@ class Exercise:
         references: The data for the task's metric, see `tasks.metrics`. Empty for items that are only trained on.
         context: A text to read before the question, or "".
         lead: The start of the answer. It is part of the prompt, so it is neither learned nor scored.
+
+    Raises:
+        ValueError: A field has another type, or the text, the answer or a reference is empty.
     """
 
     text: str
@@ -65,6 +79,14 @@ class Exercise:
     references: tuple[str, ...] = ()
     context: str = ""
     lead: str = ""
+
+    def __post_init__(self) -> None:
+        require_filled("the question", self.text)
+        require_filled("the answer", self.answer)
+        for reference in self.references:
+            require_filled("a reference", reference)
+        require_text("the context", self.context)
+        require_text("the start of the answer", self.lead)
 
     @property
     def key(self) -> str:
@@ -105,12 +127,23 @@ class WrittenExample(Example):
     references: tuple[str, ...] = ()
 
 
+LETTERS = "ABCDEFGHIJ"
+
+
 def letters(task: str, question: Question) -> Example:
     """Format a question with lettered choices in the prompt.
 
     The label is the letter of the correct choice, one token in most vocabularies.
+
+    Raises:
+        DataError: The question has more choices than there are letters for them.
     """
-    names = "ABCDEFGHIJ"[: len(question.choices)]
+    if len(question.choices) > len(LETTERS):
+        raise DataError(
+            f"{task}: a question has {len(question.choices)} choices, and the format letters has names for "
+            f"{len(LETTERS)} only; use --format cloze ({question.text[:60]!r})."
+        )
+    names = LETTERS[: len(question.choices)]
     listed = "\n".join(f"{name}. {choice}" for name, choice in zip(names, question.choices, strict=True))
     return Example(task, f"{_opening(question)}\n{listed}\nAnswer:", tuple(f" {n}" for n in names), question.answer)
 
@@ -165,6 +198,10 @@ class Source(Protocol):
         """
         ...
 
+    def locate(self, ref: DataRef, split: str, number: int) -> str:
+        """Return the place of a record, numbered from 0, for an error message."""
+        ...
+
 
 @dataclass(frozen=True)
 class Writing:
@@ -193,6 +230,8 @@ class Task:
         published: Maps our split names to the publisher's. If the test labels are unpublished, our test split is the
             published validation split, and our validation split is a fixed random sample of train.
         writing: Generation settings of a task with free-text answers, None for a task with choices.
+        may_repeat_choices: The published records have questions with two equal choices. They are kept as published. In
+            other data sets equal choices are an error, because only one of them would be correct.
     """
 
     name: str
@@ -201,6 +240,7 @@ class Task:
     data: DataRef
     published: dict[str, str]
     writing: Writing | None = None
+    may_repeat_choices: bool = False
 
     @property
     def metric(self) -> str | None:
@@ -232,14 +272,26 @@ class Task:
         for number, record in enumerate(source.read(self.data, published_split)):
             try:
                 item = self.parse_record(record)
-            except (KeyError, IndexError, TypeError, ValueError) as error:
+                if isinstance(item, Question) and not self.may_repeat_choices:
+                    _require_different(item.choices)
+            except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+                problem = error if isinstance(error, ValueError) else repr(error)
                 raise DataError(
-                    f"{self.data.file}_{published_split}, record {number}: not a {self.title} item ({error!r}); "
-                    "fetch the file again, or see tasks/ for the fields it should have."
+                    f"{source.locate(self.data, published_split, number)}: not a {self.title} item ({problem}); "
+                    "mend the record or fetch the file again. tasks/ has the fields of each data set."
                 ) from error
             if item is not None:
                 items.append(item)
+        if not items:
+            raise DataError(f"{self.title} has no item in the split {published_split} of {self.data.file}.")
         return items
+
+
+def _require_different(choices: tuple[str, ...]) -> None:
+    stripped = [choice.strip() for choice in choices]
+    for number, choice in enumerate(stripped):
+        if choice in stripped[:number]:
+            raise ValueError(f"choices {stripped.index(choice)} and {number} are equal: {choice[:60]!r}")
 
 
 # Large enough for a standard error of about 2 points on a task, and a small share of the train splits.

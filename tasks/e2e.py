@@ -6,13 +6,14 @@ Each test item has several references.
 from __future__ import annotations
 
 from tasks.base import DataRef, Exercise, Record, Task, Writing
+from tasks.fields import require_filled, text
 from tasks.metrics import ROUGE_L
 
 
 def parse_record(record: Record) -> Exercise:
     """Parse a record of the hub or of a folder, whose field names differ."""
-    meaning = record["mr"] if "mr" in record else record["meaning_representation"]
-    reference = (record["ref"] if "ref" in record else record["human_reference"]).strip()
+    meaning = require_filled("the meaning", text(record, "mr", "meaning_representation"))
+    reference = text(record, "ref", "human_reference").strip()
     return Exercise(f"Describe in words: {meaning.strip()}", reference, (reference,))
 
 

@@ -8,16 +8,20 @@ from __future__ import annotations
 import re
 
 from tasks.base import DataRef, Exercise, Record, Task, Writing
+from tasks.fields import text
 from tasks.metrics import LAST_NUMBER
 
 
 def parse_record(record: Record) -> Exercise:
     """Parse a record of the hub or of a folder.
 
-    The calculator annotations (`<<1+1=2>>`) are removed.
+    The calculator annotations (`<<1+1=2>>`) are removed. A solution ends with `####` and the number to find.
     """
-    solution = re.sub(r"<<.*?>>", "", record["answer"])
-    return Exercise(record["question"].strip(), solution, (solution.rpartition("####")[2].strip(),))
+    solution = re.sub(r"<<.*?>>", "", text(record, "answer"))
+    _, mark, number = solution.rpartition("####")
+    if not mark or not re.fullmatch(r"-?\d[\d,]*(\.\d+)?", number.strip(), re.ASCII):
+        raise ValueError(f"field 'answer' does not end with '#### NUMBER': {solution[-60:]!r}")
+    return Exercise(text(record, "question").strip(), solution, (number.strip(),))
 
 
 GSM8K = Task(

@@ -6,18 +6,18 @@ They are completed from signature and docstring, then tested.
 from __future__ import annotations
 
 from tasks.base import DataRef, Exercise, Record, Task, Writing
+from tasks.fields import require_filled, text
 from tasks.metrics import PASS
 
 
 def parse_record(record: Record) -> Exercise:
     """Parse a record of the hub or of a folder."""
-    tests = f"{record['test']}\ncheck({record['entry_point']})\n"
-    return Exercise(
-        "Complete this Python function.",
-        record["canonical_solution"],
-        (record["prompt"], tests),
-        lead=f"\n{record['prompt']}",
-    )
+    begin, name = text(record, "prompt"), text(record, "entry_point")
+    if not name.isidentifier():
+        raise ValueError(f"field 'entry_point' is {name[:60]!r}, not the name of a function")
+    tests = f"{require_filled('the tests', text(record, 'test'))}\ncheck({name})\n"
+    solution = text(record, "canonical_solution")
+    return Exercise("Complete this Python function.", solution, (begin, tests), lead=f"\n{begin}")
 
 
 HUMANEVAL = Task(

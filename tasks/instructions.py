@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tasks.base import DataRef, Exercise, Record, Task
+from tasks.fields import optional_text
+from tasks.fields import text as required_text
 
 FieldNames = tuple[str, ...]
 ALPACA: tuple[FieldNames, str] = (("instruction", "input"), "output")
@@ -16,7 +18,7 @@ ALPACA: tuple[FieldNames, str] = (("instruction", "input"), "output")
 def make_parser(text: FieldNames, answer: str, context: str = "") -> Callable[[Record], Exercise | None]:
     """Make a function that parses records with these fields.
 
-    It drops records without a question or an answer.
+    It drops records whose question or answer is empty.
 
     Args:
         text: Names of the fields with the instruction; only the first one is required.
@@ -25,14 +27,18 @@ def make_parser(text: FieldNames, answer: str, context: str = "") -> Callable[[R
     """
 
     def parse_record(record: Record) -> Exercise | None:
-        def clean(*names: str) -> str:
-            return "\n".join(filter(None, ((record.get(name) or "").strip() for name in names))).replace("\r\n", "\n")
-
-        if not (clean(text[0]) and clean(answer)):
+        question, solution = _clean(required_text(record, text[0])), _clean(required_text(record, answer))
+        if not (question and solution):
             return None
-        return Exercise(clean(*text), clean(answer), context=clean(context))
+        inputs = filter(None, (_clean(optional_text(record, name)) for name in text[1:]))
+        passage = _clean(required_text(record, context)) if context else ""
+        return Exercise("\n".join((question, *inputs)), solution, context=passage)
 
     return parse_record
+
+
+def _clean(text: str) -> str:
+    return text.strip().replace("\r\n", "\n")
 
 
 def _make_task(

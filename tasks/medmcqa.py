@@ -7,20 +7,19 @@ its items "after cleaning". Our rule keeps the same number: of the 2,816 single-
 from __future__ import annotations
 
 from tasks.base import DataRef, Question, Record, Task
+from tasks.fields import index, text
 
 
 def parse_record(record: Record) -> Question | None:
     """Parse a record of the hub or of a folder.
 
-    In the hub `cop` is a letter, in a folder it counts from 1. Records with several correct choices or with equal
-    choices are dropped.
+    In the hub `cop` is a letter, in a folder it counts from 1. Records with several correct choices, and with equal
+    or empty choices, are dropped.
     """
-    choices = tuple(record[name].strip() for name in ("opa", "opb", "opc", "opd"))
-    if record["choice_type"] != "single" or len(set(choices)) < 4:
+    choices = tuple(text(record, name).strip() for name in ("opa", "opb", "opc", "opd"))
+    if text(record, "choice_type") != "single" or len(set(choices)) < 4 or not all(choices):
         return None
-    correct = record["cop"]
-    answer = "abcd".index(correct) if isinstance(correct, str) else correct - 1
-    return Question(record["question"].strip(), choices, answer)
+    return Question(text(record, "question").strip(), choices, index(record, "cop", names="abcd", first=1))
 
 
 MEDMCQA = Task(

@@ -6,6 +6,7 @@ MedQA is arXiv 2009.13081, AfriMed-QA is arXiv 2411.15640.
 from __future__ import annotations
 
 from tasks.base import DataRef, Question, Record, Task
+from tasks.fields import require_filled, text, texts
 
 
 def parse_record(record: Record) -> Question | None:
@@ -14,14 +15,30 @@ def parse_record(record: Record) -> Question | None:
     The three records of AfriMed-QA whose answer is not among their options are dropped. The options are a list of
     "A. text", or texts by letter. The answer is a letter or a text.
     """
-    options = record["options"]
-    if isinstance(options, list):
-        options = {letter: text for letter, _, text in (option.partition(". ") for option in options)}
-    answer = options.get(record["answer"], record["answer"])
-    choices = tuple(options.values())
-    return Question(record["question"].strip(), choices, choices.index(answer)) if answer in choices else None
+    if isinstance(options := record["options"], dict):
+        choices = {letter: text(options, letter) for letter in options}
+    else:
+        listed = [option.partition(". ") for option in texts(record, "options")]
+        choices = {letter: choice for letter, _, choice in listed}
+        if len(choices) < len(listed):
+            raise ValueError("field 'options' has two options with the same letter")
+    if not choices:
+        raise ValueError("field 'options' is empty")
+    for letter, choice in choices.items():
+        require_filled(f"option {letter}", choice)
+    answer = choices.get(text(record, "answer"), text(record, "answer"))
+    if answer not in choices.values():
+        return None
+    return Question(text(record, "question").strip(), tuple(choices.values()), [*choices.values()].index(answer))
 
 
-AFRIMEDQA = Task("afrimedqa", "AfriMed-QA", parse_record, DataRef("afrimedqa", hub=""), {"train": "mcq"})
+AFRIMEDQA = Task(
+    "afrimedqa",
+    "AfriMed-QA",
+    parse_record,
+    DataRef("afrimedqa", hub=""),
+    {"train": "mcq"},
+    may_repeat_choices=True,  # 60 of its items have two equal choices
+)
 MEDQA_DEV = Task("medqa_dev", "MedQA, dev", parse_record, DataRef("medqa_us", hub=""), {"train": "dev"})
 MEDQA_TEST = Task("medqa_test", "MedQA, test", parse_record, DataRef("medqa_us", hub=""), {"train": "test"})

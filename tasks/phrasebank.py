@@ -7,6 +7,7 @@ The paper uses the 3,453 sentences on which at least three quarters of the annot
 from __future__ import annotations
 
 from tasks.base import DataRef, Question, Record, Task
+from tasks.fields import one_of, require_filled, text
 
 SENTIMENTS = ("positive", "neutral", "negative")
 
@@ -14,7 +15,8 @@ SENTIMENTS = ("positive", "neutral", "negative")
 def parse_record(record: Record) -> Question:
     """Parse a record of the hub or of a folder."""
     question = "Is this news positive, neutral or negative for an investor?"
-    return Question(question, SENTIMENTS, SENTIMENTS.index(record["label"]), context=record["sentence"].strip())
+    sentence = require_filled("the sentence", text(record, "sentence")).strip()
+    return Question(question, SENTIMENTS, one_of(record, "label", SENTIMENTS), context=sentence)
 
 
 PHRASEBANK = Task(

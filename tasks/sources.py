@@ -5,8 +5,6 @@ The files of a folder are `*.jsonl.gz`.
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,6 +12,7 @@ from pathlib import Path
 
 from tasks.base import DataRef, Item, Record
 from tasks.errors import DataError
+from tasks.json_lines import read_json_lines
 from tasks.procedural import GENERATORS
 from tasks.procedural_inter import WRITERS
 
@@ -36,30 +35,24 @@ class Folder:
         """Read the records of a split, in file order.
 
         Raises:
-            DataError: The file is missing, truncated or not gzip, or one of its lines is not a JSON object.
+            DataError: The file is missing, damaged or empty, or one of its lines is not a JSON object.
         """
-        path = self.path / f"{ref.file}_{split}.jsonl.gz"
+        path = self._path(ref, split)
         if not path.is_file():
             others = ", ".join(sorted(other.name for other in self.path.glob(f"{ref.file}_*.jsonl.gz")))
             raise DataError(
                 f"{path} is missing; the folder has {others or 'no file'} of this data set. Add the missing file, or "
                 "give --data another folder."
             )
-        try:
-            with gzip.open(path, "rt", encoding="utf-8") as lines:
-                return [_parse_line(path, number, line) for number, line in enumerate(lines, 1)]
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} is broken ({error}); fetch it again.") from error
+        return [record for _, record in read_json_lines(path)]
 
+    def locate(self, ref: DataRef, split: str, number: int) -> str:
+        """Return the file and line of a record."""
+        path = self._path(ref, split)
+        return f"{path}, line {read_json_lines(path)[number][0]}"
 
-def _parse_line(path: Path, number: int, line: str) -> Record:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {number}: not JSON ({error}); fetch the file again.") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{path}, line {number}: not a JSON object; fetch the file again.")
-    return record
+    def _path(self, ref: DataRef, split: str) -> Path:
+        return self.path / f"{ref.file}_{split}.jsonl.gz"
 
 
 @dataclass(frozen=True)
@@ -82,6 +75,10 @@ class Hub:
                 "Give --data a folder of *.jsonl.gz files, or use --profile tiny, which needs no data."
             ) from error
 
+    def locate(self, ref: DataRef, split: str, number: int) -> str:
+        """Return the data set, split and number of a record."""
+        return f"{ref.hub} ({ref.hub_splits.get(split, split)}), record {number}"
+
 
 def _load_from_hub(ref: DataRef, split: str) -> list[Record]:
     import datasets  # takes two seconds, and only this function needs it
@@ -93,10 +90,14 @@ def _load_from_hub(ref: DataRef, split: str) -> list[Record]:
             raise
         # datasets 4 runs no loading scripts. The hub keeps their output as Parquet, one folder per configuration.
         records = datasets.load_dataset(ref.hub, data_dir=ref.config, split=split, revision="refs/convert/parquet")
-    class_names = {
-        name: feature.names for name, feature in records.features.items() if isinstance(feature, datasets.ClassLabel)
-    }
-    return [record | {name: names[record[name]] for name, names in class_names.items()} for record in records]
+    classes = [
+        (name, feature.names) for name, feature in records.features.items() if isinstance(feature, datasets.ClassLabel)
+    ]
+    return [
+        # A hidden label is -1 or null. Python would take -1 for the last class.
+        record | {name: names[i] if (i := record[name]) is not None and i >= 0 else None for name, names in classes}
+        for record in records
+    ]
 
 
 @dataclass(frozen=True)
@@ -122,3 +123,7 @@ class Generator:
             raise DataError(f"{ref.file} is not generated; give --data a folder, or use a profile that has the hub.")
         rng = random.Random(f"{ref.file}/{split}")
         return [asdict(generators[ref.file](rng)) for _ in range(dict(self.sizes)[split])]
+
+    def locate(self, ref: DataRef, split: str, number: int) -> str:
+        """Return the task, split and number of a record."""
+        return f"{ref.file}_{split}, record {number}"

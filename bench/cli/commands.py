@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from bench.cli.estimates import announce
 from bench.errors import UserError
 from bench.evaluate.score import require_scoring, score
 from bench.experiments.methods import BASE
@@ -27,10 +28,12 @@ from bench.report.claims import claims
 from bench.report.scores.experiment_page import experiment_page
 from bench.report.scores.selection import records_frame, records_that_lend_rates, select, tuned_rates
 from bench.report.speed import tables
-from bench.runs.plan import Runs, plan_runs, sweep
+from bench.runs.plan import Runs, plan_runs, rates_before_sweep, sweep
 from bench.runs.pool import run_all
-from bench.runs.run import run, score_options
-from bench.runs.setting import RunSettings, make_run_config, processes
+from bench.runs.run import find_record, run, score_options
+from bench.runs.setting import RunSettings, make_run_config
+from bench.runtime.processes import processes
+from bench.train.tracking import require_trackers
 from tasks import MIXTURES, Folder, build
 
 LOCAL = store.RESULTS / "local"
@@ -45,8 +48,9 @@ def make_setting_from(options: argparse.Namespace, mixture: str) -> RunSettings:
         mixture: Mixture to train or score on.
 
     Raises:
-        UserError: The options contradict each other, or `--data` is not a folder.
+        UserError: The options contradict each other, `--data` is not a folder, or a tracker is not installed.
     """
+    require_trackers(getattr(options, "track", ()))
     profile: Profile = PROFILES[options.profile]
     if options.data and profile.name == "tiny" and not options.model:
         raise UserError("the tiny base model knows the words of generated tasks only; with --data use --profile small.")
@@ -60,6 +64,7 @@ def make_setting_from(options: argparse.Namespace, mixture: str) -> RunSettings:
         max_steps=options.max_steps,
         max_items=options.max_items,
         save=getattr(options, "save", None),
+        track=getattr(options, "track", ()),
         unsafe_code=options.unsafe_code,
     )
     profile = profile.on(setting.mixture_name)
@@ -80,13 +85,24 @@ def make_table(options: argparse.Namespace) -> int:
     like = make_run_config(setting, BASE, 0)
     entries = experiment.chosen(options.methods)
     tuning_groups = tuning_groups_of(entries)
-    store.open_folder(setting.results)
+    swept = sweep(setting, tuning_groups) if options.sweep else []
     if options.sweep:
-        known = records_frame(_run_and_print(sweep(setting, tuning_groups), jobs, "sweep"))
+        known = [found for one in swept if (found := find_record(*one))]
+        rates = tuned_rates(experiment, records_frame(known))
+        expected = rates.tuned if len(known) == len(swept) else rates_before_sweep(setting, tuning_groups)
     else:
         # Learning rates are tuned for a model's name, because its weights may differ by rounding between machines.
-        known = records_that_lend_rates(records_frame(published or mine), like)
-    rates = tuned_rates(experiment, known)
+        rates = tuned_rates(experiment, records_that_lend_rates(records_frame(published or mine), like))
+        expected = rates.tuned
+    if not options.dry_run:
+        store.open_folder(setting.results)
+    if processes().is_main_process:
+        planned = [run for batch in plan_runs(setting, experiment, entries, options.seeds, expected) for run in batch]
+        announce(experiment.name, [*swept, *planned], [*published, *mine], jobs, dry_run=options.dry_run)
+    if options.dry_run:
+        return 0
+    if options.sweep:
+        rates = tuned_rates(experiment, records_frame(_run_and_print(swept, jobs, "sweep")))
     if (without := [m for m in tuning_groups if m not in rates.tuned]) and processes().is_main_process:
         message = "no tuned learning rate, so the paper's is used; --sweep tunes."
         print(f"{', '.join(without)}: {message}", file=sys.stderr)
@@ -106,7 +122,7 @@ def make_table(options: argparse.Namespace) -> int:
 def _count_jobs(options: argparse.Namespace, setting: RunSettings) -> int:
     """Return the number of runs at a time.
 
-    The number is 1 under `accelerate launch`, whose processes share a run.
+    The number is 1 if a launcher has started several processes, because they share a run.
     """
     if processes().num_processes > 1:
         return 1
@@ -147,7 +163,13 @@ def make_run(options: argparse.Namespace) -> int:
             f"{config.id} is already recorded in {setting.results}, and an adapter can be saved only by the run that "
             "trains it; give another folder as --results to make the run again."
         )
-    store.open_folder(setting.results)
+    if not options.dry_run:
+        store.open_folder(setting.results)
+    if processes().is_main_process:
+        records = [*store.read_all(store.RESULTS / setting.profile.name), *store.read_all(setting.results)]
+        announce("run", [(config, setting)], records, 1, dry_run=options.dry_run)
+    if options.dry_run:
+        return 0
     one = run(config, setting)
     if one.status == "failed":
         print(one.error, file=sys.stderr)
@@ -159,8 +181,13 @@ def make_run(options: argparse.Namespace) -> int:
 
 
 def score_adapter(options: argparse.Namespace) -> int:
-    """Score a saved adapter and print its scores; nothing is recorded."""
+    """Score a saved adapter and print its scores; nothing is recorded.
+
+    Of several processes only the first one scores.
+    """
     setting = make_setting_from(options, options.mixture)
+    if not processes().is_main_process:
+        return 0
     check_adapter(options.adapter)
     require_scoring(MIXTURES[setting.mixture_name].tasks, options.unsafe_code)
     base, tokenizer = load(prepare(setting.model), setting.device)

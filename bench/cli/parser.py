@@ -19,13 +19,17 @@ from bench.cli.commands import (
     write_leaderboards,
     write_report,
 )
-from bench.command_line import Help, folder, one_of, positive
+from bench.cli.exports import export_records
+from bench.cli.lists import LISTS, print_list
+from bench.command_line import Parser, folder, one_of, positive
 from bench.errors import UserError
 from bench.experiments.profiles import PROFILES, default_profile
 from bench.experiments.registry import EXPERIMENTS, Experiment
+from bench.train.tracking import TRACKERS
 from tasks import FORMATS, MIXTURES
 
 DESCRIPTION = "Train adapters on mixtures of tasks, score them, and write leaderboards from the records."
+EXAMPLES = "python -m bench table2 --dry-run"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,35 +54,62 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """Make the parser of all commands.
 
     Each command sets `command`, a function of the options.
     """
-    parser = argparse.ArgumentParser(prog="python -m bench", description=DESCRIPTION)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, experiment in EXPERIMENTS.items():
-        _add_table_options(
-            _add_command(commands, name, f"{experiment.title}. Make the runs and write the page."), experiment
-        )
-    _add_run_options(_add_command(commands, "run", "Make one run: train an adapter, score it and write its record."))
-    _add_score_options(_add_command(commands, "score", "Score a saved adapter on the test sets of a mixture."))
-    _add_leaderboard_options(
-        _add_command(commands, "leaderboard", "Write the pages in results/ and the README's tables from the records.")
+    parser = Parser(prog="python -m bench", usage="%(prog)s COMMAND [options]", text=DESCRIPTION, example=EXAMPLES)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", prog=parser.prog)
+
+    def add(name: str, text: str, example: str, **options: Any) -> Parser:
+        example = f"{parser.prog} {name} {example}".rstrip()
+        return commands.add_parser(name, help=text, text=text, example=example, **options)
+
+    _add_list_options(
+        add("list", "List methods, tasks, mixtures or experiments by name.", "methods", usage="%(prog)s WHAT [options]")
     )
-    report = _add_command(commands, "report", "Write results/local/report.html, a page about all published records.")
+    for name, experiment in EXPERIMENTS.items():
+        text = f"Train and score all rows of {experiment.title}; then write the page."
+        _add_table_options(add(name, text, f"--methods {','.join(experiment.methods[-2:])} --dry-run"), experiment)
+    _add_run_options(
+        add("run", "Train one adapter, score it and write its record.", "--method malora --seed 0 --save adapter")
+    )
+    _add_score_options(
+        add(
+            "score",
+            "Score a saved adapter on the test sets of a mixture.",
+            "--adapter adapter",
+            usage="%(prog)s --adapter DIR [options]",
+        )
+    )
+    _add_leaderboard_options(
+        add("leaderboard", "Write the pages in results/ and the README's tables from the records.", "--check")
+    )
+    report = add("report", "Write one HTML page about all published records.", "--output report.html")
     report.add_argument(
         "--output", type=Path, metavar="FILE", help="the page's file (default: results/local/report.html)"
     )
     report.set_defaults(command=write_report)
-    _add_publish_options(_add_command(commands, "publish", "Copy complete records of committed code to results/."))
+    _add_export_options(add("export", "Write leaderboards and runs as CSV and JSON files.", "--output export"))
+    _add_publish_options(add("publish", "Copy complete records of committed code to results/.", "--profile small"))
     return parser
 
 
-def _add_command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str
-) -> argparse.ArgumentParser:
-    return commands.add_parser(name, help=text, description=text, formatter_class=Help)
+def _add_list_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=LISTS, metavar="WHAT", help=f"one of {', '.join(LISTS)}")
+    parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
+    parser.set_defaults(command=print_list)
+
+
+def _add_export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output", type=folder, metavar="DIR", help="folder for the files (default: results/local/export)"
+    )
+    parser.add_argument(
+        "--results", type=folder, metavar="DIR", help="folder of the records (default: the published ones)"
+    )
+    parser.set_defaults(command=export_records)
 
 
 def _add_table_options(parser: argparse.ArgumentParser, experiment: Experiment) -> None:
@@ -101,6 +132,7 @@ def _add_table_options(parser: argparse.ArgumentParser, experiment: Experiment) 
     parser.add_argument(
         "--jobs", type=positive, metavar="J", help="runs at a time (default: 1 on a GPU, else 1 per CPU core)"
     )
+    _add_making(parser)
     parser.set_defaults(command=make_table, experiment=experiment)
 
 
@@ -131,7 +163,22 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "beta=2, backend=dispatch, 'freeze=[\"router\"]'",
     )
     parser.add_argument("--save", type=Path, metavar="DIR", help="save the trained adapter in this folder")
+    _add_making(parser)
     parser.set_defaults(command=make_run)
+
+
+def _add_making(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every command that trains."""
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list the missing runs with an estimate of their time, and make none"
+    )
+    parser.add_argument(
+        "--track",
+        type=_trackers,
+        default=(),
+        metavar="A,B",
+        help=f"log losses and scores to {', '.join(TRACKERS)}, in the folder tracking of --results",
+    )
 
 
 def _add_score_options(parser: argparse.ArgumentParser) -> None:
@@ -209,10 +256,15 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 _method = one_of("method", malora.METHODS)
+_tracker = one_of("tracker", TRACKERS)
 
 
 def _methods(value: str) -> list[str]:
     return [_method(name) for name in value.split(",")]
+
+
+def _trackers(value: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(_tracker(name) for name in value.split(",")))
 
 
 def _learning_rate(value: str) -> float:

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 import malora
 from bench.runtime.logits import label_positions_only
+from bench.runtime.tokens import encode_texts
 from malora.analysis import Experts, extract_experts, load_experts, means, movement, similarities, spectra
 
 PROMPTS_PER_TASK = 32  # one forward pass of some thousand tokens
@@ -146,7 +147,7 @@ def _router_stats(
 ) -> dict[str, malora.RouterStats]:
     """Run the model on the first prompts and return its router statistics by module."""
     device = next(model.parameters()).device
-    rows = [torch.tensor(tokenizer(text)["input_ids"][:MAX_TOKENS]) for text in texts[:PROMPTS_PER_TASK]]
+    rows = [torch.tensor(ids[:MAX_TOKENS]) for ids in encode_texts(tokenizer, texts[:PROMPTS_PER_TASK])]
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
     ids = pad_sequence(rows, batch_first=True).to(device)
     one_position = torch.zeros(1, dtype=torch.long, device=device)  # no logits are read, and all would be gigabytes

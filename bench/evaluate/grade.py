@@ -1,46 +1,36 @@
-"""Grade generated answers from 0 to 1, by the metric of their task."""
+"""Grade generated answers from 0 to 1, by the metric of their task.
+
+The metrics are modules of `bench.evaluate.metrics`. The references of an answer are described in `tasks.metrics`.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
-from decimal import Decimal
 from functools import partial
 
-from rouge_score.rouge_scorer import RougeScorer
-
-from bench.sandbox.execute import run_programs
+from bench.evaluate.metrics.last_number import last_number as numbers
+from bench.evaluate.metrics.last_number.last_number import last_number
+from bench.evaluate.metrics.pass_at_1 import pass_at_1
+from bench.evaluate.metrics.rouge_l import rouge_l
 from tasks.metrics import LAST_NUMBER, PASS, ROUGE_L
 
+__all__ = ["grade_numbers", "grade_programs", "grade_rouge", "grader", "last_number"]
+
 References = Sequence[str]
-Grader = Callable[[list[str], list[References]], list[float]]
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+Grader = Callable[[list[str], list[References]], Sequence[float]]
 
 
-def last_number(text: str) -> Decimal | None:
-    """Return the last number in a text, or None.
-
-    "1,000" and "1000.0" are the same number.
-    """
-    found = _NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "")) if found else None
-
-
-def grade_numbers(answers: list[str], references: list[References]) -> list[float]:
+def grade_numbers(answers: list[str], references: list[References]) -> list[int]:
     """Return 1 for answers whose last number is that of their first reference, else 0."""
-    return [int(last_number(a) == last_number(r[0]) is not None) for a, r in zip(answers, references, strict=True)]
+    return numbers.grade(answers, [first for first, *_ in references])
 
 
 def grade_rouge(answers: list[str], references: list[References]) -> list[float]:
-    """Compute the F1 score of ROUGE-L against the best reference.
-
-    The score is from the package rouge-score, without stemming.
-    """
-    scorer = RougeScorer(["rougeL"])
-    return [scorer.score_multi(r, a)["rougeL"].fmeasure for a, r in zip(answers, references, strict=True)]
+    """Return the F1 score of ROUGE-L against the best reference."""
+    return rouge_l.grade(answers, references)
 
 
-def grade_programs(answers: list[str], references: list[References], *, unsafe: bool) -> list[float]:
+def grade_programs(answers: list[str], references: list[References], *, unsafe: bool) -> list[int]:
     """Return 1 for programs that pass their tests, else 0.
 
     Args:
@@ -48,8 +38,8 @@ def grade_programs(answers: list[str], references: list[References], *, unsafe: 
         references: The given beginning of each program and its tests.
         unsafe: Run programs without a sandbox.
     """
-    programs = [(begin + a, tests) for a, (begin, tests) in zip(answers, references, strict=True)]
-    return [int(outcome.passed) for outcome in run_programs(programs, unsafe=unsafe)]
+    programs = [begin + answer for answer, (begin, _) in zip(answers, references, strict=True)]
+    return pass_at_1.grade(programs, [tests for _, tests in references], unsafe=unsafe)
 
 
 def grader(metric: str, unsafe_code: bool = False) -> Grader:

@@ -17,6 +17,7 @@ from lm_eval.models.huggingface import HFLM
 
 from bench.evaluate.generate import generate
 from bench.runtime.logits import label_positions_only
+from bench.runtime.tokens import encode_texts, split_label
 
 # Label positions per forward pass. With a vocabulary of 49,152 their logits and log-probabilities take 6 GiB.
 MAX_LABELS = 16_384
@@ -41,12 +42,31 @@ class LabelPositionLM(HFLM):  # type: ignore[misc, unused-ignore]  # lm_eval has
         super().__init__(*args, **options)
         self.token_cache = _token_cache(self.tokenizer.backend_tokenizer.to_str())
 
-    def tok_encode(self, string: str, *args: Any, **options: Any) -> list[int]:
-        """Tokenize a text; texts seen before come from the cache."""
-        key = (string, args, tuple(options.items()))
-        if key not in self.token_cache:
-            self.token_cache[key] = super().tok_encode(string, *args, **options)
-        return self.token_cache[key]
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
+        """Tokenize a text as training does; texts seen before come from the cache.
+
+        With `add_special_tokens` or other options it is lm-eval's function.
+        """
+        if add_special_tokens is not None or options:
+            encoded: list[int] = super().tok_encode(string, add_special_tokens=add_special_tokens, **options)
+            return encoded
+        if string not in self.token_cache:
+            (self.token_cache[string],) = encode_texts(self.tokenizer, [string])
+        return self.token_cache[string]
+
+    def count_label_tokens(self, prompt: str, label: str) -> int:
+        """Return the number of tokens that a label adds to its prompt."""
+        return len(self._split(prompt, label)[1])
+
+    def _split(self, prompt: str, label: str) -> tuple[list[int], list[int]]:
+        return split_label(self.tok_encode(prompt), self.tok_encode(prompt + label))
+
+    def loglikelihood(self, requests: list[Instance], *args: Any, **options: Any) -> list[tuple[float, bool]]:
+        """Compute the log-likelihood of each request's continuation of its context.
+
+        lm-eval's own would move spaces from the end of a context to its continuation, which training does not.
+        """
+        return self._loglikelihood_tokens([(request.args, *self._split(*request.args)) for request in requests])
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], *args: Any, **options: Any
@@ -106,7 +126,8 @@ class LabelPositionLM(HFLM):  # type: ignore[misc, unused-ignore]  # lm_eval has
     def generate_until(self, requests: list[Instance], *args: Any, **options: Any) -> list[str]:
         """Generate a continuation of each request's context.
 
-        A continuation goes up to the first of the request's stop strings.
+        A continuation goes up to the first of the request's stop strings. One of white space alone, such as a line
+        break, ends no continuation that has not begun.
         """
         answers = [""] * len(requests)
         groups: dict[tuple[tuple[str, ...], int], list[int]] = defaultdict(list)  # numbers of requests by their options
@@ -132,17 +153,24 @@ class LabelPositionLM(HFLM):  # type: ignore[misc, unused-ignore]  # lm_eval has
 
         def has_any(tokens: list[int]) -> bool:
             text = self.tok_decode(tokens)
-            return any(s in text for s in stop)
+            return _end(stop, text) < len(text)
 
         return has_any
 
 
 def _until(stop: tuple[str, ...], text: str) -> str:
     """Cut the text before the first stop string."""
-    return text[: min((text.index(s) for s in stop if s in text), default=len(text))]
+    return text[: _end(stop, text)]
+
+
+def _end(stop: tuple[str, ...], text: str) -> int:
+    """Return the place of the first stop string, or the length of the text."""
+    begin = len(text) - len(text.lstrip())
+    places = [text.find(s, 0 if s.strip() else begin) for s in stop]
+    return min((place for place in places if place >= 0), default=len(text))
 
 
 @cache
-def _token_cache(tokenizer_json: str) -> dict[tuple[Any, ...], list[int]]:
+def _token_cache(tokenizer_json: str) -> dict[str, list[int]]:
     """Return the cache of tokenized texts of a tokenizer, one per process."""
     return {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -14,7 +14,6 @@ import lm_eval.api.model
 import lm_eval.api.task
 import lm_eval.evaluator
 import lm_eval.models.huggingface
-from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from bench.evaluate.grade import grader
@@ -26,20 +25,30 @@ from tasks.metrics import LIKELIHOOD
 def choice_config(name: str, examples: Sequence[Example], metric: str) -> dict[str, Any]:
     """Configure a multiple-choice task.
 
+    lm-eval counts the characters of a choice without the delimiter in front of it, so the blank that our choices begin
+    with is given as the delimiter.
+
     Args:
         name: Name of the task.
         examples: Its items.
         metric: `acc` or `acc_norm`.
     """
-    rows = [{"prompt": e.prompt, "choices": list(e.choices), "answer": e.answer} for e in examples]
+    delimiter = " " if all(choice.startswith(" ") for e in examples for choice in e.choices) else ""
+    rows = [
+        {"prompt": e.prompt, "choices": [choice.removeprefix(delimiter) for choice in e.choices], "answer": e.answer}
+        for e in examples
+    ]
     return _config(name, rows, metric) | {
         "output_type": "multiple_choice",
+        "target_delimiter": delimiter,
         "doc_to_choice": "choices",
         "doc_to_target": "answer",
     }
 
 
-def likelihood_config(name: str, examples: Sequence[Example], language_model: HFLM) -> dict[str, Any]:
+def likelihood_config(
+    name: str, examples: Sequence[Example], count_tokens: Callable[[str, str], int]
+) -> dict[str, Any]:
     """Configure a task that is scored by the probabilities of a label's tokens.
 
     Its metric is their geometric mean.
@@ -47,13 +56,9 @@ def likelihood_config(name: str, examples: Sequence[Example], language_model: HF
     Args:
         name: Name of the task.
         examples: Its items.
-        language_model: Model that will be scored; its tokenizer counts a label's tokens.
+        count_tokens: Returns the number of a label's tokens, for a prompt and its label.
     """
-    rows = [
-        # lm-eval tokenizes prompts and labels with this function, and offers no public one.
-        {"prompt": e.prompt, "label": e.label, "tokens": len(language_model._encode_pair(e.prompt, e.label)[1])}
-        for e in examples
-    ]
+    rows = [{"prompt": e.prompt, "label": e.label, "tokens": count_tokens(e.prompt, e.label)} for e in examples]
     return _config(name, rows, LIKELIHOOD) | {
         "output_type": "loglikelihood",
         "doc_to_target": lambda row: row["label"],
@@ -77,7 +82,7 @@ def generation_config(
     rows = [{"prompt": e.prompt, "references": list(e.references)} for e in examples]
     grade = grader(writing.metric, unsafe_code)
 
-    def grade_answers(answers: list[list[str]], documents: Iterable[dict[str, Any]]) -> list[float]:
+    def grade_answers(answers: list[list[str]], documents: Iterable[dict[str, Any]]) -> Sequence[float]:
         return grade([answer for (answer,) in answers], [row["references"] for row in documents])
 
     return _config(name, rows, writing.metric) | {

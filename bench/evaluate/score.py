@@ -17,20 +17,22 @@ from transformers import PreTrainedTokenizerBase
 
 from bench.evaluate.lm_eval_model import LabelPositionLM
 from bench.evaluate.lm_eval_tasks import choice_config, generation_config, likelihood_config, quiet_lm_eval
+from bench.records.scorer_versions import scorer_version
 from bench.sandbox.execute import require_sandbox
 from tasks import TASKS, Example, WrittenExample
 from tasks.metrics import LIKELIHOOD, PASS
 
-# Version of prompts, metrics and precision, increased when a score could change. 2: on a GPU the output layer runs in
-# float32, so that the logits of two choices do not tie in bfloat16. Of 9,156 items of the small profile's base, one
-# answer changed.
-VERSION = 2
 # Metric of choices, by prompt format. A letter is one token, so likelihoods compare directly. Answers of different
 # lengths are compared by likelihood per character, which lm-eval reports for ARC, OpenBookQA and PIQA.
 METRICS = {"letters": "acc", "cloze": "acc_norm"}
 
 Scores = dict[str, dict[str, Any]]
 Outcomes = dict[str, list[float]]
+
+
+def metric_of(task: str, format: str) -> str:
+    """Return the name of a task's metric, which for choices follows from the prompt format."""
+    return TASKS[task].metric or METRICS[format]
 
 
 def require_scoring(tasks: Iterable[str], unsafe_code: bool = False) -> None:
@@ -70,7 +72,7 @@ def score(
         Scores by task: metric, value, stderr, n, version.
         Outcomes of the items by task: 1 if right and 0 if wrong; ROUGE-L and likelihoods lie between.
     """
-    metrics = {name: TASKS[name].metric or METRICS[format] for name in examples}
+    metrics = {name: metric_of(name, format) for name in examples}
     on_gpu = next(model.parameters()).device.type == "cuda"
     was_training = model.training
     model.eval()
@@ -85,7 +87,7 @@ def score(
 
         def config(name: str, items: list[Example]) -> dict[str, Any]:
             if metrics[name] == LIKELIHOOD:
-                return likelihood_config(name, items, language_model)
+                return likelihood_config(name, items, language_model.count_label_tokens)
             if writing := getattr(TASKS[name], "writing", None):
                 return generation_config(name, cast(list[WrittenExample], items), writing, unsafe_code)
             return choice_config(name, items, metrics[name])
@@ -117,7 +119,7 @@ def _read_results(results: dict[str, Any], metrics: dict[str, str]) -> tuple[Sco
             "value": float(row[f"{metric},none"]),
             "stderr": _number(row[f"{metric}_stderr,none"]),
             "n": len(samples),
-            "version": VERSION,
+            "version": scorer_version(name, metric),
         }
     return scores, outcomes
 

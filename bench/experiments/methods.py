@@ -8,6 +8,7 @@ from typing import Any
 from peft import PeftConfig
 
 import malora
+from bench.command_line import unknown_name
 from bench.errors import UserError
 from bench.experiments.profiles import Profile
 from malora.config import stored_value
@@ -52,8 +53,8 @@ def method_options(method: str, profile: Profile, mixture: str, changes: dict[st
         options["beta"] = PAPER_BETA[suite]
     options |= {name: stored_value(name, value) for name, value in changes.items()}
     known, general = ({f.name for f in fields(of)} for of in (config, PeftConfig))
-    if unknown := ", ".join(sorted(changes.keys() - known)):
-        raise UserError(f"{method} has no option {unknown}; there are {', '.join(sorted(known - general))}.")
+    for name in sorted(changes.keys() - known):
+        raise UserError(f"{method}: {unknown_name('option', name, sorted(known - general))}.")
     try:
         malora.make_config(method, **options)
     except (TypeError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from transformers import PreTrainedModel
 
 import malora
 from bench.errors import UserError
+
+MAX_NAMES = 3  # of tensors in a message
+MAX_DETAILS = 200  # characters of an error of PEFT, which can be a line per tensor
 
 
 def add_adapter(model: PreTrainedModel, method: str, options: dict[str, Any], seed: int) -> PeftModel:
@@ -52,27 +56,69 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Add a saved adapter to a base model.
 
     Raises:
-        UserError: The folder has no adapter, or one that was trained on another base model.
+        UserError: The folder has no adapter, an incomplete one, or one that was trained on another base model.
     """
     check_adapter(folder)
     try:
-        trained_on = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path or ""
+        config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder / 'adapter_config.json'} is not a PEFT config ({error!r}); save it again.") from error
+    if config.is_prompt_learning:
+        raise UserError(f"{folder} has virtual tokens ({config.peft_type}), which cannot be scored here.")
+    trained_on = config.base_model_name_or_path or ""
     if "@" in trained_on and trained_on != model.name_or_path:
         raise UserError(f"{folder} was trained on {trained_on}, not on {model.name_or_path}; give its base as --model.")
-    try:
-        adapted = PeftModel.from_pretrained(model, folder)
-    except SafetensorError as error:
-        raise UserError(f"{folder / 'adapter_model.safetensors'} is broken ({error}); save it again.") from error
-    except (RuntimeError, ValueError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise UserError(
-            f"{folder} does not fit {model.name_or_path}: it was trained on another base ({first_line}); give its base "
-            "as --model."
-        ) from error
+    adapted = _load_all_tensors(model, folder)
     malora.optimize_backbone(adapted)
     return adapted
+
+
+def _load_all_tensors(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Load an adapter, and check that model and file have the same finite tensors.
+
+    PEFT warns of tensors that the file lacks and leaves them at their random start. It ignores those that the model
+    lacks.
+
+    Raises:
+        UserError: They differ, or a tensor has values that are not finite.
+    """
+    weights = folder / "adapter_model.safetensors"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # reported below
+            adapted = PeftModel.from_pretrained(model, folder)
+            result = adapted.load_adapter(str(folder), "default")  # `from_pretrained` does not return its result
+    except SafetensorError as error:
+        raise UserError(f"{weights} is broken ({error}); save it again.") from error
+    except KeyError as error:  # of a module that is saved as a whole
+        raise UserError(f"{weights} lacks {error.args[0]}; save the adapter again.") from error
+    except (RuntimeError, ValueError) as error:
+        details = " ".join(str(error).split())[:MAX_DETAILS]
+        raise UserError(
+            f"{folder} does not fit {model.name_or_path}: it was trained on another base, or its config was changed "
+            f"({details}); give its base as --model."
+        ) from error
+    missing, unexpected = result.missing_keys, result.unexpected_keys
+    if missing or unexpected:
+        problems = [f"lacks {len(missing)} tensors of the adapter ({_some(missing)})"] if missing else []
+        problems += [f"has {len(unexpected)} that are none of it ({_some(unexpected)})"] if unexpected else []
+        raise UserError(
+            f"{weights} {' and '.join(problems)}; save it again, with save_pretrained of the model "
+            "inside any wrapper (torch.compile, DDP)."
+        )
+    loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if broken := [name for name, tensor in loaded.items() if not tensor.isfinite().all()]:
+        raise UserError(
+            f"{weights} has values that are not finite in {len(broken)} of {len(loaded)} tensors ({_some(broken)}); "
+            "its training diverged, so train it again."
+        )
+    return adapted
+
+
+def _some(names: list[str]) -> str:
+    """Return the first names, and how many more there are."""
+    more = len(names) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def count_parameters(model: PeftModel) -> dict[str, int]:

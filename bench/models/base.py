@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import malora
@@ -18,6 +20,24 @@ from bench.errors import UserError
 from bench.models import tiny
 from bench.models.cache import make_once
 from bench.models.smollm2 import make_smollm2
+
+WEIGHTS = "*.safetensors"  # the only format that is loaded
+# Files that transformers reads for a config or a tokenizer. A generation config is not among them: decoding is ours.
+LOADED_FILES = (
+    "config.json", "adapter_config.json", "*.safetensors.index.json", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
+)  # fmt: skip
+# Keys that say what wrote a file, and the template of chats, which no prompt here uses.
+IGNORED_KEYS = {
+    "transformers_version", "_name_or_path", "name_or_path", "is_local", "local_files_only", "chat_template",
+}  # fmt: skip
+# `hash_files` of what the recipes of the built-in models make. Published records name these models by the hash of their
+# weights, so that hash stays their identity. Versions of transformers write the same tokenizer of SmolLM2 differently.
+RECIPE_FILES = {
+    "152477ed37792c8815d682c96d2a6781cd66343fadaf9469b06aaf6285d67462": "tiny",
+    "af2196cd0768b8b07ae02c0df42c4ec49a0a9fe2a9b0226dd32d5f523010ddca": "smollm2-135m, by transformers 5.17",
+    "e2e8e1f52e80d271cfa5be62ec9938e176aba50aa3b282ddccc27fa5d9728397": "smollm2-135m, by transformers 5.24",
+}
 
 
 @dataclass(frozen=True)
@@ -27,12 +47,15 @@ class BaseModel:
     Attributes:
         path: Its folder.
         name: Its name in records.
-        hash: SHA-256 of its weights, or its commit on the hub.
+        hash: Its identity in records: SHA-256 of everything in the folder that decides a score, or its commit on the
+            hub.
+        former_hash: The identity of versions that read the weights alone; adapters of that time name it.
     """
 
     path: Path
     name: str
     hash: str
+    former_hash: str
 
 
 @cache
@@ -47,13 +70,13 @@ def prepare(model: str) -> BaseModel:
     """
     if model in BUILT_IN:
         path = BUILT_IN[model]()
-        return BaseModel(path, model, _hash_weights(path))
+        return BaseModel(path, model, *_hashes(path))
     path = Path(model)
     if path.is_dir():
         for what, pattern in (("weights", "*.safetensors"), ("config", "config.json"), ("tokenizer", "tokenizer*")):
             if not list(path.glob(pattern)):
                 raise UserError(f"{path} has no {what} ({pattern}); --model takes what save_pretrained wrote.")
-        return BaseModel(path, path.resolve().name, _hash_weights(path))
+        return BaseModel(path, path.resolve().name, *_hashes(path))
     return _fetch_from_hub(model)
 
 
@@ -61,7 +84,7 @@ def _fetch_from_hub(model: str) -> BaseModel:
     from huggingface_hub import snapshot_download
 
     try:
-        path = snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "tokenizer*"])
+        path = snapshot_download(model, allow_patterns=[WEIGHTS, *LOADED_FILES])
     except Exception as error:  # the hub client passes on any exception of its HTTP client
         first_line = str(error).partition("\n")[0]
         raise UserError(
@@ -69,7 +92,8 @@ def _fetch_from_hub(model: str) -> BaseModel:
             f"the Hugging Face hub ({type(error).__name__}: {first_line}); check the name, or give "
             "a folder that save_pretrained wrote."
         ) from error
-    return BaseModel(Path(path), model, Path(path).name)
+    commit = Path(path).name
+    return BaseModel(Path(path), model, commit, commit)
 
 
 def load(base: BaseModel, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -84,14 +108,25 @@ def load(base: BaseModel, device: torch.device) -> tuple[PreTrainedModel, PreTra
     disable_progress_bar()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(base.path)
+        model = AutoModelForCausalLM.from_pretrained(
+            base.path, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{base.path} is not a complete causal language model: {error}") from error
     # PEFT writes this name into an adapter's config, and `load_adapter` checks it.
     model.config._name_or_path = model.name_or_path = f"{base.name}@{base.hash[:12]}"
     frozen = model.requires_grad_(False)
     return frozen.to(device), tokenizer  # type: ignore[arg-type]  # transformers wraps `to`, which hides its signature
+
+
+def count_weights(base: BaseModel) -> int:
+    """Count the weights in a base model's files, which are not loaded."""
+    count = 0
+    for path in base.path.glob(WEIGHTS):
+        with safe_open(path, framework="pt") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return count
 
 
 def targets(base: BaseModel) -> list[str] | str:
@@ -102,7 +137,7 @@ def targets(base: BaseModel) -> list[str] | str:
     Raises:
         UserError: The names are unknown for models of this type.
     """
-    model_type = AutoConfig.from_pretrained(base.path).model_type
+    model_type = AutoConfig.from_pretrained(base.path, trust_remote_code=False).model_type
     if model_type not in malora.TARGET_MODULES:
         raise UserError(f"no targets are known for models of type {model_type!r}; add them in malora/targets.py.")
     return malora.TARGET_MODULES[model_type]
@@ -115,8 +150,35 @@ def _make_tiny() -> Path:
 BUILT_IN: dict[str, Callable[[], Path]] = {"tiny": _make_tiny, "smollm2-135m": make_smollm2}
 
 
+def _hashes(folder: Path) -> tuple[str, str]:
+    """Return the hash of a base model, and the hash of its weights alone."""
+    weights, files = _hash_weights(folder), hash_files(folder)
+    if files in RECIPE_FILES:
+        return weights, weights
+    return hashlib.sha256(f"{weights} {files}".encode()).hexdigest(), weights
+
+
 def _hash_weights(folder: Path) -> str:
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob(WEIGHTS)):
         digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def hash_files(folder: Path) -> str:
+    """Return the hash of the files next to the weights that decide what is loaded: config and tokenizer.
+
+    Raises:
+        UserError: A config is not a JSON object.
+    """
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in LOADED_FILES for path in folder.glob(pattern) if path.is_file()}):
+        content = path.read_bytes()
+        if path.name in ("config.json", "tokenizer_config.json"):
+            try:
+                fields = {key: value for key, value in json.loads(content).items() if key not in IGNORED_KEYS}
+            except (ValueError, AttributeError) as error:
+                raise UserError(f"{path} is not a JSON object ({error}); save the model again.") from error
+            content = json.dumps(fields, sort_keys=True).encode()
+        digest.update(f"{path.name} {len(content)} ".encode() + content)
     return digest.hexdigest()

@@ -49,11 +49,16 @@ def provenance(device: torch.device, jobs: int) -> Provenance:
         source_sha256=source_hash(),
         python=platform.python_version(),
         packages={name: _version(name) for name in PACKAGES},
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        device=device_name(device),
         cuda=torch.version.cuda if device.type == "cuda" else None,
         driver=_driver() if device.type == "cuda" else None,
         concurrent_runs=jobs,
     )
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU or of this machine's CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
 def _version(package: str) -> str | None:

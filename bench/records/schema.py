@@ -47,9 +47,12 @@ class RunConfig(Section):
     """Every setting that a run's outcome depends on. Its hash names the run.
 
     Attributes:
+        model_hash: Identity of the base model; see `bench.models.base.BaseModel`.
         learning_rate: None for the base model, which is scored but not trained.
         max_steps: Shortens a trial run; such a record is not published.
         max_items: Shortens a trial run's scoring; such a record is not published.
+        scorer_versions: Version of the scorer by task, where it is later than 2; see `bench.records.scorer_versions`.
+            None if there are no such tasks, as in all records before version 3.
     """
 
     profile: str
@@ -72,10 +75,15 @@ class RunConfig(Section):
     device_type: str
     max_steps: int | None = None
     max_items: int | None = None
+    scorer_versions: dict[str, int] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return all fields: the hash covers the defaults too."""
-        return self.model_dump()
+        """Return all fields: the hash covers the defaults too.
+
+        Only `scorer_versions` is left out if it is None, so that runs without a change keep their hashes.
+        """
+        fields = self.model_dump()
+        return fields if self.scorer_versions else {k: v for k, v in fields.items() if k != "scorer_versions"}
 
     @property
     def hash(self) -> str:
@@ -196,6 +204,11 @@ class TrainSection(Section):
     curve: list[CurvePoint]
     router: list[RouterPoint]
     peak_bytes: int | None
+
+    @property
+    def training_seconds(self) -> float:
+        """The time of all phases but evaluation."""
+        return sum(seconds for phase, seconds in self.seconds.items() if phase != "evaluation")
 
 
 class TaskScore(Section):

@@ -33,12 +33,18 @@ def published_sections(
     records: Mapping[str, Sequence[Record]],
 ) -> Iterator[tuple[str, Experiment, list[Section]]]:
     """Yield the profile, the experiment and the sections of every page of scores."""
+    for selection in published_selections(records):
+        yield selection.profile, selection.experiment, experiment_sections(selection)
+
+
+def published_selections(records: Mapping[str, Sequence[Record]]) -> Iterator[Selection]:
+    """Yield the records of every page of scores."""
     for profile, mine in records.items():
         frame = records_frame(mine)
         for experiment in EXPERIMENTS.values():
             selection = select(experiment, profile, frame)
             if _is_table(selection):
-                yield profile, experiment, experiment_sections(selection)
+                yield selection
 
 
 def _is_table(selection: Selection) -> bool:

@@ -22,6 +22,16 @@ def sweep(setting: RunSettings, tuning_groups: Sequence[str]) -> Runs:
     return [(make_run_config(setting, method, SWEEP_SEED, rate), setting) for method in tuning_groups for rate in rates]
 
 
+def rates_before_sweep(setting: RunSettings, tuning_groups: Sequence[str]) -> dict[str, float]:
+    """Return learning rates that stand for those that a sweep has yet to choose.
+
+    With them `plan_runs` plans as many runs as after the sweep. They are rates of the sweep, because a sweep's run is
+    also the table's run of the same seed, and they are not the paper's, which a table may run as well.
+    """
+    rate = next(rate for rate in setting.profile.rates if rate != setting.profile.paper_rate)
+    return dict.fromkeys(tuning_groups, rate)
+
+
 def plan_runs(
     setting: RunSettings,
     experiment: Experiment,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -69,6 +70,7 @@ def _run_in_worker(config: RunConfig, setting: RunSettings, jobs: int) -> Record
 
 def _start_worker(counter: Synchronized[int]) -> None:
     """Assign the GPUs to the workers in turn."""
+    os.environ.pop("LOCAL_RANK", None)  # with it accelerate would take the workers for one process of torchrun
     with counter.get_lock():
         number, counter.value = counter.value, counter.value + 1
     if torch.cuda.is_available():

@@ -23,10 +23,12 @@ from bench.models.base import load, prepare, targets
 from bench.records import provenance
 from bench.records import store as records
 from bench.records.schema import DataSection, InsideSection, Parameters, Record, RunConfig, TaskScore, TrainSection
-from bench.runs.setting import RunSettings, blend_seed, load_data, processes
+from bench.runs.setting import RunSettings, blend_seed, load_data
+from bench.runtime.processes import processes
 from bench.train.batching import Encoded, encode, label_tokens
 from bench.train.checkpoint import TrainLog
 from bench.train.loop import DivergedError, train
+from bench.train.tracking import Log, tracked
 from malora.analysis import extract_experts
 from tasks import MIXTURES, Example
 
@@ -36,8 +38,8 @@ def run(config: RunConfig, setting: RunSettings, jobs: int = 1) -> Record:
 
     An existing record is one that the results folder already has.
 
-    A run that fails is recorded with its status and error, and nothing is raised. With `accelerate launch` every
-    process returns the record that the first one wrote.
+    A run that fails is recorded with its status and error, and nothing is raised. If several processes share the run,
+    the first one writes the record and the others return it. A failure in one of several processes is raised.
 
     Args:
         config: Configuration of the run.
@@ -58,7 +60,9 @@ def run(config: RunConfig, setting: RunSettings, jobs: int = 1) -> Record:
     checkpoint = setting.results / "checkpoints" / f"{config.id}.pt"
     record = Record(config=config, status="ok", provenance=provenance.provenance(setting.device, jobs))
     try:
-        _train_and_score(record, setting, checkpoint)
+        names = setting.track if state.is_main_process else ()
+        with tracked(names, config, setting.results / "tracking") as track:
+            _train_and_score(record, setting, checkpoint, track)
     except DivergedError as error:
         record.status, record.error, record.train = "diverged", str(error), _train_section(error.log)
     except UserError:
@@ -67,11 +71,13 @@ def run(config: RunConfig, setting: RunSettings, jobs: int = 1) -> Record:
         if jobs > 1:
             checkpoint.unlink(missing_ok=True)  # its times are those of crowded runs, so nothing may resume from it
             raise
+        if state.num_processes > 1:
+            raise  # as below
         record.status, record.error = "oom", str(error)
     except Exception as error:
-        record.status, record.error = "failed", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
         if state.num_processes > 1:
             raise  # the other processes wait for this one in the middle of a step; the launcher ends them
+        record.status, record.error = "failed", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
     if state.is_main_process:
         records.write(record, setting.results)
         if record.status != "failed":
@@ -85,7 +91,7 @@ def run(config: RunConfig, setting: RunSettings, jobs: int = 1) -> Record:
     return record
 
 
-def _train_and_score(record: Record, setting: RunSettings, checkpoint: Path) -> None:
+def _train_and_score(record: Record, setting: RunSettings, checkpoint: Path, track: Log) -> None:
     """Fill in the sections of the record, one after the other.
 
     So a failure leaves the earlier sections in the record.
@@ -103,7 +109,7 @@ def _train_and_score(record: Record, setting: RunSettings, checkpoint: Path) -> 
         record.parameters = Parameters(**count_parameters(model))
         encoded = _encoded(setting, config, tokenizer)
         record.data = record.data.replace(train=label_tokens(data.train, encoded))
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed + processes().process_index)  # every process drops out other activations
         log = train(
             model,
             encoded,
@@ -111,6 +117,7 @@ def _train_and_score(record: Record, setting: RunSettings, checkpoint: Path) -> 
             pad_id=tokenizer.pad_token_id or 0,
             checkpoint=checkpoint,
             checkpoint_every=profile.checkpoint_every,
+            track=track,
         )
         record.train = _train_section(log)
         if setting.save and processes().is_main_process:
@@ -131,6 +138,15 @@ def _train_and_score(record: Record, setting: RunSettings, checkpoint: Path) -> 
     record.test = {task: TaskScore(**one) for task, one in test.items()}
     if record.train:
         record.train.seconds["evaluation"] = time.perf_counter() - start
+    track(_final_scores(record), record.train.steps if record.train else 0)
+
+
+def _final_scores(record: Record) -> dict[str, float | None]:
+    """Return the scores in percent by split and task, for trackers."""
+    scores = {"test/mean": record.mean("test"), "validation/mean": record.mean("validation")}
+    for split, by_task in (("validation", record.validation), ("test", record.test)):
+        scores |= {f"{split}/{task}": 100 * score.value for task, score in (by_task or {}).items()}
+    return scores
 
 
 def score_options(setting: RunSettings) -> dict[str, Any]:

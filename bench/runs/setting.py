@@ -5,27 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
+from bench.evaluate.score import metric_of
 from bench.experiments.methods import BASE, method_options
 from bench.experiments.profiles import Profile
 from bench.models.base import prepare
 from bench.records.schema import RunConfig
+from bench.records.scorer_versions import named_versions
+from bench.runtime.processes import processes
 from tasks import MIXTURES, MixtureData, Source, build
-
-
-def processes() -> PartialState:
-    """Return this process's place among those of `accelerate launch`.
-
-    The timeout is long, because the other processes wait for hours while the first one scores.
-    """
-    return PartialState(timeout=timedelta(hours=12))
 
 
 @dataclass(frozen=True)
@@ -44,6 +37,7 @@ class RunSettings:
         save: Folder for the trained adapter.
         peers: Folders of adapters to compare the run's experts with, by the name of the comparison.
         unsafe_code: Run generated programs without a sandbox.
+        track: Trackers to log losses and scores to, names in `bench.train.tracking.TRACKERS`.
     """
 
     profile: Profile
@@ -57,6 +51,7 @@ class RunSettings:
     save: Path | None = None
     peers: dict[str, Path] = field(default_factory=dict)
     unsafe_code: bool = False
+    track: tuple[str, ...] = ()
 
     @property
     def mixture_name(self) -> str:
@@ -116,6 +111,9 @@ def make_run_config(setting: RunSettings, method: str, seed: int, learning_rate:
         device_type=setting.device.type,
         max_steps=setting.max_steps,
         max_items=setting.max_items,
+        scorer_versions=named_versions(
+            {task: metric_of(task, profile.format) for task in MIXTURES[setting.mixture_name].tasks}
+        ),
     )
 
 

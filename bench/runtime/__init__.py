@@ -1,4 +1,4 @@
 """Tools shared by training, evaluation and speed measurements.
 
-They are attention, logits and timing.
+They are attention, logits, tokens and timing.
 """

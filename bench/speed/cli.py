@@ -18,13 +18,14 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from bench.command_line import Help, folder, fraction, one_of, positive
+from bench.command_line import Parser, folder, fraction, one_of, positive, unknown_name
 from bench.errors import UserError
 from bench.models.backbone import SHAPES, backbone
 from bench.records import store
 from bench.records.provenance import provenance
 from bench.records.schema import PeakRates, SpeedOptions, SpeedRecord, SpeedRow
 from bench.report.speed import tables
+from bench.runtime.processes import started_processes
 from bench.speed.baselines import registered_baselines
 from bench.speed.layer_sweep import SWEEPS, sweep_rows
 from bench.speed.profiler import backbone_flops, peak_rates
@@ -57,11 +58,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.speed", description=(__doc__ or "").partition("\n")[0], formatter_class=Help
-    )
+    text, _, examples = (__doc__ or "").partition("\n\n")
+    parser = Parser(prog="python -m bench.speed", text=text, example=examples.partition("\n\n")[0])
     on_gpu = torch.cuda.is_available()
     parser.add_argument(
         "--variant",
@@ -112,6 +112,9 @@ def _benchmark(options: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     _check_nothing_is_ignored(options)
+    name, started = started_processes()
+    if started > 1:
+        raise UserError(f"{name} is {started}, but steps are measured in one process; start it without a launcher.")
     known = store.read_speed(options.results)  # before the measurement, so that a broken record costs no time
     work = _workload(options)
     rows, flops = _rows(options, work, device, dtype)
@@ -155,8 +158,8 @@ def _rows(
     names = options.variant.split(",")
     shape = SHAPES[options.shape]
     if options.sweep:
-        if unknown := set(names) - set(ROUTED):
-            raise UserError(f"--sweep measures routed methods, {', '.join(ROUTED)}; not {', '.join(sorted(unknown))}.")
+        for name in set(names) - set(ROUTED):
+            raise UserError(f"--sweep measures routed methods: {unknown_name('one', name, ROUTED)}.")
         sizes = shape.config["hidden_size"], shape.config["intermediate_size"]
         linear = nn.Linear(*sizes, bias=False, device=device, dtype=dtype)
         return sweep_rows(options.sweep, names, linear.requires_grad_(False), work), None

@@ -24,6 +24,7 @@ import torch
 from peft import PeftConfig
 
 import malora
+from bench.command_line import unknown_name
 from bench.errors import UserError
 
 
@@ -152,8 +153,7 @@ def select_variants(names: list[str], mode: str, device: torch.device) -> list[V
                 raise UserError(f"{name} needs a GPU: it uses CUDA graphs or Triton kernels.")
             chosen.append(name)
         else:
-            methods = ", ".join(("all", *OURS))
-            raise UserError(f"unknown variant {name!r}; there are {methods}, and the variants {', '.join(known)}.")
+            raise UserError(f"{unknown_name('variant', name, ['all', *OURS, *known])}.")
     return [known[name] for name in dict.fromkeys(chosen)]
 
 

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from bench.errors import UserError
+from bench.runtime.tokens import encode_texts, split_label
 from tasks import Example, WrittenExample
 
 # Tokens per packed sequence, by device. An example that is longer gets a multiple of it.
@@ -57,7 +59,8 @@ class Batch:
         row: Sequence that each label token is predicted from, [L].
         column: Position in that sequence, one before the label token, [L].
         target: Label tokens, [L]; `IGNORED_TARGET` for padding.
-        labels: Label tokens in all micro-batches of the batch, [], float32.
+        labels: Label tokens in all micro-batches of the batch and all processes, [], float32.
+        share: Share of them that is in this micro-batch, over all processes, [], float32.
     """
 
     ids: Tensor
@@ -67,6 +70,7 @@ class Batch:
     column: Tensor
     target: Tensor
     labels: Tensor
+    share: Tensor
 
     @property
     def mask(self) -> Tensor:
@@ -102,14 +106,21 @@ def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_
         tokenizer: Tokenizer of the base model.
         examples: Examples to tokenize.
         max_length: Maximum tokens of an encoded example, prompt and label.
+
+    Raises:
+        UserError: There are written answers, and the tokenizer has no end-of-text token.
     """
-    texts = tokenizer([e.prompt + e.label for e in examples])["input_ids"]
-    prompts = tokenizer([e.prompt for e in examples])["input_ids"]
+    is_written = [isinstance(example, WrittenExample) for example in examples]
+    if any(is_written) and tokenizer.eos_token_id is None:
+        raise UserError("the base model's tokenizer has no end-of-text token (eos_token) to end a written answer with.")
+    texts = encode_texts(tokenizer, [e.prompt + e.label for e in examples])
+    prompts = encode_texts(tokenizer, [e.prompt for e in examples])
     encoded = []
-    for example, ids, prompt in zip(examples, texts, prompts, strict=True):
-        label = ids[len(prompt) :] + [tokenizer.eos_token_id] * isinstance(example, WrittenExample)
-        label = label[: max_length - min(len(prompt), max_length // 2)]
-        encoded.append(Encoded((ids[: len(prompt)] + label)[-max_length:], len(label)))
+    for ends, ids, prompt in zip(is_written, texts, prompts, strict=True):
+        context, label = split_label(prompt, ids)
+        label = label + [tokenizer.eos_token_id] * ends
+        label = label[: max_length - min(len(context), max_length // 2)]
+        encoded.append(Encoded((context + label)[-max_length:], len(label)))
     return encoded
 
 
@@ -152,10 +163,16 @@ def collate(
     row_length: int = PACKED_ROW_LENGTH["cuda"],
     max_tokens: int = MAX_TOKENS["cuda"],
     fixed_shapes: bool = False,
+    process_index: int = 0,
+    num_processes: int = 1,
 ) -> list[Batch]:
     """Pack a batch into micro-batches, each with examples of all lengths.
 
     The last label token of an example is a target only. Nothing is predicted from it, so it is not part of the input.
+
+    The micro-batches do not depend on the number of processes, because the balance loss of a batch depends on its
+    micro-batches. Several processes divide the packed sequences of each micro-batch among themselves. A process that
+    gets none has a sequence of padding without targets, because all processes must run equally many passes.
 
     Args:
         encoded: Examples of the batch.
@@ -164,6 +181,8 @@ def collate(
         max_tokens: Maximum tokens per micro-batch; a micro-batch has at least one packed sequence.
         fixed_shapes: Pad the label tokens, so that few shapes occur and few CUDA graphs are captured. They are padded
             to the number of examples if every label is one token, else to the number of input tokens.
+        process_index: Number of this process, counted from 0.
+        num_processes: Processes that divide the batch.
     """
     lengths = [len(code.ids) - 1 for code in encoded]
     total, longest = sum(lengths), max(lengths)
@@ -181,12 +200,13 @@ def collate(
     if fixed_shapes:
         one_token_each = all(code.label_length == 1 for code in encoded)
         min_targets = len(encoded) if one_token_each else math.ceil(len(rows) / micro_batches) * width
-    return [
-        _make_micro_batch(
-            [[encoded[i] for i in row] for row in rows[first::micro_batches]], pad_id, width, labels, min_targets
-        )
-        for first in range(micro_batches)
-    ]
+    batches = []
+    for first in range(micro_batches):
+        chosen = rows[first::micro_batches]
+        share = torch.tensor(float(sum(encoded[i].label_length for row in chosen for i in row))) / labels
+        mine = [[encoded[i] for i in row] for row in chosen[process_index::num_processes]]
+        batches.append(_make_micro_batch(mine or [[]], pad_id, width, min_targets, labels, share))
+    return batches
 
 
 def _pack(lengths: list[int], width: int) -> list[list[int]]:
@@ -206,10 +226,12 @@ def _pack(lengths: list[int], width: int) -> list[list[int]]:
     return rows
 
 
-def _make_micro_batch(rows: list[list[Encoded]], pad_id: int, width: int, labels: Tensor, min_targets: int) -> Batch:
+def _make_micro_batch(
+    rows: list[list[Encoded]], pad_id: int, width: int, min_targets: int, labels: Tensor, share: Tensor
+) -> Batch:
     """Lay the examples of each sequence one after the other, and pad the targets.
 
-    There are at least `min_targets` targets after padding.
+    There are at least `min_targets` targets after padding, and no fewer than one.
     """
     ids, position, example = (torch.full((len(rows), width), fill) for fill in (pad_id, 0, 0))
     places = []  # row, column and target of each label token
@@ -222,7 +244,7 @@ def _make_micro_batch(rows: list[list[Encoded]], pad_id: int, width: int, labels
             example[r, start:end] = number
             places += [(r, end - back, tokens[-back]) for back in range(label_length, 0, -1)]
             start = end
-    filled = torch.tensor([(0, 0, IGNORED_TARGET)]).repeat(max(len(places), min_targets), 1)
-    filled[: len(places)] = torch.tensor(places)
+    filled = torch.tensor([(0, 0, IGNORED_TARGET)]).repeat(max(len(places), min_targets, 1), 1)
+    filled[: len(places)] = torch.tensor(places, dtype=torch.long).reshape(-1, 3)
     row, column, target = filled.T.contiguous()
-    return Batch(ids, position, example, row, column, target, labels)
+    return Batch(ids, position, example, row, column, target, labels, share)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from accelerate.utils import gather_object
+from torch import Tensor, nn
 
 
 @dataclass
@@ -54,23 +55,38 @@ class Checkpoint:
         model: Model whose trainable parameters are saved.
         optimizer: Optimizer of these parameters.
         scheduler: Learning-rate scheduler.
+        process_index: Number of this process among those that train together. Parameters, optimizer and scheduler are
+            the same in all of them, but each has its own random numbers.
     """
 
-    def __init__(self, path: Path, identity: str, model: nn.Module, optimizer: _Stateful, scheduler: _Stateful) -> None:
-        self.path, self.identity = path, identity
+    def __init__(
+        self,
+        path: Path,
+        identity: str,
+        model: nn.Module,
+        optimizer: _Stateful,
+        scheduler: _Stateful,
+        process_index: int = 0,
+    ) -> None:
+        self.path, self.identity, self.process_index = path, identity, process_index
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer, self.scheduler = optimizer, scheduler
 
     def save(self, log: TrainLog) -> None:
-        """Write the current state and the log."""
+        """Write the current state and the log.
+
+        All processes call it, and the first one writes the file.
+        """
+        random_states = gather_object([_random_state()])
+        if self.process_index != 0:
+            return
         state = {
             "identity": self.identity,
             "log": vars(log),
             "parameters": {name: p.detach() for name, p in self.parameters.items()},
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+            "random_states": random_states,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
@@ -93,7 +109,14 @@ class Checkpoint:
                 parameter.copy_(state["parameters"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"])
+        if self.process_index < len(state["random_states"]):  # there may have been fewer processes
+            cpu, gpu = state["random_states"][self.process_index]
+            torch.set_rng_state(cpu)
+            if gpu is not None:
+                torch.cuda.set_rng_state(gpu)
         return TrainLog(**state["log"])
+
+
+def _random_state() -> tuple[Tensor, Tensor | None]:
+    """Return the states of the CPU's and the GPU's generator."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import math
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
-from multiprocessing import parent_process
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from tqdm import tqdm
 from transformers import get_linear_schedule_with_warmup
 
 import malora
 from bench.records.provenance import source_hash
 from bench.records.schema import RunConfig
+from bench.runtime.processes import make_accelerator
 from bench.runtime.timer import PhaseTimer
 from bench.train.batching import MAX_TOKENS, PACKED_ROW_LENGTH, Batch, Encoded, collate, shuffled_batches
 from bench.train.checkpoint import Checkpoint, TrainLog
+from bench.train.progress import Progress
 from bench.train.step import EagerStep, GraphedStep, Step
+from bench.train.tracking import Log, log_nothing
 from malora.backbone.cuda_graphs import can_capture
 from malora.backbone.liger import LigerKernels, has_liger
 
@@ -57,6 +54,7 @@ def train(
     pad_id: int,
     checkpoint: Path,
     checkpoint_every: int,
+    track: Log = log_nothing,
 ) -> TrainLog:
     """Train the model's adapter in place.
 
@@ -70,11 +68,12 @@ def train(
         checkpoint: File of the checkpoint.
         checkpoint_every: Steps between checkpoints. One is also written after the last step, so that a failure in
             scoring costs no training.
+        track: Gets every point of the curve and all router statistics, with the step.
 
     Raises:
         DivergedError: A loss or gradient was not finite.
     """
-    trainer = _Trainer(model, encoded, config, pad_id, checkpoint)
+    trainer = _Trainer(model, encoded, config, pad_id, checkpoint, track)
     trainer.run(checkpoint_every)
     return trainer.log
 
@@ -83,12 +82,11 @@ class _Trainer:
     """The state of one training run: batches, optimizer, step, checkpoint and log."""
 
     def __init__(
-        self, model: PeftModel, encoded: Sequence[Encoded], config: RunConfig, pad_id: int, checkpoint: Path
+        self, model: PeftModel, encoded: Sequence[Encoded], config: RunConfig, pad_id: int, checkpoint: Path, track: Log
     ) -> None:
-        self.model, self.encoded, self.config, self.pad_id = model, encoded, config, pad_id
-        self.accelerator = Accelerator(mixed_precision="bf16" if config.device_type == "cuda" else "no")
-        self.single_process = self.accelerator.num_processes == 1
-        self.captures = self.single_process and can_capture(model)
+        self.model, self.encoded, self.config, self.pad_id, self.track = model, encoded, config, pad_id, track
+        self.accelerator = make_accelerator("bf16" if config.device_type == "cuda" else "no")
+        self.captures = self.accelerator.num_processes == 1 and can_capture(model)
         self.batches = shuffled_batches(
             len(encoded), batch_size=config.batch_size, epochs=config.epochs, seed=config.seed
         )
@@ -96,11 +94,14 @@ class _Trainer:
         optimizer, self.scheduler = _make_optimizer(model, config, len(self.batches))
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
         identity = config.hash + source_hash()
-        self.checkpoint = Checkpoint(checkpoint, identity, model, self.optimizer, self.scheduler)
+        self.checkpoint = Checkpoint(
+            checkpoint, identity, model, self.optimizer, self.scheduler, self.accelerator.process_index
+        )
         self.log = self.checkpoint.load() or TrainLog()
         self.timer = PhaseTimer(self.accelerator.device)
         self.step = self._make_step()
         self.has_router = malora.has_router(model)
+        self.learning_rate = 0.0  # of the last step
         self.pending: list[Tensor] = []  # losses and gradient norms that are still on the device, each [3]
 
     def run(self, checkpoint_every: int) -> None:
@@ -109,18 +110,16 @@ class _Trainer:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         self.wrapped.train()
-        start, tokens_before = time.perf_counter(), self.log.tokens
-        log = self.log
-        with self._progress_bar() as bar, keep_input_dtype(self.model, self.accelerator.device):
+        log, tokens_before = self.log, self.log.tokens
+        progress = Progress(self.config.id, self.last_step, log.steps, self.accelerator.is_main_process)
+        with progress, keep_input_dtype(self.model, self.accelerator.device):
             while log.steps < self.last_step:
                 self._train_step()
                 if log.steps % CHECK_EVERY == 0 or log.steps == self.last_step:
                     self._read_pending()
-                    speed = (log.tokens - tokens_before) / (time.perf_counter() - start)
-                    bar.set_postfix_str(f"loss {log.curve[-1]['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
                 if log.steps % checkpoint_every == 0 or log.steps == self.last_step:
                     self._save_checkpoint()
-                bar.update()
+                progress.update(log.steps, log.tokens - tokens_before, self._latest_loss)
         if on_gpu:
             log.peak_bytes = torch.cuda.max_memory_allocated()
         self.accelerator.wait_for_everyone()
@@ -133,12 +132,9 @@ class _Trainer:
         eager.end_phase = self.timer.end_phase
         return eager
 
-    def _progress_bar(self) -> tqdm[Any]:
-        # Bars of worker processes would overwrite each other. None shows the bar on a terminal only.
-        hidden = True if parent_process() or not self.accelerator.is_main_process else None
-        return tqdm(
-            total=self.last_step, initial=self.log.steps, unit="step", desc=self.config.id, disable=hidden, leave=False
-        )
+    def _latest_loss(self) -> float:
+        """Return the last mean loss; before the first one, that of the last step."""
+        return self.log.curve[-1]["loss"] if self.log.curve else self.pending[-1][0].item()
 
     def _train_step(self) -> None:
         """Train on the next batch and log it, without waiting for the device."""
@@ -152,6 +148,7 @@ class _Trainer:
             timer.end_phase("forward_backward")
         norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
+        self.learning_rate = float(self.scheduler.get_last_lr()[0])  # of this step, before the schedule goes on
         self.scheduler.step()
         self.optimizer.zero_grad()
         timer.end_phase("optimizer")
@@ -159,42 +156,56 @@ class _Trainer:
         log.tokens += sum(len(self.encoded[i].ids) for i in chosen)
         self.pending.append(torch.stack([loss, balance, norm]))
         if self.has_router and log.steps % ROUTER_EVERY == 0:
-            log.router.append({"step": log.steps} | _router_summary(self.model, micro_batches[-1].mask))
+            stats = malora.router_stats(self.model, micro_batches[-1].mask, all_reduce=self._sum_over_processes)
+            summary = _router_summary(stats.values())
+            log.router.append({"step": log.steps} | summary)
+            self.track({f"router/{name}": value for name, value in summary.items()}, log.steps)
 
     def _make_micro_batches(self, chosen: list[int]) -> list[Batch]:
         """Collate this process's share of a batch and copy it to the device."""
         accelerator, device_type = self.accelerator, self.config.device_type
-        mine = chosen[accelerator.process_index :: accelerator.num_processes]
-        mine = mine or chosen[:1]  # a small last batch may not reach every process
         micro_batches = collate(
-            [self.encoded[i] for i in mine],
+            [self.encoded[i] for i in chosen],
             self.pad_id,
             row_length=PACKED_ROW_LENGTH[device_type],
-            # All processes must run equally many forward passes, so several processes do not split a batch further.
-            max_tokens=MAX_TOKENS[device_type] if self.single_process else sys.maxsize,
+            max_tokens=MAX_TOKENS[device_type],
             fixed_shapes=self.captures,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
         )
         return [batch.to(accelerator.device) for batch in micro_batches]
 
     def _read_pending(self) -> None:
         """Read the last steps' losses from the device and add their mean to the curve.
 
+        The losses are summed over the processes. Gradients are already, so all processes have the same norm.
+
         Raises:
             DivergedError: One of them is not finite.
         """
         log = self.log
         self.timer.add_to(log.seconds)
-        loss, balance, norm = torch.stack(self.pending).mean(0).tolist()
-        log.curve.append({"step": log.steps, "loss": loss, "balance_loss": balance, "grad_norm": norm})
+        mean = torch.stack(self.pending).mean(0)
+        loss, balance = self._sum_over_processes(mean[:2]).tolist()
+        norm = mean[2].item()
+        means = {"loss": loss, "balance_loss": balance, "grad_norm": norm}
+        log.curve.append({"step": log.steps} | means)
         self.pending.clear()
+        means |= {"learning_rate": self.learning_rate, "tokens": log.tokens}
+        self.track({f"train/{name}": value for name, value in means.items()}, log.steps)
         if not all(map(math.isfinite, (loss, balance, norm))):
             raise DivergedError(log)
+
+    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all processes."""
+        total = self.accelerator.reduce(tensor, reduction="sum")
+        assert isinstance(total, Tensor)
+        return total
 
     def _save_checkpoint(self) -> None:
         if self.pending:
             self._read_pending()
-        if self.accelerator.is_main_process:
-            self.checkpoint.save(self.log)
+        self.checkpoint.save(self.log)
 
 
 def _make_optimizer(model: nn.Module, config: RunConfig, steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
@@ -227,9 +238,8 @@ def keep_input_dtype(model: nn.Module, device: torch.device) -> AbstractContextM
     return disable_input_dtype_casting(model, active=device.type == "cuda" and bool(loras) and not has_dora)
 
 
-def _router_summary(model: nn.Module, mask: Tensor) -> dict[str, float]:
+def _router_summary(stats: Collection[malora.RouterStats]) -> dict[str, float]:
     """Average router statistics over the routed layers; `unused_experts` is their sum."""
-    stats = malora.router_stats(model, mask).values()
     return {
         "entropy": sum(s.entropy for s in stats) / len(stats),
         "gate_sum": sum(s.gate_sum for s in stats) / len(stats),

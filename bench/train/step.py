@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from bench.runtime.attention import exact_with_masks
 from bench.runtime.logits import label_positions_only
 from bench.train.batching import Batch
 from malora.backbone.cuda_graphs import accumulate_grads, capture, capture_refresh, warm_up
-from malora.routing import Routing
+from malora.routing import Routing, RoutingLog
 
 Losses = tuple[Tensor, Tensor]  # task loss and balance loss, both []
 Step = Callable[[list[Batch]], Losses]
@@ -57,12 +58,19 @@ class EagerStep:
         self.kernels = kernels or nullcontext()
         self.has_router = malora.has_router(model)
         in_bfloat16 = accelerator.mixed_precision == "bf16"
+        self.num_processes = accelerator.num_processes
+        self.all_reduce = partial(accelerator.reduce, reduction="sum") if self.num_processes > 1 else None
         self.attention_dtype = torch.bfloat16 if in_bfloat16 else next(model.parameters()).dtype
         self.end_phase: Callable[[str], None] = lambda phase: None
 
     def __call__(self, micro_batches: list[Batch]) -> Losses:
-        """Run all micro-batches of a batch and return the losses of the batch."""
-        losses = [self.run_micro_batch(batch) for batch in micro_batches]
+        """Run all micro-batches of a batch and return this process's summands of the losses.
+
+        The gradients are those of the losses of the whole batch, in every process.
+        """
+        with self.accelerator.no_sync(self.wrapped):  # the last backward pass adds up the gradients of all processes
+            losses = [self.run_micro_batch(batch) for batch in micro_batches[:-1]]
+        losses.append(self.run_micro_batch(micro_batches[-1]))
         loss, balance = losses[0]
         for more_loss, more_balance in losses[1:]:
             loss, balance = loss + more_loss, balance + more_balance
@@ -72,7 +80,8 @@ class EagerStep:
         """Run forward and backward of a micro-batch.
 
         Returns:
-            Its share of the losses of the batch, weighted by label tokens, so that shares add up.
+            Its summands of the losses of the batch. The sums are over micro-batches, weighted by label tokens, and over
+            processes.
         """
         at_labels = label_positions_only(self.model, batch.row, batch.column)
         with self.kernels, exact_with_masks(batch.ids.device), at_labels:
@@ -85,9 +94,12 @@ class EagerStep:
         loss = F.cross_entropy(logits.float(), batch.target, reduction="sum") / batch.labels
         balance = torch.zeros_like(loss)
         if self.has_router:
-            balance = malora.balance_loss(self.model, batch.mask) * ((batch.target >= 0).sum() / batch.labels)
+            balance = malora.balance_loss(self.model, batch.mask, all_reduce=self.all_reduce) * batch.share
         self.end_phase("forward")
-        self.accelerator.backward(loss + self.balance_factor * balance)
+        total = loss + self.balance_factor * balance
+        if self.num_processes > 1:
+            total = total * self.num_processes  # DistributedDataParallel divides the sum of the gradients by it
+        self.accelerator.backward(total)
         self.end_phase("backward")
         return loss.detach(), balance.detach()
 
@@ -101,14 +113,14 @@ class _CapturedMicroBatch:
         inputs: Tensors that the graph reads.
         losses: Task loss and balance loss that it writes.
         gradients: Gradients that it writes, in the order of the trainable parameters.
-        routings: Routings that it writes, by adapter, one dictionary per adapted layer.
+        routings: Routings that it writes, by layer and adapter.
     """
 
     graph: torch.cuda.CUDAGraph
     inputs: Batch
     losses: Losses
     gradients: list[Tensor]
-    routings: list[dict[str, Routing]]
+    routings: dict[str, dict[str, Routing]]
 
     def replay(self, batch: Batch) -> None:
         """Copy the batch into the inputs and launch the graph."""
@@ -130,7 +142,8 @@ class GraphedStep:
     def __init__(self, eager: EagerStep) -> None:
         self.eager = eager
         self.parameters = [p for p in eager.model.parameters() if p.requires_grad]
-        self.adapted_layers = [module for module in eager.model.modules() if isinstance(module, malora.MaloraLayer)]
+        tuner = eager.model.base_model
+        self.log = tuner.routing_log if isinstance(tuner, malora.MaloraModel) else RoutingLog()
         self.captured: dict[Shape, _CapturedMicroBatch] = {}
         self.weights = malora.WeightCache(eager.model)
         self.refresh: Callable[[], None] | None = None  # captured with the first micro-batch
@@ -151,8 +164,7 @@ class GraphedStep:
             gradients = accumulate_grads(gradients, graph.gradients, alone=len(micro_batches) == 1)
         for parameter, gradient in zip(self.parameters, gradients or [], strict=True):
             parameter.grad = gradient
-        for layer, routings in zip(self.adapted_layers, captured[-1].routings, strict=True):
-            layer.routings = dict(routings)
+        self.log.routings = captured[-1].routings
         loss, balance = torch.stack(losses).sum(0)
         return loss, balance
 
@@ -181,8 +193,8 @@ class GraphedStep:
             graph = capture(run, passes=1, pool=pool)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         assert len(gradients) == len(self.parameters), "every trainable parameter takes part in the loss"
-        routings = [
-            {adapter: Routing(kept.probability.detach(), kept.top_k) for adapter, kept in layer.routings.items()}
-            for layer in self.adapted_layers
-        ]
+        routings = {
+            layer: {adapter: Routing(kept.probability.detach(), kept.top_k) for adapter, kept in of_layer.items()}
+            for layer, of_layer in self.log.routings.items()
+        }
         return _CapturedMicroBatch(graph, inputs, losses[-1], gradients, routings)

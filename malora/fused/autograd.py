@@ -48,7 +48,7 @@ from malora.routing import Routing
 def forward_group(adapter: GroupAdapter, x: Tensor) -> list[Tensor]:
     """Return the output [..., m] of each layer for x [..., n].
 
-    The routing is left in the layers.
+    The routing is left in the model's log.
     """
     config, layers, layout = adapter.config, adapter.layers, adapter.layout
     has_dropout = config.lora_dropout > 0 and layers[0].training
@@ -61,8 +61,8 @@ def forward_group(adapter: GroupAdapter, x: Tensor) -> list[Tensor]:
     )
     ys, probabilities = results[: layout.G], results[layout.G :]
     for layer, probability in zip(layers, probabilities, strict=False):  # none without a router
-        if layer.routing_log.recording:
-            layer.routings[adapter.adapter] = Routing(probability.view(*x.shape[:-1], config.num_experts), config.top_k)
+        probability = probability.view(*x.shape[:-1], config.num_experts)
+        layer.record_routing(adapter.adapter, Routing(probability, config.top_k))
     return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
 
 
@@ -73,8 +73,8 @@ class FusedExperts(torch.autograd.Function):
     the group's cache; the parameters, each projection's in the order of the layout's kinds. Outputs: y [T, m] of each
     projection, then, with routers, the probabilities [T, N] of each.
 
-    Nothing that the context keeps refers to a layer or a model: a routing that a layer keeps leads to the context, and
-    Python's garbage collector does not see cycles through the autograd graph.
+    Nothing that the context keeps refers to a layer or a model: a routing that the model's log keeps leads to the
+    context, and Python's garbage collector does not see cycles through the autograd graph.
     """
 
     @staticmethod

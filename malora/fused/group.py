@@ -11,8 +11,6 @@ functions that use them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -168,32 +166,36 @@ def _can_share(other: FusedLayer, layer: FusedLayer, adapter: str) -> bool:
     return other.adapter_for_fused_path() == adapter and has_one_layout([layer, other], adapter)
 
 
-@contextmanager
-def prefetch_packed_weights(groups: list[ProjectionGroup]) -> Iterator[None]:
-    """Pack the weights of a whole model at once for one forward pass with gradients.
+def prefetch_packed_weights(groups: list[ProjectionGroup]) -> list[GroupAdapter]:
+    """Pack the weights of a whole model at once for the forward pass that begins.
 
-    A layer that runs again, as under gradient checkpointing, packs its own weights. This is also where layers that
-    FSDP2 has sharded are found: while one of them runs, its weights look like any others.
+    Without gradients nothing is packed. A layer that runs again, as under gradient checkpointing, packs its own
+    weights. This is also where layers that FSDP2 has sharded are found: while one of them runs, its weights look like
+    any others.
+
+    Returns:
+        The adapters whose weights were packed, for `drop_prefetched`.
     """
+    may_be_sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
     for group in groups:
-        group.is_sharded = _are_sharded(group.layers)
-    adapters: list[GroupAdapter] = []
-    if torch.is_grad_enabled():
-        adapters = [a for group in groups for a in group.trained_adapters() if a.step is None]
+        group.is_sharded = may_be_sharded and _are_sharded(group.layers)
+    if not torch.is_grad_enabled():
+        return []
+    adapters = [a for group in groups for a in group.trained_adapters() if a.step is None]
     if adapters:
         from malora.fused.weight_cache import prefetch  # needs Triton
 
         prefetch(adapters)
-    try:
-        yield
-    finally:
-        for adapter in adapters:  # the layer may not have run
-            adapter.prefetched = None
+    return adapters
+
+
+def drop_prefetched(adapters: list[GroupAdapter]) -> None:
+    """Drop packed weights that the forward pass did not use, because their layers did not run."""
+    for adapter in adapters:
+        adapter.prefetched = None
 
 
 def _are_sharded(layers: list[FusedLayer]) -> bool:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return False
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(parameter, DTensor) for layer in layers for parameter in layer.parameters())

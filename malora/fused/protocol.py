@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from malora.config import MaloraConfig
     from malora.factors import Factors
-    from malora.routing import Routing, RoutingLog
+    from malora.routing import Routing
 
 
 class FusedLayer(Protocol):
@@ -19,7 +19,6 @@ class FusedLayer(Protocol):
     Attributes:
         base_layer: the frozen linear layer, weight [m, n].
         settings: the config of each adapter, by its name.
-        routings: the routing of the model's last forward pass, by adapter.
     """
 
     base_layer: nn.Linear
@@ -27,8 +26,6 @@ class FusedLayer(Protocol):
     out_features: int
     training: bool
     settings: dict[str, MaloraConfig]
-    routing_log: RoutingLog
-    routings: dict[str, Routing]
 
     @property
     def active_adapters(self) -> list[str]:
@@ -47,6 +44,9 @@ class FusedLayer(Protocol):
 
     def router(self, adapter: str) -> Tensor | None:
         """Return the adapter's router weight [N, n], or None if it has one expert."""
+
+    def record_routing(self, adapter: str, routing: Routing) -> None:
+        """Keep a routing in the model's log while that records."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Iterate over all parameters, the frozen ones included."""

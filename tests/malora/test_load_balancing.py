@@ -46,8 +46,6 @@ def test_a_collapsed_router_has_balance_loss_n_over_k(ids):
     with torch.no_grad():
         layer.malora_router["default"].zero_()
         layer.malora_router["default"][:2] = 1.0
-    for other in model.base_model.malora_layers:
-        other.routings.clear()
     with model.base_model.routing_log.record(None):
         layer(torch.ones(1, 5, layer.in_features))
     assert malora.balance_loss(model.eval()).item() == pytest.approx(4.0, rel=1e-3)
@@ -84,6 +82,46 @@ def test_padding_does_not_count(ids):
     model(padded)  # a mask given later
     assert malora.balance_loss(model) != alone
     torch.testing.assert_close(malora.balance_loss(model, mask), alone, rtol=1e-5, atol=1e-6)
+
+
+def test_processes_get_summands_of_the_loss_of_all_tokens(ids):
+    """Two unequal parts of a batch stand for two processes, and padding for a process without tokens."""
+    ids = torch.cat([ids, ids.flip(1)])
+    mask = torch.ones_like(ids)
+    mask[0, 3:] = 0
+    model = adapted(ids, "molora", lora_dropout=0.0).train()
+    set_routers(model, lambda p: torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    routers = [p for n, p in model.named_parameters() if "malora_router" in n]
+
+    def loss_of(part, all_reduce=None):
+        model(ids[part])
+        loss = malora.balance_loss(model, mask[part], all_reduce=all_reduce)
+        stats = malora.router_stats(model, mask[part], all_reduce=all_reduce)
+        return loss.detach(), torch.autograd.grad(loss, routers), stats
+
+    def in_two(parts):
+        """Record what each part would send, and then replay the sums in the same order."""
+        sent = [[], []]
+        for part, tensors in zip(parts, sent, strict=True):
+            loss_of(part, lambda tensor, tensors=tensors: tensors.append(tensor) or tensor)
+        replies = [iter([sum(pair) for pair in zip(*sent, strict=True)]) for _ in parts]
+        return [loss_of(part, lambda _, left=left: next(left)) for part, left in zip(parts, replies, strict=True)]
+
+    expected, gradients, expected_stats = loss_of(slice(None))
+    (loss, first, stats), (more, second, more_stats) = in_two([slice(0, 1), slice(1, None)])
+    torch.testing.assert_close(loss + more, expected)
+    for got, other, gradient in zip(first, second, gradients, strict=True):
+        torch.testing.assert_close(got + other, gradient, rtol=1e-4, atol=1e-7)
+    for module, wanted in expected_stats.items():
+        for got in (stats[module], more_stats[module]):
+            assert got.entropy == pytest.approx(wanted.entropy) and got.share == pytest.approx(wanted.share)
+            assert got.gate_sum == pytest.approx(wanted.gate_sum)
+
+    mask[0] = 0
+    expected, _, _ = loss_of(slice(None))
+    (nothing, zeros, _), (everything, _, _) = in_two([slice(0, 1), slice(1, None)])
+    assert nothing == 0 and not any(gradient.any() for gradient in zeros)
+    torch.testing.assert_close(everything, expected)
 
 
 def test_a_mask_that_does_not_fit_the_tokens_is_an_error(ids):

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import get_peft_model, inject_adapter_in_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import malora
@@ -62,6 +62,35 @@ def break_off(model, ids):
     with pytest.raises(RuntimeError, match="broken off"):
         model(input_ids=ids, use_cache=False)
     handle.remove()
+
+
+def checkpoint_without_backward(model, ids, **how):
+    """Run with gradient checkpointing, whose hooks in the autograd graph refer to the model's layers."""
+    model.get_base_model().gradient_checkpointing_enable(how or None)
+    model.enable_input_require_grads()
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=ON_GPU):
+        return model(input_ids=ids, labels=ids, use_cache=False)
+
+
+def checkpoint_reentrant(model, ids):
+    checkpoint_without_backward(model, ids, use_reentrant=True)
+
+
+def checkpoint_and_keep_the_loss(model, ids):
+    loss = checkpoint_without_backward(model, ids).loss
+    if malora.has_router(model):
+        loss = loss + malora.balance_loss(model)
+    del loss
+
+
+def inject(model, ids):
+    """Run a base model that has adapters but no tuner around it."""
+    base = model.unload()
+    method = METHODS["molora" if malora.has_router(model) else "asylora"]
+    inject_adapter_in_model(method(target_modules=["q_proj"]), base)
+    base.train().gradient_checkpointing_enable()
+    base.enable_input_require_grads()
+    base(input_ids=ids, use_cache=False)
 
 
 def capture(model, ids):
@@ -127,6 +156,15 @@ def test_after_training(method, backend):
 @pytest.mark.parametrize("backend", BACKENDS_USED)
 @pytest.mark.parametrize("method", METHODS_USED)
 def test_after(use, method, backend):
+    assert_nothing_is_left(method, backend, use)
+
+
+@pytest.mark.parametrize(
+    "use", [checkpoint_without_backward, checkpoint_reentrant, checkpoint_and_keep_the_loss, inject]
+)
+@pytest.mark.parametrize("backend", BACKENDS_USED)
+@pytest.mark.parametrize("method", METHODS_USED)
+def test_after_a_forward_pass_without_backward(use, method, backend):
     assert_nothing_is_left(method, backend, use)
 
 

@@ -77,6 +77,9 @@ def test_an_adapter_trains_in_an_environment_with_the_declared_dependencies_alon
     assert run(python, "-I", "-c", find, cwd=tmp_path).strip() == "[]"
     folder = run(python, "-I", PROGRAM, cwd=tmp_path).splitlines()[-1]
     assert folder == str(packages / "malora")
+    script = subprocess.run([tmp_path / "venv/bin/malora-lm-eval"], capture_output=True, text=True)
+    assert (script.returncode, script.stdout) == (2, "")
+    assert script.stderr.splitlines()[-1] == "malora-lm-eval needs lm-eval: pip install 'lm-eval[hf]'."
 
 
 def names_of(package: Distribution, extra: str = "") -> set[str]:

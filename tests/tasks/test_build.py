@@ -13,7 +13,7 @@ from tasks import MIXTURES, TASKS, DataError, Folder, Generator, build
 from tasks.domains import OPEN, PAPER
 from tasks.metrics import LIKELIHOOD
 from tests import inter_folder
-from tests.tasks.conftest import ARC, write
+from tests.tasks.conftest import ARC, PIQA, write
 
 INTER = MIXTURES["inter-open"]
 
@@ -78,8 +78,11 @@ def test_an_even_blend_takes_equally_many_items_and_depends_on_the_seed():
 
 
 @pytest.mark.parametrize("records, message", [
-    ([{"goal": "x"}], "piqa_train, record 0: not a PIQA item"),
-    ([{"goal": "x", "sol1": "a", "sol2": "b", "label": 7}], "piqa_train, record 0: .*answer 7"),
+    ([{"goal": "x"}], "piqa_train.jsonl.gz, line 1: not a PIQA item"),
+    ([{"goal": "x", "sol1": "a", "sol2": "b", "label": 7}], "piqa_train.jsonl.gz, line 1: .*answer 7"),
+    ([PIQA, {**PIQA, "sol1": None}], "piqa_train.jsonl.gz, line 2: .*field 'sol1' is null, not a text"),
+    ([PIQA, {**PIQA, "label": True}], "piqa_train.jsonl.gz, line 2: .*field 'label' is true"),
+    ([PIQA, {**PIQA, "sol2": "boil water "}], "piqa_train.jsonl.gz, line 2: .*choices 0 and 1 are equal: 'boil water'"),
 ])  # fmt: skip
 def test_a_record_that_cannot_be_parsed_is_named(intra_folder, records, message):
     write(intra_folder, "piqa", "train", records)
@@ -89,8 +92,22 @@ def test_a_record_that_cannot_be_parsed_is_named(intra_folder, records, message)
 
 def test_an_answer_that_is_not_among_the_choices_is_named(intra_folder):
     write(intra_folder, "arc_easy", "test", [{**ARC, "answer": 7}])
-    with pytest.raises(DataError, match=r"arc_easy_test, record 0: .*answer 7"):
+    with pytest.raises(DataError, match=r"arc_easy_test.jsonl.gz, line 1: .*answer 7"):
         build_intra(intra_folder)
+
+
+def test_a_question_with_more_choices_than_letters_is_refused(intra_folder):
+    write(intra_folder, "arc_easy", "test", [{**ARC, "choices": [f"choice {i}" for i in range(11)]}])
+    with pytest.raises(DataError, match=r"arc_easy: a question has 11 choices, and the format letters .*Which is hot"):
+        build_intra(intra_folder)
+    assert len(build_intra(intra_folder, format="cloze").test["arc_easy"][0].choices) == 11
+
+
+def test_a_split_without_an_item_is_refused(open_folder):
+    multiple = [{**inter_folder.MEDMCQA, "choice_type": "multi"}] * 2
+    inter_folder.write(open_folder, "medmcqa_dev", multiple)
+    with pytest.raises(DataError, match="MedMCQA has no item in the split dev of medmcqa"):
+        build_open(open_folder)
 
 
 def test_domains_are_blended_evenly_and_test_questions_are_dropped(open_folder):

@@ -53,6 +53,15 @@ def test_data_sets_with_a_loading_script_are_read_as_parquet(tmp_path, monkeypat
     assert Hub().read(ref, "75agree") == [{"sentence": "a", "label": "yes"}]
 
 
+def test_hidden_labels_of_the_hub_are_no_class(monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *words, **options: labelled(["a", "b", "c"], [-1, None, 1]))
+    ref = TASKS["piqa"].data
+    assert [record["label"] for record in Hub().read(ref, "test")] == [None, None, "yes"]
+    assert Hub().locate(ref, "test", 2) == "baber/piqa (test), record 2"
+
+
 @pytest.mark.parametrize("spoil, message", [
     (lambda path: path.unlink(), "piqa_train.jsonl.gz is missing; the folder has piqa_validation.jsonl.gz of this"),
     (lambda path: [p.unlink() for p in path.parent.glob("piqa*")], "missing; the folder has no file of this data set"),

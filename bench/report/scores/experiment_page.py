@@ -12,6 +12,7 @@ import pandas as pd
 
 from bench.experiments.methods import TITLES
 from bench.records.schema import Record
+from bench.records.scorer_versions import changes_since
 from bench.report.scores import adapter_tables
 from bench.report.scores.document import AdapterSection, Section, render_page
 from bench.report.scores.leaderboard import leaderboard
@@ -156,13 +157,17 @@ def _counts(dropped: Mapping[str, int]) -> str:
 
 
 def _older_scorers(records: Sequence[Record]) -> list[str]:
-    """Return a sentence on the records of an older scorer, if there are any."""
-    versions = [(record, next((s.version for s in (record.test or {}).values()), None)) for record in records]
-    latest = max((version for _, version in versions if version is not None), default=None)
-    older = [record for record, version in versions if version not in (None, latest)]
-    if not older:
-        return []
-    return [f"{_of_methods(older)}: scored by an older version of `bench/evaluate/score.py`, which says what changed."]
+    """Return a sentence per change of the scorer since scores of these records were made."""
+    concerned: dict[str, list[tuple[str, str]]] = {}  # id of the record and title of the task, by change
+    for record in records:
+        for task, score in (record.test or {}).items():
+            for change in changes_since(task, score.metric, score.version):
+                concerned.setdefault(change, []).append((record.id, TASKS[task].title))
+    return [
+        f"**Scored by an older version**: {len({of for of, _ in scores})} of {len(records)} records. Their scores of "
+        f"{', '.join(sorted({title for _, title in scores}))} cannot be compared with scores made since: {change}."
+        for change, scores in concerned.items()
+    ]
 
 
 def _metrics(records: Sequence[Record]) -> str:

@@ -62,6 +62,44 @@ class Verdict:
         return text + (f", h={d.effect:+.2f}, ≥{d.smallest:.1f}" if detailed else "")
 
 
+@dataclass(frozen=True)
+class Standings:
+    """The rows of a leaderboard at given learning rates, and their comparison.
+
+    Attributes:
+        base: Rows of the untrained base model.
+        rows: All other rows, in the order of the table.
+        tasks: Names of the tasks, in the mixture's order.
+        reference: The row that the others are compared with; None without a score.
+        verdicts: Comparison with the reference, by a row's title. Rows without a score have none.
+    """
+
+    base: list[TableRow]
+    rows: list[TableRow]
+    tasks: list[str]
+    reference: TableRow | None
+    verdicts: dict[str, Verdict]
+
+    @property
+    def scored(self) -> list[TableRow]:
+        """The rows with a score, without the base."""
+        return [row for row in self.rows if row.records]
+
+
+def standings(selection: Selection, rates: Rates) -> Standings:
+    """Return the rows of a leaderboard and their comparison.
+
+    Args:
+        selection: The records.
+        rates: Learning rate by tuning group.
+    """
+    rows = selection.rows(rates)
+    scored = [row for row in rows if row.records]
+    reference = _reference(selection, scored)
+    base = selection.rows({BASE: None}, [TableEntry(BASE)])
+    return Standings(base, rows, _tasks(scored), reference, _verdicts(scored, reference))
+
+
 def leaderboard(selection: Selection, rates: Rates, mark_partial_sweeps: bool = False) -> Leaderboard:
     """Return the full leaderboard, with the paper's rows.
 
@@ -71,16 +109,13 @@ def leaderboard(selection: Selection, rates: Rates, mark_partial_sweeps: bool = 
         mark_partial_sweeps: Whether a method that was tried at fewer rates than the others says so.
     """
     experiment = selection.experiment
-    found = selection.rows(rates)
-    scored = [row for row in found if row.records]
-    tasks = _tasks(scored)
+    found = standings(selection, rates)
+    tasks, best, verdicts = found.tasks, found.reference, found.verdicts
     titles = [TASKS[task].title for task in tasks]
-    best = _reference(selection, scored)
-    verdicts = _verdicts(scored, best)
     partly = _partial_sweeps(selection) if mark_partial_sweeps else {}
     figures = paper().get(experiment.name, {})
     lines: list[tuple[TableRow | None, list[str]]] = []
-    for row in [*_base_rows(selection), *found]:
+    for row in [*found.base, *found.rows]:
         notes = [_name(selection, best) if row is best else "", _broken(row), partly.get(row.method, "")]
         if row.title in verdicts:
             notes[0] = verdicts[row.title].in_full(detailed=not experiment.both_rates)
@@ -91,7 +126,7 @@ def leaderboard(selection: Selection, rates: Rates, mark_partial_sweeps: bool = 
             lines.append((None, [f"*{row.title}, the paper's*", "", "", *cells, f"*{theirs['AVG']:.1f}*", "*1*", ""]))
     against = "against the best" if experiment.reference is None else f"against {experiment.reference}"
     head = ["method", "rate", "trainable", *titles, "mean", "seeds", against]
-    return Leaderboard(head, lines, _notes(selection, scored, against))
+    return Leaderboard(head, lines, _notes(selection, found.scored, against))
 
 
 def short_leaderboard(selection: Selection, details: str) -> str:
@@ -101,13 +136,10 @@ def short_leaderboard(selection: Selection, details: str) -> str:
         selection: The records. Each method is at its own learning rate.
         details: Path of the page with the full table.
     """
-    found = selection.rows(selection.rates.tuned)
-    scored = [row for row in found if row.records]
-    tasks = _tasks(scored)
-    best = _reference(selection, scored)
-    verdicts = _verdicts(scored, best)
+    found = standings(selection, selection.rates.tuned)
+    tasks, best, verdicts = found.tasks, found.reference, found.verdicts
     body = []
-    for row in [*_base_rows(selection), *found]:
+    for row in [*found.base, *found.rows]:
         verdict = verdicts[row.title].in_short() if row.title in verdicts else ""
         notes = [_name(selection, best) if row is best else verdict, _broken(row)]
         scores = [f"{row.task_mean(task):.1f}" for task in tasks] if row.records else [""] * len(tasks)
@@ -120,10 +152,6 @@ def short_leaderboard(selection: Selection, details: str) -> str:
         f"and items, with Holm's correction. [Details and the paper's figures]({details})."
     )
     return f"{markdown.table(body, head, align)}\n\n{note}"
-
-
-def _base_rows(selection: Selection) -> list[TableRow]:
-    return selection.rows({BASE: None}, [TableEntry(BASE)])
 
 
 def _tasks(scored: Sequence[TableRow]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from bench.report.scores.selection import Selection, TableRow, select
+from tasks import TASKS
 
 
 def reproduction(mine: Selection, published: pd.DataFrame) -> str:
@@ -17,6 +18,11 @@ def reproduction(mine: Selection, published: pd.DataFrame) -> str:
     theirs = select(experiment, mine.profile, published)
     if theirs.frame.empty:
         return "Nothing is published for this profile yet."
+    if differ := _tasks_scored_otherwise(mine, theirs):
+        return (
+            f"The published scores of {', '.join(differ)} are of another version of the scorer, so the means cannot be "
+            "compared. The published page says what changed."
+        )
     own = theirs.rates.tuned if experiment.both_rates else theirs.at_own_rate
     rates_by_label = {"its own rate": own}
     if experiment.both_rates:
@@ -28,6 +34,15 @@ def reproduction(mine: Selection, published: pd.DataFrame) -> str:
     if not lines:
         return "No method here is among the published ones."
     return "\n".join(lines) + f"\n\n{_note(mine, theirs)}"
+
+
+def _tasks_scored_otherwise(mine: Selection, theirs: Selection) -> list[str]:
+    """Return the titles of the tasks whose scores are of different versions of the scorer."""
+    here, there = (
+        {task: score.version for record in selection.records for task, score in (record.test or {}).items()}
+        for selection in (mine, theirs)
+    )
+    return sorted(TASKS[task].title for task in here.keys() & there.keys() if here[task] != there[task])
 
 
 def _line(label: str, ours: TableRow, theirs: TableRow) -> str:

@@ -1,16 +1,46 @@
-"""The help and defaults of every command and option."""
+"""The help of every command: what it does, an example that parses, its options and their defaults."""
 
 import argparse
+import shlex
 
-from bench.cli.parser import make_parser
+import pytest
+
+from bench.cli.parser import main, make_parser
 from bench.experiments.registry import EXPERIMENTS
+from bench.speed import cli as speed_cli
+
+
+def commands():
+    return next(a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
 
 
 def test_every_command_and_option_has_a_help_line_and_a_default():
-    commands = next(a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
-    assert set(commands) == {*EXPERIMENTS, "run", "score", "leaderboard", "report", "publish"}
-    for name, command in commands.items():
-        assert command.description and command.description.endswith("."), name
+    assert set(commands()) == {"list", *EXPERIMENTS, "run", "score", "leaderboard", "report", "export", "publish"}
+    for name, command in commands().items():
+        assert command.text.endswith("."), name
         for action in command._actions:
             assert action.help, (name, action.option_strings)
-            assert not action.required or action.dest == "adapter"
+            assert not action.required or action.dest in ("adapter", "what")
+
+
+@pytest.mark.parametrize("parser", [make_parser(), speed_cli.make_parser(), *commands().values()], ids=lambda p: p.prog)
+def test_help_opens_with_a_sentence_and_an_example_that_parses(parser):
+    usage, _, sentence, _, head, *rest = parser.format_help().splitlines()
+    assert usage.startswith(f"usage: {parser.prog}") and len(usage) < 80
+    assert sentence == parser.text and sentence.endswith(".")
+    assert head == "example:" and f"  {parser.example.splitlines()[0]}" == rest[0]
+    for example in parser.example.splitlines():
+        words = shlex.split(example, comments=True)
+        assert words[:2] == ["python", "-m"] and words[2] in ("bench", "bench.speed")
+        (make_parser() if words[2] == "bench" else speed_cli.make_parser()).parse_args(words[3:])
+
+
+def test_a_mistyped_command_gets_the_nearest_one(capsys):
+    for wrong, message in {
+        "table22": "unknown command 'table22'; did you mean 'table2'? There are list, table1",
+        "exports": "unknown command 'exports'; did you mean 'export'?",
+        "fly": "unknown command 'fly'; there are list, table1",
+    }.items():
+        with pytest.raises(SystemExit, match="2"):
+            main([wrong])
+        assert message in capsys.readouterr().err.splitlines()[-1]

@@ -22,26 +22,32 @@ from tests.bench.records.test_store import make
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["run", "--method", "mola"], "unknown method 'mola'; there are lora, dora, asylora"),
-        (["table2", "--methods", "lora,mola"], "unknown method 'mola'"),
-        (["run", "--mixture", "outer"], "unknown mixture 'outer'; there are intra, procedural"),
+        (["run", "--method", "mola"], "unknown method 'mola'; did you mean 'molora'? There are lora, dora, asylora"),
+        (["table2", "--methods", "lora,MALoRa"], "unknown method 'MALoRa'; did you mean 'malora'?"),
+        (["run", "--mixture", "outer"], "unknown mixture 'outer'; did you mean 'inter'? There are intra, procedural"),
+        (["run", "--mixture", "piqa"], "unknown mixture 'piqa'; did you mean 'intra/piqa'?"),
+        (["run", "--mixture", "intra/arc_esay"], "did you mean 'intra/arc_easy'?"),
         (["run", "--profile", "huge"], "unknown profile 'huge'; there are tiny, small, paper"),
+        (["table1", "--profile", "small2"], "unknown profile 'small2'; did you mean 'small'?"),
+        (["run", "--track", "tensorbord"], "unknown tracker 'tensorbord'; did you mean 'tensorboard'?"),
         (["run", "--format", "essay"], "unknown format 'essay'; there are letters, cloze"),
         (["run", "--set", "backend=warp"], "malora: backend='warp' is unknown; choose one of 'auto', 'dense'"),
-        (["run", "--set", "rank=3"], "malora has no option rank; there are backend, beta, d, down"),
+        (["run", "--set", "rank=3"], "malora: unknown option 'rank'; there are backend, beta, d, down"),
+        (["run", "--set", "topk=3"], "malora: unknown option 'topk'; did you mean 'top_k'?"),
         (["run", "--set", "backend"], "'backend' is not NAME=VALUE"),
-        (["run", "--method", "lora", "--set", "backend=dispatch"], "lora has no option backend; there are "),
+        (["run", "--method", "lora", "--set", "backend=dispatch"], "lora: unknown option 'backend'; there are "),
         (["table2", "--seeds", "0"], "'0' is not a whole number from 1"),
         (["run", "--learning-rate", "-1"], "must be a number above 0"),
         (["run", "--profile", "tiny", "--data", "."], "the tiny base model knows the words of generated tasks only"),
         (["run", "--profile", "small", "--data", "nowhere"], "nowhere is not a folder"),
         (["score", "--profile", "tiny", "--adapter", "nowhere"], "nowhere has no adapter_config.json"),
-        (["fly"], "invalid choice: 'fly'"),
+        (["list", "method"], "did you mean 'methods'? There are methods, tasks, mixtures, experiments"),
+        (["export"], "has no folder runs"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = [] if arguments[0] == "fly" else ["--results", tmp_path / "results"]
+    options = [] if arguments[0] == "list" else ["--results", tmp_path / "results"]
     assert message in refused([*arguments, *options], capsys, tmp_path)
 
 

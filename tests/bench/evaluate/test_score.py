@@ -1,15 +1,21 @@
 """Scores against values computed by hand, item by item."""
 
 import math
+import random
 
+import datasets
 import pytest
 import torch
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from bench.evaluate import lm_eval_model
 from bench.evaluate.grade import last_number
+from bench.evaluate.lm_eval_tasks import choice_config, quiet_lm_eval
 from bench.evaluate.score import score
 from bench.models.base import load, prepare
-from tasks import MIXTURES, TASKS, build
+from tasks import MIXTURES, TASKS, Example, build, procedural
 from tests.bench.conftest import SOURCE
 
 
@@ -26,13 +32,89 @@ def test_lm_eval_agrees_with_the_likelihoods_by_hand(format, metric, base_folder
                 prompt, text = tokenizer(example.prompt)["input_ids"], tokenizer(example.prompt + choice)["input_ids"]
                 log_p = model(torch.tensor([text])).logits[0].log_softmax(-1)
                 value = sum(log_p[i - 1, text[i]].item() for i in range(len(prompt), len(text)))
-                values.append(value / len(choice) if format == "cloze" else value)
+                values.append(value / len(choice.removeprefix(" ")) if format == "cloze" else value)
             by_hand.append(int(max(range(len(values)), key=values.__getitem__) == example.answer))
         assert outcomes[task] == by_hand
         assert scores[task]["metric"] == metric and scores[task]["n"] == len(items)
         mean = sum(by_hand) / len(by_hand)
         assert scores[task]["value"] == pytest.approx(mean)
         assert scores[task]["stderr"] == pytest.approx((mean * (1 - mean) / (len(by_hand) - 1)) ** 0.5)
+
+
+def made_up(count):
+    """Return questions with choices of one to four words."""
+    rng = random.Random(0)
+    words = [*procedural.NAMES, *procedural.OBJECTS, *procedural.PLACES, *procedural.NOUNS, "a", "is"]
+    return [
+        (
+            f"which is {' '.join(rng.choices(words, k=4))} ? Answer:",
+            [" ".join(rng.choices(words, k=rng.randint(1, 4))) for _ in range(4)],
+            rng.randrange(4),
+        )
+        for _ in range(count)
+    ]
+
+
+def test_cloze_accuracy_is_that_of_a_task_as_lm_eval_writes_it(base_folder):
+    """The same items as a task in the style of lm-eval's arc_easy, scored by HFLM."""
+    model, tokenizer = load(prepare(str(base_folder)), torch.device("cpu"))
+    items = made_up(100)
+    examples = [Example("lexicon", text, tuple(f" {c}" for c in choices), answer) for text, choices, answer in items]
+    scores, outcomes = score(model, tokenizer, {"lexicon": examples}, format="cloze", batch_size=32)
+    rows = [{"query": text, "choices": choices, "gold": answer} for text, choices, answer in items]
+    task = {
+        "task": "as_lm_eval",
+        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows)},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{query}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        "metric_list": [{"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True}],
+    }
+    with quiet_lm_eval(), torch.no_grad():
+        theirs = simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=32),
+            tasks=[task],
+            task_manager=TaskManager(include_defaults=False),
+            bootstrap_iters=1,
+        )
+    samples = sorted(theirs["samples"]["as_lm_eval"], key=lambda sample: sample["doc_id"])
+    assert outcomes["lexicon"] == [sample["acc_norm"] for sample in samples]
+    assert scores["lexicon"]["value"] == theirs["results"]["as_lm_eval"]["acc_norm,none"]
+    assert scores["lexicon"]["version"] == 3
+
+
+@pytest.mark.parametrize("choices", [("red", "blue green"), (" red", "blue"), (" é", " blue green")])
+def test_only_a_blank_that_all_choices_have_is_left_out(choices):
+    config = choice_config("lexicon", [Example("lexicon", "which ?", choices, 0)], "acc_norm")
+    (row,) = config["custom_dataset"]()["test"]
+    assert [config["target_delimiter"] + choice for choice in row["choices"]] == list(choices)
+    assert (config["target_delimiter"] == " ") == all(choice[0] == " " for choice in choices)
+
+
+@pytest.mark.parametrize("stop, text, answer", [
+    (("\n",), "\nThe Eagle is cheap.\nQuestion: more", "\nThe Eagle is cheap."),
+    (("\n",), " \n\n The Eagle\n\nmore", " \n\n The Eagle"),
+    (("\n",), "The Eagle", "The Eagle"),
+    (("\n",), "\n\n", "\n\n"),
+    (("\n\n",), "\n\na\nb\n\nc", "\n\na\nb"),
+    (("\nQuestion:", "\nPassage:"), "\nQuestion: more", ""),
+    (("\ndef", "\n#"), "\n\ndef other():", "\n"),
+    (("\ndef", "\n#"), "\n    return 1\n# more", "\n    return 1"),
+    (("\n", "\nQuestion:"), "\nQuestion: a", ""),
+])  # fmt: skip
+def test_line_breaks_before_an_answer_do_not_end_it(stop, text, answer):
+    assert lm_eval_model._until(stop, text) == answer
+
+
+def test_generation_goes_on_until_an_answer_has_begun(base_folder):
+    model, tokenizer = load(prepare(str(base_folder)), torch.device("cpu"))
+    with quiet_lm_eval():
+        language_model = lm_eval_model.LabelPositionLM(pretrained=model, tokenizer=tokenizer, batch_size=2)
+    language_model.tok_decode = lambda tokens, **_: "".join(tokens)
+    stopped = language_model._has_any(("\n",))
+    assert [stopped(list(text)) for text in ("\n", "\n\n a", "\n a\n")] == [False, False, True]
 
 
 def test_scoring_uses_no_network_and_shows_no_progress_bars(base_folder, monkeypatch, capfd):

@@ -239,7 +239,9 @@ def test_a_section_is_frozen_and_its_copies_are_validated():
 
 
 def test_the_hash_of_a_configuration_is_that_of_its_plain_values():
-    plain = json.dumps(CONFIG.model_dump(), sort_keys=True)
+    fields = CONFIG.model_dump()
+    assert fields.pop("scorer_versions") is None  # a later field, which the hashes of older records do not cover
+    plain = json.dumps(fields, sort_keys=True)
     assert CONFIG.hash == hashlib.sha256(plain.encode()).hexdigest()
     assert (
         CONFIG.hash == "fd33d49b0f105cd0808f5ecf28ba6b74a43925df7f02d2d3710dd30c2db3e30b"

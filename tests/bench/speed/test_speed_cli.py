@@ -57,14 +57,23 @@ def test_a_sweep_has_a_row_per_value_method_and_backend(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--variant", "mola"], "unknown variant 'mola'; there are all, lora, asylora"),
+        (["--variant", "mola"], "unknown variant 'mola'; did you mean 'molora'? There are all, lora, asylora"),
         (["--variant", "malora-dense-captured"], "malora-dense-captured needs a GPU"),
         (["--variant", "malora-fused"], "malora-fused needs a GPU"),
-        (["--shape", "llama3"], "unknown shape 'llama3'; there are llama2-7b, smollm2-135m, toy"),
+        (["--variant", "malora-dens"], "unknown variant 'malora-dens'; did you mean 'malora-dense'?"),
+        (["--shape", "llama2"], "unknown shape 'llama2'; did you mean 'llama2-7b'? There are llama2-7b, smollm2-135m"),
+        (["--shape", "gpt"], "unknown shape 'gpt'; there are llama2-7b, smollm2-135m, toy"),
         (["--mode", "serve"], "unknown mode 'serve'; there are train, prefill, decode"),
         (["--sweep", "depth"], "unknown sweep 'depth'; there are experts, rank, tokens, top-k"),
         (["--sweep", "rank", "--mode", "decode"], "leave --mode decode out"),
-        (["--sweep", "rank", "--variant", "peft-lora"], "--sweep measures routed methods, molora"),
+        (
+            ["--sweep", "rank", "--variant", "malora,mollora"],
+            "--sweep measures routed methods: unknown one 'mollora'; did you mean 'molora'?",
+        ),
+        (
+            ["--sweep", "rank", "--variant", "peft-lora"],
+            "--sweep measures routed methods: unknown one 'peft-lora'; there are",
+        ),
         (["--tokens", "100"], "--tokens 100 is no multiple of --batch 4 × --length 64"),
         (["--mode", "prefill", "--tokens", "7"], "leave --tokens 7 out"),
         (["--sweep", "rank", "--layers", "1"], "--sweep rank of one linear layer has no use for --layers"),

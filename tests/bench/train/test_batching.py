@@ -1,5 +1,6 @@
 """Tokenized examples, the order of training, and packed batches."""
 
+import pytest
 import torch
 
 from bench.models import tiny
@@ -102,3 +103,21 @@ def test_fixed_shapes_pad_labels_to_the_number_of_tokens():
     assert padded.labels == unpadded.labels == 3
     (one,) = collate([Encoded([9, 10], 1)] * 2, 0, fixed_shapes=True)
     assert len(one.target) == 2  # labels of one token each always have the same shape
+
+
+def test_processes_divide_each_micro_batch():
+    """Together they have its sequences, and a process without one has padding without targets."""
+    encoded = [Encoded(list(range(1, 40 + 9 * i)), 1 + i) for i in range(8)]
+    options = {"pad_id": 0, "row_length": 128, "max_tokens": 256}
+    alone = collate(encoded, **options)
+    assert len(alone) == 3 and [len(one.ids) for one in alone] == [2, 2, 1]
+    shared = [collate(encoded, **options, process_index=i, num_processes=3) for i in range(3)]
+    assert sum(one.share.item() for one in alone) == pytest.approx(1)
+    for whole, parts in zip(alone, zip(*shared, strict=True), strict=True):
+        filled, empty = parts[: len(whole.ids)], parts[len(whole.ids) :]
+        assert torch.equal(torch.cat([part.ids for part in filled]), whole.ids)
+        assert torch.cat([part.target for part in filled]).tolist() == whole.target.tolist()
+        assert {part.labels.item() for part in parts} == {whole.labels.item()} == {sum(range(1, 9))}
+        assert {part.share.item() for part in parts} == {whole.share.item()}
+        for part in empty:
+            assert part.target.tolist() == [-100] and not part.mask.any() and part.ids.shape == (1, 128)

@@ -5,7 +5,7 @@ import pytest
 from bench.experiments.methods import method_options
 from bench.experiments.profiles import PROFILES
 from bench.experiments.registry import EXPERIMENTS
-from bench.records import store
+from bench.records import scorer_versions, store
 from bench.report import readme
 from bench.report.claims import claims
 from bench.report.scores.experiment_page import experiment_page
@@ -229,3 +229,59 @@ def test_the_published_tables_are_what_their_records_give():
     for name, found in published.items():
         for run in found:
             assert run.complete and run.provenance.commit and not run.provenance.dirty, (name, run.config.id)
+
+
+@pytest.fixture
+def changed_scorer(monkeypatch):
+    """The scorer of lexicon has changed since the records of this file were made."""
+    changes = (*scorer_versions.CHANGES, scorer_versions.Change(3, "lexicon", "its words are counted otherwise"))
+    monkeypatch.setattr(scorer_versions, "CHANGES", changes)
+
+
+def rescored(seed, **options):
+    run = make(seed, **options)
+    test = {task: score.replace(version=3 if task == "lexicon" else 2) for task, score in run.test.items()}
+    return run.replace(test=test, config=run.config.replace(scorer_versions={"lexicon": 3}))
+
+
+def test_scores_of_an_older_scorer_are_marked(changed_scorer):
+    assert (
+        "**Scored by an older version**: 10 of 11 records. Their scores of lexicon cannot be compared with scores "
+        "made since: its words are counted otherwise."
+    ) in page()
+
+
+def test_scores_of_two_versions_are_not_in_one_table(changed_scorer):
+    """The version with most records counts, and `like` chooses another; nothing is lost from the frame."""
+    new = [rescored(seed, method="lora", rate=2e-3, right=0.1) for seed in (0, 1)]
+    both = records_frame([*records(), *new])
+    assert len(both) == len(records()) + 2
+    older, left_out = select_comparable(both, TABLE2)
+    assert len(older) == len(records()) and left_out == 2
+    chosen, left_out = select_comparable(both, TABLE2, like=new[0].config)
+    assert {record.id for record in chosen["record"] if record.status == "ok"} == {record.id for record in new}
+    assert left_out == len(records()) - 1  # the diverged run has no scores
+    assert page([*records(), *new]).count("Scored by an older version") > 0
+
+
+def test_a_reproduction_with_another_scorer_is_not_compared(changed_scorer):
+    mine = [rescored(seed, method="lora", rate=2e-3) for seed in (0, 1)]
+    text = page_at({"lora": 2e-3}, mine, published=records())
+    assert "The published scores of lexicon, majority are of another version of the scorer" in text
+    assert "reproduced" not in text.replace("reproduction", "")
+
+
+def test_single_tasks_without_a_change_stay_in_the_table_of_their_suite():
+    """A domain's own runs have no changed task, so they belong to the table of the old suite and of the new one."""
+    usual = method_options("lora", PROFILES["tiny"], "procedural-inter", {})
+
+    def on(mixture, **changes):
+        run = make(0, method="lora")
+        config = run.config.replace(mixture=mixture, method_options=usual, **changes)
+        return run.replace(config=config, test={"majority": run.test["majority"]} if "/" in mixture else run.test)
+
+    old, new = on("procedural-inter"), on("procedural-inter", scorer_versions={"lexicon": 3})
+    part = on("procedural-inter/counting_train")
+    for suite in (old, new):
+        found, _ = select_comparable(records_frame([old, new, part]), EXPERIMENTS["table1"], like=suite.config)
+        assert {record.id for record in found["record"]} == {suite.id, part.id}

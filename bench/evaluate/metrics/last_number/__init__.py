@@ -1,0 +1,1 @@
+"""The metric `last_number`."""

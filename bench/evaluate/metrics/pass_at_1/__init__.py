@@ -1,0 +1,1 @@
+"""The metric `pass_at_1`."""

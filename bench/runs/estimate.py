@@ -1,0 +1,157 @@
+"""Estimate how long runs take before they start.
+
+The estimate comes from records of runs on the same mixture: the median seconds per training step, and per scored item.
+Records of this machine's device and of the same method are taken where there are any. Without records of the mixture it
+comes from the number of matrix operations and an assumed rate.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from statistics import median
+
+from bench.experiments.methods import BASE
+from bench.models.base import count_weights, prepare
+from bench.records.schema import Record, RunConfig
+from bench.runs.plan import Runs
+from bench.runs.run import find_record
+from bench.runs.setting import RunSettings, load_data
+from tasks import TASKS, Example, MixtureData
+
+# Matrix operations per second that a run is assumed to reach: one run of a 135M model reaches about 0.1e12 on two CPU
+# cores, and about 30e12 on an H200 whose other runs take their share.
+ASSUMED_FLOPS = {"cpu": 0.1e12, "cuda": 30e12}
+# A frozen model of P weights takes 2 P operations per token forward, and as many for the gradients of its activations.
+FLOPS_PER_WEIGHT = {"training": 4, "scoring": 2}
+CHARACTERS_PER_TOKEN = 4  # of English text, roughly
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The estimated time of one run.
+
+    Attributes:
+        seconds: Training and scoring.
+        source: What the estimate comes from.
+    """
+
+    seconds: float
+    source: str
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The size of a run."""
+
+    steps: int
+    training_tokens: float
+    items: int
+    scored_tokens: float
+
+
+def missing_runs(runs: Runs) -> Runs:
+    """Return the runs that have no record yet, each once."""
+    different = {config.id: (config, setting) for config, setting in runs}
+    return [(config, setting) for config, setting in different.values() if find_record(config, setting) is None]
+
+
+def estimate(config: RunConfig, setting: RunSettings, records: Sequence[Record], device: str) -> Estimate:
+    """Estimate the time of a run.
+
+    Args:
+        config: Configuration of the run.
+        setting: Its settings.
+        records: Records of the same profile, of any machine.
+        device: Name of this machine's device, as in records.
+    """
+    work = _work(config, load_data(setting, config.seed))
+    of_mixture = [r for r in records if r.status == "ok" and r.train and r.config.mixture == config.mixture]
+    here = [r for r in of_mixture if r.provenance.device == device]
+    elsewhere = [r for r in of_mixture if r.config.device_type == config.device_type]
+    if found := here or elsewhere:
+        of_method = [r for r in found if r.config.method == config.method]
+        found = of_method or found
+        name = f" of {config.method}" if of_method else " of other methods"
+        devices = " and ".join(sorted({r.provenance.device for r in found}))
+        crowd = round(median(r.provenance.concurrent_runs for r in found))
+        together = f", {crowd} runs at a time" if crowd > 1 else ""
+        count = f"{len(found)} record{'s' * (len(found) > 1)}"
+        return Estimate(_seconds_like(found, work), f"median of {count}{name} on {devices}{together}")
+    rate = ASSUMED_FLOPS.get(config.device_type, ASSUMED_FLOPS["cpu"])
+    operations = FLOPS_PER_WEIGHT["training"] * work.training_tokens + FLOPS_PER_WEIGHT["scoring"] * work.scored_tokens
+    seconds = operations * count_weights(prepare(setting.model)) / rate
+    return Estimate(seconds, f"no record of this mixture; {rate / 1e12:g} TFLOP/s assumed")
+
+
+def _seconds_like(records: Sequence[Record], work: _Work) -> float:
+    """Return the time of this much work at the median speed of some records."""
+    per_step = [r.train.training_seconds / r.train.steps for r in records if r.train]
+    per_item = [r.train.seconds.get("evaluation", 0.0) / max(1, _scored_items(r)) for r in records if r.train]
+    return median(per_step) * work.steps + median(per_item) * work.items
+
+
+def _scored_items(record: Record) -> int:
+    return sum(score.n for scores in (record.validation, record.test) for score in (scores or {}).values())
+
+
+def _work(config: RunConfig, data: MixtureData) -> _Work:
+    """Return the size of a run; the base is not trained, and scored on the test sets alone."""
+    trains = config.method != BASE
+    scored = [
+        example
+        for split in ([data.validation, data.test] if trains else [data.test])
+        for items in split.values()
+        for example in items[: config.max_items]
+    ]
+    steps = config.epochs * ceil(len(data.train) / config.batch_size) if trains else 0
+    share = min(1.0, config.max_steps / steps) if config.max_steps and steps else 1.0
+    training_tokens = config.epochs * sum(_tokens(e.prompt + e.label) for e in data.train) if trains else 0.0
+    return _Work(round(share * steps), share * training_tokens, len(scored), sum(map(_scored_tokens, scored)))
+
+
+def _scored_tokens(example: Example) -> float:
+    """Return the tokens that scoring an item processes."""
+    writing = getattr(TASKS.get(example.task), "writing", None)
+    if writing:
+        return _tokens(example.prompt) + float(writing.max_new_tokens)
+    return _tokens(example.prompt) + sum(map(_tokens, example.choices))
+
+
+def _tokens(text: str) -> float:
+    return len(text) / CHARACTERS_PER_TOKEN
+
+
+def summarize(title: str, runs: Runs, missing: Runs, estimates: Sequence[Estimate], jobs: int) -> str:
+    """Return one line: how many runs are missing, and how long they take together.
+
+    Args:
+        title: Name of the command.
+        runs: All runs.
+        missing: The runs without a record.
+        estimates: One per missing run.
+        jobs: Runs at a time.
+    """
+    total = len({config.id for config, _ in runs})
+    text = f"{title}: {len(missing)} of {total} runs to make"
+    if not missing:
+        return f"{text}."
+    at_a_time = min(jobs, len(missing))
+    together = f", {at_a_time} at a time" if at_a_time > 1 else ""
+    # No number of runs at a time makes the longest one shorter.
+    seconds = max(sum(e.seconds for e in estimates) / at_a_time, max(e.seconds for e in estimates))
+    (source, _), *others = Counter(e.source for e in estimates).most_common()
+    more = f", and {len(others)} more" if others else ""
+    return f"{text}, about {duration(seconds)}{together} ({source}{more})."
+
+
+def duration(seconds: float) -> str:
+    """Return a duration for people: "40 s", "12 min", "3 h 20 min"."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"

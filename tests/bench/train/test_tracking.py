@@ -1,0 +1,145 @@
+"""Trackers get what the record has, and do not change it."""
+
+from collections import defaultdict
+
+import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+
+import bench.runs.run
+from bench.cli.parser import main
+from bench.errors import UserError
+from bench.experiments.methods import BASE
+from bench.runs.run import run
+from bench.runs.setting import make_run_config
+from bench.train import loop, progress, tracking
+from tests.bench.cli.helpers import refused
+from tests.bench.conftest import make_setting
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
+class Recorder(GeneralTracker):  # type: ignore[misc]  # accelerate has no types
+    """A tracker that keeps what it gets, in place of TensorBoard's."""
+
+    name = "tensorboard"
+    requires_logging_directory = True
+    made: list["Recorder"] = []  # noqa: RUF012
+
+    def __init__(self, run_name, logging_dir, **options):
+        super().__init__()
+        self.run_name, self.logging_dir = run_name, logging_dir
+        self.config: dict = {}
+        self.logged: dict[int, dict[str, float]] = defaultdict(dict)
+        self.events: list[str] = []
+        self.made.append(self)
+
+    @property
+    def tracker(self):
+        return self.logged
+
+    def start(self):
+        self.events.append("start")
+
+    def store_init_configuration(self, values):
+        self.config = values
+
+    def log(self, values, step=None, **options):
+        assert self.events == ["start"]
+        self.logged[step] |= values
+
+    def finish(self):
+        self.events.append("finish")
+
+
+@pytest.fixture
+def recorders(monkeypatch):
+    """Replace TensorBoard's tracker by a Recorder, and return those that are made."""
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "tensorboard", Recorder)
+    monkeypatch.setitem(tracking.TRACKERS, "tensorboard", lambda: True)
+    monkeypatch.setattr(Recorder, "made", [])
+    monkeypatch.setattr(loop, "ROUTER_EVERY", 5)
+    return Recorder.made
+
+
+def outcome(record):
+    """Everything in a record that does not depend on the time."""
+    train = record.train and record.train.replace(seconds={})
+    return record.config, record.parameters, record.data, train, record.validation, record.test, record.items
+
+
+def test_a_tracker_gets_the_figures_of_the_record_and_does_not_change_it(base_folder, tmp_path, recorders, monkeypatch):
+    def made(folder, **options):
+        setting = make_setting(base_folder, tmp_path / folder, max_items=4, **options)
+        return run(make_run_config(setting, "malora", seed=0), setting)
+
+    plain = made("plain")
+    monkeypatch.setattr(progress, "SECONDS_PER_LINE", 0.0)
+    record = made("tracked", track=("tensorboard",))
+    assert outcome(record) == outcome(plain) and plain.config.id == record.config.id
+
+    (tracker,) = recorders
+    assert tracker.run_name == record.id and tracker.events == ["start", "finish"]
+    assert tracker.logging_dir == tmp_path / "tracked" / "tracking" / "tensorboard"
+    assert (
+        tracker.config["method"] == "malora" and tracker.config["method_options.r"] == record.config.method_options["r"]
+    )
+    assert tracker.config["max_steps"] == "None"
+    logged, steps = tracker.logged, record.train.steps
+    for point in record.train.curve:
+        for name in ("loss", "balance_loss", "grad_norm"):
+            assert logged[point.step][f"train/{name}"] == pytest.approx(getattr(point, name), rel=1e-4)
+        # Without warmup, the rate falls by a line from its maximum in the first step.
+        expected = record.config.learning_rate * (1 - (point.step - 1) / steps)
+        assert logged[point.step]["train/learning_rate"] == pytest.approx(expected)
+    assert logged[steps]["train/tokens"] == record.train.tokens
+    assert [point.step for point in record.train.router] == list(range(5, steps + 1, 5))
+    for point in record.train.router:
+        for name in ("entropy", "gate_sum", "largest_share", "unused_experts"):
+            assert logged[point.step][f"router/{name}"] == pytest.approx(getattr(point, name), rel=1e-4)
+    for split, scores in (("validation", record.validation), ("test", record.test)):
+        assert logged[steps][f"{split}/mean"] == record.mean(split)
+        assert {task: logged[steps][f"{split}/{task}"] for task in scores} == {
+            t: 100 * s.value for t, s in scores.items()
+        }
+
+
+def test_the_base_logs_its_scores_and_a_failed_run_ends_its_log(base_folder, tmp_path, recorders, monkeypatch):
+    setting = make_setting(base_folder, tmp_path, max_items=2, track=("tensorboard",))
+    record = run(make_run_config(setting, BASE, 0), setting)
+    assert recorders[0].logged == {
+        0: {"test/mean": record.mean()} | {f"test/{t}": 100 * s.value for t, s in record.test.items()}
+    }
+    monkeypatch.setattr(bench.runs.run, "score", lambda *a, **k: 1 / 0)
+    assert run(make_run_config(setting, "lora", seed=0), setting).status == "failed"
+    assert recorders[1].events == ["start", "finish"] and "train/loss" in recorders[1].logged[10]
+
+
+@pytest.mark.parametrize("name", tracking.TRACKERS)
+def test_a_tracker_that_is_not_installed_is_refused_before_any_work(name, base_folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(tracking.TRACKERS, name, lambda: False)
+    with pytest.raises(UserError, match=f"--track {name} needs the package {name}: pip install {name}"):
+        tracking.require_trackers((name,))
+    for command in ("run", "table2"):
+        arguments = [command, "--profile", "tiny", "--model", base_folder, "--track", name, "--results", tmp_path / "r"]
+        assert f"--track {name} needs the package {name}" in refused(arguments, capsys, tmp_path)
+
+
+def test_tensorboard_reads_the_curve_of_a_table_of_two_processes(base_folder, tmp_path, capsys):
+    """From the command line to the event files, each run in a folder of its own."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from bench.records import store
+
+    command = "table2 --profile tiny --methods lora,malora --seeds 1 --max-steps 12 --max-items 2 --jobs 2"
+    options = [*command.split(), "--track", "tensorboard", "--model", str(base_folder), "--results", str(tmp_path)]
+    assert main(options) == 0
+    capsys.readouterr()
+    for record in store.read_all(tmp_path):
+        events = EventAccumulator(str(tmp_path / "tracking" / "tensorboard" / record.id))
+        events.Reload()
+        (score,) = events.Scalars("test/mean")
+        assert score.value == pytest.approx(record.mean())
+        if record.train:
+            losses = {event.step: event.value for event in events.Scalars("train/loss")}
+            assert losses == pytest.approx({p.step: p.loss for p in record.train.curve}, rel=1e-4)
