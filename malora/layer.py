@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -81,7 +81,8 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
             router = self.router(adapter)
             if router is not None:
                 router.data.copy_(kaiming_uniform(router.shape))
-        self._move_adapter_to_device_of_base_layer(adapter)
+        hook = getattr(self.base_layer, "_hf_hook", None)  # accelerate's: its weight may be on "meta" now
+        self._move_adapter_to_device_of_base_layer(adapter, device=getattr(hook, "execution_device", None))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _shapes(self, config: MaloraConfig) -> dict[str, tuple[int, ...]]:
@@ -136,7 +137,8 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
         The output is [..., m] for x [..., n].
         """
         if self.disable_adapters and self.merged:
-            self.unmerge()
+            with onload_layer(self):
+                self.unmerge()
         if not (args or kwargs) and (fused := self.adapter_for_fused_path()):
             output: Tensor = self.group.output(self, fused, x)
             return output
@@ -244,12 +246,11 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
                 weight is not finite.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.settings]
-        deltas = [self.get_delta_weight(name) for name in names]  # all or none
         if names:
             self.check_mergeable()
+        deltas = [self.get_delta_weight(name) for name in names]  # all or none
         for name, delta in zip(names, deltas, strict=True):
-            weight = self.get_base_weight()  # dequantized
-            merged = weight + delta.to(weight.dtype)
+            merged = self._add_to_base(delta)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken: merging it would put "
@@ -260,11 +261,19 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Subtract the change of all merged adapters from the frozen weight."""
+        if self.merged:
+            self.check_mergeable()
         while self.merged_adapters:
-            weight = self.get_base_weight()
-            delta = self.get_delta_weight(self.merged_adapters.pop())
             # Not in place: copies of the weight are known by its address.
-            self.set_base_weight(weight - delta.to(weight.dtype))
+            self.set_base_weight(self._add_to_base(-self.get_delta_weight(self.merged_adapters.pop())))
+
+    def _add_to_base(self, delta: Tensor) -> Tensor:
+        """Return the frozen weight plus a change of it.
+
+        It has the dtype of the weight, or of the change if the weight is quantized.
+        """
+        weight = self.get_base_weight()
+        return weight + delta.to(weight.dtype) if self.quantization_backend is None else weight.to(delta.dtype) + delta
 
     def check_mergeable(self) -> None:
         """Refuse a frozen weight that no change can be added to.
@@ -273,6 +282,11 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
             ValueError: the weight is quantized, and PEFT cannot dequantize it.
         """
         backend, weight = self.quantization_backend, self.weight
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(  # PEFT would dequantize it to garbage
+                f"cannot change the weight of {self.name}: bitsandbytes packed it in an inference pass on this CPU, "
+                "which cannot be undone exactly. Load the base again and merge before the first pass, or use a GPU."
+            )
         if backend is not None and backend.supports_merge:
             return
         shape = (self.in_features, self.out_features) if self.is_transposed else (self.out_features, self.in_features)

@@ -234,13 +234,11 @@ class MaloraModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Put a module in the place of another.
 
-        PEFT would give a plain module the weight of the wrapper that it replaces, which fails for embeddings of which
-        some tokens are trained.
+        PEFT would move the factors to the device of the base's weight, which is "meta" while accelerate offloads it.
+        And it would give a plain module the weight of the wrapper that it replaces, which fails for embeddings of
+        which some tokens are trained.
         """
-        if hasattr(new_module, "base_layer"):
-            super()._replace_module(parent, child_name, new_module, child)
-        else:
-            setattr(parent, child_name, new_module)
+        setattr(parent, child_name, new_module)
 
     def _create_and_replace(
         self,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import cpu_offload
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 
@@ -44,6 +44,29 @@ def test_factors_that_accelerate_offloads_are_loaded_for_the_pass(method, backen
     assert all(parameter.is_meta for parameter in model.parameters())  # offloaded again
     with model.disable_adapter():
         assert not torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("method", ["asylora", "malora"])
+def test_an_adapter_of_an_offloaded_base_starts_without_effect_and_trains(method):
+    base = nn.Sequential(nn.Linear(16, 8))
+    x = torch.randn(3, 16)
+    y = base(x)
+    cpu_offload(base, execution_device=torch.device("cpu"))
+    model = get_peft_model(base, METHODS[method](**SIZES | ({"d": 8} if method == "malora" else {})))
+    torch.testing.assert_close(model(x), y)
+    model(x).pow(2).sum().backward()
+    assert model.base_model.model[0].malora_B["default"].grad.abs().sum() > 0
+
+
+def test_disabling_a_merged_and_offloaded_adapter_gives_the_base():
+    model = small("asylora")
+    x = torch.randn(3, 16)
+    y, base = model(x), model.base_model.model[0].base_layer(x)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), base)
+    torch.testing.assert_close(model(x), y)
 
 
 def test_an_adapter_that_is_added_in_evaluation_mode_has_no_dropout():
@@ -131,8 +154,7 @@ def test_a_quantized_weight_that_peft_can_change_is_merged(safe_merge):
     torch.testing.assert_close(model.merge_and_unload(safe_merge=safe_merge)(x), y, rtol=0, atol=0.15)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_merging_into_weights_of_bitsandbytes_is_as_exact_as_pefts_lora(bits):
+def bitsandbytes_model(bits: int) -> nn.Module:
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     linear = nn.Linear(64, 64, bias=False)
@@ -142,9 +164,42 @@ def test_merging_into_weights_of_bitsandbytes_is_as_exact_as_pefts_lora(bits):
     else:
         quantized = bnb.nn.Linear4bit(64, 64, bias=False)
         quantized.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = small("asylora", quantized.to(device), lora_dropout=0.0).to(device)
-    x = torch.randn(3, 64, device=device)
+    model = nn.Sequential(quantized.to("cuda" if torch.cuda.is_available() else "cpu"))
+    setattr(model, f"is_loaded_in_{bits}bit", True)  # PEFT's LoRA asks for it
+    return model
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_of_bitsandbytes_are_merged_as_by_pefts_lora(bits, safe_merge):
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["0"], "lora_dropout": 0.0, "task_type": None}
+    ours = randomise(get_peft_model(bitsandbytes_model(bits), METHODS["asylora"](**options))).eval()
+    theirs = get_peft_model(bitsandbytes_model(bits), LoraConfig(**options)).eval()
+    factors, lora = ours.base_model.model[0].factors("default"), theirs.base_model.model[0]
+    lora.lora_A["default"].weight.data = factors.A.data[0].clone()
+    lora.lora_B["default"].weight.data = factors.B.data[0].T.clone()
+    # With a gradient for x. After a pass without one, bitsandbytes packs 4-bit weights on some CPUs, and LoRA's merge
+    # is garbage.
+    x = torch.randn(3, 64, device=factors.A.device, requires_grad=True)
+    y = ours(x)
+    torch.testing.assert_close(y, theirs(x))
+    for model in (ours, theirs):
+        model.merge_adapter(safe_merge=safe_merge)
+    torch.testing.assert_close(ours(x), theirs(x))
+    for model in (ours, theirs):
+        model.unmerge_adapter()
+    torch.testing.assert_close(ours(x), theirs(x))
+    merged = [model.merge_and_unload(safe_merge=safe_merge)(x) for model in (ours, theirs)]
+    torch.testing.assert_close(*merged)
+
+
+def test_weights_that_bitsandbytes_packed_for_this_cpu_are_not_merged():
+    model = randomise(get_peft_model(bitsandbytes_model(4), METHODS["asylora"](**SIZES))).eval()
+    x = torch.randn(3, 64, device=next(model.parameters()).device)
     y = model(x)
-    merged = model.merge_and_unload(safe_merge=True)
-    assert (merged(x) - y).abs().max() < 0.5
+    if not getattr(model.base_model.model[0].base_layer.weight.quant_state, "packing_format_for_cpu", False):
+        pytest.skip("bitsandbytes packs weights on CPUs with AVX512-BF16 only")
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="bitsandbytes packed it in an inference pass on this CPU"):
+            merge()
+    assert torch.equal(model(x), y)
