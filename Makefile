@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 LOCK ?= requirements.lock
 PIP := $(BIN)/pip --quiet --disable-pip-version-check
 
-.PHONY: help test lint docs examples lock leaderboard report check-tables reproduce-table10 reproduce-fig4 clean
+.PHONY: help test lint docs peft-suite examples lock leaderboard report check-tables reproduce-table10 reproduce-fig4 clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -33,6 +33,9 @@ lint: .venv/ready ## check style, formatting, types, spelling and which package 
 
 docs: .venv/ready ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
+
+peft-suite: .venv/ready ## run PEFT's own tests with our adapters (ARGS=--all: every method)
+	$(BIN)/python .ci/peft_suite $(ARGS)
 
 examples: .venv/ready ## run each example with two steps
 	$(BIN)/python -m pytest -q tests/examples $(ARGS)

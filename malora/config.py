@@ -242,13 +242,13 @@ class MaloraConfig(PeftConfig):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise ValueError(
-                        f"{name}={getattr(self, name)!r} cannot be used with target_modules={self.target_modules!r}: "
-                        "a str is matched against whole module names. Write the layers into it, or give a list."
+                        f"`{name}` cannot be used when `target_modules` is a str. {self.target_modules!r} is matched "
+                        f"against whole module names: write the layers {getattr(self, name)!r} into it, or give a list."
                     )
         elif self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
-                f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform; give the indices "
-                "of the layers too, or leave it out."
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified: "
+                f"{self.layers_pattern!r} alone has no effect. Give the indices of the layers too, or leave it out."
             )
 
     def _check_nothing_is_ignored(self) -> None:

@@ -262,7 +262,10 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
         for name, delta in zip(names, deltas, strict=True):
             merged = self._add_to_base(delta)
             if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"merging adapter {name!r} would put values that are not finite into {self.name}.")
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken: merging it would put "
+                    f"values that are not finite into {self.name}."
+                )
             self.set_base_weight(merged)
             self.merged_adapters.append(name)
 

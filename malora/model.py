@@ -188,8 +188,8 @@ class MaloraModel(BaseTuner):
             model_type = model_config.get("model_type")
             if model_type not in TARGET_MODULES:
                 raise ValueError(
-                    f"no default targets are known for models of type {model_type!r}; give target_modules=, the names "
-                    f"of linear modules such as {_linear_names(self.model)}."
+                    "Please specify `target_modules` in `peft_config`: no default targets are known for models of type "
+                    f"{model_type!r}. Give names of linear modules, such as {_linear_names(self.model)}."
                 )
             defaults = TARGET_MODULES[model_type]
             # Variants of a type may lack some names.
