@@ -14,7 +14,7 @@ from tasks.base import DataRef, Domain, Question, Task
 from tasks.boolq import BOOLQ
 from tasks.domains import MAX_OPEN_ITEMS, OPEN, PAPER
 from tasks.e2e import E2E
-from tasks.errors import DataError
+from tasks.errors import DataError, unknown_name
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HUMANEVAL
 from tasks.medmcqa import MEDMCQA
@@ -153,8 +153,8 @@ def add_mixture(path: Path) -> str:
     name, description = read_mixture(path)
     tasks = tuple(add_task(path.parent / task) if is_file_name(task) else task for task in description.tasks)
     if unknown := [task for task in tasks if not isinstance(TASKS.get(task), Task)]:
-        known = ", ".join(task for task in TASKS if isinstance(TASKS[task], Task))
-        raise DataError(f"{path}: unknown task {unknown[0]!r}; there are {known}, and files by their path.")
+        known = [name for name, task in TASKS.items() if isinstance(task, Task)]
+        raise DataError(f"{path}: {unknown_name('task', unknown[0], known)}, and files by their path.")
     if len(set(tasks)) < len(tasks):
         raise DataError(f"{path}: a task is named twice; name each once.")
     if description.size and description.blend == "size":

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from bench.command_line import one_of
-from bench.errors import UserError
+from bench.errors import UserError, unknown_name
 from bench.evaluate.export_task import export_task
 from bench.experiments.profiles import Profile
 from tasks import FORMATS, MIXTURES, TASKS, Folder, Generator, Hub, Source, Task
@@ -110,8 +110,8 @@ def export(options: argparse.Namespace) -> int:
     name = add_task(Path(options.task)) if is_file_name(options.task) else options.task
     task = TASKS.get(name)
     if not isinstance(task, Task):
-        known = ", ".join(name for name, task in TASKS.items() if isinstance(task, Task))
-        raise UserError(f"unknown task {name!r}; there are {known}, and files by their path.")
+        known = [name for name, task in TASKS.items() if isinstance(task, Task)]
+        raise UserError(f"{unknown_name('task', name, known)}, and files by their path.")
     source: Source
     if options.data:
         source = Folder(options.data)

@@ -8,8 +8,7 @@ from typing import Any
 from peft import PeftConfig
 
 import malora
-from bench.command_line import unknown_name
-from bench.errors import UserError
+from bench.errors import UserError, unknown_name
 from bench.experiments.profiles import Profile
 from malora.config import stored_value
 

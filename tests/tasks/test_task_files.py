@@ -202,7 +202,7 @@ def test_the_description_of_a_mixture(tmp_path, registry):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("tasks: [majority, minority]", "unknown task 'minority'; there are piqa"),
+    ("tasks: [majority, minority]", r"unknown task 'minority'; did you mean 'majority'\? There are piqa"),
     ("tasks: []", "tasks: List should have"),
     ("tasks: [majority, majority]", "a task is named twice"), ("tasks: [majority]\nsize: 3", "size has no effect"),
     ("tasks: [code]", "unknown task 'code'"),
