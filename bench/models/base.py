@@ -127,11 +127,18 @@ def load(base: BaseModel, device: torch.device) -> tuple[PreTrainedModel, PreTra
 
 
 def count_weights(base: BaseModel) -> int:
-    """Count the weights in a base model's files, which are not loaded."""
+    """Count the weights in a base model's files, which are not loaded.
+
+    Raises:
+        UserError: A file is broken.
+    """
     count = 0
     for path in base.path.glob(WEIGHTS):
-        with safe_open(path, framework="pt") as file:
-            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        try:
+            with safe_open(path, framework="pt") as file:
+                count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"{base.path} is not a complete causal language model: {path.name}: {error}") from error
     return count
 
 
