@@ -6,7 +6,7 @@ Every method of the paper is a setting of this class.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from enum import Enum
 from math import sqrt
 from typing import Any, Literal
@@ -28,6 +28,8 @@ class MaloraPeftType(str, Enum):  # noqa: UP042  # a StrEnum is not what PEFT ha
 
 
 PEFT_TYPE = MaloraPeftType.MALORA
+# Stands in every saved config. Without the import PEFT raises KeyError: 'MALORA', and it has no entry points.
+REQUIRES = "pip install malora, and `import malora` before PEFT loads this adapter"
 
 Down = Literal["A_t", "P_t S", "P_t S_t", "per_expert", "shared_subspace", "per_expert_subspace"]
 Up = Literal["B_t", "S_B Q_t", "per_expert", "shared_subspace"]
@@ -138,7 +140,9 @@ class MaloraConfig(PeftConfig):
         default=None, metadata={"help": "Tokens whose embeddings are trained."}
     )
 
-    def __post_init__(self) -> None:
+    requires: InitVar[str | None] = None  # of a saved config, where it is a note to whoever reads the file
+
+    def __post_init__(self, requires: str | None) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT's has no annotations
         self.peft_type = PEFT_TYPE
         for name in ("target_modules", "exclude_modules"):
@@ -153,6 +157,10 @@ class MaloraConfig(PeftConfig):
         self._check_subspace()
         self.check_layers()
         self._check_nothing_is_ignored()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is saved: all options, and a note on what must be imported to load the adapter."""
+        return {**super().to_dict(), "requires": REQUIRES}
 
     @property
     def scaling(self) -> float:

@@ -30,7 +30,7 @@ from bench.report.model_card import model_card
 from bench.report.scores.experiment_page import experiment_page
 from bench.report.scores.selection import records_frame, records_that_lend_rates, select, tuned_rates
 from bench.report.speed import tables
-from bench.runs.elsewhere import score_elsewhere
+from bench.runs.elsewhere import elsewhere_config, score_elsewhere
 from bench.runs.plan import Runs, plan_runs, rates_before_sweep, sweep
 from bench.runs.pool import run_all
 from bench.runs.run import find_record, run
@@ -198,7 +198,9 @@ def score_adapter(options: argparse.Namespace) -> int:
     require_scoring(MIXTURES[setting.mixture_name].tasks, options.unsafe_code)
     if options.record:
         store.open_folder(setting.results)
-    one = score_elsewhere(setting, options.adapter)
+    config = elsewhere_config(setting, options.adapter)
+    found = store.find(config, setting.results) if options.record else None
+    one = found or score_elsewhere(config, setting, options.adapter)
     _print_scores(one.test or {})
     if options.record:
         print(f"recorded in {one.path or store.write(one, setting.results)}")

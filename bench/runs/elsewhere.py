@@ -12,27 +12,25 @@ from bench.evaluate.score import score
 from bench.experiments.methods import BASE, ELSEWHERE
 from bench.models.adapters import load_adapter
 from bench.models.base import load, prepare
-from bench.records import provenance, store
+from bench.records import provenance
 from bench.records.schema import DataSection, Record, RunConfig, TaskScore
 from bench.runs.run import score_options
 from bench.runs.setting import RunSettings, load_data, make_run_config
 
 
-def score_elsewhere(setting: RunSettings, folder: Path) -> Record:
-    """Score a saved adapter of any PEFT type, or return its record if the results folder has it.
+def score_elsewhere(config: RunConfig, setting: RunSettings, folder: Path) -> Record:
+    """Score a saved adapter of any PEFT type, and return its record, which is not written.
 
-    Nothing is written. How the adapter was trained is unknown, and so is whether it has seen items of the test sets.
+    How the adapter was trained is unknown, and so is whether it has seen items of the test sets.
 
     Args:
+        config: The adapter's configuration, of `elsewhere_config`.
         setting: Settings of the scoring.
         folder: Folder of the adapter.
 
     Raises:
         UserError: The adapter is incomplete, or of another base model.
     """
-    config = elsewhere_config(setting, folder)
-    if found := store.find(config, setting.results):
-        return found
     if setting.profile.threads:
         torch.set_num_threads(setting.profile.threads)
     data = load_data(setting, config.seed)
