@@ -107,10 +107,7 @@ def _normalize(text: str) -> str:
     if text.isascii():
         return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip() or text.strip()
     text = unicodedata.normalize("NFKC", text).lower()
-    # Python's \w lacks combining marks, which are the vowels of many scripts.
-    kept = "".join(
-        c if c.isalnum() or unicodedata.combining(c) or unicodedata.category(c) == "Mc" else " " for c in text
-    )
+    kept = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text)  # letters, marks, numbers
     return " ".join(kept.split()) or text.strip()
 
 
