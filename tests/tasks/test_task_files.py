@@ -31,7 +31,8 @@ def test_a_data_file_is_a_task(tmp_path):
     keys = [{item.key for item in items} for items in splits.values()]
     assert not keys[0] & keys[1] and not keys[0] & keys[2] and not keys[1] & keys[2]
     first = questions(300)[0]
-    expected = Question(first["question"], tuple(first["choices"]), 0, first["context"])
+    right = first["choices"].index(first["answer"])
+    expected = Question(first["question"], tuple(first["choices"]), right, first["context"])
     assert expected in items_of(task)
 
 
