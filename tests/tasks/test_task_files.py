@@ -104,6 +104,14 @@ def test_data_in_several_files_keep_their_splits(tmp_path):
     assert {split: len(items) for split, items in splits.items()} == {"train": 36, "validation": 4, "test": 10}
 
 
+def test_validation_needs_a_file_or_ten_training_records(tmp_path, registry):
+    write(tmp_path / "tr.jsonl", questions(9))
+    write(tmp_path / "te.jsonl", questions(12)[9:])
+    (tmp_path / "a.yaml").write_text("data: {train: tr.jsonl, test: te.jsonl}")
+    with pytest.raises(DataError, match="a has 9 training items, and at least 10 are needed"):
+        add_task(tmp_path / "a.yaml")
+
+
 @pytest.mark.parametrize("text, message", [
     ("data: a.jsonl\nmetrics: rougeL", "x.yaml: metrics: Extra inputs are not permitted; settings are name, title"),
     ("title: 3\ndata: a.jsonl", "x.yaml: title: Input should be a valid string"),
