@@ -107,10 +107,7 @@ def _normalize(text: str) -> str:
     if text.isascii():
         return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip() or text.strip()
     text = unicodedata.normalize("NFKC", text).lower()
-    # Python's \w lacks combining marks, which are the vowels of many scripts.
-    kept = "".join(
-        c if c.isalnum() or unicodedata.combining(c) or unicodedata.category(c) == "Mc" else " " for c in text
-    )
+    kept = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text)  # letters, marks, numbers
     return " ".join(kept.split()) or text.strip()
 
 
@@ -274,8 +271,17 @@ class Task:
         """
         splits = {split: self.read(source, split) for split in self.published}
         if "validation" not in splits:
-            splits["train"], splits["validation"] = _split_off_validation(splits["train"], MAX_VALIDATION_ITEMS)
+            splits["train"], splits["validation"] = self._split_off_validation(splits["train"])
         return splits
+
+    def _split_off_validation(self, items: list[Item]) -> tuple[list[Item], list[Item]]:
+        train, validation = _split_off_validation(items, MAX_VALIDATION_ITEMS)
+        if not validation:
+            raise DataError(
+                f"{self.title} has {len(items)} training items, and at least 10 are needed to hold one out for "
+                "validation; add more, or a file of validation items."
+            )
+        return train, validation
 
     def read(self, source: Source, split: str) -> list[Item]:
         """Return the items of one of our splits.
@@ -306,7 +312,7 @@ class Task:
                 problem = error if isinstance(error, ValueError) else repr(error)
                 raise DataError(
                     f"{source.locate(self.data, published_split, number)}: not a {self.title} item ({problem}); "
-                    "mend the record or fetch the file again. tasks/ has the fields of each data set."
+                    "mend the record or fetch the file again. The fields are in tasks/ and docs/guides/add-a-task.md."
                 ) from error
             if item is not None:
                 items.append(item)

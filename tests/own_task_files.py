@@ -19,7 +19,7 @@ def questions(count: int = 60) -> list[dict]:
     drawn = [(n, o, p) for n in NAMES for o in OBJECTS for p in PLACES]
     records = []
     for name, thing, place in rng.sample(drawn, count):
-        choices = [place, next(p for p in PLACES if p != place)]
+        choices = rng.sample([place, next(p for p in PLACES if p != place)], 2)
         context = f"{name} saw the {thing} near the {place} ."
         records.append({"context": context, "question": f"near what is {thing} ?", "choices": choices, "answer": place})
     return records

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
 from bench.command_line import one_of
@@ -68,41 +69,32 @@ def resolve(options: argparse.Namespace, mixture: str | None, profile: Profile) 
     Raises:
         UserError: A file is missing or broken, or has words that the tiny base model does not know.
     """
-    files = getattr(options, "task", [])
-    named = set(TASKS)
-    added = tuple(add_task(path) for path in files)
+    added = tuple(add_task(path) for path in getattr(options, "task", ()))
     if mixture and mixture.endswith(DESCRIPTION_SUFFIXES):
         mixture = add_mixture(Path(mixture))
+    elif mixture and added and not options.data:
+        mixture = profile.mixtures.get(mixture, mixture)  # the profile has no substitute for the name with a "+"
     if profile.name == "tiny" and not options.model:
-        _require_known_words(task for name, task in TASKS.items() if name not in named or name in added)
-    if mixture is None and len(added) == 1:
-        return added[0]
-    if mixture is None and not added:
-        return DEFAULT_MIXTURE
-    if not added:
-        assert mixture is not None, "one of the cases above"
-        return mixture
-    if mixture is None:
+        _require_known_words()
+    if mixture is None and added:
         mixture, *rest = added
-        return add_to_mixture(mixture, tuple(rest))
-    if not options.data:
-        mixture = profile.mixtures.get(mixture, mixture)
-    return add_to_mixture(mixture, added)
+        added = tuple(rest)
+    mixture = mixture or DEFAULT_MIXTURE
+    return add_to_mixture(mixture, added) if added else mixture
 
 
-def _require_known_words(tasks: object) -> None:
-    """Check that the tiny base model, which has a token per word and few words, can read the tasks."""
-    for task in tasks:  # type: ignore[attr-defined]
+def _require_known_words() -> None:
+    """Check that the tiny base model, which has a token per word and few words, can read the tasks of files."""
+    for task in TASKS.values():
         if not isinstance(task, Task) or task.source is None:
             continue
-        for items in task.load(task.source).values():
-            for item in items:
-                texts = (item.context, item.text, *(item.choices if isinstance(item, Question) else (item.answer,)))
-                if unknown := set(" ".join(texts).split()) - set(VOCABULARY):
-                    raise UserError(
-                        f"the tiny base model knows {len(VOCABULARY)} words, and {min(unknown)!r} of {task.title} is "
-                        "none of them; use --profile small, or give another --model."
-                    )
+        for item in itertools.chain(*task.load(task.source).values()):
+            texts = (item.context, item.text, *(item.choices if isinstance(item, Question) else (item.answer,)))
+            if unknown := set(" ".join(texts).split()) - set(VOCABULARY):
+                raise UserError(
+                    f"the tiny base model knows {len(VOCABULARY)} words, and {min(unknown)!r} of {task.title} is none "
+                    "of them; use --profile small, or give another --model."
+                )
 
 
 def export(options: argparse.Namespace) -> int:

@@ -94,7 +94,12 @@ def make_parser() -> Parser:
     report.set_defaults(command=write_report)
     _add_export_options(add("export", "Write leaderboards and runs as CSV and JSON files.", "--output export"))
     own_tasks.add_export_options(
-        add("export-task", "Write a task as a folder for lm-eval.", "arc_easy --output lm_eval_tasks")
+        add(
+            "export-task",
+            "Write a task as a folder for lm-eval.",
+            "arc_easy --output lm_eval_tasks",
+            usage="%(prog)s TASK [options]",
+        )
     )
     _add_publish_options(add("publish", "Copy complete records of committed code to results/.", "--profile small"))
     return parser

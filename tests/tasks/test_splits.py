@@ -40,7 +40,21 @@ def test_items_with_the_same_words_have_the_same_key_in_every_script():
 
     assert key("Is ice COLD?") == key("is ice -- cold") == "is ice cold"
     assert key("Le CAFÉ noir?") == key("le cafe\u0301 noir") != key("le cafe noir")
-    different = ["水是冷的吗？", "火是热的吗？", "पानी ठंडा है?", "पानी ठंडी है?", "วันนี้", "วันนา", "+ - =", "☀", "🎈"]
+    different = [
+        "水是冷的吗？",
+        "火是热的吗？",
+        "पानी ठंडा है?",
+        "पानी ठंडी है?",
+        "गुण",
+        "गण",
+        "กิน",
+        "กุน",
+        "วันนี้",
+        "วันนา",
+        "+ - =",
+        "☀",
+        "🎈",
+    ]
     assert len({key(text) for text in different}) == len(different)
     assert Exercise("?!", "x").key == "?!"
     random.Random(0).shuffle(different)

@@ -31,7 +31,8 @@ def test_a_data_file_is_a_task(tmp_path):
     keys = [{item.key for item in items} for items in splits.values()]
     assert not keys[0] & keys[1] and not keys[0] & keys[2] and not keys[1] & keys[2]
     first = questions(300)[0]
-    expected = Question(first["question"], tuple(first["choices"]), 0, first["context"])
+    right = first["choices"].index(first["answer"])
+    expected = Question(first["question"], tuple(first["choices"]), right, first["context"])
     assert expected in items_of(task)
 
 
@@ -101,6 +102,14 @@ def test_data_in_several_files_keep_their_splits(tmp_path):
     (tmp_path / "a.yaml").write_text("data: {train: tr.jsonl, test: te.jsonl}")
     splits = read_task(tmp_path / "a.yaml").load(NO_SOURCE)
     assert {split: len(items) for split, items in splits.items()} == {"train": 36, "validation": 4, "test": 10}
+
+
+def test_validation_needs_a_file_or_ten_training_records(tmp_path, registry):
+    write(tmp_path / "tr.jsonl", questions(9))
+    write(tmp_path / "te.jsonl", questions(12)[9:])
+    (tmp_path / "a.yaml").write_text("data: {train: tr.jsonl, test: te.jsonl}")
+    with pytest.raises(DataError, match="a has 9 training items, and at least 10 are needed"):
+        add_task(tmp_path / "a.yaml")
 
 
 @pytest.mark.parametrize("text, message", [

@@ -1,10 +1,14 @@
 """Tasks of files on the command line: run, score and export."""
 
+import argparse
 import json
+from pathlib import Path
 
 import pytest
 
+from bench.cli import own_tasks
 from bench.cli.parser import main
+from bench.experiments.profiles import PROFILES
 from bench.records import store
 from tests.bench.cli.helpers import refused
 from tests.own_task_files import prompts, questions, write
@@ -114,3 +118,12 @@ def test_a_task_is_exported(tmp_path, capsys, registry):
     assert "lm_eval --include_path" in capsys.readouterr().out
     lines = (tmp_path / "out" / "places_test.jsonl").read_text().splitlines()
     assert all(set(json.loads(line)) == {"prompt", "choices", "answer"} for line in lines)
+
+
+def test_the_example_is_trained_and_the_tiny_base_knows_its_words(command, registry):
+    folder = Path(__file__).resolve().parents[3] / "examples" / "own_task"
+    assert command("--task", folder / "places.jsonl") == 0
+    assert command("--mixture", folder / "mixture.toml") == 0
+    registry()
+    options = argparse.Namespace(task=[], model=None, data=None)
+    assert own_tasks.resolve(options, str(folder / "mixture.toml"), PROFILES["tiny"]) == "majority-places"
