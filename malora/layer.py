@@ -277,6 +277,7 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
             # Not in place: copies of the weight are known by its address.
             self.set_base_weight(self._add_to_base(-self.get_delta_weight(self.merged_adapters.pop())))
 
+    @torch.no_grad()
     def _add_to_base(self, delta: Tensor) -> Tensor:
         """Return the frozen weight plus a change of it.
 
@@ -302,9 +303,9 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
         shape = (self.in_features, self.out_features) if self.is_transposed else (self.out_features, self.in_features)
         if backend is not None or not weight.is_floating_point() or (weight.shape != shape and not weight.is_meta):
             raise ValueError(
-                f"cannot merge into {self.name}: its weight is {weight.dtype} {tuple(weight.shape)} in a "
-                f"{type(self.base_layer).__name__}, which cannot be dequantized to {shape}. Keep it as an adapter, or "
-                "load the base without quantization to merge."
+                f"cannot merge into {self.name}: its weight, {type(weight).__name__} {weight.dtype} "
+                f"{tuple(weight.shape)} in a {type(self.base_layer).__name__}, cannot be dequantized and quantized "
+                "again. Keep the adapter, or load the base without quantization to merge."
             )
 
     def __repr__(self) -> str:

@@ -208,7 +208,7 @@ def _stacked_routings(
     for (shape, top_k, *_), group in groups.items():
         mask = group[0][-1]
         probabilities = [_with_gradient(layer, name, probability) for layer, name, probability, _ in group]
-        stacked = torch.stack(probabilities).flatten(1, -2)
+        stacked = torch.stack(probabilities).reshape(len(group), -1, shape[-1])
         yield _Stack(Routing(stacked, top_k), [layer.name for layer, *_ in group], _token_weights(mask, shape, stacked))
 
 

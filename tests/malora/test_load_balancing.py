@@ -147,3 +147,17 @@ def test_a_model_without_routing_is_an_error(ids):
         model(ids)
     with pytest.raises(ValueError, match="carries no gradient"):
         malora.balance_loss(model)
+
+
+def test_the_balance_loss_does_not_depend_on_the_shape_of_the_batch():
+    torch.manual_seed(0)
+    config = malora.METHODS["malora"](r=4, d=8, target_modules=["0"], task_type=None)
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(16, 8)), config)
+    x = torch.randn(2, 3, 16)
+    losses = []
+    for shape in ((2, 3, 16), (6, 16), (1, 2, 3, 16)):
+        model(x.view(shape))
+        losses.append(malora.balance_loss(model))
+    torch.testing.assert_close(losses[1:], losses[:1] * 2)
+    model(x[0, 0])  # a single token
+    assert malora.balance_loss(model) > 0 and len(malora.router_stats(model)) == 1
