@@ -24,6 +24,7 @@ from bench.records import provenance
 from bench.records import store as records
 from bench.records.schema import DataSection, InsideSection, Parameters, Record, RunConfig, TaskScore, TrainSection
 from bench.runs.setting import RunSettings, blend_seed, load_data
+from bench.runtime.attention import require_packing
 from bench.runtime.processes import processes
 from bench.train.batching import Encoded, encode, label_tokens
 from bench.train.checkpoint import TrainLog
@@ -99,6 +100,7 @@ def _train_and_score(record: Record, setting: RunSettings, checkpoint: Path, tra
     config, profile = record.config, setting.profile
     data = load_data(setting, config.seed)
     base, tokenizer = load(prepare(setting.model), setting.device)
+    require_packing(base)
     model: PreTrainedModel | PeftModel = base
     fresh = None
     record.data = DataSection(sha256=data.sha256, dropped=data.dropped, dropped_validation=data.dropped_validation)
