@@ -55,7 +55,9 @@ def run(config: RunConfig, setting: RunSettings, jobs: int = 1) -> Record:
     state = processes()
     if setting.profile.threads:
         torch.set_num_threads(setting.profile.threads)
-    if found := find_record(config, setting):
+    found = find_record(config, setting)
+    state.wait_for_everyone()  # a slower process would find the record that a faster one has written meanwhile
+    if found:
         return found
     require_scoring(MIXTURES[config.mixture].tasks, setting.unsafe_code)
     checkpoint = setting.results / "checkpoints" / f"{config.id}.pt"
