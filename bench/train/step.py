@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 import malora
-from bench.runtime.attention import attention_windows, exact_with_masks, masks_for
+from bench.runtime.attention import attention_windows, exact_with_masks, masks_for, packed_attention_bias
 from bench.runtime.logits import label_positions_only
 from bench.train.batching import Batch
 from malora.backbone.cuda_graphs import accumulate_grads, capture, capture_refresh, warm_up
@@ -89,12 +89,13 @@ class EagerStep:
             Its summands of the losses of the batch. The sums are over micro-batches, weighted by label tokens, and over
             processes.
         """
+        masks = masks_for(self.windows, partial(packed_attention_bias, batch.example, self.attention_dtype))
         at_labels = label_positions_only(self.model, batch.row, batch.column)
         with self.kernels, exact_with_masks(batch.ids.device), at_labels:
             logits = self.wrapped(
                 input_ids=batch.ids,
                 position_ids=batch.position,
-                attention_mask=masks_for(self.windows, partial(batch.attention_bias, self.attention_dtype)),
+                attention_mask=masks,
                 use_cache=False,
                 **self.router_options,
             ).logits

@@ -15,6 +15,7 @@ from bench.models.adapters import add_adapter
 from bench.models.base import load, prepare
 from bench.records import store
 from tests import inter_folder
+from tests.bench.base_types import make_base
 from tests.bench.cli.helpers import refused
 from tests.bench.records.test_store import make
 
@@ -78,6 +79,17 @@ def test_a_model_folder_without_weights(base_folder, capsys, tmp_path):
 def test_a_model_that_does_not_exist(capsys, tmp_path):
     command = ["run", "--profile", "tiny", "--model", "no/such-model", "--results", tmp_path / "results"]
     assert "'no/such-model' is no built-in (tiny, smollm2-135m)" in refused(command, capsys, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["bert", "bloom"])
+def test_a_model_that_does_not_keep_packed_examples_apart(kind, base_folder, capsys, tmp_path):
+    """It would learn from the wrong context, and its scores would look like any other's."""
+    folder, tokenizer = tmp_path / kind, load(prepare(str(base_folder)), torch.device("cpu"))[1]
+    make_base(kind, vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for method in ("lora", "malora"):
+        command = ["run", "--profile", "tiny", "--model", folder, "--method", method, "--results", tmp_path / "r"]
+        assert f"models of type '{kind}' cannot be used here" in refused(command, capsys, tmp_path)
 
 
 def test_a_broken_adapter(base_folder, capsys, tmp_path):
