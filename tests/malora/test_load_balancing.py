@@ -147,3 +147,19 @@ def test_a_model_without_routing_is_an_error(ids):
         model(ids)
     with pytest.raises(ValueError, match="carries no gradient"):
         malora.balance_loss(model)
+
+
+def test_layers_whose_input_is_one_vector():
+    """Such a layer routes one token, without batch or sequence."""
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16))
+    config = malora.METHODS["molora"](task_type=None, target_modules=["0"], lora_dropout=0.0)
+    model = get_peft_model(model, config).train()
+    x = torch.ones(16)
+    model(x)
+    alone = malora.balance_loss(model)
+    alone.backward()
+    model(x.expand(1, 1, 16))
+    torch.testing.assert_close(malora.balance_loss(model), alone)
+    model(x)
+    with pytest.raises(ValueError, match="attention_mask is"):
+        malora.balance_loss(model, torch.ones(1, 1))
