@@ -41,16 +41,17 @@ def add_balance_loss(
         labels: The labels of that pass.
         shift_labels: Labels that are shifted already, if the pass had them.
         num_items: Number of labels by which the model divided its loss, `num_items_in_batch`.
-        wanted: The argument `output_router_logits` of that pass. By default the loss is computed if there is a loss to
-            add it to, or if there are gradients. So generation does not pay for it.
+        wanted: The argument `output_router_logits` of that pass. By default the balance loss is computed if there is a
+            loss to add it to, or if there are gradients. So generation does not pay for it. With True the outputs have
+            `aux_loss` in every case; it is 0 if nothing was routed.
     """
     loss = _loss_of(outputs, labels)
-    if wanted is None:
-        wanted = loss is not None or torch.is_grad_enabled()
-    weights = _weights_by_adapter(model) if wanted else {}
+    is_computed = loss is not None or torch.is_grad_enabled() if wanted is None else wanted
+    weights = _weights_by_adapter(model) if is_computed else {}
     balance = balance_loss_by_adapter(model, weights) if weights else {}
     if not balance:
-        return outputs
+        # A caller that asks for it counts on it. The active adapter may be one without a router.
+        return _with_losses(outputs, loss, next(model.parameters()).new_zeros(())) if wanted else outputs
     aux_loss = torch.stack([*balance.values()]).sum()
     if loss is not None:
         added = torch.stack([weights[adapter] * of_adapter for adapter, of_adapter in balance.items()]).sum()

@@ -241,7 +241,7 @@ def _token_weights(mask: Tensor | None, shape: torch.Size, like: Tensor) -> Tens
     if mask is None:
         return like.new_ones(like.shape[1], 1)
     # With a key-value cache the mask covers earlier passes too. The tokens of this pass are the last ones.
-    mask = mask[:, -shape[1] :]
+    mask = mask[:, -shape[-2] :] if len(shape) == 3 else mask
     if mask.shape != shape[:-1]:
         raise ValueError(f"attention_mask is {tuple(mask.shape)}, but the tokens routed are {tuple(shape[:-1])}.")
     return (mask != 0).to(like.device, like.dtype).view(-1, 1)

@@ -156,6 +156,16 @@ def test_a_call_can_switch_it_off(ids):
     assert "aux_loss" not in plain(ids, labels=ids)
 
 
+def test_it_is_zero_if_it_is_asked_for_and_nothing_is_routed(ids):
+    """TRL asks for it if the model has a router, also while another adapter is active."""
+    model = adapted()
+    model.add_adapter("second", malora.METHODS["asylora"](lora_dropout=0.0))
+    model.set_adapter("second")
+    outputs = model(ids, labels=ids, output_router_logits=True)
+    assert outputs.aux_loss == 0
+    torch.testing.assert_close(outputs.loss, model(ids, labels=ids).loss)
+
+
 def test_generation_does_not_compute_it(ids, monkeypatch):
     model = adapted()
     monkeypatch.setattr(auxiliary_loss, "balance_loss_by_adapter", None)
