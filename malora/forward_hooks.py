@@ -62,9 +62,10 @@ class ForwardHooks:
             handle.remove()
         self.announce_aux_loss(model, 0)
 
-    def forget_layers(self) -> None:
-        """Look for the adapted layers again in the next pass, because some were added or removed."""
-        self._groups = None
+    def find_layers(self, model: nn.Module) -> None:
+        """Find the adapted layers of the model, because some were added or removed."""
+        layers = (module for module in model.modules() if isinstance(module, MaloraLayer))
+        self._groups = list(dict.fromkeys(layer.group for layer in layers))
 
     def announce_aux_loss(self, model: nn.Module, weight: float) -> None:
         """Tell losses outside of the model, such as TRL's, that its outputs have an `aux_loss`.
@@ -90,10 +91,9 @@ class ForwardHooks:
         self._depth += 1
         if self._depth > 1:
             return None
-        if self._groups is None:
-            layers = (module for module in model.modules() if isinstance(module, MaloraLayer))
-            self._groups = list(dict.fromkeys(layer.group for layer in layers))
-        self._prefetched = prefetch_packed_weights(self._groups)
+        if self._groups is None:  # in a copy
+            self.find_layers(model)
+        self._prefetched = prefetch_packed_weights(self._groups or [])
         masks = (_argument(name, model, args, kwargs) for name in ("attention_mask", "decoder_attention_mask"))
         # It may be four-dimensional, or a dictionary by type of layer, and then says nothing of padding.
         self.log.start(*(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None for mask in masks))

@@ -6,7 +6,6 @@ Shapes: B batch, S sequence length, T tokens (B·S), N experts, L layers whose r
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -178,6 +177,22 @@ class _Stack(NamedTuple):
     weights: Tensor
 
 
+class _Kept(NamedTuple):
+    """A routing that a layer keeps, and the padding mask of its tokens."""
+
+    layer: MaloraLayer
+    adapter: str
+    probability: Tensor
+    top_k: int
+    mask: Tensor | None
+
+    def stacks_with(self, other: _Kept) -> bool:
+        """Return whether both routings fit into one tensor and have one mask."""
+        mine, theirs = self.probability, other.probability
+        is_alike = self.top_k == other.top_k and self.mask is other.mask and mine.device == theirs.device
+        return is_alike and mine.shape == theirs.shape
+
+
 def _stacked_routings(
     model: nn.Module, attention_mask: Tensor | None, *, adapter: str | None = None, if_any: bool = False
 ) -> Iterator[_Stack]:
@@ -194,22 +209,29 @@ def _stacked_routings(
     Raises:
         ValueError: Nothing was routed, or the mask does not fit the tokens.
     """
-    groups = defaultdict(list)
+    groups: list[list[_Kept]] = []
     for layer in _layers(model):
         log = layer.routing_log
         for name, (probability, top_k) in layer.routings.items():
             if log is None or adapter not in (None, name) or probability.numel() == 0:
                 continue
             mask = _mask_of(layer, log, probability.shape[:-1]) if attention_mask is None else attention_mask
-            groups[probability.shape, top_k, probability.device, id(mask)].append((layer, name, probability, mask))
+            kept = _Kept(layer, name, probability, top_k, mask)
+            # Not in a dictionary by shape: torch.compile would make a graph for every length.
+            found = next((group for group in groups if group[0].stacks_with(kept)), None)
+            if found is None:
+                groups.append([kept])
+            else:
+                found.append(kept)
     if not groups and not if_any:
         reason = "run a forward pass first" if has_router(model) else "it has no adapter with more than one expert"
         raise ValueError(f"nothing was routed in this model: {reason}.")
-    for (shape, top_k, *_), group in groups.items():
-        mask = group[0][-1]
-        probabilities = [_with_gradient(layer, name, probability) for layer, name, probability, _ in group]
-        stacked = torch.stack(probabilities).reshape(len(group), -1, shape[-1])
-        yield _Stack(Routing(stacked, top_k), [layer.name for layer, *_ in group], _token_weights(mask, shape, stacked))
+    for group in groups:
+        first = group[0]
+        probabilities = [_with_gradient(kept.layer, kept.adapter, kept.probability) for kept in group]
+        stacked = torch.stack(probabilities).reshape(len(group), -1, first.probability.shape[-1])
+        weights = _token_weights(first.mask, first.probability.shape, stacked)
+        yield _Stack(Routing(stacked, first.top_k), [kept.layer.name for kept in group], weights)
 
 
 def _mask_of(layer: MaloraLayer, log: RoutingLog, tokens: torch.Size) -> Tensor | None:

@@ -62,7 +62,7 @@ class MaloraModel(BaseTuner):
                 restore_linear(module)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         hooks = ForwardHooks.on(model)
-        hooks.forget_layers()
+        hooks.find_layers(model)
         weights = (getattr(config, AUX_LOSS_WEIGHT, 0) for config in self.peft_config.values())
         hooks.announce_aux_loss(model, next(filter(None, weights), 0))
 

@@ -45,6 +45,7 @@ class WeightCache:
 
     def __init__(self, model: nn.Module) -> None:
         self._groups = list(dict.fromkeys(projection_groups(model)))
+        self._prepare()
         self._forms: list[tuple[GroupAdapter, Form]] = []
         self._buffers: list[tuple[PackedBuffer, list[GroupAdapter]]] = []
         self._up_scales: dict[GroupAdapter, Tensor | None] = {}  # factors of h in float8
@@ -60,6 +61,7 @@ class WeightCache:
         Call it after each optimizer step. If a forward pass ran before it, the backward pass of that raises a
         RuntimeError.
         """
+        self._prepare()
         adapters = (adapter for group in self._groups for adapter in group.trained_adapters())
         forms = [(adapter, form) for adapter in adapters if (form := adapter.next_form)]
         if forms != self._forms:
@@ -79,6 +81,10 @@ class WeightCache:
             for adapter, packed in zip(group_adapters, buffer.weights, strict=True):
                 self._up_scales[adapter] = load_up_proj_for_step(adapter, packed, self._up_scales.get(adapter))
         self._activate(self._depth > 0)
+
+    def _prepare(self) -> None:
+        for group in self._groups:
+            group.prepare()
 
     def _activate(self, is_active: bool) -> None:
         for buffer, group_adapters in self._buffers:

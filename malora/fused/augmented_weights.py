@@ -75,11 +75,23 @@ def augmented_weights(layers: Sequence[FusedLayer], cache: GroupWeightCache, H8:
 
     Return None if they have none, if those are for another rank, or if a weight was moved or exchanged since.
     """
-    if cache.padding != {g: (g + 1) * H8 for g in range(len(layers))}:
+    if not has_padding(layers, cache, H8):
         return None
     found = [_augmented(layer, cache.padding[g]) for g, layer in enumerate(layers)]
     weights = [W for W in found if W is not None]
     return weights if len(weights) == len(layers) else None
+
+
+def has_padding(layers: Sequence[FusedLayer], cache: GroupWeightCache, H8: int) -> bool:
+    """Return whether the weights of a whole group have padded columns for total rank H8.
+
+    A compiler can trace this. It does not find a weight that lies in other memory of the same strides.
+    """
+    columns = [(g + 1) * H8 for g in range(len(layers))]
+    if cache.padding != dict(enumerate(columns)):
+        return False
+    weights = [layer.base_layer.weight for layer in layers]
+    return all(W.stride(0) == W.shape[1] + count for W, count in zip(weights, columns, strict=True))
 
 
 def _augmented(layer: FusedLayer, columns: int) -> Tensor | None:

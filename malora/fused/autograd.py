@@ -27,8 +27,9 @@ x without dropout.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,72 +84,146 @@ class FusedExperts(torch.autograd.Function):
         cache: GroupWeightCache, *parameters: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """Return the outputs and the router probabilities."""
-        alpha = layout.alpha
         bits = None if seed is None else dropout.draw_mask(len(x), x.shape[1], seed, p)
-        x_and_h = base.allocate_x_and_h(x)
-        down = partial(_down_and_gate, layout, x, bits, p, packed, x_and_h)
-        (down_out, h, probabilities), *_ = run_on_parallel_streams(x, [down, *base.load_up_proj(packed.B, alpha)])
-        ys = base.outputs(x if x_and_h is None else x_and_h, h, packed.B, alpha)
-        if x_and_h is not None:  # not to keep two copies of x
-            x = x_and_h[:, : x.shape[1]]
+        out = compute_outputs(layout, x, bits, p, packed, base)
+        if out.x_and_h is not None:  # not to keep two copies of x
+            x = out.x_and_h[:, : x.shape[1]]
         ctx.layout, ctx.p, ctx.base, ctx.cache = layout, p, base.for_backward(), cache
         ctx.set_materialize_grads(False)
-        saved_h = h if layout.has_router else None  # else it is a part of down_out
-        ctx.save_for_backward(x, bits, down_out, saved_h, packed.down, packed.P, *packed.B, *base.saved())
-        return (*ys, *probabilities)
+        saved_h = out.h if layout.has_router else None  # else it is a part of down_out
+        saved_weights = packed.down, packed.P, packed.flat, *packed.B
+        ctx.save_for_backward(x, bits, out.down_out, saved_h, *saved_weights, *base.saved())
+        return (*out.ys, *(() if out.probabilities is None else out.probabilities.unbind()))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of x and of the parameters."""
         layout: PackedLayout = ctx.layout
-        G, alpha = layout.G, layout.alpha
-        x, bits, down_out, h, down, P, *rest = ctx.saved_tensors
-        Bs, weights = rest[:G], rest[G:]
-        needs_dx, wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[7:]
-        needs = {kind: any(wanted[i :: len(layout.kinds)]) for i, kind in enumerate(layout.kinds)}
-        dys = [
-            x.new_zeros(len(x), B.shape[1]) if dy is None else dy.contiguous()
-            for dy, B in zip(gradients[:G], Bs, strict=True)
-        ]
-        d_down_out = aligned_rows(x, len(down))
-        if layout.has_gaps:
-            d_down_out.zero_()
-        h, dh = (h, None) if layout.has_router else (layout.by_projection(down_out), layout.by_projection(d_down_out))
-        joint = ctx.base.joint_gradients(dys, Bs, alpha) if needs_dx else None
-        dx_base, dh, dBs = _gradients_of_h(layout, x, dys, h, dh, Bs, joint, needs_dB=needs["B"])
-        gated_dh = None
-        if layout.has_router:
-            d_probability = _stack_grads(gradients[G:], x, layout.gate.N)
-            gated_dh = gate.gate_backward(down_out, P, dh, d_probability, d_down_out, layout.gate)
+        x, bits, down_out, h, down, P, flat, *rest = ctx.saved_tensors
+        packed, weights = PackedWeights(down, P, rest[: layout.G], flat), rest[layout.G :]
+        h = layout.by_projection(down_out) if h is None else h
+        wanted = ctx.needs_input_grad[7:]
+        trained = {kind for i, kind in enumerate(layout.kinds) if any(wanted[i :: len(layout.kinds)])}
+        found = compute_gradients(
+            layout, [*gradients[: layout.G]], _stack_grads(gradients[layout.G :], x, layout.gate.N), x, bits, ctx.p,
+            down_out, h, packed, ctx.base, weights, trained, needs_dx=ctx.needs_input_grad[0],
+            counters=ctx.cache.split_k_counters(x),
+        )  # fmt: skip
+        by_parameter = zip(parameter_gradients(layout, packed, found), wanted, strict=True)
+        trained_only = (grad if needed else None for grad, needed in by_parameter)
+        return (found.dx, None, None, None, None, None, None, *trained_only)
 
-        def input_and_down() -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-            subspace = layout.subspace_grad(gated_dh, down_out) if needs.get("P") and gated_dh is not None else None
-            found = down_proj_backward(
-                d_down_out, x, bits, down, layout.gate.logits_at, ctx.p, dx_base, needs_dx=needs_dx,
-                needs_dweights=any(needs.get(kind) for kind in ("A", "S", "router")), subspace=subspace,
-                counters=ctx.cache.split_k_counters(x),
-            )  # fmt: skip
-            if found[0] is not None:
-                for dy, W in zip(dys, weights, strict=False):  # none where dx_base has them
-                    found[0].addmm_(dy, W)
-            return found
 
-        def up() -> list[Tensor] | None:
-            return _up_proj_weight_grads(h, dys, alpha) if dBs is None and needs["B"] else dBs
+class GroupOutputs(NamedTuple):
+    """Results of a group's forward pass."""
 
-        (dx, ddown, dP), dBs = run_on_parallel_streams(x, [input_and_down, up])
-        # A parameter that is not trained gets its weight in place of a gradient here, and None below.
-        ddown, dBs, dP = down if ddown is None else ddown, dBs or Bs, P if dP is None else layout.dP_by_expert(dP)
-        found = [grad for g in range(G) for grad in layout.views(ddown, dP, dBs[g], g)]
-        trained = (grad if needed else None for grad, needed in zip(found, wanted, strict=True))
-        return (dx, None, None, None, None, None, None, *trained)
+    ys: list[Tensor]  # of each projection, [T, m]
+    probabilities: Tensor | None  # [G, T, N]; None without routers
+    x_and_h: Tensor | None  # [T, n + G·H8], if the base reads x and h next to each other
+    down_out: Tensor  # [T, G·(R8 + N8)]
+    h: Tensor  # [G, T, H8]; a view of x_and_h if there is one, and of down_out without routers
+
+
+class GroupGradients(NamedTuple):
+    """Gradients of a group. Each is None if nobody needs it."""
+
+    dx: Tensor | None  # [T, n]
+    ddown: Tensor | None  # [G·(R8 + N8), n]
+    dP: Tensor | None  # [G, N, r, D]
+    dBs: list[Tensor] | None  # of each projection, [H8, m]
+
+
+def compute_outputs(
+    layout: PackedLayout, x: Tensor, bits: Tensor | None, p: float, packed: PackedWeights, base: Base
+) -> GroupOutputs:
+    """Compute a group's outputs.
+
+    Args:
+        layout: sizes.
+        x: [T, n].
+        bits: [T, ⌈n/32⌉] int32, dropout's mask; None without dropout.
+        p: dropout's probability.
+        packed: the packed weights.
+        base: the frozen layers.
+    """
+    x_and_h = base.allocate_x_and_h(x)
+    down = partial(_down_and_gate, layout, x, bits, p, packed, x_and_h)
+    (down_out, h, probabilities), *_ = run_on_parallel_streams(x, [down, *base.load_up_proj(packed.B, layout.alpha)])
+    ys = base.outputs(x if x_and_h is None else x_and_h, h, packed.B, layout.alpha)
+    return GroupOutputs(ys, probabilities, x_and_h, down_out, h)
+
+
+def compute_gradients(
+    layout: PackedLayout, gradients: list[Tensor | None], d_probability: Tensor | None, x: Tensor, bits: Tensor | None,
+    p: float, down_out: Tensor, h: Tensor, packed: PackedWeights, base: Base, weights: list[Tensor],
+    trained: Set[str], *, needs_dx: bool, counters: Tensor | None,
+) -> GroupGradients:  # fmt: skip
+    """Compute a group's gradients.
+
+    Args:
+        layout: sizes.
+        gradients: of the outputs, each [T, m] or None.
+        d_probability: of the router probabilities, [G, T, N] or None.
+        x: [T, n], with any row stride.
+        bits: dropout's mask, as in the forward pass.
+        p: dropout's probability.
+        down_out: from the forward pass, as is h.
+        h: [G, T, H8].
+        packed: the packed weights of the forward pass.
+        base: the frozen layers.
+        weights: their weights [m, n], where the base does not compute the gradient of x.
+        trained: the kinds of parameters that want a gradient.
+        needs_dx: whether x wants one.
+        counters: from `split_k_counters`; None allocates them.
+    """
+    alpha, Bs, down = layout.alpha, packed.B, packed.down
+    dys = [
+        x.new_zeros(len(x), B.shape[1]) if dy is None else dy.contiguous() for dy, B in zip(gradients, Bs, strict=True)
+    ]
+    d_down_out = aligned_rows(x, len(down))
+    if layout.has_gaps:
+        d_down_out.zero_()
+    dh = None if layout.has_router else layout.by_projection(d_down_out)
+    joint = base.joint_gradients(dys, Bs, alpha) if needs_dx else None
+    dx_base, dh, dBs = _gradients_of_h(layout, x, dys, h, dh, Bs, joint, needs_dB="B" in trained)
+    gated_dh = None
+    if layout.has_router:
+        gated_dh = gate.gate_backward(down_out, packed.P, dh, d_probability, d_down_out, layout.gate)
+
+    def input_and_down() -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        subspace = layout.subspace_grad(gated_dh, down_out) if "P" in trained and gated_dh is not None else None
+        found = down_proj_backward(
+            d_down_out, x, bits, down, layout.gate.logits_at, p, dx_base, needs_dx=needs_dx,
+            needs_dweights=bool(trained & {"A", "S", "router"}), subspace=subspace, counters=counters,
+        )  # fmt: skip
+        if found[0] is not None:
+            for dy, W in zip(dys, weights, strict=False):  # none where dx_base has them
+                found[0].addmm_(dy, W)
+        return found
+
+    def up() -> list[Tensor] | None:
+        return _up_proj_weight_grads(h, dys, alpha) if dBs is None and "B" in trained else dBs
+
+    (dx, ddown, dP), dBs = run_on_parallel_streams(x, [input_and_down, up])
+    return GroupGradients(dx, ddown, None if dP is None else layout.dP_by_expert(dP), dBs)
+
+
+def parameter_gradients(layout: PackedLayout, packed: PackedWeights, found: GroupGradients) -> list[Tensor]:
+    """Return the gradient of each parameter, as views.
+
+    They are in the order in which the parameters are passed around. A parameter that has no gradient gets its weight.
+    """
+    down = packed.down if found.ddown is None else found.ddown
+    P = packed.P if found.dP is None else found.dP
+    Bs = found.dBs or packed.B
+    return [grad for g in range(layout.G) for grad in layout.views(down, P, Bs[g], g)]
 
 
 def _down_and_gate(
     layout: PackedLayout, x: Tensor, bits: Tensor | None, p: float, packed: PackedWeights, x_and_h: Tensor | None
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Return down_out, h and each projection's probabilities [T, N].
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return down_out, h and the probabilities [G, T, N].
 
     With `x_and_h`, x and h are written there. Without a router, h is a view of down_out.
     """
@@ -162,14 +237,14 @@ def _down_and_gate(
     else:
         down_out = down_forward.dropout_matmul(x, bits, down, s.logits_at, p, x_copy, h_memory)
     if not layout.has_router:
-        return down_out, layout.by_projection(down_out), ()
+        return down_out, layout.by_projection(down_out), None
     if h_memory is None:
         h = x.new_empty(G, len(x), layout.H8)
     else:
         h = h_memory.unflatten(1, (G, layout.H8)).transpose(0, 1)
     if layout.has_gaps:
         h.zero_()
-    return down_out, h, gate.gate(down_out, packed.P, h, s, splits).unbind()
+    return down_out, h, gate.gate(down_out, packed.P, h, s, splits)
 
 
 def _gradients_of_h(

@@ -11,7 +11,6 @@ functions that use them.
 from __future__ import annotations
 
 import copy
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,20 +35,23 @@ class ProjectionGroup:
     def __init__(self) -> None:
         self.layers: list[FusedLayer] = []
         self.is_sharded = False
+        self._cache: GroupWeightCache | None = None
         self._adapters: dict[tuple[str, tuple[int, ...]], GroupAdapter] = {}
         self._forget_outputs()
 
-    @cached_property
+    @property
     def cache(self) -> GroupWeightCache:
         """Copies of the layers' weights."""
-        from malora.fused.weight_cache import GroupWeightCache  # needs Triton
+        if self._cache is None:
+            from malora.fused.weight_cache import GroupWeightCache  # needs Triton
 
-        return GroupWeightCache()
+            self._cache = GroupWeightCache()
+        return self._cache
 
     @property
     def has_cache(self) -> bool:
         """True once the fused path has run, or was prepared."""
-        return "cache" in vars(self)
+        return self._cache is not None
 
     def _forget_outputs(self) -> None:
         self._input: Tensor | None = None
@@ -79,10 +81,24 @@ class ProjectionGroup:
         """
         from malora.fused.weight_cache import GroupAdapter  # needs Triton
 
-        key = adapter, tuple(map(id, layers))
+        key = adapter, self._places(layers)
         if key not in self._adapters:
             self._adapters[key] = GroupAdapter(layers, adapter, self.cache)
         return self._adapters[key]
+
+    def _place(self, layer: FusedLayer) -> int:
+        return next(place for place, found in enumerate(self.layers) if found is layer)
+
+    def _places(self, layers: list[FusedLayer]) -> tuple[int, ...]:
+        return tuple(place for place, layer in enumerate(self.layers) if layer in layers)
+
+    def prepare(self) -> None:
+        """Create the objects that keep packed weights, which compiled code uses and cannot create."""
+        if not self._adapters:
+            for layer in self.layers:
+                if adapter := layer.adapter_for_fused_path():
+                    together = [other for other in self.layers if _can_share(other, layer, adapter)]
+                    self.adapter_on(together, adapter)
 
     def trained_adapters(self) -> list[GroupAdapter]:
         """Return adapters that ran since the last `clear_caches` and would run again."""
@@ -126,21 +142,44 @@ class ProjectionGroup:
             in_use = {0} | {padded_rank(config.num_experts * config.r) for config in configs}
             self.cache.float8 = {key: found for key, found in self.cache.float8.items() if key[-1] in in_use}
 
-    # A compiled layer calls the kernels, and does not trace them.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def output(self, layer: FusedLayer, adapter: str, x: Tensor) -> Tensor:
         """Return a layer's output [..., m] for x [..., n], the frozen layer included."""
+        if torch.compiler.is_compiling() and layer.settings[adapter].backend != "fp8":
+            return self._traced_output(layer, adapter, x)
+        y: Tensor = self._eager_output(layer, adapter, x)
+        return y
+
+    def _traced_output(self, layer: FusedLayer, adapter: str, x: Tensor) -> Tensor:
+        """Do what `_eager_output` does, in code that torch.compile can trace."""
+        from malora.fused.ops import forward_group_traced  # needs Triton
+
+        if x is not self._input or self._state != (adapter,) or self._place(layer) not in self._outputs:
+            together = [o for o in self.layers if o is layer or _can_share(o, layer, adapter)]
+            if torch.is_grad_enabled():
+                self.clear_inference_cache()
+            kept = self._adapters.get((adapter, self._places(together)))
+            ys = forward_group_traced(together, adapter, x, self._cache, kept)
+            self._outputs = dict(zip(self._places(together), ys, strict=True))
+            self._input, self._state = x, (adapter,)
+        y = self._outputs.pop(self._place(layer))
+        if not self._outputs:
+            self._forget_outputs()
+        return y
+
+    # A float8 layer in a compiled model calls the kernels, and they are not traced.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _eager_output(self, layer: FusedLayer, adapter: str, x: Tensor) -> Tensor:
         if x.is_inference():  # such a tensor has no version, so that a change of it could not be seen
             return self._compute([layer], adapter, x)[0]
         state = (adapter, x._version, torch.is_grad_enabled(), layer.training)
-        if x is not self._input or state != self._state or id(layer) not in self._outputs:
+        if x is not self._input or state != self._state or self._place(layer) not in self._outputs:
             self._forget_outputs()
             together = [o for o in self.layers if o is layer or _can_share(o, layer, adapter)]
             if len(together) == 1:
                 return self._compute(together, adapter, x)[0]
-            self._outputs = {id(o): y for o, y in zip(together, self._compute(together, adapter, x), strict=True)}
+            self._outputs = dict(zip(self._places(together), self._compute(together, adapter, x), strict=True))
             self._input, self._state = x, state
-        y = self._outputs.pop(id(layer))
+        y = self._outputs.pop(self._place(layer))
         if not self._outputs:
             self._forget_outputs()
         return y
@@ -179,8 +218,10 @@ def prefetch_packed_weights(groups: list[ProjectionGroup]) -> list[GroupAdapter]
     may_be_sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
     for group in groups:
         group.is_sharded = may_be_sharded and _are_sharded(group.layers)
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return []
+    for group in groups:
+        group.prepare()
     adapters = [a for group in groups for a in group.trained_adapters() if a.step is None]
     if adapters:
         from malora.fused.weight_cache import prefetch  # needs Triton

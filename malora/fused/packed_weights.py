@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -40,6 +41,8 @@ from malora.fused.tensor_utils import round_up
 if TYPE_CHECKING:
     from malora.fused.protocol import FusedLayer
 
+# The parameters of a projection, in the order in which they are passed around.
+KINDS = ("router", "A", "P", "S", "B")
 # Elements. Each matrix of a flat buffer begins at a multiple of it, so that it is read in wide loads.
 BUFFER_ALIGNMENT = 64
 
@@ -53,6 +56,23 @@ class PackedWeights(NamedTuple):
     down: Tensor  # [G·(R8 + N8), n]
     P: Tensor | None  # [G, N, r, D8]
     B: list[Tensor]  # G times [H8, m]
+    flat: Tensor  # [elements], the memory of all of them
+
+
+def layout_sizes(layers: Sequence[FusedLayer], adapter: str) -> list[int]:
+    """Return the sizes that decide the layout of an adapter on layers that share their input.
+
+    They are n, N, top_k, r, R, D, 1 if all experts share one subspace, 1 for each kind of KINDS that exists, and the
+    output features of each layer. Plain numbers, because an operation of torch takes no other objects.
+    """
+    config, f = layers[0].settings[adapter], layers[0].factors(adapter)
+    N, r, P, S = config.num_experts, config.r, f.P, f.S
+    D = r if P is None else P.shape[2]
+    R = N * r if S is None else S.numel() // S.shape[-1]
+    is_shared = S is not None and S.dim() == 2
+    exists = [config.has_router, f.A is not None, P is not None, S is not None, f.B is not None]
+    sizes = [layers[0].in_features, N, config.top_k, r, R, D, int(is_shared), *(int(found) for found in exists)]
+    return sizes + [layer.out_features for layer in layers]
 
 
 @dataclass(frozen=True)
@@ -84,24 +104,25 @@ class PackedLayout:
     @classmethod
     def of(cls, layers: Sequence[FusedLayer], adapter: str) -> PackedLayout:
         """Lay out an adapter on layers that share their input."""
-        config, f = layers[0].settings[adapter], layers[0].factors(adapter)
-        G, N, r = len(layers), config.num_experts, config.r
-        D = r if f.P is None else f.P.shape[2]
-        is_shared = f.S is not None and f.S.dim() == 2
-        R = N * r if f.S is None else f.S.shape[:-1].numel()
-        routers = N if config.has_router else 0
-        sizes = (R, routers, N * r, D)
-        R8, N8, H8, D8 = padded = tuple(round_up(size, 8) for size in sizes)
+        return cls.from_sizes(tuple(layout_sizes(layers, adapter)), layers[0].settings[adapter].scaling)
+
+    @classmethod
+    @cache
+    def from_sizes(cls, sizes: tuple[int, ...], scaling: float) -> PackedLayout:
+        """Lay out weights of the sizes that `layout_sizes` returns."""
+        n, N, top_k, r, R, D, is_shared, *exists = sizes[: 7 + len(KINDS)]
+        out_features = sizes[7 + len(KINDS) :]
+        kinds = tuple(kind for kind, found in zip(KINDS, exists, strict=True) if found)
+        G, has_router = len(out_features), "router" in kinds
+        true_sizes = (R, N * has_router, N * r, D)
+        R8, N8, H8, D8 = padded = tuple(round_up(size, 8) for size in true_sizes)
         gate = GateLayout(
-            N=N, top_k=config.top_k, r=r, D=D, z_step=0 if is_shared else D, z_group=R8, l_group=N8, logits_at=G * R8,
-            has_p=f.P is not None, scaling=config.scaling,
+            N=N, top_k=top_k, r=r, D=D, z_step=0 if is_shared else D, z_group=R8, l_group=N8, logits_at=G * R8,
+            has_p="P" in kinds, scaling=scaling,
         )  # fmt: skip
-        present = {"router": config.has_router, "A": f.A is not None, "P": f.P is not None, "S": f.S is not None,
-                   "B": f.B is not None}  # fmt: skip
         return cls(
-            G=G, n=layers[0].in_features, out_features=tuple(layer.out_features for layer in layers),
-            kinds=tuple(kind for kind, exists in present.items() if exists), gate=gate, H8=H8, D8=D8,
-            has_router=config.has_router, has_gaps=routers != N8, is_padded=sizes != padded,
+            G=G, n=n, out_features=out_features, kinds=kinds, gate=gate, H8=H8, D8=D8, has_router=has_router,
+            has_gaps=true_sizes[1] != N8, is_padded=true_sizes != padded,
         )  # fmt: skip
 
     @property
@@ -128,12 +149,12 @@ class PackedLayout:
         shapes += [(self.G, s.N, s.r, self.D8)] * s.has_p
         return shapes + [(self.H8, m) for m in self.out_features]
 
-    def split(self, flat: Tensor) -> tuple[PackedWeights, list[Tensor]]:
-        """Return a flat buffer [size] as packed weights, and its view for each parameter."""
+    def unpack(self, flat: Tensor) -> PackedWeights:
+        """Return a flat buffer [size] as packed weights."""
         pieces = zip(flat.split([*map(_aligned_size, self._shapes)]), self._shapes, strict=True)
         down, *rest = (piece[: math.prod(shape)].view(shape) for piece, shape in pieces)
         P, Bs = (rest[0], rest[1:]) if self.gate.has_p else (None, rest)
-        return PackedWeights(down, P, Bs), [view for g, B in enumerate(Bs) for view in self.views(down, P, B, g)]
+        return PackedWeights(down, P, Bs, flat)
 
     def views(self, down: Tensor, P: Tensor | None, B: Tensor, g: int) -> list[Tensor]:
         """Return projection g's parameters, in the order of `kinds`, as views.
@@ -189,9 +210,10 @@ class PackedBuffer:
         self.weights: list[PackedWeights] = []
         self._views: list[Tensor] = []
         for layout, piece in pieces:
-            packed, views = layout.split(piece)
+            packed = layout.unpack(piece)
             self.weights.append(packed)
-            self._views += views
+            for g, B in enumerate(packed.B):
+                self._views += layout.views(packed.down, packed.P, B, g)
 
     @torch.no_grad()
     def fill(self, parameters: list[Tensor], tables: Tables) -> None:

@@ -19,6 +19,7 @@ none of them alive.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -119,11 +120,7 @@ class GroupAdapter:
 
     def parameters(self) -> list[Tensor]:
         """Return all layers' parameters, each layer's in the order of the layout's kinds."""
-        found: list[Tensor | None] = []
-        for layer in self.layers:
-            factors = layer.factors(self.adapter)._asdict() | {"router": layer.router(self.adapter)}
-            found += [factors[kind] for kind in self.layout.kinds]
-        return [parameter for parameter in found if parameter is not None]
+        return group_parameters(self.layers, self.adapter)
 
     @property
     def next_form(self) -> Form | None:
@@ -138,6 +135,17 @@ class GroupAdapter:
         """Return whether the layers would now compute this adapter by the fused path."""
         return all(layer.adapter_for_fused_path() == self.adapter for layer in self.layers)
 
+    def take_shared(self, form: Form) -> PackedWeights | None:
+        """Return packed weights that serve several passes, or were made for a whole model at once.
+
+        Return None if there are none for the next pass with gradients, of this form.
+        """
+        self.last_form, prefetched, self.prefetched = form, self.prefetched, None
+        for packed in (self.step, prefetched):
+            if packed is not None and (packed.down.dtype, packed.down.device) == form:
+                return packed
+        return None
+
     def packed_for(self, x: Tensor, parameters: list[Tensor]) -> PackedWeights:
         """Return the packed weights for a pass over x [T, n].
 
@@ -145,11 +153,7 @@ class GroupAdapter:
         """
         form = (x.dtype, x.device)
         if torch.is_grad_enabled():
-            self.last_form, prefetched, self.prefetched = form, self.prefetched, None
-            for packed in (self.step, prefetched):
-                if packed and (packed.down.dtype, packed.down.device) == form:
-                    return packed
-            return self._pack(parameters, form)
+            return self.take_shared(form) or self._pack(parameters, form)
         key = (*form, is_captured(x), *((p.data_ptr(), p._version) for p in parameters))
         if self.inference is None or self.inference[0] != key:
             self.inference = key, self._pack(parameters, form)
@@ -159,6 +163,15 @@ class GroupAdapter:
         buffer = PackedBuffer([self.layout], *form)
         buffer.fill(parameters, self.cache.copy_tables)
         return buffer.weights[0]
+
+
+def group_parameters(layers: Sequence[FusedLayer], adapter: str) -> list[Tensor]:
+    """Return an adapter's parameters on some layers, each layer's in the order of KINDS."""
+    found: list[Tensor | None] = []
+    for layer in layers:
+        f = layer.factors(adapter)
+        found += [layer.router(adapter), f.A, f.P, f.S, f.B]
+    return [parameter for parameter in found if parameter is not None]
 
 
 def pack_together(adapters: list[tuple[GroupAdapter, Form]]) -> list[tuple[PackedBuffer, list[GroupAdapter]]]:
