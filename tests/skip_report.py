@@ -35,7 +35,7 @@ NEEDS = (
     Need(r"bubblewrap|sandbox|user namespace", "need bubblewrap: apt install bubblewrap"),
     Need(r"[Cc]hromium|browser", "need chromium: apt install chromium"),
     Need(
-        r"playwright|itables|tensorboard|\btrl\b|bitsandbytes|extra '",
+        r"playwright|itables|tensorboard|\btrl\b|bitsandbytes|torchao|extra '",
         "need the dev extra: pip install --editable '.[dev]'",
     ),
     Need(r"git checkout", "need a git checkout, not a copy of the files"),
