@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
+
+from bench.errors import unknown_name
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -43,24 +44,6 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             what = "command" if isinstance(action, argparse._SubParsersAction) else "name"
             raise argparse.ArgumentError(None, unknown_name(what, value, action.choices))
-
-
-def unknown_name(what: str, value: str, choices: Iterable[str]) -> str:
-    """Return an error message for a name that does not exist: the nearest name, then all names.
-
-    Args:
-        what: What the names stand for.
-        value: The name that was given.
-        choices: The names that exist.
-    """
-    names = list(choices)
-    spellings: dict[str, str] = {}
-    for name in names:  # "piqa" is near to "intra/piqa"
-        spellings.setdefault(name.rpartition("/")[2].casefold(), name)
-    spellings |= {name.casefold(): name for name in names}
-    near = difflib.get_close_matches(value.casefold(), spellings, n=1)
-    suggestion = f"; did you mean {spellings[near[0]]!r}? There are " if near else "; there are "
-    return f"unknown {what} {value!r}{suggestion}{', '.join(names)}"
 
 
 def one_of(what: str, choices: Collection[str]) -> Callable[[str], str]:

@@ -1,5 +1,5 @@
-"""The error that command lines report in one line."""
+"""The error that command lines report in one line, and its text for an unknown name."""
 
-from tasks.errors import UserError
+from tasks.errors import UserError, unknown_name
 
-__all__ = ["UserError"]
+__all__ = ["UserError", "unknown_name"]

@@ -14,8 +14,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import malora
 
-BALANCE = 0.01  # weight of the load-balancing loss, as in the paper
-
 
 def make_base() -> LlamaForCausalLM:
     """Return a small Llama with random weights, the same in every call."""
@@ -41,13 +39,12 @@ def main() -> None:
 
     model.train()
     for step in range(options.steps):
-        language_loss = model(input_ids=tokens, labels=tokens).loss
-        # One for a perfectly even router, more for an uneven one.
-        balance_loss = malora.balance_loss(model)
-        (language_loss + BALANCE * balance_loss).backward()
+        outputs = model(input_ids=tokens, labels=tokens)
+        outputs.loss.backward()  # the load-balancing loss is in it, with the weight router_aux_loss_coef
         optimizer.step()
         optimizer.zero_grad()
-        print(f"step {step + 1}: loss {language_loss.item():.3f}, balance {balance_loss.item():.3f}")
+        # The balance loss is 1 for a perfectly even router, and more for an uneven one.
+        print(f"step {step + 1}: loss {outputs.loss.item():.3f}, balance loss {outputs.aux_loss.item():.3f}")
 
     layer, stats = next(iter(malora.router_stats(model).items()))
     print(f"share of the tokens of each expert in {layer}: {[round(share, 2) for share in stats.share]}")

@@ -7,32 +7,12 @@ by your own:
 """
 
 import argparse
-from typing import Any
 
 import torch
 from peft import get_peft_model
-from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import malora
-
-BALANCE = 0.01  # weight of the load-balancing loss, as in the paper
-
-
-class BalancedTrainer(Trainer):
-    """A Trainer whose loss has the routers' load-balancing loss in it."""
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Return the language-modelling loss plus the weighted balance loss."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss = loss + BALANCE * malora.balance_loss(model)
-        return (loss, outputs) if return_outputs else loss
 
 
 def main() -> None:
@@ -49,19 +29,24 @@ def main() -> None:
     # The defaults are the paper's sizes, for a model with 7 billion parameters. This model is small, so is its adapter.
     adapter = malora.METHODS["malora"](num_experts=4, r=4, lora_alpha=8, d=8)
     model = get_peft_model(LlamaForCausalLM(config), adapter)
-
     texts = torch.randint(0, 100, (32, 32))
     arguments = TrainingArguments(
         output_dir=options.output,
         max_steps=options.steps,
         per_device_train_batch_size=4,
-        learning_rate=1e-2,
+        gradient_accumulation_steps=2,
         logging_steps=1,
         report_to="none",
         save_strategy="no",
     )
-    trainer = BalancedTrainer(
-        model=model, args=arguments, train_dataset=[{"input_ids": text, "labels": text} for text in texts]
+    # Routers learn faster here than the experts, and B faster than the other factors (LoRA+).
+    groups = malora.parameter_groups(model, lr=1e-3, router_lr=1e-2, lora_plus_ratio=4)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=[{"input_ids": text, "labels": text} for text in texts],
+        optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
+        callbacks=[malora.RouterCallback()],  # logs the balance loss, and how evenly routers spread their tokens
     )
     trainer.train()
     trainer.save_model()

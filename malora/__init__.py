@@ -6,7 +6,7 @@ Pick a method by name; everything else is PEFT as usual:
     import malora
 
     model = get_peft_model(model, malora.METHODS["malora"](beta=1.25))
-    loss = model(**batch).loss + 0.01 * malora.balance_loss(model)
+    loss = model(**batch).loss  # with the routers' load-balancing loss in it
     model.save_pretrained("adapter")
 
 Importing the package registers the adapters with PEFT, so `PeftModel.from_pretrained` can load them.
@@ -26,6 +26,7 @@ from malora.layer import PREFIX, MaloraLayer, MaloraLinear
 from malora.load_balancing import RouterStats, balance_loss, has_router, router_stats
 from malora.methods import METHODS, make_config
 from malora.model import MaloraModel
+from malora.parameter_groups import parameter_groups
 from malora.targets import TARGET_MODULES
 from malora.weight_cache import WeightCache, release_caches
 
@@ -44,21 +45,29 @@ __all__ = [
     "MaloraLayer",
     "MaloraLinear",
     "MaloraModel",
+    "RouterCallback",
     "RouterStats",
     "WeightCache",
     "balance_loss",
     "has_router",
     "make_config",
     "optimize_backbone",
+    "parameter_groups",
     "release_caches",
     "restore_backbone",
     "router_stats",
 ]
 
-if not TYPE_CHECKING:  # a type checker would take it as a reason to accept every name
+if TYPE_CHECKING:
+    from malora.router_callback import RouterCallback
+else:  # a type checker would take it as a reason to accept every name
 
     def __getattr__(name: str) -> Any:
-        """Return an object under its former name, with a warning, for one version."""
+        """Import what is rarely needed, or return an object under its former name with a warning."""
+        if name == "RouterCallback":
+            from malora.router_callback import RouterCallback  # loads transformers' Trainer, which takes a while
+
+            return RouterCallback
         if name == "HeldWeights":
             warnings.warn(
                 "malora.HeldWeights is now malora.WeightCache; the old name goes in the next version.",

@@ -6,7 +6,7 @@ Every method of the paper is a setting of this class.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from enum import Enum
 from math import sqrt
 from typing import Any, Literal
@@ -28,6 +28,8 @@ class MaloraPeftType(str, Enum):  # noqa: UP042  # a StrEnum is not what PEFT ha
 
 
 PEFT_TYPE = MaloraPeftType.MALORA
+# Stands in every saved config. Without the import PEFT raises KeyError: 'MALORA', and it has no entry points.
+REQUIRES = "pip install malora, and `import malora` before PEFT loads this adapter"
 
 Down = Literal["A_t", "P_t S", "P_t S_t", "per_expert", "shared_subspace", "per_expert_subspace"]
 Up = Literal["B_t", "S_B Q_t", "per_expert", "shared_subspace"]
@@ -84,6 +86,9 @@ class MaloraConfig(PeftConfig):
             which is for tests.
         num_experts: Number of experts, N. One expert has no router, and is LoRA.
         top_k: Number of experts per token, k. Their gates are not renormalised (equation 4).
+        router_aux_loss_coef: Weight of the load-balancing loss (`malora.balance_loss`) in the loss that the model
+            returns for labels. `outputs.aux_loss` is the balance loss without its weight. 0 leaves it out. `METHODS`
+            with a router have the paper's 0.01.
         down: Form of the down projections. "per_expert" ("A_t") is a matrix per expert (equation 3).
             "shared_subspace" ("P_t S") is coefficients per expert over a subspace that all experts of the layer share
             (equations 6 and 7). "per_expert_subspace" ("P_t S_t") gives each expert a subspace of d / N dimensions.
@@ -118,6 +123,7 @@ class MaloraConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
     num_experts: int = field(default=8, metadata={"help": "Number of experts N; one expert has no router."})
     top_k: int = field(default=2, metadata={"help": "Number of experts per token."})
+    router_aux_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the load-balancing loss."})
     down: Down = field(default="P_t S", metadata={"help": "Form of the down projections."})
     up: Up = field(default="B_t", metadata={"help": "Form of the up projections."})
     d: int | None = field(default=None, metadata={"help": "Rank of the subspace that experts share."})
@@ -134,7 +140,9 @@ class MaloraConfig(PeftConfig):
         default=None, metadata={"help": "Tokens whose embeddings are trained."}
     )
 
-    def __post_init__(self) -> None:
+    requires: InitVar[str | None] = None  # of a saved config, where it is a note to whoever reads the file
+
+    def __post_init__(self, requires: str | None) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT's has no annotations
         self.peft_type = PEFT_TYPE
         for name in ("target_modules", "exclude_modules"):
@@ -149,6 +157,10 @@ class MaloraConfig(PeftConfig):
         self._check_subspace()
         self.check_layers()
         self._check_nothing_is_ignored()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is saved: all options, and a note on what must be imported to load the adapter."""
+        return {**super().to_dict(), "requires": REQUIRES}
 
     @property
     def scaling(self) -> float:
@@ -208,6 +220,11 @@ class MaloraConfig(PeftConfig):
         _check_positive("lora_alpha", self.lora_alpha)
         for module, alpha in (self.alpha_pattern or {}).items():
             _check_positive(f"alpha_pattern[{module!r}]", alpha)
+        if not (isinstance(self.router_aux_loss_coef, int | float) and self.router_aux_loss_coef >= 0):
+            raise ValueError(
+                f"router_aux_loss_coef={self.router_aux_loss_coef!r} must be a number, at least 0; 0 leaves the "
+                "load-balancing loss out."
+            )
         if self.beta <= 0:
             raise ValueError(f"beta={self.beta} must be positive: S is scaled by it and P_t by its inverse.")
 
@@ -243,6 +260,11 @@ class MaloraConfig(PeftConfig):
             )
 
     def _check_nothing_is_ignored(self) -> None:
+        if self.router_aux_loss_coef and not self.has_router:
+            raise ValueError(
+                f"router_aux_loss_coef={self.router_aux_loss_coef} has no effect with one expert, which has no router; "
+                "leave it out."
+            )
         if self.down == "A_t" and self.beta != 1:
             raise ValueError(f"beta={self.beta} has no effect with down='A_t'; leave it out.")
         if self.same_start and self.down != "A_t":

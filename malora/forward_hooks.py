@@ -9,9 +9,10 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from malora.auxiliary_loss import add_balance_loss
 from malora.fused.group import ProjectionGroup, drop_prefetched, prefetch_packed_weights
 from malora.layer import MaloraLayer
 from malora.routing import RoutingLog
@@ -19,22 +20,28 @@ from malora.routing import RoutingLog
 if TYPE_CHECKING:
     from malora.fused.weight_cache import GroupAdapter
 
+# The names that transformers' mixtures of experts use, in `forward` and in their config.
+ROUTER_LOGITS, AUX_LOSS_WEIGHT = "output_router_logits", "router_aux_loss_coef"
+
 
 class ForwardHooks:
     """The hooks of one base model, and the state that they keep.
 
-    Before a pass they start the routing log and pack the weights of the fused layers.
+    Before a pass they start the routing log and pack the weights of the fused layers. After it they add the balance
+    loss to the outputs.
 
     Attributes:
         log: Routing of the model's last forward pass.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.log = RoutingLog()
         self._handles: list[RemovableHandle] = []
         self._groups: list[ProjectionGroup] | None = None
         self._prefetched: list[GroupAdapter] = []
+        self._router_logits: bool | None = None  # the argument of this name
         self._depth = 0  # a model may call itself
+        self._base_has_routers = ROUTER_LOGITS in inspect.signature(model.forward).parameters
 
     @classmethod
     def on(cls, model: nn.Module) -> ForwardHooks:
@@ -42,45 +49,87 @@ class ForwardHooks:
         for hook in model._forward_pre_hooks.values():
             if isinstance(owner := getattr(hook, "__self__", None), cls):
                 return owner
-        hooks = cls()
+        hooks = cls(model)
         hooks._handles = [
             model.register_forward_pre_hook(hooks._before, with_kwargs=True),
             model.register_forward_hook(hooks._after, with_kwargs=True, always_call=True),
         ]
         return hooks
 
-    def remove(self) -> None:
+    def remove(self, model: nn.Module) -> None:
         """Remove the hooks from the model."""
         for handle in self._handles:
             handle.remove()
+        self.announce_aux_loss(model, 0)
 
     def forget_layers(self) -> None:
         """Look for the adapted layers again in the next pass, because some were added or removed."""
         self._groups = None
 
-    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def announce_aux_loss(self, model: nn.Module, weight: float) -> None:
+        """Tell losses outside of the model, such as TRL's, that its outputs have an `aux_loss`.
+
+        TRL weighs and logs `outputs.aux_loss` if the config of the base model has the fields of a mixture of experts.
+        A base model that is one itself has them already.
+
+        Args:
+            model: The base model.
+            weight: Weight of the loss; 0 takes the fields away.
+        """
+        config = _text_config(model)
+        if config is None or self._base_has_routers:
+            return
+        if weight:
+            setattr(config, ROUTER_LOGITS, False)
+            setattr(config, AUX_LOSS_WEIGHT, weight)
+        else:
+            vars(config).pop(ROUTER_LOGITS, None)
+            vars(config).pop(AUX_LOSS_WEIGHT, None)
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._depth += 1
         if self._depth > 1:
-            return
-        mask = _argument("attention_mask", model, args, kwargs)
-        is_padding_mask = mask is not None and mask.dim() == 2
+            return None
         if self._groups is None:
             layers = (module for module in model.modules() if isinstance(module, MaloraLayer))
             self._groups = list(dict.fromkeys(layer.group for layer in layers))
         self._prefetched = prefetch_packed_weights(self._groups)
-        self.log.start(mask if is_padding_mask else None)
+        masks = (_argument(name, model, args, kwargs) for name in ("attention_mask", "decoder_attention_mask"))
+        # It may be four-dimensional, or a dictionary by type of layer, and then says nothing of padding.
+        self.log.start(*(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None for mask in masks))
+        self.log.is_encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self._router_logits = kwargs.get(ROUTER_LOGITS)
+        if self._base_has_routers:
+            return None
+        if getattr(_text_config(model), ROUTER_LOGITS, False):  # TRL sets it, but the base model has no router logits
+            setattr(_text_config(model), ROUTER_LOGITS, False)
+        return args, {name: value for name, value in kwargs.items() if name != ROUTER_LOGITS}
 
-    def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
-        """End the pass; after an exception in it, too."""
+    def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
+        """End the pass; after an exception in it, too. The outputs are then None."""
         self._depth -= 1
-        if self._depth == 0:
-            self.log.stop()
-            drop_prefetched(self._prefetched)
-            self._prefetched = []
+        if self._depth > 0:
+            return outputs
+        self.log.stop()
+        drop_prefetched(self._prefetched)
+        self._prefetched = []
+        if outputs is None:
+            return None
+        names = ("labels", "shift_labels", "num_items_in_batch")
+        labels, shift_labels, items = (_argument(name, model, args, kwargs) for name in names)
+        return add_balance_loss(
+            model, outputs, labels=labels, shift_labels=shift_labels, num_items=items, wanted=self._router_logits
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy or pickle the hooks without the state of a pass."""
         return vars(self) | {"_groups": None, "_prefetched": [], "_depth": 0}
+
+
+def _text_config(model: nn.Module) -> Any:
+    """Return the config of the language model, which transformers' models with several parts have; None if missing."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else None
 
 
 def _argument(name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from malora.backends import BACKENDS
+from malora.checkpointing import add_gradient
 from malora.config import MaloraConfig, resolve_backend
 from malora.factors import Factors
 from malora.fused.eligibility import find_fused_adapter
@@ -120,11 +121,20 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
         log = self.routing_log
         return {} if log is None else log.routings.get(self.name, {})
 
-    def record_routing(self, adapter: str, routing: Routing) -> None:
-        """Keep a routing in the log while that records."""
+    def record_routing(self, adapter: str, routing: Routing, y: Tensor) -> Tensor:
+        """Keep a routing in the log while that records, and return `y`, the output that was computed by it.
+
+        If the layer runs again in a backward pass, as under reentrant gradient checkpointing, the routing gets the
+        gradient that waits for it.
+        """
         log = self._log()
-        if log is not None and log.recording:
+        if log is None:
+            return y
+        if log.recording:
             log.routings.setdefault(self.name, {})[adapter] = routing
+        elif torch.is_grad_enabled() and (waiting := log.waiting.get((self.name, adapter))):
+            return add_gradient(y, routing.probability, waiting.pop())
+        return y
 
     @property
     def has_active_router(self) -> bool:
@@ -173,15 +183,15 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
         config, factors = self.settings[adapter], self.factors(adapter)
         if not torch.is_autocast_enabled(x.device.type):  # autocast casts the weights instead
             x = self._cast_input_dtype(x, factors.dtype)
-        routed = None
+        routing = routed = None
         router = self.router(adapter)
         if router is not None:
             routing = route(x, router, config.top_k)
-            self.record_routing(adapter, routing)
             routed = routing._replace(probability=routing.probability.reshape(-1, config.num_experts))
         x_Tn = self.malora_dropout[adapter](x).reshape(-1, self.in_features)
         y_Tm = BACKENDS[resolve_backend(config, x.device)].compute(x_Tn, routed, factors, config.scaling)
-        return y_Tm.reshape(*x.shape[:-1], self.out_features)
+        y = y_Tm.reshape(*x.shape[:-1], self.out_features)
+        return y if routing is None else self.record_routing(adapter, routing, y)
 
     def train(self, mode: bool = True) -> MaloraLinear:
         """Switch between training and evaluation."""
@@ -267,6 +277,7 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
             # Not in place: copies of the weight are known by its address.
             self.set_base_weight(self._add_to_base(-self.get_delta_weight(self.merged_adapters.pop())))
 
+    @torch.no_grad()
     def _add_to_base(self, delta: Tensor) -> Tensor:
         """Return the frozen weight plus a change of it.
 
@@ -292,9 +303,9 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
         shape = (self.in_features, self.out_features) if self.is_transposed else (self.out_features, self.in_features)
         if backend is not None or not weight.is_floating_point() or (weight.shape != shape and not weight.is_meta):
             raise ValueError(
-                f"cannot merge into {self.name}: its weight is {weight.dtype} {tuple(weight.shape)} in a "
-                f"{type(self.base_layer).__name__}, which cannot be dequantized to {shape}. Keep it as an adapter, or "
-                "load the base without quantization to merge."
+                f"cannot merge into {self.name}: its weight, {type(weight).__name__} {weight.dtype} "
+                f"{tuple(weight.shape)} in a {type(self.base_layer).__name__}, cannot be dequantized and quantized "
+                "again. Keep the adapter, or load the base without quantization to merge."
             )
 
     def __repr__(self) -> str:

@@ -1,19 +1,22 @@
 """Load-balancing loss and router statistics of a model.
 
-Shapes: B batch, S sequence length, N experts, L layers whose routings have the same shape.
+Shapes: B batch, S sequence length, T tokens (B·S), N experts, L layers whose routings have the same shape.
 """
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from malora.checkpointing import defer_gradient
 from malora.layer import MaloraLayer
-from malora.routing import Routing
+from malora.routing import Routing, RoutingLog
 
 AllReduce = Callable[[Tensor], Tensor]
 
@@ -66,19 +69,34 @@ def balance_loss(
     Raises:
         ValueError: The model has no router, has not run yet, or its routing carries no gradient.
     """
+    stacks = list(_stacked_routings(model, attention_mask))
+    has_gradient = any(stack.routing.probability.requires_grad for stack in stacks)
+    if torch.is_grad_enabled() and model.training and not has_gradient and _trains_router(model):
+        raise ValueError(
+            "the routing of the last forward pass carries no gradient, so a balance loss would train nothing: the pass "
+            "ran without gradients. To measure only, use torch.no_grad() here, too."
+        )
+    return _mean_over_layers(stacks, all_reduce)
+
+
+def balance_loss_by_adapter(model: nn.Module, adapters: Iterable[str]) -> dict[str, Tensor]:
+    """Compute the balance loss of some adapters in the last forward pass, each by itself.
+
+    An adapter that routed nothing in that pass is left out.
+    """
+    stacks = {name: list(_stacked_routings(model, None, adapter=name, if_any=True)) for name in adapters}
+    return {name: _mean_over_layers(of_adapter) for name, of_adapter in stacks.items() if of_adapter}
+
+
+def _mean_over_layers(stacks: list[_Stack], all_reduce: AllReduce | None = None) -> Tensor:
     losses, layers = [], 0
-    for routing, _, mask in _stacked_routings(model, attention_mask):
-        if torch.is_grad_enabled() and model.training and not routing.probability.requires_grad:
-            raise ValueError(
-                "the routing of the last forward pass carries no gradient, so a balance loss would train nothing; "
-                "use gradient checkpointing with use_reentrant=False, or torch.no_grad() to measure only."
-            )
-        share = _share(routing, mask, all_reduce)
+    for routing, modules, weights in stacks:
+        share = _share(routing, weights, all_reduce)
         # The sum is this process's, because gradients are added up over processes.
-        probability = (routing.probability * mask).sum((1, 2)) / _reduced(mask.sum(), all_reduce)
+        probability = (routing.probability * weights).sum(1) / _reduced(weights.sum(), all_reduce).clamp(min=1)
         losses.append(routing.probability.shape[-1] * (share * probability).sum())
-        layers += len(share)
-    return torch.stack(losses).sum() / layers
+        layers += len(modules)
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).sum() / layers
 
 
 @torch.no_grad()
@@ -107,6 +125,28 @@ def router_stats(
     return stats
 
 
+@torch.no_grad()
+def router_summary(model: nn.Module) -> dict[str, Tensor]:
+    """Summarize the routers in the last forward pass, without waiting for the device.
+
+    Returns:
+        Scalars: `entropy` and `largest_share`, each a mean over the routers, and `unused_experts`, the number of
+        experts without a token over all routers. Nothing if nothing was routed.
+    """
+    entropies, largest, unused = [], [], []
+    for routing, _, weights in _stacked_routings(model, None, if_any=True):
+        share = _share(routing, weights)
+        entropies.append(_mean(torch.special.entr(routing.probability).sum(-1, keepdim=True), weights)[:, 0])
+        largest.append(share.amax(-1))
+        unused.append((share == 0).sum(-1))
+    if not entropies:
+        return {}
+    device = entropies[0].device
+    found = {"entropy": entropies, "largest_share": largest, "unused_experts": unused}
+    by_name = {name: torch.cat([value.to(device, torch.float) for value in values]) for name, values in found.items()}
+    return {name: each.sum() if name == "unused_experts" else each.mean() for name, each in by_name.items()}
+
+
 def has_router(model: nn.Module) -> bool:
     """Return whether an active adapter of the model has a router.
 
@@ -115,15 +155,41 @@ def has_router(model: nn.Module) -> bool:
     return any(layer.has_active_router for layer in _layers(model))
 
 
+def _trains_router(model: nn.Module) -> bool:
+    routers = (layer.router(adapter) for layer in _layers(model) for adapter in layer.routings)
+    return any(router is not None and router.requires_grad for router in routers)
+
+
 def _layers(model: nn.Module) -> Iterator[MaloraLayer]:
     return (module for module in model.modules() if isinstance(module, MaloraLayer))
 
 
-def _stacked_routings(model: nn.Module, attention_mask: Tensor | None) -> Iterator[tuple[Routing, list[str], Tensor]]:
-    """Yield routings of equal shape as one, with module names and token weights.
+class _Stack(NamedTuple):
+    """Routings of equal shape.
 
-    The probabilities are [L, B, S, N] and the weights [B, S, 1]. A model has hundreds of routers. Statistics of each
-    router by itself would cost hundreds of small kernels per step.
+    Attributes:
+        routing: Probabilities [L, T, N].
+        modules: Names of the L layers.
+        weights: 1 for a token that counts and 0 for padding, [T, 1] in the dtype of the probabilities.
+    """
+
+    routing: Routing
+    modules: list[str]
+    weights: Tensor
+
+
+def _stacked_routings(
+    model: nn.Module, attention_mask: Tensor | None, *, adapter: str | None = None, if_any: bool = False
+) -> Iterator[_Stack]:
+    """Yield routings of equal shape as one.
+
+    A model has hundreds of routers. Statistics of each router by itself would cost hundreds of small kernels per step.
+
+    Args:
+        model: Model after a forward pass.
+        attention_mask: Mask that replaces the one of that pass.
+        adapter: Yield only routings of this adapter; None for all adapters.
+        if_any: Yield nothing if nothing was routed, instead of raising an error.
 
     Raises:
         ValueError: Nothing was routed, or the mask does not fit the tokens.
@@ -131,30 +197,54 @@ def _stacked_routings(model: nn.Module, attention_mask: Tensor | None) -> Iterat
     groups = defaultdict(list)
     for layer in _layers(model):
         log = layer.routing_log
-        mask = attention_mask if attention_mask is not None or log is None else log.attention_mask
-        for routing in layer.routings.values():
-            groups[routing.probability.shape, routing.top_k].append((layer.name, routing.probability, mask))
-    if not groups:
+        for name, (probability, top_k) in layer.routings.items():
+            if log is None or adapter not in (None, name) or probability.numel() == 0:
+                continue
+            mask = _mask_of(layer, log, probability.shape[:-1]) if attention_mask is None else attention_mask
+            groups[probability.shape, top_k, probability.device, id(mask)].append((layer, name, probability, mask))
+    if not groups and not if_any:
         reason = "run a forward pass first" if has_router(model) else "it has no adapter with more than one expert"
         raise ValueError(f"nothing was routed in this model: {reason}.")
-    for (shape, top_k), group in groups.items():
-        modules, probabilities, (mask, *_) = zip(*group, strict=True)
-        stacked = Routing(torch.stack(probabilities), top_k)
-        yield stacked, list(modules), _token_weights(mask, shape, stacked.probability)
+    for (shape, top_k, *_), group in groups.items():
+        mask = group[0][-1]
+        probabilities = [_with_gradient(layer, name, probability) for layer, name, probability, _ in group]
+        stacked = torch.stack(probabilities).reshape(len(group), -1, shape[-1])
+        yield _Stack(Routing(stacked, top_k), [layer.name for layer, *_ in group], _token_weights(mask, shape, stacked))
+
+
+def _mask_of(layer: MaloraLayer, log: RoutingLog, tokens: torch.Size) -> Tensor | None:
+    """Return the padding mask of the last forward pass that fits a layer's tokens [B, S], or None."""
+    mask, parts = log.attention_mask, layer.name.split(".")
+    if log.is_encoder_decoder and "decoder" in parts:
+        # Keys and values of cross attention read the encoder's tokens.
+        is_cross = re.search("enc|cross", "".join(parts[parts.index("decoder") + 2 :]), re.IGNORECASE)
+        reads_encoder = is_cross and mask is not None and mask.shape == tokens
+        mask = mask if reads_encoder else log.decoder_attention_mask
+    return mask if mask is not None and len(tokens) == 2 and mask[:, -tokens[1] :].shape == tokens else None
+
+
+def _with_gradient(layer: MaloraLayer, adapter: str, probability: Tensor) -> Tensor:
+    """Return the probability so that its gradient reaches the router under reentrant checkpointing, too."""
+    log, router = layer.routing_log, layer.router(adapter)
+    if log is None or router is None or not (log.has_gradients and torch.is_grad_enabled() and router.requires_grad):
+        return probability
+    if probability.requires_grad:
+        return probability
+    return defer_gradient(probability, log.waiting.setdefault((layer.name, adapter), []))
 
 
 def _token_weights(mask: Tensor | None, shape: torch.Size, like: Tensor) -> Tensor:
     """Return the weight of each token: 1 if it counts, 0 if it is padding.
 
-    The weights are [B, S, 1] in the dtype of `like`.
+    The weights are [T, 1] in the dtype of `like`.
     """
     if mask is None:
-        return like.new_ones(*shape[:-1], 1)
+        return like.new_ones(like.shape[1], 1)
     # With a key-value cache the mask covers earlier passes too. The tokens of this pass are the last ones.
-    mask = mask[:, -shape[1] :]
+    mask = mask[:, -shape[-2] :] if len(shape) == 3 else mask
     if mask.shape != shape[:-1]:
         raise ValueError(f"attention_mask is {tuple(mask.shape)}, but the tokens routed are {tuple(shape[:-1])}.")
-    return (mask != 0).to(like.dtype).unsqueeze(-1)
+    return (mask != 0).to(like.device, like.dtype).view(-1, 1)
 
 
 def _reduced(tensor: Tensor, all_reduce: AllReduce | None) -> Tensor:
@@ -162,15 +252,15 @@ def _reduced(tensor: Tensor, all_reduce: AllReduce | None) -> Tensor:
     return tensor if all_reduce is None else all_reduce(tensor)
 
 
-def _mean(values: Tensor, weights: Tensor, all_reduce: AllReduce | None) -> Tensor:
-    """Compute the weighted mean over batch, sequence and processes, [L, C].
+def _mean(values: Tensor, weights: Tensor, all_reduce: AllReduce | None = None) -> Tensor:
+    """Compute the weighted mean over tokens and processes, [L, C], for values [L, T, C] and weights [T, 1].
 
-    The values are [L, B, S, C] and the weights [B, S, 1].
+    It is 0 if all tokens are padding.
     """
-    return _reduced((values * weights).sum((1, 2)), all_reduce) / _reduced(weights.sum(), all_reduce)
+    return _reduced((values * weights).sum(1), all_reduce) / _reduced(weights.sum(), all_reduce).clamp(min=1)
 
 
-def _share(routing: Routing, weights: Tensor, all_reduce: AllReduce | None) -> Tensor:
+def _share(routing: Routing, weights: Tensor, all_reduce: AllReduce | None = None) -> Tensor:
     """Compute the share of each expert in the weighted assignments: [L, N]."""
-    counts = _reduced((routing.chosen * weights).sum((1, 2)), all_reduce)
-    return counts / counts.sum(-1, keepdim=True)
+    counts = _reduced((routing.chosen * weights).sum(1), all_reduce)
+    return counts / counts.sum(-1, keepdim=True).clamp(min=1)

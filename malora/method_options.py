@@ -52,6 +52,7 @@ class MaloraOptions(CommonOptions, total=False):
 
     num_experts: int
     top_k: int
+    router_aux_loss_coef: float
     down: Down
     up: Up
     d: int | None

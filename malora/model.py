@@ -11,14 +11,14 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, QuantizationBackend
 from torch import nn
 
 from malora.config import MaloraConfig
-from malora.forward_hooks import ForwardHooks
+from malora.forward_hooks import AUX_LOSS_WEIGHT, ForwardHooks
 from malora.fused.fp8_linear import restore_linear
 from malora.fused.group import PROJECTION_GROUPS, ProjectionGroup
 from malora.layer import LINEAR_TYPES, PREFIX, MaloraLayer
@@ -28,12 +28,12 @@ from malora.weighted_adapter import Summand, combine, combined_rank
 
 
 class MaloraModel(BaseTuner):
-    """A model whose targeted `nn.Linear` modules have experts.
+    """A model whose targeted linear modules have experts.
 
     `peft.get_peft_model` makes it.
 
     Raises:
-        ValueError: a target matches no module, or one that is not an `nn.Linear`; the message names what there is.
+        ValueError: a target matches no module, or one that is not linear; the message names what there is.
     """
 
     prefix = PREFIX
@@ -61,7 +61,10 @@ class MaloraModel(BaseTuner):
             if name.endswith(saved):  # PEFT copies them with their attributes
                 restore_linear(module)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        ForwardHooks.on(model).forget_layers()
+        hooks = ForwardHooks.on(model)
+        hooks.forget_layers()
+        weights = (getattr(config, AUX_LOSS_WEIGHT, 0) for config in self.peft_config.values())
+        hooks.announce_aux_loss(model, next(filter(None, weights), 0))
 
     def unload(self) -> nn.Module:
         """Return the base model without adapters."""
@@ -125,6 +128,7 @@ class MaloraModel(BaseTuner):
         self.peft_config[adapter_name] = replace(
             config, r=rank, lora_alpha=rank, down="A_t", up="B_t", d=None, beta=1.0, same_start=False, freeze=[],
             target_modules={layer.name for layer in layers}, layers_to_transform=None, layers_pattern=None,
+            rank_pattern={}, alpha_pattern={}, use_rslora=False, init_weights=True,
         )  # fmt: skip
         self.inject_adapter(self.model, adapter_name)
         for layer in layers:
@@ -135,8 +139,9 @@ class MaloraModel(BaseTuner):
             ]
             A, B = (factor for factor in layer.factors(adapter_name) if factor is not None)
             for factor, value in zip((A, B), combine(combination_type, summands, rank), strict=True):
-                factor.data.zero_()
-                factor.data[0, : len(value)] = value
+                padded = value.new_zeros(factor.shape)
+                padded[0, : len(value)] = value
+                factor.data = padded
 
     def _check_summands(self, adapters: list[str], weights: list[float], adapter_name: str) -> MaloraConfig:
         """Return the config of the first of some adapters if their sum has a meaning."""
@@ -192,6 +197,13 @@ class MaloraModel(BaseTuner):
             peft_config.target_modules = names
             peft_config.check_layers()  # the default may be a regular expression
         return peft_config
+
+    def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
+        """Refuse modules whose weight is read and that are not called, such as Mamba's `out_proj`.
+
+        PEFT knows them, and refuses them for its LoRA only.
+        """
+        super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
 
     def _missing(self, targets: Iterable[str]) -> list[str]:
         """Return the targets that match no module of the model."""
@@ -251,6 +263,11 @@ class MaloraModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, MaloraConfig)
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"{current_key} cannot be adapted: nn.MultiheadAttention reads its weight and does not call it. Add it "
+                "to exclude_modules."
+            )
         for cached in ("malora_layers", "_groups"):
             self.__dict__.pop(cached, None)
         restore_linear(target)
@@ -273,8 +290,8 @@ def _quantization_backend(linear: nn.Module, model: nn.Module) -> QuantizationBa
     """Return PEFT's way to change a quantized weight, or None if the weight is plain."""
     try:
         return resolve_quantization_backend(linear, **get_quantization_kwargs(model))
-    except ValueError as error:  # a weight that cannot be quantized again, because nobody knows how it was
-        return ForwardOnlyQuantizationBackend(str(error))
+    except ValueError:  # the model does not say how its weights were quantized, so they cannot be quantized again
+        return ForwardOnlyQuantizationBackend("torchao")
 
 
 def _matches(target: str, names: Iterable[str]) -> bool:
@@ -292,7 +309,7 @@ def _restore_base_model(model: nn.Module, groups: list[ProjectionGroup]) -> nn.M
 
     All copies of weights that these layers have made are freed.
     """
-    ForwardHooks.on(model).remove()
+    ForwardHooks.on(model).remove(model)
     for group in groups:
         group.clear_caches(include_frozen=True)
     for module in model.modules():

@@ -104,24 +104,36 @@ class RoutingLog:
 
     Attributes:
         attention_mask: Padding mask of that pass, [B, S]; None if every token counts.
+        decoder_attention_mask: The same for the decoder of an encoder-decoder model.
+        is_encoder_decoder: Whether the model has an encoder, to which `attention_mask` belongs, and a decoder.
         routings: Routings of that pass, by the layer's name and the adapter's.
         recording: Whether layers record now.
+        has_gradients: Whether that pass ran with gradients.
+        waiting: Gradients that wait for the second run of a layer under reentrant gradient checkpointing, by the
+            layer's name and the adapter's (`malora.checkpointing`).
     """
 
     def __init__(self) -> None:
         self.attention_mask: Tensor | None = None
+        self.decoder_attention_mask: Tensor | None = None
+        self.is_encoder_decoder = False
         self.routings: dict[str, dict[str, Routing]] = {}
         self.recording = False
+        self.has_gradients = False
+        self.waiting: dict[tuple[str, str], list[Tensor]] = {}
 
-    def start(self, attention_mask: Tensor | None) -> None:
+    def start(self, attention_mask: Tensor | None, decoder_attention_mask: Tensor | None = None) -> None:
         """Forget the last pass and record the one that begins.
 
         Args:
             attention_mask: Padding mask of the pass, [B, S]; None if every token counts.
+            decoder_attention_mask: The same for the decoder of an encoder-decoder model.
         """
-        self.attention_mask = attention_mask
+        self.attention_mask, self.decoder_attention_mask = attention_mask, decoder_attention_mask
         self.routings = {}
-        self.recording = True
+        self.recording, self.has_gradients = True, torch.is_grad_enabled()
+        for gradients in self.waiting.values():  # kept, because the autograd graphs of earlier passes refer to them
+            gradients.clear()
 
     def stop(self) -> None:
         """Record no more. What was recorded stays."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -17,6 +18,7 @@ from tasks.errors import DataError
 from tasks.fields import Record as Record  # data sets import it from here
 from tasks.fields import require_filled, require_text
 from tasks.metrics import LIKELIHOOD
+from tasks.splits import SplitRule
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,15 @@ Item = Question | Exercise
 
 
 def _normalize(text: str) -> str:
-    """Return a text's lower-case letters and digits, with one space between words."""
-    return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()
+    """Return a text's lower-case letters and digits of all scripts, with one space between words.
+
+    A text without any, such as a line of symbols, is returned without surrounding white space.
+    """
+    if text.isascii():
+        return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip() or text.strip()
+    text = unicodedata.normalize("NFKC", text).lower()
+    kept = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text)  # letters, marks, numbers
+    return " ".join(kept.split()) or text.strip()
 
 
 @dataclass(frozen=True)
@@ -232,6 +241,10 @@ class Task:
         writing: Generation settings of a task with free-text answers, None for a task with choices.
         may_repeat_choices: The published records have questions with two equal choices. They are kept as published. In
             other data sets equal choices are an error, because only one of them would be correct.
+        split_rule: Splits the published split by this rule, if the publisher has one only. Then `published` maps all
+            our splits to it.
+        source: Reader of the task's own files; None for the run's source.
+        fingerprint: Hash of the records and settings of a task that has its own files, else "".
     """
 
     name: str
@@ -241,6 +254,9 @@ class Task:
     published: dict[str, str]
     writing: Writing | None = None
     may_repeat_choices: bool = False
+    split_rule: SplitRule | None = None
+    source: Source | None = None
+    fingerprint: str = ""
 
     @property
     def metric(self) -> str | None:
@@ -255,8 +271,17 @@ class Task:
         """
         splits = {split: self.read(source, split) for split in self.published}
         if "validation" not in splits:
-            splits["train"], splits["validation"] = _split_off_validation(splits["train"], MAX_VALIDATION_ITEMS)
+            splits["train"], splits["validation"] = self._split_off_validation(splits["train"])
         return splits
+
+    def _split_off_validation(self, items: list[Item]) -> tuple[list[Item], list[Item]]:
+        train, validation = _split_off_validation(items, MAX_VALIDATION_ITEMS)
+        if not validation:
+            raise DataError(
+                f"{self.title} has {len(items)} training items, and at least 10 are needed to hold one out for "
+                "validation; add more, or a file of validation items."
+            )
+        return train, validation
 
     def read(self, source: Source, split: str) -> list[Item]:
         """Return the items of one of our splits.
@@ -264,21 +289,30 @@ class Task:
         Raises:
             DataError: The file is missing or broken, or `parse_record` cannot read a record.
         """
-        items = self._parse(source, self.published[split])
+        items = self._parse(self.source or source, self.published[split])
+        if self.split_rule:
+            total, items = len(items), [item for item in items if self.split_rule.split_of(item.key) == split]
+            if not items:
+                raise DataError(
+                    f"{self.title}: none of its {total} items is in the {split} split of {self.split_rule}; add items "
+                    "with different questions, raise a share or choose another seed."
+                )
         return _merge_references(items) if self.writing and split == "test" else items
 
     def _parse(self, source: Source, published_split: str) -> list[Item]:
-        items = []
+        items: list[Item] = []
         for number, record in enumerate(source.read(self.data, published_split)):
             try:
                 item = self.parse_record(record)
                 if isinstance(item, Question) and not self.may_repeat_choices:
                     _require_different(item.choices)
+                if isinstance(item, Exercise) and not item.references and published_split == self.published.get("test"):
+                    raise ValueError("the item has no reference to score an answer with")
             except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
                 problem = error if isinstance(error, ValueError) else repr(error)
                 raise DataError(
                     f"{source.locate(self.data, published_split, number)}: not a {self.title} item ({problem}); "
-                    "mend the record or fetch the file again. tasks/ has the fields of each data set."
+                    "mend the record or fetch the file again. The fields are in tasks/ and docs/guides/add-a-task.md."
                 ) from error
             if item is not None:
                 items.append(item)

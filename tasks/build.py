@@ -8,6 +8,7 @@ import random
 from dataclasses import astuple, dataclass
 
 from tasks.base import FORMATS, Example, Exercise, Item, Source, Task, written
+from tasks.errors import DataError
 from tasks.registry import TASKS, Mixture
 
 
@@ -22,7 +23,8 @@ class MixtureData:
         dropped: Number of training items dropped per task because the validation or test split of any task of the
             mixture has the same question.
         dropped_validation: Number of validation items dropped per task because a test split has the same question.
-        sha256: Hash of every example by split. Runs with equal hashes had the same data.
+        sha256: Hash of every example by split, and the fingerprint of each task that has its own files. Runs with equal
+            hashes had the same data.
     """
 
     train: list[Example]
@@ -43,13 +45,19 @@ def build(mixture: Mixture, source: Source, *, format: str, seed: int) -> Mixtur
         seed: Seed of an even blend. Validation and test do not depend on it.
 
     Raises:
-        DataError: A file is missing or broken.
+        DataError: A file is missing or broken, or no training item of a task is left.
     """
     splits = _load(mixture, source)
     test = _select("test", splits)
     test_keys = _keys(test)
     validation, dropped_validation = _drop(test_keys, _select("validation", splits))
     train, dropped = _drop(test_keys | _keys(validation), _select("train", splits))
+    for name, count in dropped.items():
+        if count and not train[name]:
+            raise DataError(
+                f"all {count} training items of {name} ask the same as a test or validation item of {mixture.name}; "
+                "questions that differ in punctuation only are the same."
+            )
     if mixture.blend == "even":
         train = _blend_evenly(train, mixture, seed)
 
@@ -61,7 +69,30 @@ def build(mixture: Mixture, source: Source, *, format: str, seed: int) -> Mixtur
         "validation": _hash(*validation_examples.values()),
         "test": _hash(*test_examples.values()),
     }
+    for name in mixture.tasks:
+        if fingerprint := getattr(TASKS[name], "fingerprint", ""):
+            sha256[f"task {name}"] = fingerprint
     return MixtureData(train_examples, validation_examples, test_examples, dropped, dropped_validation, sha256)
+
+
+def build_task(task: Task, source: Source, *, format: str) -> dict[str, list[Example]]:
+    """Read, clean and format one task by itself.
+
+    Args:
+        task: The task.
+        source: Reader of the published records.
+        format: Name of the prompt format for questions with choices, one of FORMATS.
+
+    Returns:
+        Examples by split. A task that only tests has no other split than test.
+
+    Raises:
+        DataError: A file is missing or broken.
+    """
+    if "train" not in task.published:
+        return {"test": _format_items(task.name, task.read(source, "test"), format)}
+    data = build(Mixture(task.name, (task.name,)), source, format=format, seed=0)
+    return {"train": data.train, "validation": data.validation[task.name], "test": data.test[task.name]}
 
 
 def _load(mixture: Mixture, source: Source) -> dict[str, dict[str, list[Item]]]:

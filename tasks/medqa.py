@@ -12,7 +12,7 @@ from tasks.fields import require_filled, text, texts
 def parse_record(record: Record) -> Question | None:
     """Parse a record, if its answer is among its options.
 
-    The three records of AfriMed-QA whose answer is not among their options are dropped. The options are a list of
+    The three records of AfriMed-QA that have no options are dropped. The options are a list of
     "A. text", or texts by letter. The answer is a letter or a text.
     """
     if isinstance(options := record["options"], dict):
@@ -22,8 +22,6 @@ def parse_record(record: Record) -> Question | None:
         choices = {letter: choice for letter, _, choice in listed}
         if len(choices) < len(listed):
             raise ValueError("field 'options' has two options with the same letter")
-    if not choices:
-        raise ValueError("field 'options' is empty")
     for letter, choice in choices.items():
         require_filled(f"option {letter}", choice)
     answer = choices.get(text(record, "answer"), text(record, "answer"))

@@ -1,8 +1,12 @@
-"""TASKS and MIXTURES: the places to add a task or a mixture of tasks."""
+"""TASKS and MIXTURES: the places to add a task or a mixture of tasks.
+
+Tasks and mixtures of files are added while the program runs, by `add_task` and `add_mixture`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from tasks.arc import ARC_CHALLENGE, ARC_EASY
@@ -10,6 +14,7 @@ from tasks.base import DataRef, Domain, Question, Task
 from tasks.boolq import BOOLQ
 from tasks.domains import MAX_OPEN_ITEMS, OPEN, PAPER
 from tasks.e2e import E2E
+from tasks.errors import DataError, unknown_name
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HUMANEVAL
 from tasks.medmcqa import MEDMCQA
@@ -18,6 +23,7 @@ from tasks.phrasebank import PHRASEBANK
 from tasks.piqa import PIQA
 from tasks.procedural import GENERATORS
 from tasks.procedural_inter import PROCEDURAL_WRITTEN
+from tasks.task_files import is_file_name, read_mixture, read_task
 
 _SPLITS = {"train": "train", "validation": "validation", "test": "test"}
 PROCEDURAL = tuple(
@@ -89,3 +95,82 @@ MIXTURES: dict[str, Mixture] = {
     mixture.name: mixture
     for mixture in (*_BLENDS, *(single for blend in _BLENDS for single in _single_tasks_of(blend)))
 }
+
+
+def add_task(path: Path) -> str:
+    """Read a task from a data file or a description, add it to TASKS, and return its name.
+
+    It is also a mixture by itself, of the same name. Adding it again has no effect.
+
+    Raises:
+        DataError: A file is missing or broken, or another task or mixture has the name.
+    """
+    task = read_task(path)
+    known = TASKS.get(task.name)
+    if isinstance(known, Task) and known.fingerprint == task.fingerprint != "":
+        return task.name
+    _require_free(task.name, path)
+    assert task.source is not None, "read from its own files"
+    task.load(task.source)  # so that a broken record is found before anything is written
+    TASKS[task.name] = task
+    MIXTURES[task.name] = Mixture(task.name, (task.name,))
+    return task.name
+
+
+def add_to_mixture(name: str, tasks: tuple[str, ...]) -> str:
+    """Add a mixture of another one's tasks and of more, and return its name, as in "intra+mine".
+
+    In a mixture of domains each added task is a domain as well.
+
+    Args:
+        name: Name in MIXTURES.
+        tasks: Names in TASKS of the tasks to add.
+    """
+    mixture = MIXTURES[name]
+    added = tuple(task for task in tasks if task not in mixture.tasks)
+    extended = replace(mixture, name="+".join((name, *added)), tasks=(*mixture.tasks, *added))
+    if mixture.domains:
+        extended = replace(extended, domains=(*mixture.domains, *(_as_domain(task) for task in added)))
+    MIXTURES.setdefault(extended.name, extended)
+    return extended.name
+
+
+def _as_domain(name: str) -> Domain:
+    """Return a domain that trains on one task, and add it to TASKS, whose names validation scores have."""
+    task = TASKS[name]
+    assert isinstance(task, Task), "a domain is no task of a mixture"
+    domain = Domain(f"{name}_train", task.title, (task,), (name,))
+    TASKS.setdefault(domain.name, domain)
+    return domain
+
+
+def add_mixture(path: Path) -> str:
+    """Read a mixture's description, add it and its tasks of files, and return its name.
+
+    Raises:
+        DataError: A file is missing or broken, a task is unknown, or another mixture has the name.
+    """
+    name, description = read_mixture(path)
+    tasks = tuple(add_task(path.parent / task) if is_file_name(task) else task for task in description.tasks)
+    if unknown := [task for task in tasks if not isinstance(TASKS.get(task), Task)]:
+        known = [name for name, task in TASKS.items() if isinstance(task, Task)]
+        raise DataError(f"{path}: {unknown_name('task', unknown[0], known)}, and files by their path.")
+    if len(set(tasks)) < len(tasks):
+        raise DataError(f"{path}: a task is named twice; name each once.")
+    if description.size and description.blend == "size":
+        raise DataError(f'{path}: size has no effect on blend = "size"; set blend = "even" or remove it.')
+    mixture = Mixture(name, tasks, description.blend, size=description.size, note=description.note)
+    if MIXTURES.get(name) == mixture:
+        return name
+    _require_free(name, path)
+    for one in (mixture, *_single_tasks_of(mixture)):
+        MIXTURES[one.name] = one
+    return name
+
+
+def _require_free(name: str, path: Path) -> None:
+    if name in TASKS or name in MIXTURES:
+        raise DataError(
+            f"{path}: there is another task or mixture named {name!r}; set another name in a description, or rename "
+            "the file."
+        )

@@ -58,6 +58,25 @@ def make_model(shape: str = "llama"):
 
 
 @pytest.fixture
+def registry():
+    """Forget tasks and mixtures of files after a test; returns a function that forgets them at once."""
+    import tasks
+    from bench.runs import run, setting
+
+    before = dict(tasks.TASKS), dict(tasks.MIXTURES)
+
+    def forget():
+        for registered, known in zip((tasks.TASKS, tasks.MIXTURES), before, strict=True):
+            registered.clear()
+            registered.update(known)
+        setting._build.cache_clear()
+        run._ENCODED.clear()
+
+    yield forget
+    forget()
+
+
+@pytest.fixture
 def llama():
     return make_model()
 

@@ -34,8 +34,10 @@ class Need:
 NEEDS = (
     Need(r"bubblewrap|sandbox|user namespace", "need bubblewrap: apt install bubblewrap"),
     Need(r"[Cc]hromium|browser", "need chromium: apt install chromium"),
-    Need(r"playwright|itables|tensorboard|extra '", "need the dev extra: pip install --editable '.[dev]'"),
-    Need(r"bitsandbytes|torchao", "need libraries for quantized bases: pip install bitsandbytes torchao"),
+    Need(
+        r"playwright|itables|tensorboard|\btrl\b|bitsandbytes|torchao|extra '",
+        "need the dev extra: pip install --editable '.[dev]'",
+    ),
     Need(r"git checkout", "need a git checkout, not a copy of the files"),
     Need(r"\bAF_\w+|\bIPv6\b", "need a kind of network address that this machine lacks", is_hardware=True),
     Need(r"Triton.* CPU|gloo|without a GPU", "run on CPU only: set CUDA_VISIBLE_DEVICES= to empty", is_hardware=True),

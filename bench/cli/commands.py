@@ -12,46 +12,50 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from bench.cli import own_tasks
 from bench.cli.estimates import announce
 from bench.errors import UserError
-from bench.evaluate.score import require_scoring, score
+from bench.evaluate.score import require_scoring
 from bench.experiments.methods import BASE
 from bench.experiments.profiles import PROFILES, Profile
 from bench.experiments.registry import Experiment, open_data_mixture, tuning_groups_of
-from bench.models.adapters import check_adapter, load_adapter
-from bench.models.base import load, prepare
+from bench.models.adapters import check_adapter
+from bench.models.base import prepare
 from bench.records import provenance, schema, store
 from bench.records.files import write_atomically
 from bench.records.schema import TaskScore
 from bench.report import readme
 from bench.report.claims import claims
+from bench.report.model_card import model_card
 from bench.report.scores.experiment_page import experiment_page
 from bench.report.scores.selection import records_frame, records_that_lend_rates, select, tuned_rates
 from bench.report.speed import tables
+from bench.runs.elsewhere import elsewhere_config, score_elsewhere
 from bench.runs.plan import Runs, plan_runs, rates_before_sweep, sweep
 from bench.runs.pool import run_all
-from bench.runs.run import find_record, run, score_options
+from bench.runs.run import find_record, run
 from bench.runs.setting import RunSettings, make_run_config
 from bench.runtime.processes import processes
 from bench.train.tracking import require_trackers
-from tasks import MIXTURES, Folder, build
+from tasks import MIXTURES, Folder
 
 LOCAL = store.RESULTS / "local"
 SPEED = "speed"  # folder of the records of bench.speed, next to those of the profiles
 
 
-def make_setting_from(options: argparse.Namespace, mixture: str) -> RunSettings:
+def make_setting_from(options: argparse.Namespace, mixture: str | None) -> RunSettings:
     """Make the settings that the options ask for.
 
     Args:
         options: Parsed options of a command that trains or scores.
-        mixture: Mixture to train or score on.
+        mixture: Mixture to train or score on: a name, or the file of a description. None for the tasks of `--task`.
 
     Raises:
         UserError: The options contradict each other, `--data` is not a folder, or a tracker is not installed.
     """
     require_trackers(getattr(options, "track", ()))
     profile: Profile = PROFILES[options.profile]
+    mixture = own_tasks.resolve(options, mixture, profile)
     if options.data and profile.name == "tiny" and not options.model:
         raise UserError("the tiny base model knows the words of generated tasks only; with --data use --profile small.")
     setting = RunSettings(
@@ -175,13 +179,15 @@ def make_run(options: argparse.Namespace) -> int:
         print(one.error, file=sys.stderr)
         return 1
     if processes().is_main_process:
+        if setting.save and one.status == "ok":
+            write_atomically(setting.save / "README.md", model_card(one, prepare(setting.model).commit))
         _print_scores(one.test or {})
         print(f"{one.status}; recorded in {one.path}")
     return 0
 
 
 def score_adapter(options: argparse.Namespace) -> int:
-    """Score a saved adapter and print its scores; nothing is recorded.
+    """Score a saved adapter and print its scores; with `--record`, record them.
 
     Of several processes only the first one scores.
     """
@@ -190,12 +196,14 @@ def score_adapter(options: argparse.Namespace) -> int:
         return 0
     check_adapter(options.adapter)
     require_scoring(MIXTURES[setting.mixture_name].tasks, options.unsafe_code)
-    base, tokenizer = load(prepare(setting.model), setting.device)
-    model = load_adapter(base, options.adapter)
-    data = build(MIXTURES[setting.mixture_name], setting.source, format=setting.profile.format, seed=0)
-    tests = {task: items[: setting.max_items] for task, items in data.test.items()}
-    results, _ = score(model, tokenizer, tests, **score_options(setting))
-    _print_scores({task: TaskScore(**result) for task, result in results.items()})
+    if options.record:
+        store.open_folder(setting.results)
+    config = elsewhere_config(setting, options.adapter)
+    found = store.find(config, setting.results) if options.record else None
+    one = found or score_elsewhere(config, setting, options.adapter)
+    _print_scores(one.test or {})
+    if options.record:
+        print(f"recorded in {one.path or store.write(one, setting.results)}")
     return 0
 
 

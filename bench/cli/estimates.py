@@ -24,7 +24,7 @@ def announce(title: str, runs: Runs, records: Sequence[Record], jobs: int, *, dr
         dry_run: Whether the runs are not going to be made.
     """
     missing = missing_runs(runs)
-    estimates = [estimate(config, setting, records, device_name(setting.device)) for config, setting in missing]
+    estimates = [estimate(config, setting, records, device_name(setting.device), jobs) for config, setting in missing]
     if dry_run and missing:
         body = [
             (config.id, duration(one.seconds), one.source) for (config, _), one in zip(missing, estimates, strict=True)

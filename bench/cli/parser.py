@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import malora
+from bench.cli import own_tasks
 from bench.cli.commands import (
     SPEED,
     make_run,
@@ -26,7 +27,7 @@ from bench.errors import UserError
 from bench.experiments.profiles import PROFILES, default_profile
 from bench.experiments.registry import EXPERIMENTS, Experiment
 from bench.train.tracking import TRACKERS
-from tasks import FORMATS, MIXTURES
+from tasks import FORMATS
 
 DESCRIPTION = "Train adapters on mixtures of tasks, score them, and write leaderboards from the records."
 EXAMPLES = "python -m bench table2 --dry-run"
@@ -92,6 +93,14 @@ def make_parser() -> Parser:
     )
     report.set_defaults(command=write_report)
     _add_export_options(add("export", "Write leaderboards and runs as CSV and JSON files.", "--output export"))
+    own_tasks.add_export_options(
+        add(
+            "export-task",
+            "Write a task as a folder for lm-eval.",
+            "arc_easy --output lm_eval_tasks",
+            usage="%(prog)s TASK [options]",
+        )
+    )
     _add_publish_options(add("publish", "Copy complete records of committed code to results/.", "--profile small"))
     return parser
 
@@ -141,12 +150,9 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method", type=_method, default="malora", metavar="M", help=f"method to train: {', '.join(malora.METHODS)}"
     )
-    parser.add_argument(
-        "--mixture",
-        type=one_of("mixture", MIXTURES),
-        default="intra",
-        metavar="NAME",
-        help="tasks to train on together, or one of them by itself, as in inter/code; "
+    own_tasks.add_mixture_options(
+        parser,
+        "tasks to train on together, or one of them by itself, as in inter/code; "
         "the tiny profile trains on generated tasks instead",
     )
     parser.add_argument(
@@ -186,12 +192,11 @@ def _add_score_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter", type=Path, required=True, metavar="DIR", help="folder that PEFT's save_pretrained wrote"
     )
+    own_tasks.add_mixture_options(parser, "mixture whose test sets are used")
     parser.add_argument(
-        "--mixture",
-        type=one_of("mixture", MIXTURES),
-        default="intra",
-        metavar="NAME",
-        help="mixture whose test sets are used",
+        "--record",
+        action="store_true",
+        help="record the scores, so that the adapter has a row in Table 2, marked as trained elsewhere",
     )
     parser.set_defaults(command=score_adapter)
 

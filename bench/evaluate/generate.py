@@ -21,7 +21,9 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, StaticCache
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
+from bench.runtime.attention import attention_windows, masks_for
 from bench.runtime.logits import label_positions_only
 from malora.backbone.cuda_graphs import can_capture, capture
 
@@ -42,7 +44,7 @@ def generate(
     """Continue each prompt with the most probable token, one after the other.
 
     Args:
-        model: A causal language model of transformers in eval mode, with SDPA attention.
+        model: A causal language model of transformers in eval mode, with SDPA or eager attention.
         prompts: Token ids, at least one per prompt.
         max_new_tokens: Maximum tokens to generate per prompt.
         batch_size: Prompts decoded at a time. The cache has this many entries of the longest prompt's length plus
@@ -52,6 +54,9 @@ def generate(
 
     Returns:
         Generated token ids, in the order of the prompts.
+
+    Raises:
+        UserError: The model's attention takes no masks for a padded batch.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     generated: list[list[int]] = [[]] * len(prompts)
@@ -101,7 +106,8 @@ class _Decoder:
         shape: (B, W, G).
 
     Attributes:
-        mask: Positions of the cache that a new token attends to, [B, 1, 1, C].
+        place: Positions of the cache, [C].
+        mask: Positions of the cache that a new token attends to if its layer has no window, [B, 1, 1, C].
         token: Last generated token, [B, 1].
         position: Its position in its text, without padding, [B, 1].
         count: Number of generated tokens, [1].
@@ -113,9 +119,18 @@ class _Decoder:
         self.model, self.width = model, width
         config, device = model.config, next(model.parameters()).device
         assert isinstance(config, PreTrainedConfig), "a model of transformers"
-        assert config._attn_implementation == "sdpa", "the masks are made for SDPA"
-        self.cache = StaticCache(config=config, max_cache_len=width + max_new_tokens)
-        self.mask = torch.zeros(B, 1, 1, width + max_new_tokens, dtype=torch.bool, device=device)
+        self.windows = attention_windows(model)
+        self.additive_masks = config.get_text_config()._attn_implementation == "eager"
+        self.dtype = torch.bfloat16 if device.type == "cuda" else next(model.parameters()).dtype
+        length = width + max_new_tokens
+        self.cache = StaticCache(config=config, max_cache_len=length)
+        # transformers gives layers with a sliding window a cache of the window's length. In a padded batch their
+        # entries would be those of other positions than in full layers, so all layers keep the whole text.
+        self.cache.layers = [
+            StaticLayer(length) if isinstance(layer, StaticSlidingWindowLayer) else layer for layer in self.cache.layers
+        ]
+        self.place = torch.arange(length, device=device)
+        self.mask = torch.zeros(B, 1, 1, length, dtype=torch.bool, device=device)
         self.token = torch.zeros(B, 1, dtype=torch.long, device=device)
         self.position = torch.zeros(B, 1, dtype=torch.long, device=device)
         self.count = torch.zeros(1, dtype=torch.long, device=device)
@@ -140,37 +155,57 @@ class _Decoder:
         device, width = self.token.device, self.width
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # [B, W]
         padding = torch.tensor([width - len(p) for p in prompts], device=device)[:, None]  # [B, 1]
-        place = torch.arange(width, device=device)
+        place = self.place[:width]
         valid = place >= padding  # [B, W]
         # Padding attends to itself, because attention over nothing is NaN. No token attends to padding.
         visible = (place <= place[:, None]) & (valid[:, None] | (place == place[:, None]))  # [B, W, W]
-        mask = torch.zeros(len(prompts), 1, width, self.mask.shape[-1], dtype=torch.bool, device=device)
+        mask = torch.zeros(len(prompts), 1, width, len(self.place), dtype=torch.bool, device=device)
         mask[:, 0, :, :width] = visible
         reset: Callable[[], None] = self.cache.reset
         reset()
         self.mask.zero_()[:, 0, 0, :width] = valid
         last = torch.full((len(prompts),), width - 1, device=device)
         with label_positions_only(self.model, torch.arange(len(prompts), device=device), last):
-            logits = self._forward(ids, mask, (place - padding).clamp(min=0))  # [B, vocabulary]
+            logits = self._forward(ids, mask, place, (place - padding).clamp(min=0))  # [B, vocabulary]
         self.token.copy_(logits.argmax(-1, keepdim=True))
         self.position.copy_(width - padding)
         self.generated.zero_()[:, 0] = self.token[:, 0]
         self.count.fill_(1)
 
     def _advance(self) -> None:
-        self.mask.index_fill_(3, self.count + (self.width - 1), True)  # the cache entry of the token that is read
-        logits = self._forward(self.token, self.mask, self.position)
+        place = self.count + (self.width - 1)  # the cache entry of the token that is read
+        self.mask.index_fill_(3, place, True)
+        logits = self._forward(self.token, self.mask, place, self.position)
         self.token.copy_(logits[:, -1].argmax(-1, keepdim=True))
         self.generated.index_copy_(1, self.count, self.token)
         self.position += 1
         self.count += 1
 
-    def _forward(self, ids: Tensor, mask: Tensor, position: Tensor) -> Tensor:
+    def _forward(self, ids: Tensor, mask: Tensor, place: Tensor, position: Tensor) -> Tensor:
+        """Return the logits of some tokens, Q per text.
+
+        Args:
+            ids: [B, Q].
+            mask: Positions of the cache that they attend to in a layer without a window, [B, 1, Q, C].
+            place: Their own positions of the cache, [Q].
+            position: Their positions in their texts, [B, Q].
+        """
+
+        def windowed(window: int | None) -> Tensor:
+            visible = mask if window is None else mask & (place[:, None] - self.place < window)
+            if not self.additive_masks:
+                return visible
+            return torch.zeros_like(visible, dtype=self.dtype).masked_fill_(~visible, float("-inf"))
+
         device_type = ids.device.type
         # Autocast's cache of cast weights would be allocated in the graph's memory, so it is off.
         with torch.autocast(device_type, torch.bfloat16, enabled=device_type == "cuda", cache_enabled=False):
             output = self.model(
-                input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=self.cache, use_cache=True
+                input_ids=ids,
+                attention_mask=masks_for(self.windows, windowed),
+                position_ids=position,
+                past_key_values=self.cache,
+                use_cache=True,
             )
         logits: Tensor = output.logits
         return logits

@@ -8,12 +8,12 @@ from typing import Any
 from peft import PeftConfig
 
 import malora
-from bench.command_line import unknown_name
-from bench.errors import UserError
+from bench.errors import UserError, unknown_name
 from bench.experiments.profiles import Profile
 from malora.config import stored_value
 
 BASE = "base"  # the method that trains nothing
+ELSEWHERE = "elsewhere-"  # begins the method of an adapter that was trained elsewhere and is only scored
 TITLES = {
     "lora": "LoRA",
     "asylora": "AsyLoRA",
@@ -25,6 +25,13 @@ TITLES = {
     BASE: "base, no adapter",
 }
 PAPER_BETA = {"intra": 1.25, "procedural": 1.25}  # β by mixture; the paper has 1 for all others
+
+
+def title_of(method: str) -> str:
+    """Return the title of a method in tables."""
+    if method.startswith(ELSEWHERE):
+        return f"{method.removeprefix(ELSEWHERE)}, trained elsewhere"
+    return TITLES.get(method, method)
 
 
 def method_options(method: str, profile: Profile, mixture: str, changes: dict[str, Any]) -> dict[str, Any]:
@@ -55,6 +62,11 @@ def method_options(method: str, profile: Profile, mixture: str, changes: dict[st
     known, general = ({f.name for f in fields(of)} for of in (config, PeftConfig))
     for name in sorted(changes.keys() - known):
         raise UserError(f"{method}: {unknown_name('option', name, sorted(known - general))}.")
+    if "router_aux_loss_coef" in changes:
+        raise UserError(
+            "router_aux_loss_coef has no effect in the benchmark: the weight of the balance loss is the profile's "
+            f"balance_factor, {profile.balance_factor} in {profile.name}."
+        )
     try:
         malora.make_config(method, **options)
     except (TypeError, ValueError) as error:

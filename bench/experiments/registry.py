@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import malora
-from bench.experiments.methods import BASE, TITLES, method_options
+from bench.experiments.methods import BASE, ELSEWHERE, TITLES, method_options, title_of
 from bench.experiments.profiles import PROFILES, Profile
 from bench.records.schema import RunConfig
 from tasks import MIXTURES
@@ -47,7 +47,7 @@ class TableEntry:
     own_rate: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "title", self.title or TITLES.get(self.method, self.method))
+        object.__setattr__(self, "title", self.title or title_of(self.method))
 
     @property
     def tuning_group(self) -> str:
@@ -64,7 +64,7 @@ class TableEntry:
         """Tell if a run has this method and these options."""
         if config.method != self.method:
             return False
-        if self.method == BASE:
+        if self.method == BASE or self.method.startswith(ELSEWHERE):
             return True
         profile = PROFILES[config.profile]
         return config.method_options == method_options(self.method, profile, config.mixture, self.changes(profile))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,10 @@ from transformers import PreTrainedModel
 
 import malora
 from bench.errors import UserError
+from bench.models.base import BaseModel
 
+BASE_FILE = "base_model.json"  # next to a saved adapter: name and hash of its base
+FORMER_BASE = re.compile(r"@[0-9a-f]{12}$")
 MAX_NAMES = 3  # of tensors in a message
 MAX_DETAILS = 200  # characters of an error of PEFT, which can be a line per tensor
 
@@ -52,8 +57,21 @@ def check_adapter(folder: Path) -> None:
             raise UserError(f"{folder} has no {name}; --adapter takes a folder that save_pretrained wrote.")
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+def save_adapter(model: PeftModel, base: BaseModel, folder: Path) -> None:
+    """Save an adapter, with the location of its base model, its commit on the hub, and its hash in `BASE_FILE`."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path, config.revision = base.location, base.commit
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / BASE_FILE).write_text(json.dumps({"name": base.name, "hash": base.hash}, indent=1) + "\n")
+
+
+def load_adapter(model: PreTrainedModel, base: BaseModel, folder: Path) -> PeftModel:
     """Add a saved adapter to a base model.
+
+    Args:
+        model: The base model as `bench.models.base.load` returned it.
+        base: Where it was loaded from.
+        folder: Folder that `save_adapter`, or PEFT's save_pretrained, wrote.
 
     Raises:
         UserError: The folder has no adapter, an incomplete one, or one that was trained on another base model.
@@ -65,12 +83,34 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         raise UserError(f"{folder / 'adapter_config.json'} is not a PEFT config ({error!r}); save it again.") from error
     if config.is_prompt_learning:
         raise UserError(f"{folder} has virtual tokens ({config.peft_type}), which cannot be scored here.")
-    trained_on = config.base_model_name_or_path or ""
-    if "@" in trained_on and trained_on != model.name_or_path:
-        raise UserError(f"{folder} was trained on {trained_on}, not on {model.name_or_path}; give its base as --model.")
+    _require_base(base, folder, config.base_model_name_or_path or "")
     adapted = _load_all_tensors(model, folder)
     malora.optimize_backbone(adapted)
     return adapted
+
+
+def _require_base(base: BaseModel, folder: Path, trained_on: str) -> None:
+    """Check that an adapter that names the hash of its base was trained on this one.
+
+    Args:
+        base: The base model.
+        folder: Folder of the adapter.
+        trained_on: The base in the adapter's config. Former versions wrote NAME@HASH.
+
+    Raises:
+        UserError: It was trained on another base.
+    """
+    here = f"{base.name} ({base.hash[:12]})"
+    if (folder / BASE_FILE).is_file():
+        try:
+            content = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
+            name, found = content["name"], content["hash"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{folder / BASE_FILE} is broken ({error!r}); save the adapter again.") from error
+        if found != base.hash:
+            raise UserError(f"{folder} was trained on {name} ({found[:12]}), not on {here}; give its base as --model.")
+    elif FORMER_BASE.search(trained_on) and trained_on != f"{base.name}@{base.former_hash[:12]}":
+        raise UserError(f"{folder} was trained on {trained_on}, not on {here}; give its base as --model.")
 
 
 def _load_all_tensors(model: PreTrainedModel, folder: Path) -> PeftModel:

@@ -50,12 +50,19 @@ class BaseModel:
         hash: Its identity in records: SHA-256 of everything in the folder that decides a score, or its commit on the
             hub.
         former_hash: The identity of versions that read the weights alone; adapters of that time name it.
+        commit: Its commit on the hub; None for a folder.
     """
 
     path: Path
     name: str
     hash: str
     former_hash: str
+    commit: str | None = None
+
+    @property
+    def location(self) -> str:
+        """What `from_pretrained` of transformers takes: an id on the hub, or an absolute path."""
+        return str(self.path.resolve()) if self.commit is None else self.name
 
 
 @cache
@@ -93,7 +100,7 @@ def _fetch_from_hub(model: str) -> BaseModel:
             "a folder that save_pretrained wrote."
         ) from error
     commit = Path(path).name
-    return BaseModel(Path(path), model, commit, commit)
+    return BaseModel(Path(path), model, commit, former_hash=commit, commit=commit)
 
 
 def load(base: BaseModel, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -114,18 +121,24 @@ def load(base: BaseModel, device: torch.device) -> tuple[PreTrainedModel, PreTra
         tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{base.path} is not a complete causal language model: {error}") from error
-    # PEFT writes this name into an adapter's config, and `load_adapter` checks it.
-    model.config._name_or_path = model.name_or_path = f"{base.name}@{base.hash[:12]}"
+    model.config._name_or_path = model.name_or_path = base.location  # PEFT writes it into an adapter's config
     frozen = model.requires_grad_(False)
     return frozen.to(device), tokenizer  # type: ignore[arg-type]  # transformers wraps `to`, which hides its signature
 
 
 def count_weights(base: BaseModel) -> int:
-    """Count the weights in a base model's files, which are not loaded."""
+    """Count the weights in a base model's files, which are not loaded.
+
+    Raises:
+        UserError: A file is broken.
+    """
     count = 0
     for path in base.path.glob(WEIGHTS):
-        with safe_open(path, framework="pt") as file:
-            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        try:
+            with safe_open(path, framework="pt") as file:
+                count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"{base.path} is not a complete causal language model: {path.name}: {error}") from error
     return count
 
 

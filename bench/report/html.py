@@ -21,7 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from bench.experiments.methods import TITLES
+from bench.experiments.methods import title_of
 from bench.experiments.profiles import PROFILES
 from bench.experiments.registry import Experiment
 from bench.records.schema import Record, SpeedRecord
@@ -173,7 +173,7 @@ def _markdown(text: str) -> Markup:
 def _method(name: str, title: str = "") -> Markup:
     colour, marker = style(name)
     mark = Markup('<i style="color: {}" aria-hidden="true">{}</i> ').format(colour, GLYPHS[marker])
-    return mark + (title or TITLES.get(name, name))
+    return mark + (title or title_of(name))
 
 
 def _embedded(record: Record | SpeedRecord) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Estimate how long runs take before they start.
 
-The estimate comes from records of runs on the same mixture: the median seconds per training step, and per scored item.
-Records of this machine's device and of the same method are taken where there are any. Without records of the mixture it
+The estimate comes from records of the same base model and mixture: the median seconds per training step, and per scored
+item. Records of this machine's device and of the same method are taken where there are any. Without such records it
 comes from the number of matrix operations and an assumed rate.
 """
 
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from math import ceil
 from statistics import median
 
+import torch
+
 from bench.experiments.methods import BASE
 from bench.models.base import count_weights, prepare
 from bench.records.schema import Record, RunConfig
@@ -21,9 +23,9 @@ from bench.runs.run import find_record
 from bench.runs.setting import RunSettings, load_data
 from tasks import TASKS, Example, MixtureData
 
-# Matrix operations per second that a run is assumed to reach: one run of a 135M model reaches about 0.1e12 on two CPU
-# cores, and about 30e12 on an H200 whose other runs take their share.
-ASSUMED_FLOPS = {"cpu": 0.1e12, "cuda": 30e12}
+# Matrix operations per second that training of a 135M model reached on a thread of a CPU, and on an H200.
+ASSUMED_FLOPS_PER_THREAD = 0.05e12
+ASSUMED_FLOPS_OF_GPU = 30e12
 # A frozen model of P weights takes 2 P operations per token forward, and as many for the gradients of its activations.
 FLOPS_PER_WEIGHT = {"training": 4, "scoring": 2}
 CHARACTERS_PER_TOKEN = 4  # of English text, roughly
@@ -58,7 +60,9 @@ def missing_runs(runs: Runs) -> Runs:
     return [(config, setting) for config, setting in different.values() if find_record(config, setting) is None]
 
 
-def estimate(config: RunConfig, setting: RunSettings, records: Sequence[Record], device: str) -> Estimate:
+def estimate(
+    config: RunConfig, setting: RunSettings, records: Sequence[Record], device: str, jobs: int = 1
+) -> Estimate:
     """Estimate the time of a run.
 
     Args:
@@ -66,11 +70,16 @@ def estimate(config: RunConfig, setting: RunSettings, records: Sequence[Record],
         setting: Its settings.
         records: Records of the same profile, of any machine.
         device: Name of this machine's device, as in records.
+        jobs: Runs at a time, which share an assumed rate.
     """
     work = _work(config, load_data(setting, config.seed))
-    of_mixture = [r for r in records if r.status == "ok" and r.train and r.config.mixture == config.mixture]
-    here = [r for r in of_mixture if r.provenance.device == device]
-    elsewhere = [r for r in of_mixture if r.config.device_type == config.device_type]
+    alike = [
+        r
+        for r in records
+        if r.status == "ok" and r.train and (r.config.mixture, r.config.model) == (config.mixture, config.model)
+    ]
+    here = [r for r in alike if r.provenance.device == device]
+    elsewhere = [r for r in alike if r.config.device_type == config.device_type]
     if found := here or elsewhere:
         of_method = [r for r in found if r.config.method == config.method]
         found = of_method or found
@@ -80,10 +89,12 @@ def estimate(config: RunConfig, setting: RunSettings, records: Sequence[Record],
         together = f", {crowd} runs at a time" if crowd > 1 else ""
         count = f"{len(found)} record{'s' * (len(found) > 1)}"
         return Estimate(_seconds_like(found, work), f"median of {count}{name} on {devices}{together}")
-    rate = ASSUMED_FLOPS.get(config.device_type, ASSUMED_FLOPS["cpu"])
-    operations = FLOPS_PER_WEIGHT["training"] * work.training_tokens + FLOPS_PER_WEIGHT["scoring"] * work.scored_tokens
-    seconds = operations * count_weights(prepare(setting.model)) / rate
-    return Estimate(seconds, f"no record of this mixture; {rate / 1e12:g} TFLOP/s assumed")
+    on_gpu = config.device_type == "cuda"
+    rate = ASSUMED_FLOPS_OF_GPU if on_gpu else ASSUMED_FLOPS_PER_THREAD * torch.get_num_threads()
+    operations = (
+        FLOPS_PER_WEIGHT["training"] * work.training_tokens + FLOPS_PER_WEIGHT["scoring"] * work.scored_tokens
+    ) * count_weights(prepare(setting.model))
+    return Estimate(operations * jobs / rate, f"no record of this model and mixture; {rate / 1e12:g} TFLOP/s assumed")
 
 
 def _seconds_like(records: Sequence[Record], work: _Work) -> float:

@@ -16,6 +16,7 @@ from bench.records.schema import Record, RunConfig
 from bench.runs.plan import Runs
 from bench.runs.run import find_record, run
 from bench.runs.setting import RunSettings
+from bench.runtime.processes import processes
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
@@ -33,6 +34,7 @@ def run_all(runs: Runs, jobs: int) -> Iterator[Record]:
         jobs: Number of runs at a time, each in a process of its own.
     """
     done = {config.id: found for config, setting in runs if (found := find_record(config, setting))}
+    processes().wait_for_everyone()  # they must agree on the runs that are missing
     yield from done.values()
     missing = [(config, setting) for config, setting in runs if config.id not in done]
     if jobs == 1 or len(missing) <= 1:

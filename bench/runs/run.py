@@ -18,12 +18,13 @@ from bench.errors import UserError
 from bench.evaluate.adapter_analysis import analyze_adapter
 from bench.evaluate.score import require_scoring, score
 from bench.experiments.methods import BASE
-from bench.models.adapters import add_adapter, count_parameters
+from bench.models.adapters import add_adapter, count_parameters, save_adapter
 from bench.models.base import load, prepare, targets
 from bench.records import provenance
 from bench.records import store as records
 from bench.records.schema import DataSection, InsideSection, Parameters, Record, RunConfig, TaskScore, TrainSection
 from bench.runs.setting import RunSettings, blend_seed, load_data
+from bench.runtime.attention import require_packing
 from bench.runtime.processes import processes
 from bench.train.batching import Encoded, encode, label_tokens
 from bench.train.checkpoint import TrainLog
@@ -54,7 +55,9 @@ def run(config: RunConfig, setting: RunSettings, jobs: int = 1) -> Record:
     state = processes()
     if setting.profile.threads:
         torch.set_num_threads(setting.profile.threads)
-    if found := find_record(config, setting):
+    found = find_record(config, setting)
+    state.wait_for_everyone()  # a slower process would find the record that a faster one has written meanwhile
+    if found:
         return found
     require_scoring(MIXTURES[config.mixture].tasks, setting.unsafe_code)
     checkpoint = setting.results / "checkpoints" / f"{config.id}.pt"
@@ -99,6 +102,7 @@ def _train_and_score(record: Record, setting: RunSettings, checkpoint: Path, tra
     config, profile = record.config, setting.profile
     data = load_data(setting, config.seed)
     base, tokenizer = load(prepare(setting.model), setting.device)
+    require_packing(base)
     model: PreTrainedModel | PeftModel = base
     fresh = None
     record.data = DataSection(sha256=data.sha256, dropped=data.dropped, dropped_validation=data.dropped_validation)
@@ -121,7 +125,7 @@ def _train_and_score(record: Record, setting: RunSettings, checkpoint: Path, tra
         )
         record.train = _train_section(log)
         if setting.save and processes().is_main_process:
-            model.save_pretrained(str(setting.save), save_embedding_layers=False)
+            save_adapter(model, prepare(setting.model), setting.save)
     if not processes().is_main_process:
         return
     if setting.device.type == "cuda":

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from bench.command_line import Parser, folder, fraction, one_of, positive, unknown_name
-from bench.errors import UserError
+from bench.command_line import Parser, folder, fraction, one_of, positive
+from bench.errors import UserError, unknown_name
 from bench.models.backbone import SHAPES, backbone
 from bench.records import store
 from bench.records.provenance import provenance

@@ -18,7 +18,6 @@ from bench.runtime.attention import no_attention_mask
 from bench.speed.subject import Subject
 from malora.backbone.cuda_graphs import accumulate_grads, capture, capture_refresh, warm_up
 
-BALANCE_FACTOR = 0.01  # as in the training of the profiles
 # The value does not affect the time. A small one keeps the loss finite over the whole benchmark.
 LEARNING_RATE = 1e-5
 PhaseCallback = Callable[[str], None]  # called with a phase's name when the phase has ended
@@ -62,14 +61,13 @@ class Workload:
 class TrainStep:
     """Forward and backward over micro-batches, then AdamW.
 
-    The loss is next-token cross entropy, plus the load-balancing loss of routed adapters. A captured variant replays
-    forward and backward of one micro-batch as a CUDA graph.
+    The loss is the model's: next-token cross entropy, plus the load-balancing loss of routed adapters. A captured
+    variant replays forward and backward of one micro-batch as a CUDA graph.
     """
 
     def __init__(self, subject: Subject, work: Workload, batch: int) -> None:
         self.subject = subject
         self.ids = work.ids(batch, subject.device)
-        self.routed = malora.has_router(subject.model)
         self.parameters = [p for p in subject.model.parameters() if p.requires_grad]
         self.optimizer: torch.optim.Optimizer | None = None
         if self.parameters:
@@ -124,8 +122,6 @@ class TrainStep:
     def _loss(self, ids: Tensor) -> Tensor:
         with self.subject.precision(), no_attention_mask(self.subject.model):
             loss: Tensor = self.subject.model(input_ids=ids, labels=ids, use_cache=False).loss
-        if self.routed:
-            loss = loss + BALANCE_FACTOR * malora.balance_loss(self.subject.model)
         return loss / len(self.ids)
 
 

@@ -24,8 +24,7 @@ import torch
 from peft import PeftConfig
 
 import malora
-from bench.command_line import unknown_name
-from bench.errors import UserError
+from bench.errors import UserError, unknown_name
 
 
 @dataclass(frozen=True)

@@ -77,16 +77,6 @@ class Batch:
         """True for tokens and False for padding, [R, C]."""
         return self.example > 0
 
-    def attention_bias(self, dtype: torch.dtype) -> Tensor:
-        """Return the additive attention mask, [R, 1, C, C].
-
-        It is 0 where a token may attend, that is to itself and to earlier tokens of its own example, and -inf
-        elsewhere. Padding attends to padding, because attention over nothing is NaN.
-        """
-        causal = torch.ones((self.ids.shape[-1], self.ids.shape[-1]), dtype=torch.bool, device=self.ids.device).tril()
-        visible = causal & (self.example[:, :, None] == self.example[:, None, :])
-        return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, float("-inf"))[:, None]
-
     def to(self, device: torch.device) -> Batch:
         """Return a copy on the device. On a GPU the copy is asynchronous."""
         tensors: list[Tensor] = list(vars(self).values())

@@ -22,7 +22,7 @@ class TrainLog:
         seconds: Seconds by phase: data, forward, backward and optimizer. Where a step is one CUDA graph, forward and
             backward are one phase, forward_backward.
         curve: Means over the steps since the last point: step, loss, balance_loss, grad_norm.
-        router: Router statistics of single steps.
+        router: Router statistics of the last micro-batch of single steps, over all processes.
         peak_bytes: Peak GPU memory; None on a CPU.
     """
 

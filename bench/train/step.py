@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 import malora
-from bench.runtime.attention import exact_with_masks
+from bench.runtime.attention import attention_windows, exact_with_masks, masks_for, packed_attention_bias
 from bench.runtime.logits import label_positions_only
 from bench.train.batching import Batch
 from malora.backbone.cuda_graphs import accumulate_grads, capture, capture_refresh, warm_up
@@ -41,6 +41,9 @@ class EagerStep:
         balance_factor: Weight of the balance loss.
         kernels: Context manager to enter for every forward pass.
 
+    Raises:
+        UserError: The model's attention cannot be confined to the examples of a packed sequence.
+
     Attributes:
         end_phase: Called with "forward" or "backward" when that phase of a micro-batch ends.
     """
@@ -57,10 +60,13 @@ class EagerStep:
         self.balance_factor = balance_factor
         self.kernels = kernels or nullcontext()
         self.has_router = malora.has_router(model)
+        # The balance loss is added here, with a mask for packed rows, and so not by the model.
+        self.router_options = {"output_router_logits": False} if self.has_router else {}
         in_bfloat16 = accelerator.mixed_precision == "bf16"
         self.num_processes = accelerator.num_processes
         self.all_reduce = partial(accelerator.reduce, reduction="sum") if self.num_processes > 1 else None
         self.attention_dtype = torch.bfloat16 if in_bfloat16 else next(model.parameters()).dtype
+        self.windows = attention_windows(model)
         self.end_phase: Callable[[str], None] = lambda phase: None
 
     def __call__(self, micro_batches: list[Batch]) -> Losses:
@@ -83,13 +89,15 @@ class EagerStep:
             Its summands of the losses of the batch. The sums are over micro-batches, weighted by label tokens, and over
             processes.
         """
+        masks = masks_for(self.windows, partial(packed_attention_bias, batch.example, self.attention_dtype))
         at_labels = label_positions_only(self.model, batch.row, batch.column)
         with self.kernels, exact_with_masks(batch.ids.device), at_labels:
             logits = self.wrapped(
                 input_ids=batch.ids,
                 position_ids=batch.position,
-                attention_mask=batch.attention_bias(self.attention_dtype),
+                attention_mask=masks,
                 use_cache=False,
+                **self.router_options,
             ).logits
         loss = F.cross_entropy(logits.float(), batch.target, reduction="sum") / batch.labels
         balance = torch.zeros_like(loss)

@@ -70,7 +70,11 @@ def tracked(names: tuple[str, ...], config: RunConfig, folder: Path) -> Iterator
 
 
 def _start(name: str, config: RunConfig, folder: Path) -> GeneralTracker:
-    """Start a tracker and store the configuration."""
+    """Start a tracker and store the configuration.
+
+    Raises:
+        UserError: It cannot start.
+    """
     make: Any = LOGGER_TYPE_TO_CLASS[name]
     if name == "tensorboard":
         tracker: GeneralTracker = make(config.id, folder / name)
@@ -80,8 +84,12 @@ def _start(name: str, config: RunConfig, folder: Path) -> GeneralTracker:
     else:
         _use_local_store(folder)
         tracker = make(PROJECT, logging_dir=(folder / "mlflow").resolve().as_uri(), run_name=config.id)
-    with FileLock(folder / ".lock"):  # concurrent runs would create MLflow's experiment twice
-        tracker.start()
+    try:
+        with FileLock(folder / ".lock"):  # concurrent runs would create MLflow's experiment twice
+            tracker.start()
+    except Exception as error:  # each library has its own, for a missing login or server
+        first_line = str(error).partition("\n")[0]
+        raise UserError(f"--track {name} cannot start ({type(error).__name__}: {first_line}).") from error
     tracker.store_init_configuration(_flat(config.to_json()))
     return tracker
 

@@ -59,11 +59,11 @@ def forward_group(adapter: GroupAdapter, x: Tensor) -> list[Tensor]:
     results = FusedExperts.apply(  # type: ignore[no-untyped-call]
         x_Tn, seed, config.lora_dropout, layout, packed, base, adapter.cache, *parameters
     )
-    ys, probabilities = results[: layout.G], results[layout.G :]
-    for layer, probability in zip(layers, probabilities, strict=False):  # none without a router
-        probability = probability.view(*x.shape[:-1], config.num_experts)
-        layer.record_routing(adapter.adapter, Routing(probability, config.top_k))
-    return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
+    ys = [y.view(*x.shape[:-1], y.shape[1]) for y in results[: layout.G]]
+    for i, probability in enumerate(results[layout.G :]):  # none without a router
+        routing = Routing(probability.view(*x.shape[:-1], config.num_experts), config.top_k)
+        ys[i] = layers[i].record_routing(adapter.adapter, routing, ys[i])
+    return ys
 
 
 class FusedExperts(torch.autograd.Function):

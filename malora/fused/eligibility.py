@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from malora.config import MaloraConfig, resolve_backend
 from malora.fused.availability import has_triton, interprets_triton, warn_once
@@ -61,6 +61,8 @@ def reason_not_fused(layer: FusedLayer, configs: list[MaloraConfig], *, is_shard
     if "forward" in vars(base) or any(vars(base)[hooks] for hooks in _HOOKS):  # nobody calls the frozen layer
         return "a frozen layer with hooks"
     weight, bias = base.weight, base.bias
+    if type(weight) not in (nn.Parameter, Tensor):  # torchao quantizes so, and leaves the nn.Linear
+        return f"a weight of type {type(weight).__name__}"
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return "a base that is trained too"
     if config.up != "B_t":

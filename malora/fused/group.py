@@ -158,8 +158,8 @@ def has_one_layout(layers: list[FusedLayer], adapter: str) -> bool:
 
     With `rank_pattern` or `alpha_pattern` they may have different ranks and scalings.
     """
-    configs = [layer.settings[adapter] for layer in layers]
-    return all((config.r, config.scaling) == (configs[0].r, configs[0].scaling) for config in configs)
+    first, *others = (layer.settings[adapter] for layer in layers)
+    return all(c is first or (c.r, c.scaling) == (first.r, first.scaling) for c in others)
 
 
 def _can_share(other: FusedLayer, layer: FusedLayer, adapter: str) -> bool:

@@ -45,8 +45,8 @@ class FusedLayer(Protocol):
     def router(self, adapter: str) -> Tensor | None:
         """Return the adapter's router weight [N, n], or None if it has one expert."""
 
-    def record_routing(self, adapter: str, routing: Routing) -> None:
-        """Keep a routing in the model's log while that records."""
+    def record_routing(self, adapter: str, routing: Routing, y: Tensor) -> Tensor:
+        """Keep a routing in the model's log while that records, and return the layer's output y."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Iterate over all parameters, the frozen ones included."""

@@ -1,9 +1,14 @@
-"""Options of MaloraConfig that choose layers: what PEFT would ignore is an error, as in its LoraConfig."""
+"""MaloraConfig: choices of layers that PEFT would ignore are errors, and what a saved config says."""
+
+import copy
+import dataclasses
+import json
+import warnings
 
 import pytest
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 
-from malora import MaloraConfig
+from malora import METHODS, MaloraConfig
 
 PER_EXPERT = {"down": "A_t"}
 
@@ -27,3 +32,25 @@ def test_a_choice_of_layers_that_would_be_ignored_is_an_error(options):
 def test_layers_by_index_and_pattern_are_accepted():
     config = MaloraConfig(**PER_EXPERT, target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers")
     assert config.layers_to_transform == [1]
+
+
+def test_a_saved_config_says_what_loading_needs(tmp_path):
+    """The note is no option: it is read without a warning, and changes nothing."""
+    config = METHODS["malora"]()
+    config.save_pretrained(tmp_path)
+    assert "import malora" in json.loads((tmp_path / "adapter_config.json").read_text())["requires"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = PeftConfig.from_pretrained(tmp_path)
+    loaded.inference_mode = config.inference_mode
+    assert loaded == config and loaded.to_dict() == config.to_dict()
+    assert dataclasses.replace(config, r=4).r == 4 and copy.deepcopy(config) == config
+    assert MaloraConfig(**config.to_dict()) == config
+
+
+def test_configs_saved_before_the_note_still_load(tmp_path):
+    config = METHODS["malora"]()
+    config.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "requires"}))
+    assert PeftConfig.from_pretrained(tmp_path).r == config.r

@@ -1,5 +1,7 @@
 """The adapted layer: shapes of inputs, offloaded factors, and merging into frozen weights of every kind."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -8,6 +10,7 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 
 from malora import METHODS
+from malora.fused.availability import interprets_triton
 from tests.malora.test_methods import ours, randomise
 
 SIZES = {"r": 4, "target_modules": ["0"], "task_type": None}
@@ -132,7 +135,9 @@ def test_a_weight_that_cannot_be_dequantized_refuses_a_merge_and_stays(packed, s
     x = torch.randn(3, 16)
     y = model(x)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match=r"cannot merge into 1: its weight is torch.int8 .* in a Int8Linear"):
+        with pytest.raises(
+            ValueError, match=r"cannot merge into 1: its weight, Parameter torch.int8 .* in a Int8Linear"
+        ):
             merge(safe_merge=safe_merge)
     assert torch.equal(model(x), y)
 
@@ -152,6 +157,51 @@ def test_a_quantized_weight_that_peft_can_change_is_merged(safe_merge):
     model.unmerge_adapter()
     torch.testing.assert_close(model(x), y, rtol=0, atol=0.15)
     torch.testing.assert_close(model.merge_and_unload(safe_merge=safe_merge)(x), y, rtol=0, atol=0.15)
+
+
+class OddTensor(torch.Tensor):
+    """A weight of a class of its own, as torchao's are, in a plain `nn.Linear`."""
+
+
+def test_a_weight_of_another_class_is_not_fused():
+    linear = nn.Linear(16, 8)
+    expected = small("malora", linear, backend="fused")
+    x = torch.randn(5, 16)
+    y = expected(x)
+    assert expected.base_model.model[0].adapter_for_fused_path() == ("default" if interprets_triton() else None)
+    linear.weight = nn.Parameter(linear.weight.data.as_subclass(OddTensor), requires_grad=False)
+    assert type(linear.weight) is OddTensor
+    assert expected.base_model.model[0].adapter_for_fused_path() is None
+    torch.testing.assert_close(expected(x).as_subclass(torch.Tensor), y)
+
+
+@pytest.mark.parametrize("backend", ["dense", "fused"])
+def test_weights_of_torchao_are_computed_with_and_not_merged_unless_it_is_known_how(backend):
+    quantization = pytest.importorskip("torchao.quantization")
+    base = nn.Sequential(nn.Linear(64, 64))
+    quantization.quantize_(base, quantization.Int8WeightOnlyConfig())
+    x = torch.randn(3, 64)
+    y = base(x)
+    model = get_peft_model(base, METHODS["asylora"](**SIZES | {"backend": backend})).eval()
+    torch.testing.assert_close(model(x), y)
+    with pytest.raises(ValueError, match="cannot be dequantized and quantized again"):
+        model.merge_adapter()
+
+
+def test_weights_of_torchao_are_merged_if_the_model_says_how_they_were_quantized():
+    quantization = pytest.importorskip("torchao.quantization")
+    base = nn.Sequential(nn.Linear(64, 64))
+    quantization.quantize_(base, quantization.Int8WeightOnlyConfig())
+    config = SimpleNamespace(get_apply_tensor_subclass=quantization.Int8WeightOnlyConfig)
+    base.hf_quantizer = SimpleNamespace(quantization_config=config)  # where transformers keeps it
+    model = randomise(get_peft_model(base, METHODS["asylora"](**SIZES | {"lora_alpha": 8}))).eval()
+    x = torch.randn(3, 64)
+    y = model(x)
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(model(x), y, rtol=0, atol=0.1)
+    assert model.get_layer_status()[0].quantization_backend == "torchao"
+    model.unmerge_adapter()
+    torch.testing.assert_close(model.merge_and_unload()(x), y, rtol=0, atol=0.1)
 
 
 def bitsandbytes_model(bits: int) -> nn.Module:

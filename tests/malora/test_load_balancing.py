@@ -147,3 +147,33 @@ def test_a_model_without_routing_is_an_error(ids):
         model(ids)
     with pytest.raises(ValueError, match="carries no gradient"):
         malora.balance_loss(model)
+
+
+def test_the_balance_loss_does_not_depend_on_the_shape_of_the_batch():
+    torch.manual_seed(0)
+    config = malora.METHODS["malora"](r=4, d=8, target_modules=["0"], task_type=None)
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(16, 8)), config)
+    x = torch.randn(2, 3, 16)
+    losses = []
+    for shape in ((2, 3, 16), (6, 16), (1, 2, 3, 16)):
+        model(x.view(shape))
+        losses.append(malora.balance_loss(model))
+    torch.testing.assert_close(losses[1:], losses[:1] * 2)
+    model(x[0, 0])  # a single token
+    assert malora.balance_loss(model) > 0 and len(malora.router_stats(model)) == 1
+
+
+def test_layers_whose_input_is_one_vector():
+    """Such a layer routes one token, without batch or sequence."""
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16))
+    config = malora.METHODS["molora"](task_type=None, target_modules=["0"], lora_dropout=0.0)
+    model = get_peft_model(model, config).train()
+    x = torch.ones(16)
+    model(x)
+    alone = malora.balance_loss(model)
+    alone.backward()
+    model(x.expand(1, 1, 16))
+    torch.testing.assert_close(malora.balance_loss(model), alone)
+    model(x)
+    with pytest.raises(ValueError, match="attention_mask is"):
+        malora.balance_loss(model, torch.ones(1, 1))

@@ -5,11 +5,12 @@ import pickle
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftMixedModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftMixedModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
+from torch import nn
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast, pipeline
 
 from malora import METHODS
 from tests.conftest import make_model
@@ -82,6 +83,17 @@ def test_what_pefts_lora_alone_can_do_ends_in_pefts_own_errors(saved):
         get_peft_model(make_model(), METHODS["malora"](), mixed=True)
     with pytest.raises(ValueError, match="MALORA"):
         PeftMixedModel.from_pretrained(make_model(), saved[1])
+
+
+def test_modules_that_are_never_called_are_refused():
+    attention = nn.Sequential(nn.MultiheadAttention(64, 2), nn.Linear(64, 64))
+    with pytest.raises(ValueError, match=r"0\.out_proj cannot be adapted: nn.MultiheadAttention reads its weight"):
+        get_peft_model(attention, METHODS["malora"](target_modules="all-linear", task_type=None))
+    mamba = MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=20))
+    for config in (METHODS["malora"](target_modules=["out_proj"], d=16), LoraConfig(target_modules=["out_proj"])):
+        with pytest.raises(ValueError, match="'out_proj' is incompatible with Mamba-based models"):
+            get_peft_model(mamba, config)
+    get_peft_model(mamba, METHODS["malora"](target_modules=["in_proj"], d=16))
 
 
 @pytest.mark.parametrize("method", ["malora", "asylora", "malora-decomposed-b"])

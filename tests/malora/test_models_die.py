@@ -39,8 +39,6 @@ def train(model, ids):
         weights.refresh()
         with weights, torch.autocast(DEVICE, torch.bfloat16, enabled=ON_GPU):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            if malora.has_router(model):
-                loss = loss + malora.balance_loss(model)
         loss.backward()
 
 

@@ -52,6 +52,27 @@ def test_cat_and_svd_of_full_rank_are_exact(first, second, kind, svd_rank):
     torch.testing.assert_close(model.merge_and_unload()(x), y)
 
 
+PATTERNS = {"rank_pattern": {"0": 4}, "alpha_pattern": {"2": 5}, "use_rslora": True, "init_weights": False}
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd"])
+def test_patterns_of_the_summands_are_not_those_of_the_sum(kind):
+    model = model_of({"r": 2, "down": "A_t", **PATTERNS}, {"r": 3, "down": "A_t"}, (["0", "2"], ["0", "2"]))
+    model.add_weighted_adapter(["a", "b"], [0.7, -1.5], "sum", kind, **({"svd_rank": 7} if kind == "svd" else {}))
+    for a, b, total in zip(merged(model, "a"), merged(model, "b"), merged(model, "sum"), strict=True):
+        torch.testing.assert_close(total, 0.7 * a - 1.5 * b, rtol=1e-9, atol=1e-9)
+
+
+def test_a_sum_has_the_precision_of_its_summands():
+    base = nn.Sequential(nn.Linear(16, 8)).to(torch.bfloat16)
+    config = METHODS["asylora"](r=4, target_modules=["0"], task_type=None)
+    model = randomise(get_peft_model(base, config, "a"))
+    model.add_weighted_adapter(["a"], [2.0], "sum")
+    layer = model.base_model.model[0]
+    assert layer.factors("sum").dtype == torch.float32
+    torch.testing.assert_close(layer.get_delta_weight("sum"), 2 * layer.get_delta_weight("a"))
+
+
 def test_svd_has_the_largest_rank_by_default_and_the_best_approximation():
     model = model_of({"r": 2, "down": "A_t"}, {"r": 3, "down": "A_t"})
     model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")

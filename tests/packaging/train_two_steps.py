@@ -34,7 +34,7 @@ tokens = torch.randint(0, 50, (2, 12))
 
 losses = []
 for _ in range(3):  # two steps, and the loss after them
-    loss = model(input_ids=tokens, labels=tokens).loss + 0.01 * malora.balance_loss(model)
+    loss = model(input_ids=tokens, labels=tokens).loss
     losses.append(loss.item())
     loss.backward()
     optimizer.step()

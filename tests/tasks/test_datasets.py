@@ -72,6 +72,9 @@ def test_a_field_that_is_missing_or_of_another_type_is_refused(task, field):
     parse, record = PARSERS[task], RECORDS[task]
     assert parse(record)
     for value in OTHER_TYPES:
+        if field == "options" and value in ([], {}):  # as three records of AfriMed-QA have them
+            assert parse({**record, field: value}) is None
+            continue
         with pytest.raises((ValueError, KeyError)):
             assert not parse({**record, field: value})
     with pytest.raises((ValueError, KeyError)):

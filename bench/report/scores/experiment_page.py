@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from bench.experiments.methods import TITLES
+from bench.experiments.methods import title_of
 from bench.records.schema import Record
 from bench.records.scorer_versions import changes_since
 from bench.report.scores import adapter_tables
@@ -91,12 +91,12 @@ def _policy(selection: Selection) -> str:
     The text also says how the ranks differ from the paper's.
     """
     groups, tuned = groups_with_runs(selection.experiment, selection.frame), selection.rates.tuned
-    rates = ", ".join(f"{TITLES.get(group, group)} {selection.at_own_rate[group]:g}" for group in groups)
+    rates = ", ".join(f"{title_of(group)} {selection.at_own_rate[group]:g}" for group in groups)
     lines = [
         "Every row has the learning rate of the method that it is a variant of. It was chosen on validation by "
         f"{_origin(selection)}, which tried the same rates for all: {rates}."
     ]
-    if untuned := [TITLES.get(group, group) for group in groups if group not in tuned]:
+    if untuned := [title_of(group) for group in groups if group not in tuned]:
         lines.append(f"**Not tuned, at the paper's rate: {', '.join(untuned)}.**")
     if (divisor := selection.size.rank_divisor) > 1:
         lines.append(f"Ranks are those of the titles divided by {divisor}, for a smaller model.")
@@ -178,5 +178,5 @@ def _metrics(records: Sequence[Record]) -> str:
 
 
 def _of_methods(records: Sequence[Record]) -> str:
-    titles = sorted({TITLES.get(r.config.method, r.config.method) for r in records})
+    titles = sorted({title_of(r.config.method) for r in records})
     return f"{len(records)} records, of {' and '.join(titles)}"

@@ -217,7 +217,7 @@ def _notes(selection: Selection, scored: Sequence[TableRow], against: str) -> st
 def _partial_sweeps(selection: Selection) -> dict[str, str]:
     """Return a note per method that was tried at fewer learning rates than another."""
     frame = selection.frame
-    sweep = frame[(frame["method"] != BASE) & (frame["seed"] == SWEEP_SEED)]
+    sweep = frame[frame["learning_rate"].notna() & (frame["seed"] == SWEEP_SEED)]
     every = sweep["learning_rate"].nunique()
     tried = sweep.groupby("method")["learning_rate"].nunique()
     return {method: f"**Best of {n} of {every} rates**" for method, n in tried.items() if n < every}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 
-from bench.experiments.methods import TITLES
+from bench.experiments.methods import title_of
 from bench.experiments.registry import SWEEP_SEED, TableEntry, tuning_groups_of
 from bench.records.schema import Record
 from bench.report.markdown import number, table
@@ -17,7 +17,8 @@ from bench.report.stats import Spread, compare, compare_apart
 
 def sweep_table(selection: Selection) -> str:
     """Return the validation means of the sweep's seed, by method and learning rate."""
-    sweep = selection.frame[selection.frame["seed"] == SWEEP_SEED]
+    frame = selection.frame
+    sweep = frame[(frame["seed"] == SWEEP_SEED) & frame["learning_rate"].notna()]
     of_method = {
         method: runs_of(sweep, selection.experiment, TableEntry(method))
         .drop_duplicates("learning_rate", keep="last")
@@ -30,7 +31,7 @@ def sweep_table(selection: Selection) -> str:
         if len(runs):
             chosen = selection.rates.tuned.get(method)
             cells = [_sweep_cell(runs[rate], rate == chosen) if rate in runs else "not run" for rate in rates]
-            body.append([TITLES.get(method, method), *cells])
+            body.append([title_of(method), *cells])
     head = ["method", *(f"{rate:g}" for rate in rates)]
     note = f"Mean over the validation sets, seed {SWEEP_SEED}. Bold: chosen."
     if any("not run" in row for row in body):
@@ -57,7 +58,7 @@ def router_table(selection: Selection) -> str:
             first, last = r.train.router[0], r.train.router[-1]
             norms = [point.grad_norm for point in r.train.curve if point.grad_norm is not None]
             body.append([
-                TITLES.get(r.config.method, r.config.method), f"{r.config.learning_rate:g}", r.status,
+                title_of(r.config.method), f"{r.config.learning_rate:g}", r.status,
                 f"{number(first.gate_sum)} → {number(last.gate_sum)}",
                 f"{number(first.entropy)} → {number(last.entropy)}",
                 number(last.largest_share), last.unused_experts,
@@ -120,7 +121,7 @@ def _options_row(
     pair = [twin.items or {}], [record.items or {}]
     d = compare_apart(*pair, between_seeds) if between_seeds else compare(*pair)
     return [
-        TITLES.get(record.config.method, record.config.method), f"{record.config.learning_rate:g}",
+        title_of(record.config.method), f"{record.config.learning_rate:g}",
         record.config.seed, ", ".join(f"`{k}={json.dumps(v)}`" for k, v in changed.items()),
         f"{twin.mean():.1f}", f"{record.mean():.1f}",
         f"{d.value:+.1f} [{d.low:+.1f}, {d.high:+.1f}], p={d.p:.2g}",

@@ -5,7 +5,6 @@ Records become one pandas frame, a row per record; see `records_frame`. Every ot
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from bench.experiments.methods import BASE
+from bench.experiments.methods import BASE, ELSEWHERE
 from bench.experiments.profiles import PROFILES, Profile
 from bench.experiments.registry import (
     EXPERIMENTS,
@@ -24,7 +23,7 @@ from bench.experiments.registry import (
     tuning_groups_of,
 )
 from bench.records.schema import Record, RunConfig
-from bench.records.scorer_versions import UNNAMED
+from bench.report.scores.comparable import same_scorer, same_test
 from bench.report.stats import (
     Difference,
     Mean,
@@ -39,7 +38,7 @@ from tasks import MIXTURES
 
 Rates = Mapping[str, float | None]  # by tuning group
 # Fields in which the rows and the seeds of one table differ. The data's hash covers the order of training, which
-# depends on the seed. The scorer's versions depend on the tasks of the mixture; see `_same_scorer`.
+# depends on the seed. The scorer's versions depend on the tasks of the mixture; see `bench.report.scores.comparable`.
 FREE_IN_A_TABLE = ("method", "method_options", "learning_rate", "seed", "data_hash", "mixture", "scorer_versions")
 FREE_FOR_RATES = (*FREE_IN_A_TABLE, "model_hash", "max_steps", "max_items", "epochs", "batch_size", "format")
 COLUMNS = (*RunConfig.model_fields, "setting", "variant", "id", "status", "validation", "test", "time", "test_hash",
@@ -208,8 +207,9 @@ class Selection:
 
     @property
     def at_paper_rate(self) -> dict[str, float]:
-        """The paper's learning rate for every tuning group."""
-        return dict.fromkeys(tuning_groups_of(self.entries), self.size.paper_rate)
+        """The paper's learning rate for every tuning group that is trained here."""
+        groups = [group for group in tuning_groups_of(self.entries) if not group.startswith(ELSEWHERE)]
+        return dict.fromkeys(groups, self.size.paper_rate)
 
     @property
     def at_own_rate(self) -> dict[str, float]:
@@ -272,7 +272,7 @@ def select_comparable(
     else:
         groups = [group for _, group in of_suite.groupby([suites[suites.notna()], "setting"], sort=False)]
         group = max(groups, key=lambda g: (len(g), g["time"].max()), default=of_suite)
-    group = _same_scorer(_same_test(group), like)
+    group = same_scorer(same_test(group), like)
     group = _of_entries(group, experiment, entries).sort_values("id")
     is_single_task = ~group["mixture"].isin(experiment.mixtures)
     return pd.concat([group[~is_single_task], group[is_single_task]]), len(of_suite) - len(group)
@@ -289,38 +289,8 @@ def _suite(experiment: Experiment, mixture: str) -> str | None:
     return suite if suite in experiment.mixtures and any(e.single_task for e in experiment.entries) else None
 
 
-def _same_test(group: pd.DataFrame) -> pd.DataFrame:
-    """Return the records with the most common test set of their mixture.
-
-    Those that did not read any data are returned too.
-    """
-    known = group.dropna(subset=["test_hash"])
-    commonest = known.groupby("mixture")["test_hash"].agg(lambda hashes: hashes.mode().iloc[0])
-    return group[group["test_hash"].isna() | (group["test_hash"] == group["mixture"].map(commonest))]
-
-
-def _same_scorer(group: pd.DataFrame, like: RunConfig | None) -> pd.DataFrame:
-    """Return the records whose scores of a task are all of one version of the scorer.
-
-    The version is that of `like`, else the most common one. Records without scores are returned too.
-    """
-    versions = group["record"].map(
-        lambda record: {task: _named(record.config).get(task, UNNAMED) for task in record.test or {}}
-    )
-    expected = _named(like)
-    if like is None:
-        counts = Counter((task, version) for of_record in versions for task, version in of_record.items())
-        expected = {task: version for (task, version), _ in sorted(counts.items(), key=lambda item: item[::-1])}
-    agrees = versions.map(lambda found: all(expected.get(task, UNNAMED) == found[task] for task in found))
-    return group[agrees.astype(bool)]
-
-
-def _named(config: RunConfig | None) -> dict[str, int]:
-    return (config and config.scorer_versions) or {}
-
-
 def entries_of(experiment: Experiment, frame: pd.DataFrame) -> list[TableEntry]:
-    """Return the paper's rows and, in Table 2, a row for every other method run."""
+    """Return the paper's rows and, in Table 2, a row for every other method and every adapter from elsewhere."""
     if not experiment.both_rates:
         return list(experiment.entries)
     others = set(frame.loc[frame["mixture"].isin(experiment.mixtures), "method"]) - {*experiment.methods, BASE}
@@ -336,6 +306,8 @@ def records_that_lend_rates(frame: pd.DataFrame, like: RunConfig) -> pd.DataFram
     expected = like.config_key_without(*FREE_FOR_RATES)
     agree = frame["record"].map(lambda record: record.config.config_key_without(*FREE_FOR_RATES) == expected)
     same = frame[agree.astype(bool)]
+    known = same["mixture"].isin(list(MIXTURES))  # runs on tasks of files may have been recorded here as well
+    same = same[known.astype(bool)]
     of_domains = same["mixture"].map(lambda name: bool(MIXTURES[name].domains)).astype(bool)
     same_format = same["format"] == like.format
     if MIXTURES[like.mixture].domains and of_domains[same_format].all():
@@ -349,7 +321,7 @@ def choose_rates(frame: pd.DataFrame) -> dict[str, float]:
     The mean is that of the sweep's seed. The records are of one mixture. Runs with other options than the paper's do
     not count. A method with a single rate was not tuned and is left out. Of equal means the lower rate is taken.
     """
-    sweep = frame[(frame["seed"] == SWEEP_SEED) & (frame["method"] != BASE)]
+    sweep = frame[(frame["seed"] == SWEEP_SEED) & frame["learning_rate"].notna()]
     examples = sweep.drop_duplicates("variant")
     usual = {
         variant: TableEntry(record.config.method).matches(record.config)

@@ -15,12 +15,13 @@ def commands():
 
 
 def test_every_command_and_option_has_a_help_line_and_a_default():
-    assert set(commands()) == {"list", *EXPERIMENTS, "run", "score", "leaderboard", "report", "export", "publish"}
+    others = {"list", "run", "score", "leaderboard", "report", "export", "export-task", "publish"}
+    assert set(commands()) == {*EXPERIMENTS, *others}
     for name, command in commands().items():
         assert command.text.endswith("."), name
         for action in command._actions:
             assert action.help, (name, action.option_strings)
-            assert not action.required or action.dest in ("adapter", "what")
+            assert not action.required or action.dest in ("adapter", "what", "task")
 
 
 @pytest.mark.parametrize("parser", [make_parser(), speed_cli.make_parser(), *commands().values()], ids=lambda p: p.prog)

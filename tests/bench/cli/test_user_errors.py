@@ -15,6 +15,7 @@ from bench.models.adapters import add_adapter
 from bench.models.base import load, prepare
 from bench.records import store
 from tests import inter_folder
+from tests.bench.base_types import make_base
 from tests.bench.cli.helpers import refused
 from tests.bench.records.test_store import make
 
@@ -32,9 +33,10 @@ from tests.bench.records.test_store import make
         (["run", "--track", "tensorbord"], "unknown tracker 'tensorbord'; did you mean 'tensorboard'?"),
         (["run", "--format", "essay"], "unknown format 'essay'; there are letters, cloze"),
         (["run", "--set", "backend=warp"], "malora: backend='warp' is unknown; choose one of 'auto', 'dense'"),
-        (["run", "--set", "rank=3"], "malora: unknown option 'rank'; there are backend, beta, d, down"),
+        (["run", "--set", "rank=3"], "malora: unknown option 'rank'; there are alpha_pattern, backend, beta"),
         (["run", "--set", "topk=3"], "malora: unknown option 'topk'; did you mean 'top_k'?"),
         (["run", "--set", "backend"], "'backend' is not NAME=VALUE"),
+        (["run", "--set", "router_aux_loss_coef=0.1"], "router_aux_loss_coef has no effect in the benchmark"),
         (["run", "--method", "lora", "--set", "backend=dispatch"], "lora: unknown option 'backend'; there are "),
         (["table2", "--seeds", "0"], "'0' is not a whole number from 1"),
         (["run", "--learning-rate", "-1"], "must be a number above 0"),
@@ -79,6 +81,17 @@ def test_a_model_that_does_not_exist(capsys, tmp_path):
     assert "'no/such-model' is no built-in (tiny, smollm2-135m)" in refused(command, capsys, tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["bert", "bloom"])
+def test_a_model_that_does_not_keep_packed_examples_apart(kind, base_folder, capsys, tmp_path):
+    """It would learn from the wrong context, and its scores would look like any other's."""
+    folder, tokenizer = tmp_path / kind, load(prepare(str(base_folder)), torch.device("cpu"))[1]
+    make_base(kind, vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for method in ("lora", "malora"):
+        command = ["run", "--profile", "tiny", "--model", folder, "--method", method, "--results", tmp_path / "r"]
+        assert f"models of type '{kind}' cannot be used here" in refused(command, capsys, tmp_path)
+
+
 def test_a_broken_adapter(base_folder, capsys, tmp_path):
     model, _ = load(prepare(str(base_folder)), torch.device("cpu"))
     add_adapter(model, "malora", {}, seed=0).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
@@ -101,7 +114,7 @@ def test_an_adapter_trained_on_another_base(method, base_folder, capsys, tmp_pat
     assert "lexicon" in capsys.readouterr().out
     config = tmp_path / "adapter" / "adapter_config.json"
     intact = config.read_text()
-    config.write_text(intact.replace("random-llama@", "another@"))
+    config.write_text(json.dumps(json.loads(intact) | {"base_model_name_or_path": f"another@{'a' * 12}"}))
     assert "was trained on another@" in refused(good, capsys, tmp_path)
     # Adapters of other tools do not name their base, but the shapes do not fit.
     content = json.loads(intact) | {"base_model_name_or_path": "someone/else", "r": 3}

@@ -6,6 +6,7 @@ from peft import get_peft_model
 
 import malora
 from bench.evaluate.generate import CHECK_EVERY, generate
+from tests.bench.base_types import ALL, make_base
 from tests.conftest import make_model
 
 PROMPTS = [[7, 3, 9, 11, 2, 5], [4], [6, 6, 2, 3, 1, 5, 9, 8, 7, 7, 3], [12, 30], [44, 2, 17, 5]]
@@ -44,6 +45,19 @@ def test_tokens_are_those_of_transformers(batch_size):
     expected = [transformers_generate(model, prompt, end) for prompt in PROMPTS]
     assert len({len(text) for text in expected}) > 1  # some end early
     assert generate(model, PROMPTS, max_new_tokens=MAX_NEW_TOKENS, batch_size=batch_size, end=[end]) == expected
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_tokens_are_those_of_plain_forward_passes(name):
+    """For every type of base model: with windows shorter than a text, and with eager attention."""
+    model = make_base(name)
+    expected = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        for _ in range(12):
+            ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        expected.append(ids[0, len(prompt) :].tolist())
+    assert generate(model, PROMPTS, max_new_tokens=12, batch_size=3, end=[]) == expected
 
 
 def test_a_batch_ends_when_all_texts_are_done(monkeypatch):

@@ -17,6 +17,11 @@ def base(base_folder):
     return lambda: load(prepare(str(base_folder)), torch.device("cpu"))[0]
 
 
+@pytest.fixture
+def identity(base_folder):
+    return prepare(str(base_folder))
+
+
 def save(model, folder):
     """Save an adapter with random tensors, and return it with its tensors."""
     torch.manual_seed(1)
@@ -36,9 +41,9 @@ IDS = torch.arange(3, 19).view(2, 8)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "asylora", "molora", "malora"])
-def test_a_whole_adapter_is_loaded(method, base, tmp_path):
+def test_a_whole_adapter_is_loaded(method, base, identity, tmp_path):
     trained, _ = save(add_adapter(base(), method, {}, seed=0), tmp_path)
-    torch.testing.assert_close(load_adapter(base(), tmp_path).eval()(IDS).logits, trained(IDS).logits)
+    torch.testing.assert_close(load_adapter(base(), identity, tmp_path).eval()(IDS).logits, trained(IDS).logits)
 
 
 @pytest.mark.parametrize("options", [
@@ -47,16 +52,16 @@ def test_a_whole_adapter_is_loaded(method, base, tmp_path):
     {"trainable_token_indices": {"embed_tokens": [4, 5]}},
     {"target_modules": ["q_proj", "lm_head", "embed_tokens"]},
 ])  # fmt: skip
-def test_a_whole_adapter_of_plain_peft_is_loaded(options, base, tmp_path):
+def test_a_whole_adapter_of_plain_peft_is_loaded(options, base, identity, tmp_path):
     config = LoraConfig(**{"target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **options})
     trained, _ = save(get_peft_model(base(), config), tmp_path)
-    torch.testing.assert_close(load_adapter(base(), tmp_path).eval()(IDS).logits, trained(IDS).logits)
+    torch.testing.assert_close(load_adapter(base(), identity, tmp_path).eval()(IDS).logits, trained(IDS).logits)
 
 
-def test_embeddings_that_peft_saves_with_the_adapter_are_loaded(base, tmp_path):
+def test_embeddings_that_peft_saves_with_the_adapter_are_loaded(base, identity, tmp_path):
     trained = get_peft_model(base(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     trained.save_pretrained(tmp_path, save_embedding_layers=True)
-    load_adapter(base(), tmp_path)
+    load_adapter(base(), identity, tmp_path)
 
 
 @pytest.mark.parametrize("method, lost, message", [
@@ -67,67 +72,67 @@ def test_embeddings_that_peft_saves_with_the_adapter_are_loaded(base, tmp_path):
     ("dora", lambda name: "magnitude" in name, "magnitude_vector"),
     ("lora", lambda name: True, "and 21 more)"),
 ])  # fmt: skip
-def test_missing_tensors_are_named(method, lost, message, base, tmp_path):
+def test_missing_tensors_are_named(method, lost, message, base, identity, tmp_path):
     _, tensors = save(add_adapter(base(), method, {}, seed=0), tmp_path)
     rewrite(tmp_path, {name: tensor for name, tensor in tensors.items() if not lost(name)})
     with pytest.raises(UserError) as error:
-        load_adapter(base(), tmp_path)
+        load_adapter(base(), identity, tmp_path)
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize("prefix", ["base_model.model._orig_mod.", "module.base_model.model.", ""])
-def test_tensors_under_another_prefix_are_named(prefix, base, tmp_path):
+def test_tensors_under_another_prefix_are_named(prefix, base, identity, tmp_path):
     _, tensors = save(add_adapter(base(), "malora", {}, seed=0), tmp_path)
     rewrite(tmp_path, {name.replace("base_model.model.", prefix, 1): tensor for name, tensor in tensors.items()})
     with pytest.raises(UserError, match=r"lacks 48 tensors .* and has 48 that are none of it .*inside any wrapper"):
-        load_adapter(base(), tmp_path)
+        load_adapter(base(), identity, tmp_path)
 
 
-def test_tensors_that_no_adapter_has_are_named(base, tmp_path):
+def test_tensors_that_no_adapter_has_are_named(base, identity, tmp_path):
     _, tensors = save(add_adapter(base(), "lora", {}, seed=0), tmp_path)
     rewrite(tmp_path, tensors | {"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": torch.zeros(8, 32)})
     with pytest.raises(UserError, match=r"has 1 that are none of it \(.*layers\.7"):
-        load_adapter(base(), tmp_path)
+        load_adapter(base(), identity, tmp_path)
 
 
-def test_a_module_that_is_saved_as_a_whole_and_missing_is_named(base, tmp_path):
+def test_a_module_that_is_saved_as_a_whole_and_missing_is_named(base, identity, tmp_path):
     config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     _, tensors = save(get_peft_model(base(), config), tmp_path)
     rewrite(tmp_path, {name: tensor for name, tensor in tensors.items() if "lm_head" not in name})
     with pytest.raises(UserError, match=r"lacks base_model.model.lm_head"):
-        load_adapter(base(), tmp_path)
+        load_adapter(base(), identity, tmp_path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("broken", [lambda name: True, lambda name: name.endswith("layers.1.mlp.up_proj.malora_B")])
-def test_values_that_are_not_finite_are_refused(value, broken, base, tmp_path):
+def test_values_that_are_not_finite_are_refused(value, broken, base, identity, tmp_path):
     _, tensors = save(add_adapter(base(), "malora", {}, seed=0), tmp_path)
     rewrite(tmp_path, {n: torch.full_like(t, value) if broken(n) else t for n, t in tensors.items()})
     with pytest.raises(UserError, match=r"not finite in \d+ of 48 tensors .*malora_"):
-        load_adapter(base(), tmp_path)
+        load_adapter(base(), identity, tmp_path)
 
 
 @pytest.mark.parametrize("content, message", [(b"", "is broken"), (None, "lacks 24 tensors")])
-def test_an_empty_file_is_refused(content, message, base, tmp_path):
+def test_an_empty_file_is_refused(content, message, base, identity, tmp_path):
     save(add_adapter(base(), "lora", {}, seed=0), tmp_path)
     rewrite(tmp_path, {})
     if content is not None:
         (tmp_path / "adapter_model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        load_adapter(base(), tmp_path)
+        load_adapter(base(), identity, tmp_path)
 
 
 @pytest.mark.parametrize("changes", [{"r": 8}, {"target_modules": ["q_proj"]}, {"num_experts": 3}])
-def test_a_config_that_does_not_fit_the_tensors_is_refused(changes, base, tmp_path):
+def test_a_config_that_does_not_fit_the_tensors_is_refused(changes, base, identity, tmp_path):
     save(add_adapter(base(), "malora", {"r": 4}, seed=0), tmp_path)
     config = tmp_path / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     with pytest.raises(UserError, match=r"does not fit|none of it"):
-        load_adapter(base(), tmp_path)
+        load_adapter(base(), identity, tmp_path)
 
 
-def test_virtual_tokens_are_refused(base, tmp_path):
+def test_virtual_tokens_are_refused(base, identity, tmp_path):
     model = get_peft_model(base(), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     with pytest.raises(UserError, match="virtual tokens"):
-        load_adapter(base(), tmp_path)
+        load_adapter(base(), identity, tmp_path)

@@ -15,7 +15,7 @@ from tests.bench.records.test_store import CONFIG
 def test_a_change_concerns_a_metric_or_a_task():
     assert scorer_version("arc_easy", "acc") == 2 and scorer_version("arc_easy", "acc_norm") == 3
     assert scorer_version("e2e", "rougeL") == 3 and scorer_version("report", "rougeL") == 2
-    assert named_versions({"piqa": "acc_norm", "e2e": "rougeL", "gsm8k": "exact_match"}) == {"e2e": 3, "piqa": 3}
+    assert named_versions({"piqa": "acc_norm", "e2e": "rougeL", "humaneval": "pass@1"}) == {"e2e": 3, "piqa": 3}
     assert named_versions({"piqa": "acc", "report": "rougeL"}) is None
     assert len(changes_since("piqa", "acc_norm", 1)) == 2 and changes_since("piqa", "acc_norm", 3) == []
 

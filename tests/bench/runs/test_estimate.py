@@ -1,8 +1,10 @@
 """Estimates of a run's time, from records and without any."""
 
+import re
 from dataclasses import replace
 
 import pytest
+import torch
 
 from bench.experiments.methods import BASE
 from bench.experiments.registry import EXPERIMENTS
@@ -47,8 +49,9 @@ def test_records_of_the_same_device_and_method_are_preferred(planned):
     other_method = timed(config, 1e6, 0.0, method="malora")
     other_device = timed(config, 1e7, 0.0, device="another CPU")
     other_mixture = timed(config, 1e8, 0.0, mixture="procedural-inter")
+    other_model = timed(config, 1e8, 0.0, model="another")
     broken = timed(config, 1e9, 0.0).replace(status="diverged")
-    records = [*same, other_method, other_device, other_mixture, broken]
+    records = [*same, other_method, other_device, other_mixture, other_model, broken]
 
     def expected(per_step, per_item):
         return pytest.approx(per_step * steps + per_item * items)
@@ -90,9 +93,11 @@ def test_without_records_the_rate_is_stated(planned):
     trained = sum(len(e.prompt + e.label) for e in data.train) / 4
     items = [e for split in (data.validation, data.test) for task in split.values() for e in task]
     scored = sum(len(e.prompt) + sum(map(len, e.choices)) for e in items) / 4
+    expected = (4 * trained + 2 * scored) * weights / (0.05e12 * torch.get_num_threads())
     found = estimate(config, setting, [], DEVICE)
-    assert found.seconds == pytest.approx((4 * trained + 2 * scored) * weights / 1e11)
-    assert found.source == "no record of this mixture; 0.1 TFLOP/s assumed"
+    assert found.seconds == pytest.approx(expected)
+    assert re.fullmatch(r"no record of this model and mixture; 0\.\d+ TFLOP/s assumed", found.source)
+    assert estimate(config, setting, [], DEVICE, jobs=2).seconds == pytest.approx(2 * expected)
 
 
 def test_only_runs_without_a_record_are_missing(base_folder, tmp_path):

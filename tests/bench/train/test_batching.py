@@ -48,15 +48,6 @@ def test_examples_are_packed_one_after_the_other():
     assert batch.labels.item() == 3
 
 
-def test_a_token_attends_to_earlier_tokens_of_its_example():
-    (batch,) = collate([Encoded([5, 6, 7, 8], 2), Encoded([9, 10, 11], 1)], pad_id=0)
-    attends = (batch.attention_bias(torch.float32)[0, 0, :6, :6] == 0).int().tolist()
-    assert attends == [
-        [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0],
-        [0, 0, 0, 0, 0, 1],
-    ]  # fmt: skip
-
-
 def test_packing_leaves_little_padding_and_large_batches_are_split():
     encoded = [Encoded(list(range(20 + i * 37 % 200)), 1) for i in range(64)]
     tokens = sum(len(code.ids) - 1 for code in encoded)

@@ -1,9 +1,13 @@
 """A killed run continues from its checkpoint."""
 
 import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import ConstantLR
 
 from bench.runs.run import run
 from bench.runs.setting import make_run_config
+from bench.train.checkpoint import Checkpoint, TrainLog
 from bench.train.step import EagerStep
 from tests.bench.conftest import make_setting
 
@@ -44,3 +48,26 @@ def test_a_killed_run_that_is_resumed_ends_bitwise_like_an_unbroken_one(method, 
     assert resumed == unbroken
     assert result.train.curve == expected.train.curve and result.items == expected.items
     assert not list((tmp_path / "killed" / "checkpoints").glob("*.pt"))
+
+
+def test_every_process_gets_its_own_random_numbers_back(tmp_path, monkeypatch):
+    """With those of the first process, all would drop out the same activations after a resume."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    states = [(torch.Generator().manual_seed(seed).get_state(), None) for seed in range(2)]
+    monkeypatch.setattr("bench.train.checkpoint.gather_object", lambda mine: states)
+
+    def checkpoint(process_index):
+        path = tmp_path / "checkpoint.pt"
+        return Checkpoint(path, "id", model, optimizer, ConstantLR(optimizer), process_index)
+
+    checkpoint(1).save(TrainLog())
+    assert not list(tmp_path.iterdir())  # the first process writes
+    checkpoint(0).save(TrainLog(steps=3))
+    for process_index, (state, _) in enumerate(states):
+        assert checkpoint(process_index).load() == TrainLog(steps=3)
+        assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    checkpoint(2).load()  # fewer processes wrote it
+    assert torch.equal(torch.get_rng_state(), before)

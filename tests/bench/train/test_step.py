@@ -10,6 +10,7 @@ import malora
 from bench.train.batching import Encoded, collate
 from bench.train.step import EagerStep, GraphedStep
 from malora.backbone.liger import LigerKernels
+from tests.bench.base_types import ALL, make_base
 from tests.conftest import SHAPES, make_model
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -18,7 +19,14 @@ ENCODED = [Encoded([7, 3, 9, 11, 2, 5], 2), Encoded([4, 8, 1], 1), Encoded([6, 6
 
 
 def run_step(
-    shape="llama", max_tokens=10_000, method="malora", fixed_shapes=False, balance=0.0, row_length=512, encoded=ENCODED
+    shape="llama",
+    max_tokens=10_000,
+    method="malora",
+    fixed_shapes=False,
+    balance=0.0,
+    row_length=512,
+    encoded=ENCODED,
+    **options,
 ):
     """Run one step of a model whose up projections are not zero.
 
@@ -26,7 +34,8 @@ def run_step(
     """
     torch.manual_seed(0)
     targets = malora.TARGET_MODULES[shape]
-    model = get_peft_model(make_model(shape), malora.METHODS[method](lora_dropout=0.0, target_modules=targets)).train()
+    config = malora.METHODS[method](lora_dropout=0.0, target_modules=targets, **options)
+    model = get_peft_model(make_model(shape), config).train()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "malora_B" in name:
@@ -52,6 +61,21 @@ def test_logits_at_label_positions_give_the_loss_of_all_logits(shape):
     for name, p in model.named_parameters():
         if p.requires_grad and "router" not in name:
             torch.testing.assert_close(gradients[name], p.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if "window" in name and "mixtral" not in name])
+def test_the_loss_is_that_of_plain_forward_passes_with_sliding_windows(name):
+    """With an adapter of this package, whose model gets a dictionary of masks if layers differ."""
+    texts = [[7, 3, 9, 11, 2, 5, 8, 8, 31, 7, 12], [4, 8, 1], [6, 6, 2, 3, 40, 17, 22]]
+    base = make_base(name)
+    targets = malora.TARGET_MODULES.get(ALL[name][0], ["q_proj", "v_proj"])
+    model = get_peft_model(base, malora.METHODS["molora"](lora_dropout=0.0, target_modules=targets)).train()
+    (batch,) = collate([Encoded(text, 1) for text in texts], 0)
+    loss, balance = EagerStep(model, model, Accelerator(), balance_factor=0.01)([batch])
+    ends = torch.stack([model(input_ids=torch.tensor([text[:-1]])).logits[0, -1] for text in texts])
+    expected = F.cross_entropy(ends, torch.tensor([text[-1] for text in texts]))
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-4, atol=1e-5)
+    assert balance.isfinite()
 
 
 def test_micro_batches_give_the_losses_and_gradients_of_the_batch():
@@ -117,3 +141,13 @@ def test_every_replay_draws_new_dropout(method):
     micro_batches = [one.to(torch.device("cuda")) for one in collate(batch, 0, fixed_shapes=True)]
     losses = [torch.stack(step(micro_batches))[0].item() for _ in range(5)]
     assert len(set(losses)) == 5
+
+
+def test_the_balance_loss_is_added_once():
+    """The adapter's own weight, with which the model would add it, has no effect here."""
+    for balance in (0.0, 0.1):
+        (_, losses, gradients), (_, expected, without) = (
+            run_step(balance=balance, router_aux_loss_coef=weight) for weight in (0.5, 0.0)
+        )
+        assert [loss.item() for loss in losses] == [loss.item() for loss in expected]
+        assert all(torch.equal(gradient, without[name]) for name, gradient in gradients.items())

@@ -9,9 +9,11 @@ import bench.runs.run
 from bench.cli.parser import main
 from bench.errors import UserError
 from bench.experiments.methods import BASE
+from bench.records import store
 from bench.runs.run import run
 from bench.runs.setting import make_run_config
 from bench.train import loop, progress, tracking
+from tests.bench import launch
 from tests.bench.cli.helpers import refused
 from tests.bench.conftest import make_setting
 
@@ -67,7 +69,9 @@ def outcome(record):
     return record.config, record.parameters, record.data, train, record.validation, record.test, record.items
 
 
-def test_a_tracker_gets_the_figures_of_the_record_and_does_not_change_it(base_folder, tmp_path, recorders, monkeypatch):
+def test_a_tracker_gets_the_figures_of_the_record_and_does_not_change_it(
+    base_folder, tmp_path, recorders, monkeypatch, capsys
+):
     def made(folder, **options):
         setting = make_setting(base_folder, tmp_path / folder, max_items=4, **options)
         return run(make_run_config(setting, "malora", seed=0), setting)
@@ -76,6 +80,9 @@ def test_a_tracker_gets_the_figures_of_the_record_and_does_not_change_it(base_fo
     monkeypatch.setattr(progress, "SECONDS_PER_LINE", 0.0)
     record = made("tracked", track=("tensorboard",))
     assert outcome(record) == outcome(plain) and plain.config.id == record.config.id
+    lines = capsys.readouterr().err.splitlines()
+    starts = [f"{record.id}: step {step}/{record.train.steps}, loss " for step in range(1, record.train.steps + 1)]
+    assert len(lines) == len(starts) and all(map(str.startswith, lines, starts))
 
     (tracker,) = recorders
     assert tracker.run_name == record.id and tracker.events == ["start", "finish"]
@@ -114,6 +121,17 @@ def test_the_base_logs_its_scores_and_a_failed_run_ends_its_log(base_folder, tmp
     assert recorders[1].events == ["start", "finish"] and "train/loss" in recorders[1].logged[10]
 
 
+def test_a_tracker_that_cannot_start_is_no_failed_run(base_folder, tmp_path, recorders, monkeypatch):
+    def start(self):
+        raise OSError("no login\nat all")
+
+    monkeypatch.setattr(Recorder, "start", start)
+    setting = make_setting(base_folder, tmp_path, track=("tensorboard",))
+    with pytest.raises(UserError, match=r"--track tensorboard cannot start \(OSError: no login\)\."):
+        run(make_run_config(setting, "lora", seed=0), setting)
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("name", tracking.TRACKERS)
 def test_a_tracker_that_is_not_installed_is_refused_before_any_work(name, base_folder, capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(tracking.TRACKERS, name, lambda: False)
@@ -124,22 +142,40 @@ def test_a_tracker_that_is_not_installed_is_refused_before_any_work(name, base_f
         assert f"--track {name} needs the package {name}" in refused(arguments, capsys, tmp_path)
 
 
-def test_tensorboard_reads_the_curve_of_a_table_of_two_processes(base_folder, tmp_path, capsys):
+def read_events(results, record):
+    """Return the scalars of a run's event files: values by name and step, each logged once."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(results / "tracking" / "tensorboard" / record.id))
+    events.Reload()
+    scalars = {name: events.Scalars(name) for name in events.Tags()["scalars"]}
+    by_step = {name: {event.step: event.value for event in found} for name, found in scalars.items()}
+    assert all(len(by_step[name]) == len(found) for name, found in scalars.items())
+    return by_step
+
+
+def check_events(results, record):
+    scalars = read_events(results, record)
+    assert scalars["test/mean"] == pytest.approx({record.train.steps if record.train else 0: record.mean()})
+    if record.train:
+        assert scalars["train/loss"] == pytest.approx({p.step: p.loss for p in record.train.curve}, rel=1e-4)
+
+
+def test_tensorboard_reads_the_curves_of_a_table_of_two_jobs(base_folder, tmp_path, capsys):
     """From the command line to the event files, each run in a folder of its own."""
     pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    from bench.records import store
-
     command = "table2 --profile tiny --methods lora,malora --seeds 1 --max-steps 12 --max-items 2 --jobs 2"
     options = [*command.split(), "--track", "tensorboard", "--model", str(base_folder), "--results", str(tmp_path)]
     assert main(options) == 0
     capsys.readouterr()
     for record in store.read_all(tmp_path):
-        events = EventAccumulator(str(tmp_path / "tracking" / "tensorboard" / record.id))
-        events.Reload()
-        (score,) = events.Scalars("test/mean")
-        assert score.value == pytest.approx(record.mean())
-        if record.train:
-            losses = {event.step: event.value for event in events.Scalars("train/loss")}
-            assert losses == pytest.approx({p.step: p.loss for p in record.train.curve}, rel=1e-4)
+        check_events(tmp_path, record)
+
+
+def test_of_two_processes_that_share_a_run_one_logs_it(base_folder, tmp_path):
+    pytest.importorskip("tensorboard")
+    command = "run --profile tiny --method malora --max-steps 12 --max-items 2 --track tensorboard --model".split()
+    done = launch.run_bench(*command, base_folder, "--results", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("run: 1 of 1 runs to make") == 1
+    (record,) = store.read_all(tmp_path)
+    check_events(tmp_path, record)

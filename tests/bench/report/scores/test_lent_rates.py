@@ -23,3 +23,6 @@ def test_tasks_lend_domains_their_rates_whatever_the_format(setting):
     assert lenders([lent, of_domains, other], like) == [lent]
     assert lenders([lent, of_domains, own, other], like) == [own]
     assert lenders([lent, own], lent.config) == [lent]
+    own_task = run(mixture="a-task-of-a-file", learning_rate=2e-3)  # no registered mixture in this process
+    assert lenders([lent, own_task], lent.config) == [lent]
+    assert lenders([lent, own_task, own], like) == [own]
