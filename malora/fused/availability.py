@@ -10,10 +10,13 @@ from functools import cache
 logger = logging.getLogger(__name__)
 
 
-@cache
+# Found once, because torch.compile cannot trace a search for modules.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
 def has_triton() -> bool:
     """Return whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
 
 
 def interprets_triton() -> bool:

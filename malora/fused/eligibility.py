@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 FUSED_BACKENDS = frozenset({"fused", "fp8"})
 
+# Where an `nn.Module` keeps its hooks. It has no public way to ask for them.
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
 
 def find_fused_adapter(layer: FusedLayer, *, is_sharded: bool) -> str | None:
     """Return the adapter to compute together with the frozen layer, or None.
@@ -55,6 +58,8 @@ def reason_not_fused(layer: FusedLayer, configs: list[MaloraConfig], *, is_shard
         return "weights that FSDP has sharded"
     if hasattr(base, "_hf_hook"):
         return "weights that accelerate moves"
+    if "forward" in vars(base) or any(vars(base)[hooks] for hooks in _HOOKS):  # nobody calls the frozen layer
+        return "a frozen layer with hooks"
     weight, bias = base.weight, base.bias
     if type(weight) not in (nn.Parameter, Tensor):  # torchao quantizes so, and leaves the nn.Linear
         return f"a weight of type {type(weight).__name__}"
