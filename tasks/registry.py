@@ -23,7 +23,6 @@ from tasks.phrasebank import PHRASEBANK
 from tasks.piqa import PIQA
 from tasks.procedural import GENERATORS
 from tasks.procedural_inter import PROCEDURAL_WRITTEN
-from tasks.task_files import is_file_name, read_mixture, read_task
 
 _SPLITS = {"train": "train", "validation": "validation", "test": "test"}
 PROCEDURAL = tuple(
@@ -105,6 +104,8 @@ def add_task(path: Path) -> str:
     Raises:
         DataError: A file is missing or broken, or another task or mixture has the name.
     """
+    from tasks.task_files import read_task  # needs pydantic and PyYAML, which programs in the sandbox do not have
+
     task = read_task(path)
     known = TASKS.get(task.name)
     if isinstance(known, Task) and known.fingerprint == task.fingerprint != "":
@@ -150,6 +151,8 @@ def add_mixture(path: Path) -> str:
     Raises:
         DataError: A file is missing or broken, a task is unknown, or another mixture has the name.
     """
+    from tasks.task_files import is_file_name, read_mixture  # as above
+
     name, description = read_mixture(path)
     tasks = tuple(add_task(path.parent / task) if is_file_name(task) else task for task in description.tasks)
     if unknown := [task for task in tasks if not isinstance(TASKS.get(task), Task)]:

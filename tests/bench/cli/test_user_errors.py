@@ -59,8 +59,9 @@ def test_a_data_folder_with_a_missing_or_broken_file(base_folder, capsys, tmp_pa
     command = ["run", "--profile", "small", "--model", base_folder, "--data", data, "--results", tmp_path / "results"]
     assert "piqa_train.jsonl.gz is missing" in refused(command, capsys, tmp_path)
     for split in ("train", "validation"):
-        item = {"goal": "a", "sol1": "b", "sol2": "c", "label": 0}
-        (data / f"piqa_{split}.jsonl.gz").write_bytes(gzip.compress(json.dumps(item).encode()))
+        items = [{"goal": f"a{n}", "sol1": "b", "sol2": "c", "label": 0} for n in range(10)]
+        lines = "\n".join(map(json.dumps, items))
+        (data / f"piqa_{split}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     (data / "openbookqa_train.jsonl.gz").write_bytes(b"not gzip")
     assert "openbookqa_train.jsonl.gz is broken" in refused(command, capsys, tmp_path)
 
