@@ -21,7 +21,7 @@ from malora.factors import Factors
 from malora.fused.eligibility import find_fused_adapter
 from malora.fused.group import ProjectionGroup
 from malora.initialization import init_factors_, kaiming_uniform
-from malora.routing import Routing, RoutingLog, RoutingLogReference, route
+from malora.routing import Routing, RoutingLog, WeakReference, route
 
 PREFIX = "malora_"
 
@@ -55,7 +55,7 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
         else:
             self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.name = name
-        self._log = RoutingLogReference(log)
+        self._log, self._record = WeakReference(log), WeakReference(log.record_of(name))
         self.group = group or ProjectionGroup()
         self.group.layers.append(self)
         self.settings: dict[str, MaloraConfig] = {}
@@ -115,11 +115,16 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
         """The routing log of the layer's model; None if the model is gone."""
         return self._log()
 
+    def waiting_gradients(self, adapter: str) -> list[Tensor]:
+        """Return the list that `record_routing` takes waiting gradients from."""
+        record = self._record()
+        return [] if record is None else record.waiting.setdefault(adapter, [])
+
     @property
     def routings(self) -> dict[str, Routing]:
         """The routing of the model's last forward pass, by adapter."""
-        log = self.routing_log
-        return {} if log is None else log.routings.get(self.name, {})
+        record = self._record()
+        return {} if record is None else record.routings
 
     def record_routing(self, adapter: str, routing: Routing, y: Tensor) -> Tensor:
         """Keep a routing in the log while that records, and return `y`, the output that was computed by it.
@@ -127,12 +132,12 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
         If the layer runs again in a backward pass, as under reentrant gradient checkpointing, the routing gets the
         gradient that waits for it.
         """
-        log = self._log()
-        if log is None:
+        log, record = self._log(), self._record()
+        if log is None or record is None:
             return y
         if log.recording:
-            log.routings.setdefault(self.name, {})[adapter] = routing
-        elif torch.is_grad_enabled() and (waiting := log.waiting.get((self.name, adapter))):
+            record.routings[adapter] = routing
+        elif torch.is_grad_enabled() and (waiting := record.waiting.get(adapter)):
             return add_gradient(y, routing.probability, waiting.pop())
         return y
 

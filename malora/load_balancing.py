@@ -252,7 +252,7 @@ def _with_gradient(layer: MaloraLayer, adapter: str, probability: Tensor) -> Ten
         return probability
     if probability.requires_grad:
         return probability
-    return defer_gradient(probability, log.waiting.setdefault((layer.name, adapter), []))
+    return defer_gradient(probability, layer.waiting_gradients(adapter))
 
 
 def _token_weights(mask: Tensor | None, shape: torch.Size, like: Tensor) -> Tensor:

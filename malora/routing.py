@@ -16,7 +16,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +92,33 @@ def top_k_indices(probability: Tensor, top_k: int) -> list[Tensor]:
     return indices
 
 
+class LayerRecord:
+    """Routing of one layer in the last forward pass of its model.
+
+    Each layer has a record of its own. In a container that all layers share, torch.compile would guard the layer's name
+    and the number of earlier entries, and so compile every decoder layer again.
+
+    Attributes:
+        routings: Routings, by adapter.
+        waiting: Gradients that wait for the second run of the layer under reentrant gradient checkpointing, by adapter
+            (`malora.checkpointing`).
+    """
+
+    def __init__(self) -> None:
+        self.routings: dict[str, Routing] = {}
+        self.waiting: dict[str, list[Tensor]] = {}
+
+    def clear(self) -> None:
+        """Forget the last pass."""
+        self.routings = {}
+        for gradients in self.waiting.values():  # kept, because the autograd graphs of earlier passes refer to them
+            gradients.clear()
+
+    def __reduce__(self) -> tuple[type[LayerRecord], tuple[()]]:
+        """Copy or pickle the record as an empty one: a tensor with an autograd graph cannot be copied."""
+        return LayerRecord, ()
+
+
 class RoutingLog:
     """Routing of the last forward pass of a model.
 
@@ -99,28 +126,39 @@ class RoutingLog:
     `backward`. If that pass were recorded, its activations would never be freed.
 
     A routing leads to the autograd graph, and under gradient checkpointing the graph leads to the layers. Python's
-    garbage collector does not see references through the graph. So the model owns the log, and its layers refer to it
-    weakly (`RoutingLogReference`): a model without other references is then freed.
+    garbage collector does not see references through the graph. So the model owns the log and its records, and layers
+    refer to them weakly (`WeakReference`): a model without other references is then freed.
 
     Attributes:
         attention_mask: Padding mask of that pass, [B, S]; None if every token counts.
         decoder_attention_mask: The same for the decoder of an encoder-decoder model.
         is_encoder_decoder: Whether the model has an encoder, to which `attention_mask` belongs, and a decoder.
-        routings: Routings of that pass, by the layer's name and the adapter's.
+        records: What each layer keeps, by its name.
         recording: Whether layers record now.
         has_gradients: Whether that pass ran with gradients.
-        waiting: Gradients that wait for the second run of a layer under reentrant gradient checkpointing, by the
-            layer's name and the adapter's (`malora.checkpointing`).
     """
 
     def __init__(self) -> None:
         self.attention_mask: Tensor | None = None
         self.decoder_attention_mask: Tensor | None = None
         self.is_encoder_decoder = False
-        self.routings: dict[str, dict[str, Routing]] = {}
+        self.records: dict[str, LayerRecord] = {}
         self.recording = False
         self.has_gradients = False
-        self.waiting: dict[tuple[str, str], list[Tensor]] = {}
+
+    def record_of(self, layer: str) -> LayerRecord:
+        """Return the record of the layer of this name."""
+        return self.records.setdefault(layer, LayerRecord())
+
+    @property
+    def routings(self) -> dict[str, dict[str, Routing]]:
+        """Routings of the last pass, by the layer's name and the adapter's."""
+        return {name: record.routings for name, record in self.records.items() if record.routings}
+
+    @routings.setter
+    def routings(self, routings: dict[str, dict[str, Routing]]) -> None:
+        for name, record in self.records.items():
+            record.routings = dict(routings.get(name, {}))
 
     def start(self, attention_mask: Tensor | None, decoder_attention_mask: Tensor | None = None) -> None:
         """Forget the last pass and record the one that begins.
@@ -130,10 +168,9 @@ class RoutingLog:
             decoder_attention_mask: The same for the decoder of an encoder-decoder model.
         """
         self.attention_mask, self.decoder_attention_mask = attention_mask, decoder_attention_mask
-        self.routings = {}
         self.recording, self.has_gradients = True, torch.is_grad_enabled()
-        for gradients in self.waiting.values():  # kept, because the autograd graphs of earlier passes refer to them
-            gradients.clear()
+        for record in self.records.values():
+            record.clear()
 
     def stop(self) -> None:
         """Record no more. What was recorded stays."""
@@ -148,27 +185,29 @@ class RoutingLog:
         finally:
             self.stop()
 
-    def __reduce__(self) -> tuple[type[RoutingLog], tuple[()]]:
-        """Copy or pickle the log as an empty one: a tensor with an autograd graph cannot be copied."""
-        return RoutingLog, ()
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy or pickle the log with empty records. The layers of the copy refer to them."""
+        return vars(RoutingLog()) | {"records": self.records}
 
 
-class RoutingLogReference:
-    """A weak reference to a routing log.
+T = TypeVar("T")
 
-    Unlike `weakref.ref` it can be copied and pickled. The copy of a model's layer refers to the log of the copied
-    model.
+
+class WeakReference(Generic[T]):
+    """A weak reference that can be copied and pickled, unlike `weakref.ref`.
+
+    The copy of a model's layer refers to the log of the copied model.
 
     Args:
-        log: The log; None for a reference to nothing.
+        target: The object; None for a reference to nothing.
     """
 
-    def __init__(self, log: RoutingLog | None) -> None:
-        self._reference = None if log is None else weakref.ref(log)
+    def __init__(self, target: T | None) -> None:
+        self._reference = None if target is None else weakref.ref(target)
 
-    def __call__(self) -> RoutingLog | None:
-        """Return the log, or None if its model is gone."""
+    def __call__(self) -> T | None:
+        """Return the object, or None if it is gone."""
         return None if self._reference is None else self._reference()
 
-    def __reduce__(self) -> tuple[type[RoutingLogReference], tuple[Any]]:
-        return RoutingLogReference, (self(),)
+    def __reduce__(self) -> tuple[type[WeakReference[T]], tuple[Any]]:
+        return WeakReference, (self(),)

@@ -112,6 +112,28 @@ def test_the_layers_of_a_group_share_one_operation(x):
     assert sum("malora.experts" in name for name in names) == 3  # Q, K, V; Gate, Up; Down
 
 
+def test_decoder_layers_that_are_compiled_one_by_one_share_their_graphs(x):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    config = malora.METHODS["molora"](
+        backend="fused",
+        lora_dropout=0.0,
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "k_proj", "v_proj"],
+        task_type=None,
+    )
+    model = get_peft_model(nn.Sequential(*(Block() for _ in range(4))).requires_grad_(False), config).to(DEVICE).train()
+    expected = step(model, model, x)
+    for block in model.base_model.model:
+        block.compile(backend="eager", fullgraph=True)
+    for _ in range(3):
+        assert_close(step(model, model, x), expected)
+    # Passes whose weights were packed for the whole model, and others.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
 def test_compiled_passes_read_weights_that_a_weight_cache_packed(x, monkeypatch):
     monkeypatch.setattr(augmented_weights, "MIN_ELEMENTS", 0)
     model = adapted(dropout=0.3)
