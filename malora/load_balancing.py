@@ -235,14 +235,25 @@ def _stacked_routings(
 
 
 def _mask_of(layer: MaloraLayer, log: RoutingLog, tokens: torch.Size) -> Tensor | None:
-    """Return the padding mask of the last forward pass that fits a layer's tokens [B, S], or None."""
+    """Return the padding mask of the last forward pass that fits a layer's tokens [B, S] or [B·S], or None."""
     mask, parts = log.attention_mask, layer.name.split(".")
     if log.is_encoder_decoder and "decoder" in parts:
         # Keys and values of cross attention read the encoder's tokens.
         is_cross = re.search("enc|cross", "".join(parts[parts.index("decoder") + 2 :]), re.IGNORECASE)
         reads_encoder = is_cross and mask is not None and mask.shape == tokens
         mask = mask if reads_encoder else log.decoder_attention_mask
-    return mask if mask is not None and len(tokens) == 2 and mask[:, -tokens[1] :].shape == tokens else None
+    return mask if mask is not None and _fit(mask, tokens) is not None else None
+
+
+def _fit(mask: Tensor, tokens: torch.Size) -> Tensor | None:
+    """Return the mask of a layer's tokens [B, S] or [B·S], or None if it does not fit them."""
+    if len(tokens) == 1 and mask.numel() == tokens[0]:  # some models, such as OPT, flatten batch and sequence
+        return mask.reshape(tokens)
+    if len(tokens) != 2:
+        return None
+    # With a key-value cache the mask covers earlier passes too. The tokens of this pass are the last ones.
+    mask = mask[:, -tokens[1] :]
+    return mask if mask.shape == tokens else None
 
 
 def _with_gradient(layer: MaloraLayer, adapter: str, probability: Tensor) -> Tensor:
@@ -262,11 +273,10 @@ def _token_weights(mask: Tensor | None, shape: torch.Size, like: Tensor) -> Tens
     """
     if mask is None:
         return like.new_ones(like.shape[1], 1)
-    # With a key-value cache the mask covers earlier passes too. The tokens of this pass are the last ones.
-    mask = mask[:, -shape[-2] :] if len(shape) == 3 else mask
-    if mask.shape != shape[:-1]:
+    fitting = _fit(mask, shape[:-1])
+    if fitting is None:
         raise ValueError(f"attention_mask is {tuple(mask.shape)}, but the tokens routed are {tuple(shape[:-1])}.")
-    return (mask != 0).to(like.device, like.dtype).view(-1, 1)
+    return (fitting != 0).to(like.device, like.dtype).reshape(-1, 1)
 
 
 def _reduced(tensor: Tensor, all_reduce: AllReduce | None) -> Tensor:

@@ -177,3 +177,18 @@ def test_layers_whose_input_is_one_vector():
     model(x)
     with pytest.raises(ValueError, match="attention_mask is"):
         malora.balance_loss(model, torch.ones(1, 1))
+
+
+def test_padding_does_not_count_where_a_model_flattens_batch_and_sequence():
+    """OPT's feed-forward layers see [B·S, n]."""
+    torch.manual_seed(0)
+    config = malora.METHODS["molora"](task_type=None, target_modules=["0"], lora_dropout=0.0)
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(16, 16)), config)
+    x, mask = torch.randn(2, 3, 16), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    model(x)
+    expected = malora.balance_loss(model, mask)
+    assert not torch.isclose(expected, malora.balance_loss(model))
+    model(x.flatten(0, 1))
+    torch.testing.assert_close(malora.balance_loss(model, mask), expected)
+    with pytest.raises(ValueError, match="attention_mask is"):
+        malora.balance_loss(model, mask[:1])
