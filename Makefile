@@ -8,8 +8,9 @@ TORCH ?= torch==2.13.0
 # Exact versions of all other packages. LOCK=/dev/null takes the newest that pyproject.toml allows.
 LOCK ?= requirements.lock
 PIP := $(BIN)/pip --quiet --disable-pip-version-check
+QUANTIZATION := bitsandbytes==0.50.2 torchao==0.18.0
 
-.PHONY: help test lint docs peft-suite examples lock leaderboard report check-tables reproduce-table10 reproduce-fig4 clean
+.PHONY: help test test-quantized lint docs peft-suite examples lock leaderboard report check-tables reproduce-table10 reproduce-fig4 clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -23,6 +24,15 @@ help: ## this list
 
 test: .venv/ready ## run the test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(ARGS)
+
+# In a folder of their own: PEFT imports them wherever it finds them, which slows down every other command.
+.quantization/ready: .venv/ready
+	$(PIP) install --no-deps --upgrade --target .quantization $(QUANTIZATION)
+	touch $@
+
+test-quantized: .quantization/ready ## run the tests of bitsandbytes' and torchao's quantized models
+	PYTHONPATH=$(CURDIR)/.quantization $(BIN)/python -m pytest -q -k "quantiz or bitsandbytes or torchao or qlora" \
+		tests/malora/test_layer.py tests/malora/test_quantized_bases.py tests/examples $(ARGS)
 
 lint: .venv/ready ## check style, formatting, types, spelling and which package imports which
 	$(BIN)/ruff check .
@@ -65,4 +75,4 @@ lock: ## resolve requirements.lock again, with the newest versions that pyprojec
 	rm -rf .venv-lock
 
 clean: ## remove the virtual environment and this machine's results
-	rm -rf .venv .venv-lock results/local site
+	rm -rf .venv .venv-lock .quantization results/local site

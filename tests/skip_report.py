@@ -22,12 +22,12 @@ class Need:
     Attributes:
         pattern: Regular expression that finds it in the reason of a skip.
         text: What to print: the thing needed and the way to have it.
-        is_hardware: True where CI cannot install it.
+        may_lack: True where CI need not have it: other hardware, or packages that `make test-quantized` brings.
     """
 
     pattern: str
     text: str
-    is_hardware: bool = False
+    may_lack: bool = False
 
 
 # The first need that matches a reason counts.
@@ -35,13 +35,15 @@ NEEDS = (
     Need(r"bubblewrap|sandbox|user namespace", "need bubblewrap: apt install bubblewrap"),
     Need(r"[Cc]hromium|browser", "need chromium: apt install chromium"),
     Need(
-        r"playwright|itables|tensorboard|\btrl\b|bitsandbytes|torchao|extra '",
+        r"playwright|itables|tensorboard|\btrl\b|extra '",
         "need the dev extra: pip install --editable '.[dev]'",
     ),
+    Need("AVX512", "need a CPU with AVX512-BF16", may_lack=True),
+    Need("bitsandbytes|torchao", "are run by make test-quantized", may_lack=True),
     Need(r"git checkout", "need a git checkout, not a copy of the files"),
-    Need(r"\bAF_\w+|\bIPv6\b", "need a kind of network address that this machine lacks", is_hardware=True),
-    Need(r"Triton.* CPU|gloo|without a GPU", "run on CPU only: set CUDA_VISIBLE_DEVICES= to empty", is_hardware=True),
-    Need(r"\bGPUs?\b|CUDA|Hopper|has no races", "need an NVIDIA GPU", is_hardware=True),
+    Need(r"\bAF_\w+|\bIPv6\b", "need a kind of network address that this machine lacks", may_lack=True),
+    Need(r"Triton.* CPU|gloo|without a GPU", "run on CPU only: set CUDA_VISIBLE_DEVICES= to empty", may_lack=True),
+    Need(r"\bGPUs?\b|CUDA|Hopper|has no races", "need an NVIDIA GPU", may_lack=True),
     Need(r"[Tt]riton", "need Triton: pip install triton (Linux only)"),
 )
 
@@ -59,7 +61,7 @@ def summarize_skips(reasons: Iterable[str]) -> list[str]:
 
 def avoidable_skips(reasons: Iterable[str]) -> list[str]:
     """Return the reasons that installing something would remove."""
-    return [reason for reason in reasons if not ((need := find_need(reason)) and need.is_hardware)]
+    return [reason for reason in reasons if not ((need := find_need(reason)) and need.may_lack)]
 
 
 class SkipReport:

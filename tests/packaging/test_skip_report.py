@@ -23,7 +23,7 @@ def test_each_missing_thing_has_one_line_and_an_unknown_reason_is_shown_as_it_is
     ]
 
 
-def test_only_hardware_may_be_missing_in_ci():
+def test_only_hardware_and_quantization_may_be_missing_in_ci():
     assert avoidable_skips([GPU, CHROMIUM, "a full moon"]) == [CHROMIUM, "a full moon"]
 
 
