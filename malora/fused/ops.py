@@ -36,8 +36,6 @@ from malora.routing import Routing
 if TYPE_CHECKING:
     from malora.fused.protocol import FusedLayer
 
-_BACKWARD_OF = "(Tensor?[] dys, Tensor? d_probability, Tensor x, Tensor? bits, float p, Tensor? down_out, Tensor? h, "
-
 
 @torch.library.custom_op(
     "malora::pack_weights", mutates_args=(), schema="(Tensor[] parameters, int[] sizes, ScalarType dtype) -> Tensor"
@@ -129,8 +127,8 @@ def _(
 @torch.library.custom_op(
     "malora::experts_backward",
     mutates_args=(),
-    schema=_BACKWARD_OF + "Tensor flat, Tensor[] weights, int[] sizes, float scaling, bool needs_dx, bool[] trained)"
-    " -> Tensor[]",
+    schema="(Tensor?[] dys, Tensor? d_probability, Tensor x, Tensor? bits, float p, Tensor? down_out, Tensor? h, "
+    "Tensor flat, Tensor[] weights, int[] sizes, float scaling, bool needs_dx, bool[] trained) -> Tensor[]",
 )
 def experts_backward(
     dys: list[Tensor | None], d_probability: Tensor | None, x: Tensor, bits: Tensor | None, p: float,
