@@ -21,7 +21,7 @@ from bench.experiments.profiles import PROFILES, Profile
 from bench.experiments.registry import Experiment, open_data_mixture, tuning_groups_of
 from bench.models.adapters import check_adapter
 from bench.models.base import prepare
-from bench.records import provenance, schema, store
+from bench.records import provenance, schema, speed_schema, store
 from bench.records.files import write_atomically
 from bench.records.schema import TaskScore
 from bench.report import readme
@@ -270,7 +270,7 @@ def publish_records(options: argparse.Namespace) -> int:
     source, published = options.results or LOCAL / options.profile, store.RESULTS / options.profile
     if not (source / "runs").is_dir():
         raise UserError(f"{source} has no records, because it has no folder runs; name another folder as --results.")
-    records: Sequence[schema.Record | schema.SpeedRecord]
+    records: Sequence[schema.Record | speed_schema.SpeedRecord]
     records = store.read_speed(source) if options.profile == SPEED else store.read_all(source)
     paths, refused = store.publish(records, published)
     for reason in refused:

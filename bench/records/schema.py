@@ -1,6 +1,6 @@
-"""Typed contents of a record.
+"""Typed contents of a run's record: its configuration and its sections.
 
-They are a run's configuration, its sections, and speed measurements. Every section is validated when it is made or
+Every section is validated when it is made or
 read. Unknown is None. A field that an older record lacks stays unset, and is not written.
 """
 
@@ -11,10 +11,9 @@ import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA = 2  # schema 1 grouped examples of similar length into a batch
-SPEED_SCHEMA = 1
 
 # JSON has both; a record that is written again has the same bytes only if an integer stays an integer.
 Number = int | float
@@ -345,109 +344,3 @@ class Record(RunSections):
         """
         scores = self.test if split == "test" else self.validation
         return 100 * sum(score.value for score in scores.values()) / len(scores) if scores else None
-
-
-class PeakRates(Section):
-    """Highest rates measured on a device by a large matmul and a large copy."""
-
-    matrix_flops_per_second: Number
-    copy_bytes_per_second: Number
-
-
-class SpeedOptions(Section):
-    """The workload of a speed measurement.
-
-    Attributes:
-        variant: The variants that were asked for.
-        sweep: The size that varies in a single-layer sweep; None for a whole backbone.
-        batch: Sequences per micro-batch.
-        length: Tokens per sequence.
-        tokens: Tokens per training step, or generated tokens in decode.
-        layers: Shortened depth of a trial measurement, which is not published; else None.
-        flops: Matrix operations of the frozen backbone per step; None where they were not counted.
-    """
-
-    variant: str
-    sweep: str | None
-    batch: int
-    length: int
-    tokens: int
-    dropout: Number
-    rounds: int
-    layers: int | None
-    flops: int | None
-
-
-class PeakBytes(Section):
-    """Peak GPU memory in bytes."""
-
-    allocated: Number
-    reserved: Number
-
-
-class SpeedRow(Section):
-    """One variant's measurement. The order of the fields is that of the stored keys.
-
-    Attributes:
-        reason: The error of a variant that did not run, or a remark.
-        seconds: Samples by phase; "step" is their sum.
-        sensors: Medians per round: clock_mhz, watts, celsius; unset in older records.
-        kernels: Kernels per step; None on a CPU, as are launches, synchronisations and where.
-        where: The longest kernels as (name, calls, seconds).
-        value: The swept size, in a single-layer sweep.
-    """
-
-    status: Literal["ok", "oom", "failed", "unavailable"]
-    reason: str | None = None
-    seconds: dict[str, list[Number]] = Field(default_factory=dict)
-    sensors: dict[str, list[Number]] = Field(default_factory=dict)
-    peak_bytes: PeakBytes | None = None
-    first_seconds: Number | None = None
-    warm_seconds: Number | None = None
-    kernels: int | None = None
-    launches: int | None = None
-    synchronisations: int | None = None
-    where: list[tuple[str, int, Number]] | None = None
-    build_seconds: Number | None = None
-    name: str
-    method: str | None = None
-    backend: str | None = None
-    run: str | None = None
-    plain: bool | None = None
-    liger: bool | None = None
-    value: int | None = None
-    trainable: int | None = None
-    autocast: bool | None = None
-    batch: int | None = None
-
-
-class SpeedRecord(Section):
-    """One call of `python -m bench.speed`.
-
-    Attributes:
-        shape: Name of the backbone.
-        mode: train, prefill, decode, or layer for a single linear layer.
-        peak_rates: Before and after the measurement; stored as `ceilings`.
-        rows: One per variant, in the order of measuring.
-    """
-
-    shape: str
-    mode: str
-    options: SpeedOptions
-    provenance: Provenance
-    peak_rates: dict[Literal["before", "after"], PeakRates] = Field(
-        validation_alias=AliasChoices("peak_rates", "ceilings"), serialization_alias="ceilings"
-    )
-    rows: list[SpeedRow]
-
-    @property
-    def id(self) -> str:
-        """A name from the time and the content: the same call may be made often."""
-        content = hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
-        when = self.provenance.time.translate({ord("-"): None, ord(":"): None})
-        return f"{self.shape}-{self.mode}-{when}-{content[:8]}"
-
-    @property
-    def complete(self) -> bool:
-        """True if the backbone had its full depth."""
-        return self.options.layers is None

@@ -25,16 +25,8 @@ from pydantic import Field, ValidationError
 from bench.errors import UserError
 from bench.records.files import write_atomically
 from bench.records.provenance import ROOT, commit_of
-from bench.records.schema import (
-    SCHEMA,
-    SPEED_SCHEMA,
-    Number,
-    Record,
-    RunConfig,
-    RunSections,
-    SpeedRecord,
-    TaskScore,
-)
+from bench.records.schema import SCHEMA, Number, Record, RunConfig, RunSections, TaskScore
+from bench.records.speed_schema import SPEED_SCHEMA, SpeedRecord
 
 RESULTS = ROOT / "results"
 LATER_FIELDS = {"inside"}  # records of the first weeks lack it

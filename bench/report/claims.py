@@ -23,7 +23,8 @@ from scipy.stats import ttest_1samp, ttest_ind
 
 import malora
 from bench.experiments.registry import EXPERIMENTS
-from bench.records.schema import Record, SpeedRecord
+from bench.records.schema import Record
+from bench.records.speed_schema import SpeedRecord
 from bench.report.paper import paper
 from bench.report.scores.adapter_tables import readings
 from bench.report.scores.selection import TableRow, difference, records_frame, select, spread

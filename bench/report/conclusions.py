@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from bench.experiments.methods import TITLES
 from bench.experiments.profiles import PROFILES
 from bench.experiments.registry import EXPERIMENTS, Experiment
-from bench.records.schema import SpeedRecord
+from bench.records.speed_schema import SpeedRecord
 from bench.report.claims import EVIDENCE, FAILS, HOLDS, NOT_RUN, UNDECIDED, Claim
 from bench.report.markdown import number
 from bench.report.scores.document import Leaderboard, Section

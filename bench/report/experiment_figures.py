@@ -10,7 +10,8 @@ import numpy as np
 import malora
 from bench.experiments.methods import BASE
 from bench.experiments.registry import Experiment
-from bench.records.schema import Record, SpeedRecord, SpeedRow
+from bench.records.schema import Record
+from bench.records.speed_schema import SpeedRecord, SpeedRow
 from bench.report import figures
 from bench.report.figures import Line
 from bench.report.scores.adapter_tables import reading, readings

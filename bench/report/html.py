@@ -24,7 +24,8 @@ from markupsafe import Markup
 from bench.experiments.methods import title_of
 from bench.experiments.profiles import PROFILES
 from bench.experiments.registry import Experiment
-from bench.records.schema import Record, SpeedRecord
+from bench.records.schema import Record
+from bench.records.speed_schema import SpeedRecord
 from bench.report.claims import NOTES, Claim
 from bench.report.conclusions import conclusions, verdict_word
 from bench.report.experiment_figures import adapter_figures, score_figures

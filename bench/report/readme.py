@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from bench.errors import UserError
 from bench.experiments.registry import EXPERIMENTS, Experiment
-from bench.records.schema import Record, SpeedRecord
+from bench.records.schema import Record
+from bench.records.speed_schema import SpeedRecord
 from bench.report.claim_pages import claim_files, front_page_claims
 from bench.report.claims import Claim
 from bench.report.scores.document import Section, render_page

@@ -23,7 +23,7 @@ from bench.errors import UserError, unknown_name
 from bench.models.backbone import SHAPES, backbone
 from bench.records import store
 from bench.records.provenance import provenance
-from bench.records.schema import PeakRates, SpeedOptions, SpeedRecord, SpeedRow
+from bench.records.speed_schema import PeakRates, SpeedOptions, SpeedRecord, SpeedRow
 from bench.report.speed import tables
 from bench.runtime.processes import started_processes
 from bench.speed.baselines import registered_baselines

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from malora.fused.augmented_weights import has_padding
 from malora.fused.autograd import GroupGradients, compute_gradients, compute_outputs, parameter_gradients
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from malora.fused.protocol import FusedLayer
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "malora::pack_weights", mutates_args=(), schema="(Tensor[] parameters, int[] sizes, ScalarType dtype) -> Tensor"
 )
 def pack_weights(parameters: list[Tensor], sizes: list[int], dtype: torch.dtype) -> Tensor:
@@ -52,7 +52,7 @@ def _(parameters: list[Tensor], sizes: list[int], dtype: torch.dtype) -> Tensor:
     return parameters[0].new_empty(_layout(sizes).size, dtype=dtype)
 
 
-@torch.library.custom_op("malora::dropout_mask", mutates_args=(), schema="(Tensor x, Tensor seed, float p) -> Tensor")
+@library.custom_op("malora::dropout_mask", mutates_args=(), schema="(Tensor x, Tensor seed, float p) -> Tensor")
 def dropout_mask(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """Return the dropout mask of x [T, n] as bits, [T, ⌈n/32⌉] int32."""
     return dropout.draw_mask(len(x), x.shape[1], seed, p)
@@ -63,7 +63,7 @@ def _(x: Tensor, seed: Tensor, p: float) -> Tensor:
     return x.new_empty(x.shape[0], round_up(x.shape[1], 32) // 32, dtype=torch.int32)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "malora::experts",
     mutates_args=(),
     schema="(Tensor x, Tensor? bits, float p, Tensor flat, Tensor[] weights, Tensor?[] biases, Tensor[] parameters, "
@@ -124,7 +124,7 @@ def _(
     return made
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "malora::experts_backward",
     mutates_args=(),
     schema="(Tensor?[] dys, Tensor? d_probability, Tensor x, Tensor? bits, float p, Tensor? down_out, Tensor? h, "

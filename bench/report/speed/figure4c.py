@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bench.experiments.methods import BASE
-from bench.records.schema import SpeedRecord
+from bench.records.speed_schema import SpeedRecord
 from bench.report.method_styles import style
 from bench.report.paper import paper
 from bench.report.speed.summary import rows_by_seconds

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bench.records.schema import SpeedRecord, SpeedRow
+from bench.records.speed_schema import SpeedRecord, SpeedRow
 from bench.report.markdown import number, table
 from bench.report.speed.summary import (
     COMPILED_BACKBONE,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bench.records.schema import SpeedRecord, SpeedRow
+from bench.records.speed_schema import SpeedRecord, SpeedRow
 from malora.backends import BACKENDS
 
 COMPILED_BACKBONE = "floor-compiled"  # the row of the frozen backbone, compiled

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 
-from bench.records.schema import SpeedRecord, SpeedRow
+from bench.records.speed_schema import SpeedRecord, SpeedRow
 from bench.report.markdown import number, table
 from bench.report.paper import paper
 from bench.report.speed.figure4c import figure4c

@@ -3,7 +3,7 @@
 import pytest
 
 from bench.experiments.registry import EXPERIMENTS
-from bench.records.schema import SpeedRecord
+from bench.records.speed_schema import SpeedRecord
 from bench.report.claim_pages import FRONT_PAGE, claim_files, claim_page, front_page_claims
 from bench.report.claims import claims
 from tests.bench.conftest import CLEAN

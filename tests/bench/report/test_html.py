@@ -17,7 +17,7 @@ from bench.cli.parser import main
 from bench.experiments.methods import method_options
 from bench.experiments.profiles import PROFILES
 from bench.experiments.registry import EXPERIMENTS
-from bench.records import schema, store
+from bench.records import speed_schema, store
 from bench.report.claims import Claim
 from tests.bench.conftest import CLEAN
 from tests.bench.records.test_store import make
@@ -63,7 +63,7 @@ def speed(**seconds):
     options = {"variant": "all", "sweep": None, "batch": 1, "length": 8, "tokens": 8, "dropout": 0.0, "rounds": 1,
                "layers": None, "flops": 1}  # fmt: skip
     rates = {"matrix_flops_per_second": 1.0, "copy_bytes_per_second": 1.0}
-    return schema.SpeedRecord(
+    return speed_schema.SpeedRecord(
         shape="toy",
         mode="train",
         options=options,

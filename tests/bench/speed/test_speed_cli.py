@@ -11,7 +11,7 @@ import pytest
 
 from bench.cli.parser import main
 from bench.records import provenance, store
-from bench.records.schema import SpeedRecord
+from bench.records.speed_schema import SpeedRecord
 from bench.speed import cli
 from bench.speed.variants import DEFAULT_BACKENDS
 

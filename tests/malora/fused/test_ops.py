@@ -3,8 +3,7 @@
 import pytest
 import torch
 from peft import get_peft_model
-from torch import nn
-from torch.library import opcheck
+from torch import library, nn
 
 import malora
 from malora.fused import augmented_weights, ops
@@ -193,13 +192,13 @@ def test_operations_keep_the_rules_of_torch(method, x):
     sizes, parameters = layout_sizes(layers, "default"), group_parameters(layers, "default")
     rows = x.flatten(0, 1).detach()
     plain = [parameter.detach() for parameter in parameters]
-    opcheck(ops.pack_weights, (plain, sizes, torch.float32))
+    library.opcheck(ops.pack_weights, (plain, sizes, torch.float32))
     seed = torch.tensor([3], device=DEVICE)
-    opcheck(ops.dropout_mask, (rows, seed, 0.3))
+    library.opcheck(ops.dropout_mask, (rows, seed, 0.3))
     flat, bits = ops.pack_weights(plain, sizes, torch.float32), ops.dropout_mask(rows, seed, 0.3)
     weights, biases = [layer.base_layer.weight for layer in layers], [layer.base_layer.bias for layer in layers]
     wanted = [parameter.detach().requires_grad_() for parameter in parameters]
-    opcheck(
+    library.opcheck(
         ops.experts,
         (rows.requires_grad_(), bits, 0.3, flat, weights, biases, wanted, sizes, 2.0, False, False),
     )

@@ -1,6 +1,6 @@
 """Speed records that are made up for tests."""
 
-from bench.records.schema import PeakRates, SpeedOptions, SpeedRecord
+from bench.records.speed_schema import PeakRates, SpeedOptions, SpeedRecord
 from tests.bench.conftest import CLEAN
 
 

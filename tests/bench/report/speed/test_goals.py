@@ -8,7 +8,7 @@ import re
 import pytest
 
 from bench.records import store
-from bench.records.schema import SpeedRow
+from bench.records.speed_schema import SpeedRow
 from bench.report.speed import goals
 from tests.bench.report.speed.speed_records import made_at, make_speed, records, row
 

@@ -1,0 +1,119 @@
+"""Typed contents of a speed record: one call of `python -m bench.speed`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Literal
+
+from pydantic import AliasChoices, Field
+
+from bench.records.schema import Number, Provenance, Section
+
+SPEED_SCHEMA = 1
+
+
+class PeakRates(Section):
+    """Highest rates measured on a device by a large matmul and a large copy."""
+
+    matrix_flops_per_second: Number
+    copy_bytes_per_second: Number
+
+
+class SpeedOptions(Section):
+    """The workload of a speed measurement.
+
+    Attributes:
+        variant: The variants that were asked for.
+        sweep: The size that varies in a single-layer sweep; None for a whole backbone.
+        batch: Sequences per micro-batch.
+        length: Tokens per sequence.
+        tokens: Tokens per training step, or generated tokens in decode.
+        layers: Shortened depth of a trial measurement, which is not published; else None.
+        flops: Matrix operations of the frozen backbone per step; None where they were not counted.
+    """
+
+    variant: str
+    sweep: str | None
+    batch: int
+    length: int
+    tokens: int
+    dropout: Number
+    rounds: int
+    layers: int | None
+    flops: int | None
+
+
+class PeakBytes(Section):
+    """Peak GPU memory in bytes."""
+
+    allocated: Number
+    reserved: Number
+
+
+class SpeedRow(Section):
+    """One variant's measurement. The order of the fields is that of the stored keys.
+
+    Attributes:
+        reason: The error of a variant that did not run, or a remark.
+        seconds: Samples by phase; "step" is their sum.
+        sensors: Medians per round: clock_mhz, watts, celsius; unset in older records.
+        kernels: Kernels per step; None on a CPU, as are launches, synchronisations and where.
+        where: The longest kernels as (name, calls, seconds).
+        value: The swept size, in a single-layer sweep.
+    """
+
+    status: Literal["ok", "oom", "failed", "unavailable"]
+    reason: str | None = None
+    seconds: dict[str, list[Number]] = Field(default_factory=dict)
+    sensors: dict[str, list[Number]] = Field(default_factory=dict)
+    peak_bytes: PeakBytes | None = None
+    first_seconds: Number | None = None
+    warm_seconds: Number | None = None
+    kernels: int | None = None
+    launches: int | None = None
+    synchronisations: int | None = None
+    where: list[tuple[str, int, Number]] | None = None
+    build_seconds: Number | None = None
+    name: str
+    method: str | None = None
+    backend: str | None = None
+    run: str | None = None
+    plain: bool | None = None
+    liger: bool | None = None
+    value: int | None = None
+    trainable: int | None = None
+    autocast: bool | None = None
+    batch: int | None = None
+
+
+class SpeedRecord(Section):
+    """One call of `python -m bench.speed`.
+
+    Attributes:
+        shape: Name of the backbone.
+        mode: train, prefill, decode, or layer for a single linear layer.
+        peak_rates: Before and after the measurement; stored as `ceilings`.
+        rows: One per variant, in the order of measuring.
+    """
+
+    shape: str
+    mode: str
+    options: SpeedOptions
+    provenance: Provenance
+    peak_rates: dict[Literal["before", "after"], PeakRates] = Field(
+        validation_alias=AliasChoices("peak_rates", "ceilings"), serialization_alias="ceilings"
+    )
+    rows: list[SpeedRow]
+
+    @property
+    def id(self) -> str:
+        """A name from the time and the content: the same call may be made often."""
+        content = hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+        when = self.provenance.time.translate({ord("-"): None, ord(":"): None})
+        return f"{self.shape}-{self.mode}-{when}-{content[:8]}"
+
+    @property
+    def complete(self) -> bool:
+        """True if the backbone had its full depth."""
+        return self.options.layers is None
