@@ -47,6 +47,7 @@ from torch import Tensor
 from malora.fused.kernels import down_tiling, tiling
 from malora.fused.kernels.down_tiling import matmul_tn_fp32, prefers_plain_matmul, split_count, tile_constants
 from malora.fused.kernels.dropout import apply_dropout, mask_tile
+from malora.fused.kernels.launch import launch
 from malora.fused.kernels.tiling import MIN_RIGHT_COLUMNS, tile_size, wait_for_dot
 
 # Programs that compute dP. With one, it would finish last where three projections are computed together.
@@ -338,7 +339,7 @@ def _backward_by_kernel(
 
     A dP that does not fit into registers is left to torch's matmul.
     """
-    (T, n), rows, launch = x.shape, len(weights), down_tiling.BACKWARD
+    (T, n), rows, tiles = x.shape, len(weights), down_tiling.BACKWARD
     fused = subspace if subspace is not None and subspace.is_small else None
     # Without dP the kernel reads neither operand; it only needs pointers and strides.
     gated_dh, z, H, D = fused or SubspaceGrad(d_down_out[None], d_down_out[None], 1, 1)
@@ -351,14 +352,16 @@ def _backward_by_kernel(
     if counters is None and splits > 1:
         counters = split_k_counters(x)
     dx = x.new_empty(T, n) if needs_dx else None
-    _down_proj_backward_kernel[triton.cdiv(n, launch.block_n) + min(MAX_SUBSPACE_PROGRAMS, G), splits](
+    grid = triton.cdiv(n, tiles.block_n) + min(MAX_SUBSPACE_PROGRAMS, G), splits
+    launch(
+        _down_proj_backward_kernel, grid,
         d_down_out, x, bits, weights, x if dx_base is None else dx_base, x if dx is None else dx, partial_sums, total,
         counters, gated_dh, z, T, n, bits.shape[1], d_down_out.stride(0), x.stride(0),
         0 if dx_base is None else dx_base.stride(0), gated_dh.stride(1), gated_dh.stride(0), z.stride(1), z.stride(0),
         sum(sizes), G=G, H=H, D=D, PAD_H=tile_size(H), PAD_D=tile_size(D, MIN_RIGHT_COLUMNS),
         MAX_SPLITS=triton.next_power_of_2(splits), T_PER_SPLIT=t_per_split, NEEDS_DX=needs_dx, NEEDS_DW=needs_dweights,
-        HAS_DX_BASE=dx_base is not None, EVEN_T=T % t_per_split == 0, EVEN_N=n % launch.block_n == 0,
-        **tile_constants(weights, Z, p), **launch.options(Z, rows - Z, x.device),
+        HAS_DX_BASE=dx_base is not None, EVEN_T=T % t_per_split == 0, EVEN_N=n % tiles.block_n == 0,
+        **tile_constants(weights, Z, p), **tiles.options(Z, rows - Z, x.device),
     )  # fmt: skip
     dweights, dP = total.split(sizes)
     return (
@@ -373,14 +376,14 @@ def _tokens_per_split(x: Tensor, Z: int, L: int) -> int:
 
     So few different kernels are compiled.
     """
-    launch = down_tiling.BACKWARD
-    t_tiles, n_tiles = triton.cdiv(x.shape[0], launch.block_t), triton.cdiv(x.shape[1], launch.block_n)
-    fixed, per_stage = launch.shared_bytes(Z, L)
-    needed = fixed + launch.stages(Z, L, x.device) * per_stage
+    tiles = down_tiling.BACKWARD
+    t_tiles, n_tiles = triton.cdiv(x.shape[0], tiles.block_t), triton.cdiv(x.shape[1], tiles.block_n)
+    fixed, per_stage = tiles.shared_bytes(Z, L)
+    needed = fixed + tiles.stages(Z, L, x.device) * per_stage
     two_fit = 2 * needed <= tiling.shared_memory_bytes(x.device)  # two programs at once on a multiprocessor
     target = down_tiling.TARGET_PROGRAMS if two_fit else down_tiling.TARGET_PROGRAMS // 2
-    tiles = triton.cdiv(t_tiles, split_count(n_tiles, t_tiles, target))
-    return int(triton.next_power_of_2(tiles)) * launch.block_t
+    per_split = triton.cdiv(t_tiles, split_count(n_tiles, t_tiles, target))
+    return int(triton.next_power_of_2(per_split)) * tiles.block_t
 
 
 def split_k_counters(x: Tensor) -> Tensor:

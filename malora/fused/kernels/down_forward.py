@@ -43,6 +43,7 @@ from torch import Tensor
 from malora.fused.kernels import down_tiling
 from malora.fused.kernels.down_tiling import aligned_rows, prefers_plain_matmul, split_count, tile_constants
 from malora.fused.kernels.dropout import apply_dropout, mask_tile
+from malora.fused.kernels.launch import launch
 from malora.fused.kernels.tiling import wait_for_dot
 
 
@@ -151,7 +152,7 @@ def dropout_matmul_split_k(
         splits: [splits, T, Z + L] in float32 or wider, with the row stride of down_out; their sum is the result. None
             if there is a single split.
     """
-    (T, n), rows, launch = x.shape, len(weights), down_tiling.FORWARD
+    (T, n), rows, tiles = x.shape, len(weights), down_tiling.FORWARD
     down_out = aligned_rows(x, rows)
     if prefers_plain_matmul(x, Z, rows - Z):
         torch.mm(apply_dropout(x, bits, p), weights[:Z].T, out=down_out[:, :Z])
@@ -159,17 +160,18 @@ def dropout_matmul_split_k(
         if copy is not None:
             copy.copy_(x)
         return down_out, None
-    t_tiles, n_tiles = triton.cdiv(T, launch.block_t), triton.cdiv(n, launch.block_n)
+    t_tiles, n_tiles = triton.cdiv(T, tiles.block_t), triton.cdiv(n, tiles.block_n)
     wanted = split_count(t_tiles, n_tiles // down_tiling.MIN_BLOCKS_PER_SPLIT)
-    n_per_split = triton.cdiv(n_tiles, wanted) * launch.block_n
+    n_per_split = triton.cdiv(n_tiles, wanted) * tiles.block_n
     count, splits = triton.cdiv(n, n_per_split), None
     if count > 1:
         dtype = torch.promote_types(x.dtype, torch.float32)
         splits = x.new_empty(count, T, down_out.stride(0), dtype=dtype)[..., :rows]
-    _dropout_matmul_kernel[(t_tiles, count)](
+    launch(
+        _dropout_matmul_kernel, (t_tiles, count),
         x, bits, weights, down_out if splits is None else splits, x if copy is None else copy, T, n, bits.shape[1],
         x.stride(0), down_out.stride(0), 0 if copy is None else copy.stride(0), n_per_split,
-        EVEN_T=T % launch.block_t == 0, EVEN_N=n % n_per_split == 0, WRITE_COPY=copy is not None,
-        **tile_constants(weights, Z, p), **launch.options(Z, rows - Z, x.device),
+        EVEN_T=T % tiles.block_t == 0, EVEN_N=n % n_per_split == 0, WRITE_COPY=copy is not None,
+        **tile_constants(weights, Z, p), **tiles.options(Z, rows - Z, x.device),
     )  # fmt: skip
     return down_out, splits

@@ -53,6 +53,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from malora.fused.kernels.launch import launch
 from malora.fused.kernels.tiling import accumulator_dtype, tile_size
 
 BLOCK_T = 32  # tokens per program
@@ -332,7 +333,8 @@ def gate(down_out: Tensor, P: Tensor | None, h: Tensor, layout: GateLayout, spli
     probability = down_out.new_empty(G, T, layout.N, dtype=torch.promote_types(down_out.dtype, torch.float32))
     assert splits is None or splits.stride(1) == down_out.stride(0)
     count, split_stride = (0, 0) if splits is None else (len(splits), splits.stride(0))
-    _gate_kernel[(triton.cdiv(T, BLOCK_T), G)](
+    launch(
+        _gate_kernel, (triton.cdiv(T, BLOCK_T), G),
         down_out, splits, P, h, probability, T, down_out.stride(0), split_stride, h.stride(1), h.stride(0),
         *_strides(P), SPLITS=count, num_stages=forward_stages(layout, count), **layout.constants(down_out.dtype),
     )  # fmt: skip
@@ -359,7 +361,8 @@ def gate_backward(
     """
     G, T = dh.shape[:2]
     gated_dh = dh.new_empty(dh.shape) if P is not None else None
-    _gate_backward_kernel[(triton.cdiv(T, BLOCK_T), G)](
+    launch(
+        _gate_backward_kernel, (triton.cdiv(T, BLOCK_T), G),
         down_out, P, dh, dprobability, d_down_out, gated_dh, T, down_out.stride(0), d_down_out.stride(0), dh.shape[2],
         dh.stride(1), dh.stride(0), *_strides(P), HAS_DPROBABILITY=dprobability is not None,
         **layout.constants(down_out.dtype, backward_step_columns(layout)),

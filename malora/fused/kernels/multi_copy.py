@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from malora.fused.kernels.launch import launch
 from malora.fused.tensor_utils import is_captured
 
 BLOCK = 4096  # elements per program
@@ -79,7 +80,7 @@ def copy_with_table(table: Tensor, buffer: Tensor) -> None:
         table: [blocks, 3] int64, the rows of `table_rows`.
         buffer: [elements], contiguous, in any floating dtype.
     """
-    _copy_kernel[(len(table),)](table, buffer, BLOCK=BLOCK)
+    launch(_copy_kernel, (len(table),), table, buffer, BLOCK=BLOCK)
 
 
 def table_rows(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[int, int, int]]:

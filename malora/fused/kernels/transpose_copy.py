@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from malora.fused.kernels.launch import launch
+
 
 def write_up_proj(augmented_weights: list[Tensor], Bs: list[Tensor], alpha: float) -> None:
     """Write alpha · Bᵀ into the last H columns of each augmented weight.
@@ -36,7 +38,8 @@ def write_up_proj(augmented_weights: list[Tensor], Bs: list[Tensor], alpha: floa
         alpha: Scaling. The product with it is rounded to the weights' dtype.
     """
     H, max_m = len(Bs[0]), max(B.shape[1] for B in Bs)
-    _write_up_proj_kernel[triton.cdiv(max_m, 128), triton.cdiv(H, 32), len(Bs)](
+    launch(
+        _write_up_proj_kernel, (triton.cdiv(max_m, 128), triton.cdiv(H, 32), len(Bs)),
         tuple(Bs), tuple(weight[:, -H:] for weight in augmented_weights), H, tuple(B.shape[1] for B in Bs),
         tuple(weight.stride(0) for weight in augmented_weights), SCALE=alpha, BLOCK_H=32, BLOCK_M=128,
     )  # fmt: skip

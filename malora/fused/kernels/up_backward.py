@@ -41,6 +41,7 @@ import triton.language as tl
 from torch import Tensor
 
 from malora.fused.kernels import tiling
+from malora.fused.kernels.launch import launch
 from malora.fused.kernels.tiling import MIN_RIGHT_COLUMNS, accumulator_dtype, split_tile
 
 LAUNCH = {"BLOCK": 64, "BLOCK_SUM": 128, "num_stages": 4, "num_warps": 4}  # the fastest tried on an H100
@@ -202,7 +203,8 @@ def _backward_same_width(
     dBs = torch.empty(G, H, m, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
     ranks, block, block_sum = split_tile(H, MIN_RIGHT_COLUMNS), LAUNCH["BLOCK"], LAUNCH["BLOCK_SUM"]
     t_padded, m_padded = _padded_tokens(T, block_sum), triton.cdiv(m, block_sum) * block_sum
-    _up_proj_backward_kernel[(G * (triton.cdiv(T, block) + triton.cdiv(m, block)),)](
+    launch(
+        _up_proj_backward_kernel, (G * (triton.cdiv(T, block) + triton.cdiv(m, block)),),
         tuple(dys), tuple(h), tuple(Bs), tuple(dh), dBs, T, m, h.stride(1), dh.stride(1), t_padded, m_padded,
         ALPHA=alpha, EVEN_T=(t_padded == T), EVEN_M=(m == m_padded), H=H, PAD_HEAD=ranks.head, TAIL=ranks.tail,
         PAD_TAIL=ranks.pad_tail, ACC=accumulator_dtype(h.dtype), **LAUNCH | {"num_stages": _stages(H, h.device)},
