@@ -31,3 +31,16 @@ def is_captured(like: Tensor) -> bool:
     Captured work has no values until the graph is replayed.
     """
     return like.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def cdiv(size: int, step: int) -> int:
+    """Return size / step, rounded up.
+
+    Triton's functions of these names wrap their results for use in kernels, which takes the host long.
+    """
+    return -(-size // step)
+
+
+def next_power_of_2(size: int) -> int:
+    """Return the smallest power of two that is at least `size`."""
+    return 1 << (max(size, 1) - 1).bit_length()

@@ -49,6 +49,7 @@ from malora.fused.kernels.down_tiling import matmul_tn_fp32, prefers_plain_matmu
 from malora.fused.kernels.dropout import apply_dropout, mask_tile
 from malora.fused.kernels.launch import launch
 from malora.fused.kernels.tiling import MIN_RIGHT_COLUMNS, tile_size, wait_for_dot
+from malora.fused.tensor_utils import cdiv, next_power_of_2
 
 # Programs that compute dP. With one, it would finish last where three projections are computed together.
 MAX_SUBSPACE_PROGRAMS = 2
@@ -346,20 +347,20 @@ def _backward_by_kernel(
     G = len(gated_dh) if fused else 0
     sizes = [rows * n * needs_dweights, G * H * D]
     t_per_split = _tokens_per_split(x, Z, rows - Z)
-    splits = triton.cdiv(T, t_per_split)
+    splits = cdiv(T, t_per_split)
     partial_sums = x.new_empty(splits, sum(sizes), dtype=torch.promote_types(x.dtype, torch.float32))
     total = partial_sums.new_empty(sum(sizes)) if splits > 1 else partial_sums[0]
     if counters is None and splits > 1:
         counters = split_k_counters(x)
     dx = x.new_empty(T, n) if needs_dx else None
-    grid = triton.cdiv(n, tiles.block_n) + min(MAX_SUBSPACE_PROGRAMS, G), splits
+    grid = cdiv(n, tiles.block_n) + min(MAX_SUBSPACE_PROGRAMS, G), splits
     launch(
         _down_proj_backward_kernel, grid,
         d_down_out, x, bits, weights, x if dx_base is None else dx_base, x if dx is None else dx, partial_sums, total,
         counters, gated_dh, z, T, n, bits.shape[1], d_down_out.stride(0), x.stride(0),
         0 if dx_base is None else dx_base.stride(0), gated_dh.stride(1), gated_dh.stride(0), z.stride(1), z.stride(0),
         sum(sizes), G=G, H=H, D=D, PAD_H=tile_size(H), PAD_D=tile_size(D, MIN_RIGHT_COLUMNS),
-        MAX_SPLITS=triton.next_power_of_2(splits), T_PER_SPLIT=t_per_split, NEEDS_DX=needs_dx, NEEDS_DW=needs_dweights,
+        MAX_SPLITS=next_power_of_2(splits), T_PER_SPLIT=t_per_split, NEEDS_DX=needs_dx, NEEDS_DW=needs_dweights,
         HAS_DX_BASE=dx_base is not None, EVEN_T=T % t_per_split == 0, EVEN_N=n % tiles.block_n == 0,
         **tile_constants(weights, Z, p), **tiles.options(Z, rows - Z, x.device),
     )  # fmt: skip
@@ -377,13 +378,13 @@ def _tokens_per_split(x: Tensor, Z: int, L: int) -> int:
     So few different kernels are compiled.
     """
     tiles = down_tiling.BACKWARD
-    t_tiles, n_tiles = triton.cdiv(x.shape[0], tiles.block_t), triton.cdiv(x.shape[1], tiles.block_n)
+    t_tiles, n_tiles = cdiv(x.shape[0], tiles.block_t), cdiv(x.shape[1], tiles.block_n)
     fixed, per_stage = tiles.shared_bytes(Z, L)
     needed = fixed + tiles.stages(Z, L, x.device) * per_stage
     two_fit = 2 * needed <= tiling.shared_memory_bytes(x.device)  # two programs at once on a multiprocessor
     target = down_tiling.TARGET_PROGRAMS if two_fit else down_tiling.TARGET_PROGRAMS // 2
-    per_split = triton.cdiv(t_tiles, split_count(n_tiles, t_tiles, target))
-    return int(triton.next_power_of_2(per_split)) * tiles.block_t
+    per_split = cdiv(t_tiles, split_count(n_tiles, t_tiles, target))
+    return next_power_of_2(per_split) * tiles.block_t
 
 
 def split_k_counters(x: Tensor) -> Tensor:
@@ -392,5 +393,5 @@ def split_k_counters(x: Tensor) -> Tensor:
     They serve inputs with the feature count of x [T, n]. The programs of a launch count in them which split finishes
     last.
     """
-    tiles = triton.cdiv(x.shape[1], down_tiling.BACKWARD.block_n)
+    tiles = cdiv(x.shape[1], down_tiling.BACKWARD.block_n)
     return x.new_zeros(tiles + MAX_SUBSPACE_PROGRAMS, dtype=torch.int32)

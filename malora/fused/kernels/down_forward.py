@@ -45,6 +45,7 @@ from malora.fused.kernels.down_tiling import aligned_rows, prefers_plain_matmul,
 from malora.fused.kernels.dropout import apply_dropout, mask_tile
 from malora.fused.kernels.launch import launch
 from malora.fused.kernels.tiling import wait_for_dot
+from malora.fused.tensor_utils import cdiv
 
 
 @triton.jit
@@ -160,10 +161,10 @@ def dropout_matmul_split_k(
         if copy is not None:
             copy.copy_(x)
         return down_out, None
-    t_tiles, n_tiles = triton.cdiv(T, tiles.block_t), triton.cdiv(n, tiles.block_n)
+    t_tiles, n_tiles = cdiv(T, tiles.block_t), cdiv(n, tiles.block_n)
     wanted = split_count(t_tiles, n_tiles // down_tiling.MIN_BLOCKS_PER_SPLIT)
-    n_per_split = triton.cdiv(n_tiles, wanted) * tiles.block_n
-    count, splits = triton.cdiv(n, n_per_split), None
+    n_per_split = cdiv(n_tiles, wanted) * tiles.block_n
+    count, splits = cdiv(n, n_per_split), None
     if count > 1:
         dtype = torch.promote_types(x.dtype, torch.float32)
         splits = x.new_empty(count, T, down_out.stride(0), dtype=dtype)[..., :rows]

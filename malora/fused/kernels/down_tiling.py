@@ -17,16 +17,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from malora.fused.kernels import tiling
 from malora.fused.kernels.dropout import rescale
 from malora.fused.kernels.tiling import accumulator_dtype, has_ptx, split_tile, tile_size
-from malora.fused.tensor_utils import round_up
+from malora.fused.tensor_utils import next_power_of_2, round_up
 
 TARGET_PROGRAMS = 264  # two per multiprocessor of an H100
 # Tiles of features per split of the forward sum. Shorter splits make the gate kernel add more of them. Tuned when the
@@ -51,6 +51,7 @@ class TunedLaunch:
     max_stages: int
     is_backward: bool
 
+    @cache  # noqa: B019 - there are two instances, and they live as long as the process
     def shared_bytes(self, Z: int, L: int) -> tuple[int, int]:
         """Return the shared memory in bytes, fixed and per stage.
 
@@ -109,7 +110,7 @@ def split_count(programs: int, max_splits: int, target: int = TARGET_PROGRAMS) -
         target: Programs that keep the device busy.
     """
     wanted = 2 ** max(0, round(math.log2(target / programs)))
-    return int(min(wanted, triton.next_power_of_2(max(1, max_splits))))
+    return int(min(wanted, next_power_of_2(max(1, max_splits))))
 
 
 def matmul_tn_fp32(left: Tensor, right: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from malora.fused.kernels.launch import launch
+from malora.fused.tensor_utils import cdiv
 
 LEVELS = 4096  # 2¹²: the keep probability is a multiple of 1/4096, since the kernel combines twelve fair bits
 
@@ -66,8 +67,8 @@ def draw_mask(T: int, n: int, seed: Tensor, p: float) -> Tensor:
     Returns:
         [T, ⌈n/32⌉] int32. Bit j of word w is 0 if column 32·w + j is dropped.
     """
-    bits = torch.empty(T, triton.cdiv(n, 32), dtype=torch.int32, device=seed.device)
-    grid = (triton.cdiv(bits.numel(), 256),)
+    bits = torch.empty(T, cdiv(n, 32), dtype=torch.int32, device=seed.device)
+    grid = (cdiv(bits.numel(), 256),)
     launch(_draw_mask_kernel, grid, bits, seed, bits.numel(), KEEP=_keep_level(p), BLOCK=256)
     return bits
 
@@ -153,7 +154,7 @@ def apply_dropout(x: Tensor, bits: Tensor, p: float) -> Tensor:
         p: Probability that an element is dropped.
     """
     out = x.new_empty(x.shape)
-    grid = (triton.cdiv(len(x), 32), triton.cdiv(x.shape[1], 128))
+    grid = (cdiv(len(x), 32), cdiv(x.shape[1], 128))
     sizes = (*x.shape, bits.shape[1], x.stride(0))
     launch(_apply_dropout_kernel, grid, x, bits, out, *sizes, SCALE=rescale(p), BLOCK_T=32, BLOCK_N=128)
     return out

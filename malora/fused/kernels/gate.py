@@ -46,6 +46,7 @@ and write small tensors; here it is one launch for all projections.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ from torch import Tensor
 
 from malora.fused.kernels.launch import launch
 from malora.fused.kernels.tiling import accumulator_dtype, tile_size
+from malora.fused.tensor_utils import cdiv, next_power_of_2
 
 BLOCK_T = 32  # tokens per program
 MAX_STEP_COLUMNS = 64  # columns of h per step of the loop: the fastest tried on an H100
@@ -284,6 +286,7 @@ class GateLayout:
     has_p: bool
     scaling: float
 
+    @cache  # noqa: B019 - layouts are kept by `PackedLayout.from_sizes`, too
     def constants(self, dtype: torch.dtype, step_columns: int = MAX_STEP_COLUMNS) -> dict[str, Any]:
         """Return the compile-time constants of both kernels.
 
@@ -291,13 +294,13 @@ class GateLayout:
             dtype: Dtype of down_out.
             step_columns: Bound of the columns of h per step of the loop, unless one expert alone has more.
         """
-        steps = triton.cdiv(self.N, max(1, step_columns // self.r))
-        e_step = triton.cdiv(self.N, steps)  # equal steps: of eight experts four and four, not five and three
+        steps = cdiv(self.N, max(1, step_columns // self.r))
+        e_step = cdiv(self.N, steps)  # equal steps: of eight experts four and four, not five and three
         return {
             "SCALING": self.scaling, "Z_GROUP": self.z_group, "L_GROUP": self.l_group,
             "LOGITS_AT": self.logits_at, "Z_STEP": self.z_step, "HAS_P": self.has_p,
             "N": self.N, "K": self.top_k, "R": self.r, "D": self.D,
-            "E_STEP": e_step, "PAD_N": triton.next_power_of_2(self.N), "PAD_H": tile_size(e_step * self.r),
+            "E_STEP": e_step, "PAD_N": next_power_of_2(self.N), "PAD_H": tile_size(e_step * self.r),
             "PAD_D": tile_size(e_step * self.D if self.z_step else self.D),
             "ACC": accumulator_dtype(dtype), "BLOCK_T": BLOCK_T,
         }  # fmt: skip
@@ -334,7 +337,7 @@ def gate(down_out: Tensor, P: Tensor | None, h: Tensor, layout: GateLayout, spli
     assert splits is None or splits.stride(1) == down_out.stride(0)
     count, split_stride = (0, 0) if splits is None else (len(splits), splits.stride(0))
     launch(
-        _gate_kernel, (triton.cdiv(T, BLOCK_T), G),
+        _gate_kernel, (cdiv(T, BLOCK_T), G),
         down_out, splits, P, h, probability, T, down_out.stride(0), split_stride, h.stride(1), h.stride(0),
         *_strides(P), SPLITS=count, num_stages=forward_stages(layout, count), **layout.constants(down_out.dtype),
     )  # fmt: skip
@@ -362,7 +365,7 @@ def gate_backward(
     G, T = dh.shape[:2]
     gated_dh = dh.new_empty(dh.shape) if P is not None else None
     launch(
-        _gate_backward_kernel, (triton.cdiv(T, BLOCK_T), G),
+        _gate_backward_kernel, (cdiv(T, BLOCK_T), G),
         down_out, P, dh, dprobability, d_down_out, gated_dh, T, down_out.stride(0), d_down_out.stride(0), dh.shape[2],
         dh.stride(1), dh.stride(0), *_strides(P), HAS_DPROBABILITY=dprobability is not None,
         **layout.constants(down_out.dtype, backward_step_columns(layout)),

@@ -41,7 +41,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from malora.fused.kernels.launch import launch
-from malora.fused.tensor_utils import round_up
+from malora.fused.tensor_utils import cdiv, next_power_of_2, round_up
 
 E4M3_MAX = 448.0  # largest finite float8_e4m3fn
 MIN_SCALE = torch.finfo(torch.float32).tiny  # scale of a row of zeros: its inverse is finite
@@ -153,14 +153,14 @@ def quantize_rows_triton(
     """
     matrices = [matrix.contiguous() for matrix in matrices]  # W may be a column slice of an augmented weight
     widths = tuple(matrix.shape[1] for matrix in matrices)
-    block = triton.next_power_of_2(max(widths))
+    block = next_power_of_2(max(widths))
     h, up_scale = up or (None, None)
     H, C, up_columns = (0, 1, 0) if up is None else (up.h.shape[2], up.up_scale.shape[1], up.up_scale.numel())
     strides = (0, 0) if up is None else (up.h.stride(1), up.h.stride(0))
     launch(
         _quantize_rows_kernel, (len(matrices[0]),),
         tuple(matrices), h, up_scale, min_magnitude, *out, *strides, out.values.stride(0), widths, alpha, block,
-        H, C, up_columns, triton.next_power_of_2(max(up_columns, 1)), E4M3_MAX, MIN_SCALE,
+        H, C, up_columns, next_power_of_2(max(up_columns, 1)), E4M3_MAX, MIN_SCALE,
         num_warps=min(max(8, block // 2048), 32),
     )  # fmt: skip
 
@@ -261,7 +261,7 @@ def quantize_up_proj_triton(W: Float8Rows, B: Tensor, alpha: float, up_scale: Te
     """Do the work of `quantize_up_proj` in one launch. Arguments as there."""
     (H, m), C = B.shape, len(up_scale)
     launch(
-        _quantize_up_proj_kernel, (triton.cdiv(C, 8), triton.cdiv(m, 1024)),
+        _quantize_up_proj_kernel, (cdiv(C, 8), cdiv(m, 1024)),
         B, W.scale, W.values[:, -C:], up_scale, H, C, W.values.stride(0), m, alpha, 8, 1024, 2048, E4M3_MAX, MIN_SCALE,
         num_warps=16,
     )  # fmt: skip

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from malora.fused.tensor_utils import next_power_of_2
+
 MIN_TILE = 16  # `tl.dot` accepts no smaller side
 
 # Smallest column count for a right operand of `tl.dot` that is read as it lies in memory. With 16 columns and 128 rows
@@ -57,6 +59,7 @@ class SplitTile(NamedTuple):
         return self.head + (self.pad_tail if self.tail else 0)
 
 
+@cache
 def split_tile(size: int, min_tile: int = MIN_TILE) -> SplitTile:
     """Cover `size` elements by one power-of-two tile, or by two.
 
@@ -69,9 +72,10 @@ def split_tile(size: int, min_tile: int = MIN_TILE) -> SplitTile:
     return SplitTile(single, 0, min_tile)
 
 
+@cache
 def tile_size(size: int, min_tile: int = MIN_TILE) -> int:
     """Return the smallest power of two that is at least `size` and `min_tile`."""
-    return max(min_tile, int(triton.next_power_of_2(size)))
+    return max(min_tile, next_power_of_2(size))
 
 
 @cache

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from malora.fused.kernels.launch import launch
+from malora.fused.tensor_utils import cdiv
 
 
 def write_up_proj(augmented_weights: list[Tensor], Bs: list[Tensor], alpha: float) -> None:
@@ -39,7 +40,7 @@ def write_up_proj(augmented_weights: list[Tensor], Bs: list[Tensor], alpha: floa
     """
     H, max_m = len(Bs[0]), max(B.shape[1] for B in Bs)
     launch(
-        _write_up_proj_kernel, (triton.cdiv(max_m, 128), triton.cdiv(H, 32), len(Bs)),
+        _write_up_proj_kernel, (cdiv(max_m, 128), cdiv(H, 32), len(Bs)),
         tuple(Bs), tuple(weight[:, -H:] for weight in augmented_weights), H, tuple(B.shape[1] for B in Bs),
         tuple(weight.stride(0) for weight in augmented_weights), SCALE=alpha, BLOCK_H=32, BLOCK_M=128,
     )  # fmt: skip

@@ -43,6 +43,7 @@ from torch import Tensor
 from malora.fused.kernels import tiling
 from malora.fused.kernels.launch import launch
 from malora.fused.kernels.tiling import MIN_RIGHT_COLUMNS, accumulator_dtype, split_tile
+from malora.fused.tensor_utils import cdiv
 
 LAUNCH = {"BLOCK": 64, "BLOCK_SUM": 128, "num_stages": 4, "num_warps": 4}  # the fastest tried on an H100
 MAX_RANK = 128  # beyond it the accumulators do not stay in registers
@@ -202,9 +203,9 @@ def _backward_same_width(
     (T, m), G, H = dys[0].shape, len(dys), len(Bs[0])
     dBs = torch.empty(G, H, m, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
     ranks, block, block_sum = split_tile(H, MIN_RIGHT_COLUMNS), LAUNCH["BLOCK"], LAUNCH["BLOCK_SUM"]
-    t_padded, m_padded = _padded_tokens(T, block_sum), triton.cdiv(m, block_sum) * block_sum
+    t_padded, m_padded = _padded_tokens(T, block_sum), cdiv(m, block_sum) * block_sum
     launch(
-        _up_proj_backward_kernel, (G * (triton.cdiv(T, block) + triton.cdiv(m, block)),),
+        _up_proj_backward_kernel, (G * (cdiv(T, block) + cdiv(m, block)),),
         tuple(dys), tuple(h), tuple(Bs), tuple(dh), dBs, T, m, h.stride(1), dh.stride(1), t_padded, m_padded,
         ALPHA=alpha, EVEN_T=(t_padded == T), EVEN_M=(m == m_padded), H=H, PAD_HEAD=ranks.head, TAIL=ranks.tail,
         PAD_TAIL=ranks.pad_tail, ACC=accumulator_dtype(h.dtype), **LAUNCH | {"num_stages": _stages(H, h.device)},
@@ -217,6 +218,6 @@ def _padded_tokens(T: int, block: int) -> int:
 
     Few different lengths mean few compilations.
     """
-    tiles = triton.cdiv(T, block)
+    tiles = cdiv(T, block)
     step = 1 << max(0, tiles.bit_length() - 4)
-    return int(triton.cdiv(tiles, step) * step * block)
+    return cdiv(tiles, step) * step * block
