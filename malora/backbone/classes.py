@@ -75,7 +75,8 @@ def _optimized_class(base: type[nn.Module], part: str) -> type[nn.Module]:
         if part == "loss":
             name = base.__name__
             namespace["extra_repr"] = _describe_loss
-        _CLASSES[base, part] = type(base)(name, (base,), namespace)
+        made: Any = type(base)
+        _CLASSES[base, part] = made(name, (base,), namespace)
     return _CLASSES[base, part]
 
 
@@ -91,5 +92,6 @@ def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
 
 
 def _new_instance(base: type[nn.Module], part: str) -> nn.Module:
-    made = _optimized_class(base, part)
-    return made.__new__(made)
+    made: Any = _optimized_class(base, part)
+    instance: nn.Module = made.__new__(made)
+    return instance

@@ -80,7 +80,7 @@ def _loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of each row, [L], and the gradient of the logits, [L, V]."""
     if can_run(logits):
-        from malora.backbone.cross_entropy import cross_entropy_  # needs Triton
+        from malora.backbone.kernels.cross_entropy import cross_entropy_  # needs Triton
 
         return cross_entropy_(logits, targets, ignored, cap, with_gradient=with_gradient), logits
     wide = logits.float() if logits.dtype != torch.float64 else logits
@@ -114,7 +114,7 @@ def linear_cross_entropy(
         ignored: The label of positions that have no loss.
         cap: The logits are cap · tanh(logits / cap); None leaves them as they are.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, rows, ignored, cap)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, rows, ignored, cap)  # type: ignore[no-untyped-call]
     return loss
 
 

@@ -7,6 +7,7 @@ import logging
 from torch import nn
 
 from malora.backbone.classes import change_class, has_part, restore_class
+from malora.backbone.parts.residual import ResidualSettings
 from malora.fused.availability import has_triton
 from malora.fused.fp8_linear import convert_unadapted_linears, restore_linear
 from malora.fused.group import ProjectionGroup, has_one_layout
@@ -103,8 +104,8 @@ def _link_norms(model: nn.Module) -> None:
             if isinstance(layers, nn.ModuleList) and any(has_part(layer) == "residual" for layer in layers):
                 norms = [getattr(layer, "input_layernorm", None) for layer in layers[1:]]
                 for layer, norm in zip(layers, [*norms, getattr(owner, "norm", None)], strict=True):
-                    if has_part(layer) == "residual":
-                        layer.malora_settings.next_norm = norm
+                    if isinstance(settings := getattr(layer, "malora_settings", None), ResidualSettings):
+                        settings.next_norm = norm
 
 
 def _allocate_padding(model: nn.Module) -> str:

@@ -45,10 +45,10 @@ def settings(module: nn.Module) -> GluSettings | None:
     is_packed = layers == _PACKED
     down, gate, up = numbers(2, 3), 3 * numbers(3, 4), 2 * numbers(3, 4).flip(0)
     weights = {"gate_up_proj": torch.cat([gate, up])} if is_packed else {"gate_proj": gate, "up_proj": up}
-    children = {name: _Fixed(weight) for name, weight in {**weights, "down_proj": down}.items()}
+    children: dict[str, nn.Module] = {name: _Fixed(weight) for name, weight in {**weights, "down_proj": down}.items()}
     for name in names:
-        if name in module._modules:
-            children[name] = module._modules[name]
+        if isinstance(child := module._modules.get(name), nn.Module):
+            children[name] = child
     x = numbers(5, 4)
     probed = run_quietly(lambda: bare_copy(module, children).forward(x))
     for activation, function in _FUNCTIONS.items():
@@ -70,7 +70,7 @@ class _Fixed(nn.Module):
 
 def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
     """Return a forward that uses the kernel where it can."""
-    from malora.backbone.glu import glu, packed_glu  # needs Triton
+    from malora.backbone.kernels.glu import glu, packed_glu  # needs Triton
 
     original = base.forward
 

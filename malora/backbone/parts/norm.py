@@ -53,7 +53,8 @@ class NormSettings:
 
 def settings(module: nn.Module) -> NormSettings | None:
     """Return the settings of an RMSNorm; None if the module is something else."""
-    if set(module._parameters) != {"weight"} or module._modules or module.weight.dim() != 1:
+    own = module._parameters.get("weight")
+    if len(module._parameters) != 1 or own is None or own.dim() != 1 or module._modules:
         return None
     eps = next((vars(module)[name] for name in ("variance_epsilon", "eps") if name in vars(module)), None)
     if not isinstance(eps, float):
@@ -71,7 +72,7 @@ def settings(module: nn.Module) -> NormSettings | None:
 
 def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
     """Return a forward that uses the kernel where it can."""
-    from malora.backbone.rms_norm import rms_norm  # needs Triton
+    from malora.backbone.kernels.rms_norm import rms_norm  # needs Triton
 
     original = base.forward
 

@@ -108,7 +108,7 @@ def _add(x: Tensor, residual: Tensor, norm: Any) -> Tensor:
         return residual + x
     if residual.device != x.device or not can_run(residual):
         return residual + x
-    from malora.backbone.add_rms_norm import add_rms_norm  # needs Triton
+    from malora.backbone.kernels.add_rms_norm import add_rms_norm  # needs Triton
 
     total, y = add_rms_norm(x, residual, norm.weight, own.eps)
     own.precomputed = Precomputed(total, version_of(total), y)

@@ -97,7 +97,7 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
 
 def _faster(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that does the same by the kernel where it can."""
-    from malora.backbone.rotary import rotary  # needs Triton
+    from malora.backbone.kernels.rotary import rotary  # needs Triton
 
     @wraps(function)
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ from malora.backbone import liger
 from tests.bench.conftest import stand_in_for_liger
 from tests.conftest import make_model
 
-add_rms_norm = pytest.importorskip("malora.backbone.add_rms_norm").add_rms_norm
+add_rms_norm = pytest.importorskip("malora.backbone.kernels.add_rms_norm").add_rms_norm
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IDS = torch.arange(1, 15, device=DEVICE).view(2, 7)
 

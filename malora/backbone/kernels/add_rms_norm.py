@@ -34,8 +34,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from malora.backbone.kernels.rms_norm import normalize
 from malora.backbone.recompute import note
-from malora.backbone.rms_norm import normalize
 
 
 @triton.jit

@@ -2,8 +2,8 @@
 
     loss = log Σ exp(c(l)) - c(l_t)        dl = (softmax(c(l)) - onehot(t)) ⊙ c'(l)
 
-with c(l) = cap · tanh(l / cap) in models that cap their logits (Gemma 2), and c(l) = l in others. A program computes one
-row in two passes: one for the sum, with the largest logit so far, and one for the gradient.
+with c(l) = cap · tanh(l / cap) in models that cap their logits (Gemma 2), and c(l) = l in others. A program computes
+one row in two passes: one for the sum, with the largest logit so far, and one for the gradient.
 
 | symbol | meaning | size |
 | --- | --- | --- |

@@ -131,7 +131,8 @@ class _PackedGlu(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (gate_up,) = ctx.saved_tensors
         gradient = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
-        _backward(*gate_up.chunk(2, -1), dy, *gradient.chunk(2, -1), ctx.activation)
+        (gate, up), (dgate, dup) = gate_up.chunk(2, -1), gradient.chunk(2, -1)
+        _backward(gate, up, dy, dgate, dup, ctx.activation)
         return gradient, None
 
 
