@@ -60,14 +60,8 @@ class _Head(nn.Module):
 
 def settings(module: nn.Module) -> LossSettings | None:
     """Return the settings of a causal language model; None if its loss is something else."""
-    if not isinstance(module, PreTrainedModel) or module.loss_function is not ForCausalLMLoss:
-        return None
-    try:
-        head = module.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-    name = next((name for name, child in module._modules.items() if child is head), None)
-    if name is None or set(module._modules) != {name, module.base_model_prefix}:
+    name = _name_of_head(module)
+    if name is None or not isinstance(module, PreTrainedModel) or module.loss_function is not ForCausalLMLoss:
         return None
     config = module.config.get_text_config()
     hidden, labels = 30 * numbers(1, 4, 2), torch.tensor([[0, 1, 0, 1]])
@@ -81,6 +75,18 @@ def settings(module: nn.Module) -> LossSettings | None:
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     expected = F.cross_entropy(logits[0, :-1], labels[0, 1:])
     return LossSettings(name, cap) if is_close(outputs.loss, expected) else None
+
+
+def _name_of_head(module: nn.Module) -> str | None:
+    """Return the name of the output head of a model that is a head on a base model and nothing else."""
+    if not isinstance(module, PreTrainedModel) or module.base_model_prefix not in module._modules:
+        return None
+    heads = set(module._modules) - {module.base_model_prefix}
+    try:
+        head = module.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return heads.pop() if len(heads) == 1 and head is module._modules[min(heads)] else None
 
 
 def make_forward(base: type[nn.Module]) -> Callable[..., Any]:

@@ -82,8 +82,8 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
             return original(self, *inputs, **named)
         (x,) = inputs
         own: NormSettings = self.malora_settings
-        if own.precomputed is not None:
-            precomputed, own.precomputed = own.precomputed, None
+        if (precomputed := own.precomputed) is not None:
+            own.precomputed = None
             if precomputed.fits(x):
                 return precomputed.y
         if can_fuse(self, x):

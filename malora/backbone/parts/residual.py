@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from malora.backbone.parts.norm import NormSettings, Precomputed, can_fuse, version_of
-from malora.backbone.probe import bare_copy, can_run, is_close, numbers, run_quietly
+from malora.backbone.probe import bare_copy, is_close, numbers, run_quietly
 
 _CHILDREN = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
@@ -30,9 +30,11 @@ class ResidualSettings:
     """What the forward pass of a decoder layer needs to know.
 
     Attributes:
+        dropouts: Dropout of the sublayers' outputs, which is left out while its probability is 0.
         next_norm: The norm that reads the layer's output, or None if it is not known. Not a child of the layer.
     """
 
+    dropouts: list[nn.Dropout]
     next_norm: nn.Module | None = None
 
 
@@ -61,10 +63,9 @@ class _Mlp(nn.Module):
 
 def settings(module: nn.Module) -> ResidualSettings | None:
     """Return the settings of a decoder layer that norms before its sublayers; None for any other module."""
-    others = set(module._modules) - set(_CHILDREN)
-    if not set(_CHILDREN) <= set(module._modules) or module._parameters:
-        return None
-    if not all(_does_nothing(module._modules[name]) for name in others):
+    others = {name: child for name, child in module._modules.items() if name not in _CHILDREN}
+    dropouts = [child for child in others.values() if type(child) is nn.Dropout]
+    if len(others) != len(dropouts) or len(module._modules) != len(others) + len(_CHILDREN) or module._parameters:
         return None
     norm, mlp, attention = _Norm(), _Mlp(), _Attention()
     children = dict(zip(_CHILDREN, (norm, attention, norm, mlp), strict=True)) | {n: nn.Identity() for n in others}
@@ -74,12 +75,7 @@ def settings(module: nn.Module) -> ResidualSettings | None:
     options = {"attention_mask": 1, "position_embeddings": 2, "position_ids": 3, "another": 4}
     probed = run_quietly(lambda: layer.forward(x, **options))
     h = x + norm(x).cos() * 0.7
-    return ResidualSettings() if is_close(probed, h + mlp(norm(h))) else None
-
-
-def _does_nothing(module: nn.Module | None) -> bool:
-    """Return whether a module is dropout with probability 0, as Phi-3's layers have it."""
-    return isinstance(module, nn.Dropout) and module.p == 0
+    return ResidualSettings(dropouts) if is_close(probed, h + mlp(norm(h))) else None
 
 
 def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
@@ -88,9 +84,9 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
 
     @wraps(original)
     def forward(self: Any, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
-        if args or torch.compiler.is_compiling():
-            return original(self, hidden_states, *args, **options)
         own: ResidualSettings = self.malora_settings
+        if args or torch.compiler.is_compiling() or any(dropout.p for dropout in own.dropouts):
+            return original(self, hidden_states, *args, **options)
         attention, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **options)
         hidden_states = _add(attention, hidden_states, self.post_attention_layernorm)
         mlp = self.mlp(self.post_attention_layernorm(hidden_states))
@@ -103,10 +99,10 @@ def make_forward(base: type[nn.Module]) -> Callable[..., Any]:
 
 def _add(x: Tensor, residual: Tensor, norm: Any) -> Tensor:
     """Return the sum. If one kernel can also compute its norm, leave that for the norm to find."""
-    own = getattr(norm, "malora_settings", None)
-    if not isinstance(own, NormSettings) or own.offset or x.dtype != residual.dtype or not can_fuse(norm, x):
+    own = norm.malora_settings if getattr(type(norm), "malora_part", None) == "norm" else None
+    if not isinstance(own, NormSettings) or own.offset or x.dtype != residual.dtype or x.device != residual.device:
         return residual + x
-    if residual.device != x.device or not can_run(residual):
+    if x.shape != residual.shape or not can_fuse(norm, x):
         return residual + x
     from malora.backbone.kernels.add_rms_norm import add_rms_norm  # needs Triton
 

@@ -1,22 +1,11 @@
-"""Residual sum and RMSNorm in one kernel, alone and in a model.
-
-It runs through Triton's interpreter or on a GPU.
-"""
+"""Residual sum and RMSNorm in one kernel, through Triton's interpreter or on a GPU."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import get_peft_model
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-import malora
-from malora.backbone import liger
-from tests.bench.conftest import stand_in_for_liger
-from tests.conftest import make_model
 
 add_rms_norm = pytest.importorskip("malora.backbone.kernels.add_rms_norm").add_rms_norm
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-IDS = torch.arange(1, 15, device=DEVICE).view(2, 7)
 
 
 def reference(x, residual, weight, eps):
@@ -65,93 +54,3 @@ def test_gradients_may_be_column_slices():
     expected = torch.autograd.grad(reference(*inputs, weight, 1e-5), inputs, slices)
     for a, b in zip(expected, got, strict=True):
         torch.testing.assert_close(b, a)
-
-
-@pytest.fixture
-def with_kernels(monkeypatch):
-    """Patch a model as with Liger installed.
-
-    The norms that Liger replaces carry a mark.
-    """
-
-    def apply(model, **_):
-        for norm in model.modules():
-            if isinstance(norm, LlamaRMSNorm):
-                norm.casting_mode = "llama"
-
-    stand_in_for_liger(monkeypatch, apply)
-    return liger.LigerKernels
-
-
-@pytest.mark.parametrize("options", [{"lora_dropout": 0.0}, {"lora_dropout": 0.3, "backend": "fused"}])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_model_with_fused_norms_computes_the_same(checkpointing, options, with_kernels, monkeypatch):
-    """With the fused backend the norms feed the kernels of the down projections."""
-
-    def run(kernels):
-        model = get_peft_model(make_model(), malora.METHODS["malora"](**options)).to(DEVICE).train()
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if "malora_B" in name:
-                    p.normal_(generator=torch.Generator(DEVICE).manual_seed(1), std=0.1)
-        if checkpointing:
-            model.enable_input_require_grads()
-            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-        if kernels:
-            with_kernels(model.get_base_model())
-        torch.manual_seed(0)  # one dropout mask for both
-        logits = model(IDS).logits
-        logits.square().mean().backward()
-        return logits, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-    expected, gradients = run(kernels=False)
-    unfused = []
-    monkeypatch.setattr(liger.F, "rms_norm", lambda *a, f=F.rms_norm: unfused.append(a) or f(*a))
-    got, fused_gradients = run(kernels=True)
-    # Of five norms, the first follows no sum. Checkpointed layers compute their own two norms once more when they are
-    # recomputed.
-    assert len(unfused) == (5 + 4 if checkpointing else 1)
-    torch.testing.assert_close(got, expected)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(fused_gradients[name], gradient, msg=name)
-
-
-def test_the_norm_is_computed_again_if_a_hook_changes_a_result_in_place(with_kernels):
-    def logits(kernels):
-        model = make_model().to(DEVICE).requires_grad_(False)
-        if kernels:
-            with_kernels(model)
-        model.model.layers[0].register_forward_hook(lambda *call: call[-1].add_(0.1))
-        return model(IDS).logits
-
-    torch.testing.assert_close(logits(kernels=True), logits(kernels=False))
-
-
-def test_a_norm_that_is_trained_is_not_fused(with_kernels):
-    def gradients(kernels):
-        model = make_model().to(DEVICE)
-        if kernels:
-            with_kernels(model)
-        model(IDS).logits.square().mean().backward()
-        return {name: p.grad for name, p in model.named_parameters() if "norm" in name}
-
-    expected, got = gradients(kernels=False), gradients(kernels=True)
-    assert len(expected) == 5
-    for name, gradient in expected.items():
-        torch.testing.assert_close(got[name], gradient, msg=name)
-
-
-def test_an_interrupted_pass_leaves_no_result_behind(with_kernels):
-    model = make_model().to(DEVICE).requires_grad_(False)
-    kernels = with_kernels(model)
-    following = model.model.layers[1].input_layernorm
-    pending = []
-
-    def interrupt(*_):
-        pending.append(following.precomputed)
-        raise KeyboardInterrupt
-
-    model.model.layers[1].register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt), kernels:
-        model(IDS)
-    assert pending[0] is not None and following.precomputed is None
