@@ -42,7 +42,7 @@ def add_adapter(model: PreTrainedModel, method: str, options: dict[str, Any], se
         adapted = get_peft_model(model, malora.make_config(method, **options))
     except ValueError as error:
         raise UserError(f"{method} does not fit {model.name_or_path}: {error}") from error
-    malora.optimize_backbone(adapted)
+    _pad_weights(adapted)
     return adapted
 
 
@@ -85,8 +85,16 @@ def load_adapter(model: PreTrainedModel, base: BaseModel, folder: Path) -> PeftM
         raise UserError(f"{folder} has virtual tokens ({config.peft_type}), which cannot be scored here.")
     _require_base(base, folder, config.base_model_name_or_path or "")
     adapted = _load_all_tensors(model, folder)
-    malora.optimize_backbone(adapted)
+    _pad_weights(adapted)
     return adapted
+
+
+def _pad_weights(model: PeftModel) -> None:
+    """Let the fused backends move frozen weights, and let fp8 convert layers.
+
+    Kernels for the other frozen layers are the business of training: it uses them where it captures CUDA graphs.
+    """
+    malora.optimize_backbone(model, rotary=False, activation=False, norm=False, loss=False)
 
 
 def _require_base(base: BaseModel, folder: Path, trained_on: str) -> None:

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 import malora
 from bench.errors import UserError
+from bench.speed.baselines import LigerKernels, has_liger
 from bench.speed.variants import CONFIGS, OURS, Variant
-from malora.backbone.liger import LigerKernels, has_liger
 
 
 class Subject:
@@ -36,7 +36,7 @@ class Subject:
         self.variant, self.device = variant, base.device
         shared: dict[int, Tensor] = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
         backbone = copy.deepcopy(base, dict(shared))
-        self.kernels = _liger_kernels(backbone, variant)
+        self.kernels = _liger_kernels(backbone) if variant.liger and variant.backend is None else nullcontext()
         in_base_dtype = variant.plain or not (training or variant.out_of_the_box)
         dtype = base.dtype if in_base_dtype else torch.float32
         self.model: PreTrainedModel | PeftModel = backbone
@@ -45,7 +45,7 @@ class Subject:
         self.own: list[Tensor] = [t for t in (*self.model.parameters(), *self.model.buffers()) if id(t) not in shared]
         self.autocast = training and dtype != base.dtype and variant.method is not None
         # Padded weights serve training only; float8 linear layers serve every mode.
-        self._optimizes = variant.backend == "fp8" or (training and variant.backend == "fused")
+        self._optimizes = variant.backend == "fp8" or (training and variant.backend == "fused") or self._has_our_kernels
         if training and variant.method is None:
             # Without an adapter nothing requires a gradient. This makes the backward pass run to the activations.
             backbone.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_())
@@ -54,6 +54,11 @@ class Subject:
             _compile_layers(backbone)
         if variant.run != "eager" and training:
             _compile_loss(backbone)
+
+    @property
+    def _has_our_kernels(self) -> bool:
+        """Whether our kernels for the frozen layers are used: in rows of ours that are named after Liger's."""
+        return self.variant.liger and self.variant.backend is not None
 
     @property
     def trainable(self) -> int:
@@ -70,7 +75,11 @@ class Subject:
         for tensor in self.own:
             tensor.data = tensor.data.to(self.device)
         if self._optimizes:
-            malora.optimize_backbone(self.model)
+            ours = self._has_our_kernels
+            # The rows are compared with others that compute all logits.
+            malora.optimize_backbone(
+                self.model, rotary=ours, activation=ours, norm=ours, loss=False, padding=self.model.training
+            )
 
     def park(self) -> None:
         """Move the variant's own tensors to host memory.
@@ -84,12 +93,10 @@ class Subject:
         malora.release_caches(self.model)
 
 
-def _liger_kernels(model: PreTrainedModel, variant: Variant) -> AbstractContextManager[object]:
-    if not variant.liger:
-        return nullcontext()
+def _liger_kernels(model: PreTrainedModel) -> AbstractContextManager[object]:
     if not has_liger():
         raise UserError("liger_kernel is not installed")
-    return LigerKernels(model, out_of_the_box=variant.backend is None)
+    return LigerKernels(model)
 
 
 def _adapt(model: PreTrainedModel, method: str, backend: str | None, dropout: float, dtype: torch.dtype) -> PeftModel:

@@ -2,8 +2,8 @@
 
 The adapter is computed in a given way. Each variant is one row of the table. It is run in one of three ways. "eager"
 runs the model as it is. "compiled" compiles each decoder layer and the loss with torch.compile. "captured" is compiled
-and then replayed as a CUDA graph. With Liger's kernels no decoder layer is compiled, because they already fuse what the
-compiler would fuse.
+and then replayed as a CUDA graph. With faster kernels for the frozen layers no decoder layer is compiled, because they
+already fuse what the compiler would fuse.
 
 The variants named "floor" are the frozen backbone: a forward pass, and in training a backward pass to the activations.
 No adapter on that backbone can be faster.
@@ -37,7 +37,8 @@ class Variant:
         backend: For our methods, one of `malora.BACKENDS`, or "loop" of `bench.speed.baselines`; None for PEFT's.
         run: "eager", "compiled" or "captured".
         plain: Whether the adapter is in bfloat16 and trains without autocast.
-        liger: Whether Liger's kernels are used. Variants that are not ours use them out of the box, with Liger's loss.
+        liger: Whether the frozen layers use faster kernels: Liger's, out of the box and with its loss, in variants that
+            are not ours; those of `malora.optimize_backbone` in ours. The names of both are those of older records.
     """
 
     name: str
@@ -121,7 +122,7 @@ def _variants_of(method: str, backend: str) -> list[Variant]:
     if method not in FULLY_COMPARED:
         runs = ("eager", "compiled") if backend == "dense" else ("compiled",)  # a CPU runs the eager one
     found = [Variant(_name(name, run), method, backend, run) for run in runs]
-    if backend == "fused":  # with Liger's kernels around it, as `bench` trains
+    if backend == "fused":  # with faster kernels around it, as `bench` trains
         found += [
             Variant(_name(f"{name}-liger", run), method, backend, run, liger=True) for run in ("eager", "captured")
         ]

@@ -26,7 +26,6 @@ from bench.train.progress import Progress
 from bench.train.step import EagerStep, GraphedStep, Step
 from bench.train.tracking import Log, log_nothing
 from malora.backbone.cuda_graphs import can_capture
-from malora.backbone.liger import LigerKernels, has_liger
 
 # Reading a loss from a GPU makes the host wait. Every 10 steps is often enough to notice a divergence and to draw a
 # curve.
@@ -125,9 +124,9 @@ class _Trainer:
         self.accelerator.wait_for_everyone()
 
     def _make_step(self) -> Step:
-        kernels = LigerKernels(self.model.get_base_model()) if self.captures and has_liger() else None
-        eager = EagerStep(self.model, self.wrapped, self.accelerator, self.config.balance_factor, kernels)
+        eager = EagerStep(self.model, self.wrapped, self.accelerator, self.config.balance_factor)
         if self.captures:
+            malora.optimize_backbone(self.model, loss=False)  # the step computes its own loss
             return GraphedStep(eager)
         eager.end_phase = self.timer.end_phase
         return eager

@@ -2,14 +2,13 @@
 
 A training step of a small model launches thousands of kernels of a few microseconds each. Launching them takes the host
 longer than running them takes the GPU. On one GPU the step is therefore captured as a CUDA graph, once per shape of a
-micro-batch, and replayed: the same kernels in the same order, but with one launch. Where Liger is installed, the frozen
-layers use its kernels, which are fewer and larger (`malora.backbone.liger`). Elsewhere `EagerStep` runs.
+micro-batch, and replayed: the same kernels in the same order, but with one launch. The frozen layers then use fewer and
+larger kernels (`malora.optimize_backbone`). Elsewhere `EagerStep` runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -39,7 +38,6 @@ class EagerStep:
         wrapped: The same model as `accelerator.prepare` returned it.
         accelerator: Runs the backward pass and decides the precision.
         balance_factor: Weight of the balance loss.
-        kernels: Context manager to enter for every forward pass.
 
     Raises:
         UserError: The model's attention cannot be confined to the examples of a packed sequence.
@@ -54,11 +52,9 @@ class EagerStep:
         wrapped: nn.Module,
         accelerator: Accelerator,
         balance_factor: float,
-        kernels: AbstractContextManager[object] | None = None,
     ) -> None:
         self.model, self.wrapped, self.accelerator = model, wrapped, accelerator
         self.balance_factor = balance_factor
-        self.kernels = kernels or nullcontext()
         self.has_router = malora.has_router(model)
         # The balance loss is added here, with a mask for packed rows, and so not by the model.
         self.router_options = {"output_router_logits": False} if self.has_router else {}
@@ -91,7 +87,7 @@ class EagerStep:
         """
         masks = masks_for(self.windows, partial(packed_attention_bias, batch.example, self.attention_dtype))
         at_labels = label_positions_only(self.model, batch.row, batch.column)
-        with self.kernels, exact_with_masks(batch.ids.device), at_labels:
+        with exact_with_masks(batch.ids.device), at_labels:
             logits = self.wrapped(
                 input_ids=batch.ids,
                 position_ids=batch.position,

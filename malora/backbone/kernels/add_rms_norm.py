@@ -34,6 +34,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from malora.backbone.kernels.rms_norm import normalize
+from malora.backbone.recompute import note
+
 
 @triton.jit
 def _add_rms_norm_kernel(x_ptr, residual_ptr, w_ptr, sum_ptr, y_ptr, n, EPS: tl.constexpr, BLOCK: tl.constexpr):
@@ -140,4 +143,5 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         y: s / √(mean(s²) + eps) ⊙ weight, in the same dtype, computed in float32 from the rounded s.
     """
     s, y = _AddRmsNorm.apply(x, residual, weight, eps)
+    note(y, normalize, s, weight, eps)
     return s, y

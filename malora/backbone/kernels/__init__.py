@@ -1,0 +1,1 @@
+"""Triton kernels of the frozen layers, each with the function that launches it."""
