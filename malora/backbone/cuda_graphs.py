@@ -10,7 +10,7 @@ These are the parts of which `malora.capture_step` is made. They serve loops tha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -70,8 +70,9 @@ def capture(
     """
     if passes:
         warm_up(run, passes)
-    graph = torch.cuda.CUDAGraph()
-    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    graph, pool = torch.cuda.CUDAGraph(), pool or torch.cuda.graph_pool_handle()
+    device = torch.cuda.current_device()
+    generator = torch.cuda.default_generators[device]
     random_state, outer = generator.clone_state(), torch.cuda.current_stream()
     try:
         # Other threads may go on meanwhile, such as that of a DataLoader which pins memory.
@@ -82,6 +83,9 @@ def capture(
         # remain the one of the capture.
         generator.graphsafe_set_state(random_state)
         torch.cuda.set_stream(outer)
+        # Before 2.12 torch leaves the allocator in the capture, and emptying its cache fails then (its issue 180395).
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(device, pool)
         raise
     return graph
 

@@ -24,8 +24,7 @@ def test_training_lowers_the_loss_and_records_what_it_did(method, setting):
     examples = result.data.train.values()
     assert result.train.steps == -(-sum(task.examples for task in examples) // 8)
     assert result.train.tokens == sum(task.tokens for task in examples)
-    passes = {"forward_backward"} if torch.cuda.is_available() else {"forward", "backward"}  # one graph on a GPU
-    assert set(result.train.seconds) == {"data", *passes, "optimizer", "evaluation"}
+    assert set(result.train.seconds) == {"data", "forward_backward", "optimizer", "evaluation"}
     assert all(seconds > 0 for seconds in result.train.seconds.values())
     assert result.parameters.trainable > 0 and result.parameters.adapter_bytes == 4 * result.parameters.trainable
 

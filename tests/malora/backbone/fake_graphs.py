@@ -11,16 +11,24 @@ class FakeGraph:
     """Stand for a graph. As with a real one, the capture itself changes no tensor that lives on."""
 
     captures = 0
+    is_running = False
 
     def __init__(self, run, passes=0, pool=None, stream=None):
         sums = run.__closure__ and [cell.cell_contents for cell in run.__closure__]
         kept = [total for owner in sums if isinstance(owner, module._Gradients) for total in owner.sums]
         before = [total.clone() for total in kept]
-        run()
+        self.run = run
+        self.replay()
         for total, value in zip(kept, before, strict=True):
             total.copy_(value)
         FakeGraph.captures += 1
-        self.replay = run
+
+    def replay(self):
+        FakeGraph.is_running = True
+        try:
+            self.run()
+        finally:
+            FakeGraph.is_running = False
 
     def pool(self):
         return "pool"
@@ -38,6 +46,7 @@ def graphs(monkeypatch):
     """Let steps on a CPU capture their passes; the fixture counts them."""
     monkeypatch.setattr(FakeGraph, "captures", 0)
     monkeypatch.setattr(module, "capture", FakeGraph)
+    monkeypatch.setattr("malora.router_callback.is_captured", lambda like: FakeGraph.is_running)
     monkeypatch.setattr(module, "SideStream", FakeSideStream)
     monkeypatch.setattr(module, "why_not_captured", lambda model: None)
     monkeypatch.setattr(module, "capture_refresh", lambda weights: weights.refresh() or weights.refresh)
