@@ -61,7 +61,8 @@ class CaptureMixin(_Base):
     ) -> Tensor:
         """Run forward and backward of a micro-batch, as a replay if its shape has been captured."""
         step = self._step_of(model)
-        model.train()  # the captured passes are those of this mode
+        if not model.training:  # after an evaluation
+            model.train()  # else the step would find the model changed
         if isinstance(num_items_in_batch, int):  # as a number it would be a constant of the graph
             num_items_in_batch = torch.tensor(num_items_in_batch, device=self.args.device)
         micro_batch = {
@@ -107,7 +108,7 @@ class CaptureMixin(_Base):
     ) -> Any:
         """Compute the loss of TRL's SFTTrainer: that of the labels, and the balance loss with the weight of TRL."""
         inputs = {**inputs, "use_cache": False, "output_router_logits": False}
-        loss = Trainer.compute_loss(self, model, inputs, num_items_in_batch=num_items_in_batch)
+        loss: Any = Trainer.compute_loss(self, model, inputs, num_items_in_batch=num_items_in_batch)
         if getattr(self, "aux_loss_enabled", False):
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             weight: float = self.router_aux_loss_coef  # type: ignore[attr-defined]  # SFTTrainer has it

@@ -14,18 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from malora.backbone.captured_pass import CapturedPass, Gradients, Pass
 from malora.backbone.causal_attention import without_needless_mask
-from malora.backbone.cuda_graphs import SideStream, capture, capture_refresh
+from malora.backbone.cuda_graphs import SideStream, capture_refresh
 from malora.backbone.model_state import ModelState, why_not_captured
 from malora.backbone.nested import map_tensors, signature_of, tensors_of
-from malora.layer import MaloraLayer
-from malora.routing import RoutingLog
 from malora.weight_cache import WeightCache
 
 logger = logging.getLogger(__name__)
 
 LossFunction = Callable[[Any, Any], Any]  # of the model and a micro-batch
-Pass = Callable[[Any, "Tensor | float | None"], Any]  # forward and backward, of a micro-batch and a factor of the loss
 
 EAGER_COST = "Every kernel is launched by itself: the results are the same, and steps of a small model take longer."
 
@@ -120,9 +118,9 @@ class CapturedStep:
     def reset(self) -> None:
         """Drop all graphs and free their memory. They are captured anew when they are needed."""
         had_graphs = bool(getattr(self, "_graphs", None))
-        self._graphs: dict[Hashable, _CapturedPass] = {}
+        self._graphs: dict[Hashable, CapturedPass] = {}
         self._seen: set[Hashable] = set()  # signatures whose kernels are compiled
-        self._gradients: _Gradients | None = None
+        self._gradients: Gradients | None = None
         self._refresh_graph: Callable[[], None] | None = None
         self._weights = WeightCache(self.model)
         self._weights_are_fresh = False
@@ -180,7 +178,7 @@ class CapturedStep:
         self.replayed = True
         return captured.replay(micro_batch, scale)
 
-    def _find_or_capture(self, micro_batch: Any, scale: Tensor | float | None) -> _CapturedPass | None:
+    def _find_or_capture(self, micro_batch: Any, scale: Tensor | float | None) -> CapturedPass | None:
         """Return the graph for a micro-batch, or None if it is to run as usual."""
         signature = self._signature(micro_batch, scale)
         if signature is None or signature in self._graphs:
@@ -198,6 +196,24 @@ class CapturedStep:
         if self._is_warm:
             self._seen.add(signature)
         return None
+
+    def average_gradients(self) -> None:
+        """Average the gradients over the processes of `torch.distributed`, in one all-reduce for each dtype.
+
+        It takes the place of `DistributedDataParallel`, whose passes cannot be captured. Give `capture_step` the model
+        itself, with equal weights in all processes, and call this after the last micro-batch of each optimizer step.
+        All processes must have gradients of the same parameters.
+        """
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+        for gradients in by_dtype.values():
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            torch.distributed.all_reduce(flat)
+            flat /= torch.distributed.get_world_size()
+            averages = flat.split([gradient.numel() for gradient in gradients])
+            torch._foreach_copy_(gradients, [one.view_as(g) for one, g in zip(averages, gradients, strict=True)])
 
     def _begin(self) -> None:
         """Notice changes of the model, and copy the adapter's weights for the passes that follow."""
@@ -249,16 +265,24 @@ class CapturedStep:
         self._weights_are_fresh = False  # it may have written weights of its own where replays read theirs
         return outputs
 
-    def _capture(self, signature: Hashable, micro_batch: Any, scale: Tensor | float | None) -> _CapturedPass | None:
+    def _capture(self, signature: Hashable, micro_batch: Any, scale: Tensor | float | None) -> CapturedPass | None:
         """Capture a pass; if that fails, log why and return None, now and for all other shapes."""
         try:
             if self._refresh_graph is None:
                 self._refresh_graph = capture_refresh(self._weights)
             if self._gradients is None:
-                self._gradients = _Gradients(self.model)
+                self._gradients = Gradients(self.model)
             pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
             with self._weights:
-                captured = _CapturedPass(self, micro_batch, scale, self._gradients, pool, self._side_stream.stream)
+                captured = CapturedPass(
+                    self.model,
+                    self.forward_backward,
+                    micro_batch,
+                    scale,
+                    self._gradients,
+                    pool,
+                    self._side_stream.stream,
+                )
         except Exception as error:  # what a capture forbids is raised as all kinds of errors
             self._has_failed, first = True, _first_of(error)
             self._announce(
@@ -275,111 +299,6 @@ class CapturedStep:
         if message not in self._announced:
             self._announced.add(message)
             logger.log(level, message)
-
-
-class _Gradients:
-    """The memory to which all graphs of a model add their gradients.
-
-    Args:
-        model: Its trainable parameters have the gradients.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.sums = [torch.zeros_like(parameter) for parameter in self.parameters]
-
-    def prepare(self, chosen: list[int]) -> None:
-        """Put the sums into the `.grad` of some parameters, with the value that was there."""
-        unset, sources, targets = [], [], []
-        for index in chosen:
-            parameter, total = self.parameters[index], self.sums[index]
-            if parameter.grad is None:
-                unset.append(total)
-            elif parameter.grad is not total:
-                sources.append(parameter.grad)
-                targets.append(total)
-            parameter.grad = total
-        if unset:  # the foreach functions refuse empty lists
-            torch._foreach_zero_(unset)
-        if sources:
-            torch._foreach_copy_(targets, sources)
-
-    def add_pass(self, run: Callable[[], Any]) -> tuple[Any, list[int]]:
-        """Run a pass and add its gradients to the sums.
-
-        Returns:
-            What `run` returns, and the indices of the parameters that got a gradient.
-        """
-        before = [parameter.grad for parameter in self.parameters]
-        for parameter in self.parameters:
-            parameter.grad = None  # so that the gradients are those of this pass alone
-        try:
-            outputs = run()
-            gradients = {i: p.grad for i, p in enumerate(self.parameters) if p.grad is not None}
-            if gradients:
-                torch._foreach_add_([self.sums[i] for i in gradients], list(gradients.values()))
-        finally:
-            for parameter, gradient in zip(self.parameters, before, strict=True):
-                parameter.grad = gradient
-        return outputs, list(gradients)
-
-
-class _CapturedPass:
-    """A CUDA graph of forward and backward, and the tensors that it reads and writes."""
-
-    def __init__(
-        self,
-        step: CapturedStep,
-        micro_batch: Any,
-        scale: Tensor | float | None,
-        gradients: _Gradients,
-        pool: Any,
-        stream: torch.cuda.Stream | None,
-    ) -> None:
-        device = next(step.model.parameters()).device
-        self.inputs = map_tensors(lambda tensor: tensor.detach().to(device, copy=True), micro_batch)
-        self.scale = None if scale is None else torch.empty((), device=device)
-        self.gradients = gradients
-        self.log = _routing_log(step.model)
-
-        def run() -> None:
-            with _autocast_without_cache(device.type):
-                outputs, self.trained = gradients.add_pass(lambda: step.forward_backward(self.inputs, self.scale))
-            self.outputs = map_tensors(Tensor.detach, outputs)
-            self.routing = self.log.snapshot()
-            self.log.restore(self.routing)  # drops the autograd graph of the pass
-
-        self.graph = capture(run, passes=0, pool=pool, stream=stream)
-
-    def replay(self, micro_batch: Any, scale: Tensor | float | None) -> Any:
-        """Copy the micro-batch into the inputs, launch the graph, and return copies of the outputs."""
-        for static, new in zip(tensors_of(self.inputs), tensors_of(micro_batch), strict=True):
-            static.copy_(new, non_blocking=True)
-        if isinstance(scale, Tensor):
-            assert self.scale is not None
-            self.scale.copy_(scale, non_blocking=True)
-        elif scale is not None:
-            assert self.scale is not None
-            self.scale.fill_(scale)
-        self.gradients.prepare(self.trained)
-        self.graph.replay()
-        self.log.restore(self.routing)
-        return map_tensors(Tensor.clone, self.outputs)
-
-
-def _autocast_without_cache(device_type: str) -> AbstractContextManager[Any]:
-    """Return the autocast that is active, without its cache: that may hold weights cast outside of the graph."""
-    if not torch.is_autocast_enabled(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, dtype=torch.get_autocast_dtype(device_type), cache_enabled=False)
-
-
-def _routing_log(model: nn.Module) -> RoutingLog:
-    """Return the routing log of the model's adapted layers; an empty one if there are none."""
-    for module in model.modules():
-        if isinstance(module, MaloraLayer) and module.routing_log is not None:
-            return module.routing_log
-    return RoutingLog()
 
 
 def _loss_in(outputs: Any) -> Tensor:

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from malora.backbone import capture as module
+from malora.backbone import capture, captured_pass
 
 
 class FakeGraph:
@@ -15,7 +15,7 @@ class FakeGraph:
 
     def __init__(self, run, passes=0, pool=None, stream=None):
         sums = run.__closure__ and [cell.cell_contents for cell in run.__closure__]
-        kept = [total for owner in sums if isinstance(owner, module._Gradients) for total in owner.sums]
+        kept = [total for owner in sums if isinstance(owner, captured_pass.Gradients) for total in owner.sums]
         before = [total.clone() for total in kept]
         self.run = run
         self.replay()
@@ -45,9 +45,9 @@ class FakeSideStream:
 def graphs(monkeypatch):
     """Let steps on a CPU capture their passes; the fixture counts them."""
     monkeypatch.setattr(FakeGraph, "captures", 0)
-    monkeypatch.setattr(module, "capture", FakeGraph)
+    monkeypatch.setattr(captured_pass, "capture", FakeGraph)
     monkeypatch.setattr("malora.router_callback.is_captured", lambda like: FakeGraph.is_running)
-    monkeypatch.setattr(module, "SideStream", FakeSideStream)
-    monkeypatch.setattr(module, "why_not_captured", lambda model: None)
-    monkeypatch.setattr(module, "capture_refresh", lambda weights: weights.refresh() or weights.refresh)
+    monkeypatch.setattr(capture, "SideStream", FakeSideStream)
+    monkeypatch.setattr(capture, "why_not_captured", lambda model: None)
+    monkeypatch.setattr(capture, "capture_refresh", lambda weights: weights.refresh() or weights.refresh)
     return FakeGraph
