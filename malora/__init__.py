@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from malora.backbone import optimize_backbone, restore_backbone
+from malora.backbone import CapturedStep, capture_step, optimize_backbone, restore_backbone
 from malora.backends import BACKENDS
 from malora.config import PEFT_TYPE, MaloraConfig
 from malora.layer import PREFIX, MaloraLayer, MaloraLinear
@@ -41,6 +41,8 @@ __all__ = [
     "BACKENDS",
     "METHODS",
     "TARGET_MODULES",
+    "CaptureMixin",
+    "CapturedStep",
     "MaloraConfig",
     "MaloraLayer",
     "MaloraLinear",
@@ -49,6 +51,7 @@ __all__ = [
     "RouterStats",
     "WeightCache",
     "balance_loss",
+    "capture_step",
     "has_router",
     "make_config",
     "optimize_backbone",
@@ -59,6 +62,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from malora.capture_mixin import CaptureMixin
     from malora.router_callback import RouterCallback
 else:  # a type checker would take it as a reason to accept every name
 
@@ -68,6 +72,10 @@ else:  # a type checker would take it as a reason to accept every name
             from malora.router_callback import RouterCallback  # loads transformers' Trainer, which takes a while
 
             return RouterCallback
+        if name == "CaptureMixin":
+            from malora.capture_mixin import CaptureMixin  # the same
+
+            return CaptureMixin
         if name == "HeldWeights":
             warnings.warn(
                 "malora.HeldWeights is now malora.WeightCache; the old name goes in the next version.",

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from malora.load_balancing import has_router, router_summary
+from malora.fused.tensor_utils import is_captured
+from malora.load_balancing import balance_loss, has_router, router_summary
 
 
 class RouterCallback(TrainerCallback):
@@ -86,11 +87,18 @@ class RouterCallback(TrainerCallback):
             self._handle.remove()
             self._handle = None
 
+    def observe_replay(self, model: nn.Module) -> None:
+        """Observe a pass that was replayed as a CUDA graph, in which no hook runs (`malora.CaptureMixin`)."""
+        with torch.no_grad():
+            self._add(model, balance_loss(model))
+
     def _observe(self, model: nn.Module, inputs: Any, outputs: Any) -> None:
-        if not (model.training and torch.is_grad_enabled()):
+        if not (model.training and torch.is_grad_enabled()) or is_captured(next(model.parameters())):
             return
+        self._add(model, getattr(outputs, "aux_loss", None))
+
+    def _add(self, model: nn.Module, aux_loss: Tensor | None) -> None:
         for name, value in router_summary(model).items():
             self._values[f"router_{name}"].append(value)
-        aux_loss = getattr(outputs, "aux_loss", None)
         if aux_loss is not None:
             self._values["aux_loss"].append(aux_loss.detach())

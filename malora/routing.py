@@ -119,6 +119,20 @@ class LayerRecord:
         return LayerRecord, ()
 
 
+class PassSnapshot(NamedTuple):
+    """What a `RoutingLog` knows of one forward pass, without autograd graphs.
+
+    Attributes:
+        routings: Routings of the pass, by the layer's name and the adapter's.
+        attention_mask: As in `RoutingLog`.
+        decoder_attention_mask: As in `RoutingLog`.
+    """
+
+    routings: dict[str, dict[str, Routing]]
+    attention_mask: Tensor | None
+    decoder_attention_mask: Tensor | None
+
+
 class RoutingLog:
     """Routing of the last forward pass of a model.
 
@@ -175,6 +189,20 @@ class RoutingLog:
     def stop(self) -> None:
         """Record no more. What was recorded stays."""
         self.recording = False
+
+    def snapshot(self) -> PassSnapshot:
+        """Return what the log knows of the last pass. The tensors are the pass's own."""
+        routings = {
+            layer: {adapter: Routing(kept.probability.detach(), kept.top_k) for adapter, kept in of_layer.items()}
+            for layer, of_layer in self.routings.items()
+        }
+        return PassSnapshot(routings, self.attention_mask, self.decoder_attention_mask)
+
+    def restore(self, snapshot: PassSnapshot) -> None:
+        """Make a pass of earlier the last one, after a replay of it."""
+        self.routings = snapshot.routings
+        self.attention_mask, self.decoder_attention_mask = snapshot.attention_mask, snapshot.decoder_attention_mask
+        self.has_gradients = False
 
     @contextmanager
     def record(self, attention_mask: Tensor | None) -> Iterator[None]:

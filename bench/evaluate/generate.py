@@ -25,7 +25,8 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from bench.runtime.attention import attention_windows, masks_for
 from bench.runtime.logits import label_positions_only
-from malora.backbone.cuda_graphs import can_capture, capture
+from malora.backbone.cuda_graphs import capture
+from malora.backbone.model_state import can_capture
 
 CHECK_EVERY = 16  # steps between two looks at the tokens
 WIDTH_MULTIPLE = 64  # prompts are padded to a multiple of it, so that batches share a cache and its CUDA graph

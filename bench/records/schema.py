@@ -193,7 +193,7 @@ class TrainSection(Section):
     """The training of a run.
 
     Attributes:
-        seconds: By phase: data, forward, backward (or forward_backward), optimizer, evaluation.
+        seconds: By phase: data, forward_backward (in earlier records forward, backward), optimizer, evaluation.
         peak_bytes: Peak GPU memory; None on a CPU.
     """
 

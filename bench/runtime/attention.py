@@ -6,26 +6,19 @@ sliding windows needs masks with these windows. A model with several kinds of la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from bench.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# transformers makes no mask for an attention function without a mask function of the same name. For its own "sdpa" it
-# makes one whenever a CUDA graph is captured, needed or not, and a mask rules out the fastest attention kernels.
-CAUSAL_SDPA = "malora_causal_sdpa"
-AttentionInterface.register(CAUSAL_SDPA, sdpa_attention_forward)
 
 # Root mean square by which logits of packed examples may differ, in standard deviations. Rounding gives about 1e-6 in
 # float32 and 1e-2 in 16 bits, and examples that see each other about 1.
@@ -131,22 +124,6 @@ def require_packing(model: PreTrainedModel) -> None:
             f"models of type {model.config.model_type!r} cannot be used here, because training packs several examples "
             f"into a sequence, and this model does not keep them apart ({reason}); choose another base model."
         )
-
-
-@contextmanager
-def no_attention_mask(model: nn.Module) -> Iterator[None]:
-    """Use causal attention without a mask inside the `with` block.
-
-    Padding is not masked, so it must stand to the right of all tokens whose outputs are used.
-    """
-    config = cast("PreTrainedModel", model).config  # PEFT's models pass this on to their base model
-    before = config._attn_implementation
-    if before == "sdpa":
-        config._attn_implementation = CAUSAL_SDPA
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
 
 
 def exact_with_masks(device: torch.device) -> AbstractContextManager[None]:

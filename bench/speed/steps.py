@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import StaticCache
 
 import malora
-from bench.runtime.attention import no_attention_mask
 from bench.speed.subject import Subject
-from malora.backbone.cuda_graphs import accumulate_grads, capture, capture_refresh, warm_up
+from malora.backbone.causal_attention import no_attention_mask
+from malora.backbone.cuda_graphs import capture
 
 # The value does not affect the time. A small one keeps the loss finite over the whole benchmark.
 LEARNING_RATE = 1e-5
@@ -62,7 +62,7 @@ class TrainStep:
     """Forward and backward over micro-batches, then AdamW.
 
     The loss is the model's: next-token cross entropy, plus the load-balancing loss of routed adapters. A captured
-    variant replays forward and backward of one micro-batch as a CUDA graph.
+    variant goes through `malora.capture_step`, and the others through a plain loop, as users write it.
     """
 
     def __init__(self, subject: Subject, work: Workload, batch: int) -> None:
@@ -72,28 +72,23 @@ class TrainStep:
         self.optimizer: torch.optim.Optimizer | None = None
         if self.parameters:
             self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, fused=subject.device.type == "cuda")
-        self.captured = subject.variant.run == "captured"
-        if self.captured:
-            self._capture()
-
-    def _capture(self) -> None:
-        self.static_ids = self.ids[0].clone()
-        warm_up(self._run_static_ids)
-        self.weights = malora.WeightCache(self.subject.model)
-        self.refresh = capture_refresh(self.weights)
-        with self.weights:
-            self.graph = capture(self._run_static_ids, passes=0)
-        self.gradients = [p.grad for p in self.parameters if p.grad is not None]
+        self.captured: malora.CapturedStep | None = None
+        if subject.variant.run == "captured":
+            self.captured = malora.capture_step(subject.model, lambda _, ids: self._loss(ids))
+            for _ in range(3):  # the third pass is captured
+                self.captured.backward(self.ids[0])
+            self._zero_grad()
 
     def __call__(self, end_phase: PhaseCallback) -> None:
         """Run one training step."""
-        if self.captured:
-            self._replay(end_phase)
+        if self.captured is not None:
+            self.captured(list(self.ids))
+            end_phase("forward_backward")
         else:
             self._run(end_phase)
         if self.optimizer is not None:
             self.optimizer.step()
-            self.optimizer.zero_grad()
+            self._zero_grad()
         end_phase("optimizer")
 
     def _run(self, end_phase: PhaseCallback) -> None:
@@ -103,21 +98,9 @@ class TrainStep:
             loss.backward()
             end_phase("backward")
 
-    def _replay(self, end_phase: PhaseCallback) -> None:
-        sums: list[Tensor] | None = None
-        self.refresh()
-        for ids in self.ids:
-            self.static_ids.copy_(ids)
-            self.graph.replay()
-            sums = accumulate_grads(sums, self.gradients, alone=len(self.ids) == 1)
-            end_phase("forward_backward")
-        for parameter, gradient in zip(self.parameters, sums or (), strict=True):
-            parameter.grad = gradient
-
-    def _run_static_ids(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None  # so that new gradients are allocated in the graph's memory
-        self._loss(self.static_ids).backward()
+    def _zero_grad(self) -> None:
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
 
     def _loss(self, ids: Tensor) -> Tensor:
         with self.subject.precision(), no_attention_mask(self.subject.model):

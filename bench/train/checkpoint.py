@@ -19,8 +19,8 @@ class TrainLog:
     Attributes:
         steps: Optimizer steps done.
         tokens: Tokens trained on.
-        seconds: Seconds by phase: data, forward, backward and optimizer. Where a step is one CUDA graph, forward and
-            backward are one phase, forward_backward.
+        seconds: Seconds by phase: data, forward_backward and optimizer. Records of earlier versions may have the phases
+            forward and backward.
         curve: Means over the steps since the last point: step, loss, balance_loss, grad_norm.
         router: Router statistics of the last micro-batch of single steps, over all processes.
         peak_bytes: Peak GPU memory; None on a CPU.

@@ -23,9 +23,9 @@ from bench.runtime.timer import PhaseTimer
 from bench.train.batching import MAX_TOKENS, PACKED_ROW_LENGTH, Batch, Encoded, collate, shuffled_batches
 from bench.train.checkpoint import Checkpoint, TrainLog
 from bench.train.progress import Progress
-from bench.train.step import EagerStep, GraphedStep, Step
+from bench.train.step import Step, TrainStep
 from bench.train.tracking import Log, log_nothing
-from malora.backbone.cuda_graphs import can_capture
+from malora.backbone.model_state import can_capture
 
 # Reading a loss from a GPU makes the host wait. Every 10 steps is often enough to notice a divergence and to draw a
 # curve.
@@ -124,12 +124,9 @@ class _Trainer:
         self.accelerator.wait_for_everyone()
 
     def _make_step(self) -> Step:
-        eager = EagerStep(self.model, self.wrapped, self.accelerator, self.config.balance_factor)
         if self.captures:
             malora.optimize_backbone(self.model, loss=False)  # the step computes its own loss
-            return GraphedStep(eager)
-        eager.end_phase = self.timer.end_phase
-        return eager
+        return TrainStep(self.model, self.wrapped, self.accelerator, self.config.balance_factor)
 
     def _latest_loss(self) -> float:
         """Return the last mean loss; before the first one, that of the last step."""
@@ -143,8 +140,7 @@ class _Trainer:
         micro_batches = self._make_micro_batches(chosen)
         timer.end_phase("data")
         loss, balance = self.step(micro_batches)
-        if self.captures:
-            timer.end_phase("forward_backward")
+        timer.end_phase("forward_backward")
         norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.learning_rate = float(self.scheduler.get_last_lr()[0])  # of this step, before the schedule goes on

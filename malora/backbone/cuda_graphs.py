@@ -3,18 +3,43 @@
 A pass of a small model launches thousands of short kernels, and the launches take the host longer than the kernels take
 the GPU. A CUDA graph replays all of them by one launch. It reads and writes the same memory in each replay, so inputs
 are copied into static tensors beforehand, and results must be used before the next replay.
+
+These are the parts of which `malora.capture_step` is made. They serve loops that it does not fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from malora.backends import BACKENDS
 from malora.weight_cache import WeightCache
+
+
+class SideStream:
+    """A stream for warm-up and capture, next to the one that is current.
+
+    Autograd runs the backward pass of a parameter on the stream that first used it. In a capture that must be the
+    stream of the capture, so a pass that warms up for it runs on this stream, too.
+
+    Attributes:
+        stream: The stream; made when it is first used.
+    """
+
+    def __init__(self) -> None:
+        self.stream: torch.cuda.Stream | None = None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Run work inside `with` on the stream, in order with the work before and after it."""
+        self.stream = self.stream or torch.cuda.Stream()
+        outer = torch.cuda.current_stream()
+        self.stream.wait_stream(outer)
+        with torch.cuda.stream(self.stream):
+            yield
+        outer.wait_stream(self.stream)
 
 
 def warm_up(run: Callable[[], Any], passes: int = 2) -> None:
@@ -22,16 +47,15 @@ def warm_up(run: Callable[[], Any], passes: int = 2) -> None:
 
     Kernels are compiled and libraries initialized in the first calls; neither may happen while a graph is captured.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with SideStream().active():
         for _ in range(passes):
             run()
-    torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.empty_cache()  # the allocator keeps freed memory per stream, and this stream is not used again
 
 
-def capture(run: Callable[[], Any], passes: int = 2, pool: Any = None) -> torch.cuda.CUDAGraph:
+def capture(
+    run: Callable[[], Any], passes: int = 2, pool: Any = None, stream: torch.cuda.Stream | None = None
+) -> torch.cuda.CUDAGraph:
     """Capture a call of `run` as a CUDA graph.
 
     Args:
@@ -39,19 +63,29 @@ def capture(run: Callable[[], Any], passes: int = 2, pool: Any = None) -> torch.
         passes: Calls of `run` before the capture, see `warm_up`.
         pool: Memory pool of another graph, or None for a new one. Graphs that share a pool overwrite each other's
             results, so those of one must be used before another is replayed.
+        stream: Stream to capture on; None for torch's own.
 
     Returns:
         The graph. `graph.replay()` runs it.
     """
-    warm_up(run, passes)
-    graph = torch.cuda.CUDAGraph()
+    if passes:
+        warm_up(run, passes)
+    graph, pool = torch.cuda.CUDAGraph(), pool or torch.cuda.graph_pool_handle()
+    device = torch.cuda.current_device()
+    generator = torch.cuda.default_generators[device]
+    random_state, outer = generator.clone_state(), torch.cuda.current_stream()
     try:
-        with torch.cuda.graph(graph, pool=pool):
+        # Other threads may go on meanwhile, such as that of a DataLoader which pins memory.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             run()
     except Exception:
-        # The default generator would remain in capture mode, and every later random draw would fail.
-        fresh = torch.Generator("cuda").graphsafe_get_state()
-        torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh)
+        # The default generator would remain in capture mode, and every later random draw would fail. The stream would
+        # remain the one of the capture.
+        generator.graphsafe_set_state(random_state)
+        torch.cuda.set_stream(outer)
+        # Before 2.12 torch leaves the allocator in the capture, and emptying its cache fails then (its issue 180395).
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(device, pool)
         raise
     return graph
 
@@ -64,35 +98,3 @@ def capture_refresh(weights: WeightCache) -> Callable[[], None]:
     """
     weights.refresh()
     return capture(weights.refresh, passes=0).replay if weights else lambda: None
-
-
-def accumulate_grads(sums: list[Tensor] | None, replayed: list[Tensor], alone: bool) -> list[Tensor]:
-    """Add the gradients of a replayed micro-batch to those of the earlier ones.
-
-    Args:
-        sums: Result of the call for the previous micro-batch; None for the first one.
-        replayed: Gradients in the memory of the graph. The next replay overwrites them.
-        alone: Whether the batch has a single micro-batch. Then `replayed` itself is returned, without a copy.
-
-    Returns:
-        The sums so far.
-    """
-    if sums is None and alone:
-        return replayed
-    if sums is None:
-        sums = [torch.empty_like(gradient) for gradient in replayed]
-        if sums:  # the foreach functions refuse empty lists
-            torch._foreach_copy_(sums, replayed)
-    elif sums:
-        torch._foreach_add_(sums, replayed)
-    return sums
-
-
-def can_capture(model: nn.Module) -> bool:
-    """Return whether a pass of the model can be captured.
-
-    It can if the model is on a GPU and its backends never wait for a result.
-    """
-    backends = {getattr(config, "backend", None) for config in getattr(model, "peft_config", {}).values()}
-    is_on_gpu = next(model.parameters()).device.type == "cuda"
-    return is_on_gpu and all(BACKENDS[name].graph_safe for name in backends if name is not None)

@@ -18,7 +18,7 @@ import malora
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NEEDS = {"sft_trainer": "trl", "qlora": "bitsandbytes", "accelerate_loop": "accelerate"}
-OWN_MODEL = ("train_adapter", "trainer")  # make a model with random weights
+OWN_MODEL = ("train_adapter", "trainer", "captured_loop")  # make a model with random weights
 TRAIN = [path.stem for path in EXAMPLES if path.stem != "score_with_lm_eval"]
 
 

@@ -1,43 +1,21 @@
-"""Attention in packed sequences: it equals that of their examples one by one.
-
-No mask is made without need.
-"""
+"""Attention in packed sequences: it equals that of their examples one by one."""
 
 from functools import partial
 
 import pytest
 import torch
-from transformers.models.llama.modeling_llama import LlamaAttention
 
 from bench.errors import UserError
 from bench.runtime.attention import (
     attention_windows,
     exact_with_masks,
     masks_for,
-    no_attention_mask,
     packed_attention_bias,
     require_packing,
 )
 from bench.train.batching import Encoded, collate
 from tests.bench.base_types import ALL, UNFIT, make_base
 from tests.conftest import make_model
-
-
-def test_no_attention_mask_is_made_during_graph_capture(monkeypatch):
-    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: True)  # transformers' test for a capture
-    masks = []
-    forward = LlamaAttention.forward
-
-    def record_mask(self, *args, attention_mask=None, **options):
-        masks.append(attention_mask)
-        return forward(self, *args, attention_mask=attention_mask, **options)
-
-    monkeypatch.setattr(LlamaAttention, "forward", record_mask)
-    model = make_model()
-    with no_attention_mask(model):
-        model(input_ids=torch.ones(2, 5, dtype=torch.long))
-    assert masks and all(mask is None for mask in masks)
-    assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_token_attends_to_earlier_tokens_of_its_example():

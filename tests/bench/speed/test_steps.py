@@ -10,6 +10,7 @@ from bench.speed.steps import DecodeStep, TrainStep, Workload, ignore_phase
 from bench.speed.subject import Subject
 from bench.speed.variants import Variant
 from malora.fused.availability import interprets_triton
+from tests.malora.backbone.fake_graphs import graphs  # noqa: F401  # a fixture
 
 CPU = torch.device("cpu")
 TOY = SHAPES["toy"]
@@ -27,27 +28,10 @@ def test_decoding_over_a_static_cache_makes_the_tokens_of_generate():
         assert torch.equal(step(ignore_phase), expected) and expected.shape == (2, 6)
 
 
-class FakeGraph:
-    """A replay writes its gradients to where the capture had them."""
-
-    def __init__(self, run, passes):
-        run()
-        self.run, self.parameters = run, run.__self__.parameters
-        self.static = [p.grad for p in self.parameters]
-
-    def replay(self):
-        self.run()
-        for static, p in zip(self.static, self.parameters, strict=True):
-            static.copy_(p.grad)
-
-
 @pytest.mark.parametrize(
     "tokens, backend", [(8, "dense"), (24, "dense"), pytest.param(24, "fused", marks=needs_interpreter)]
 )
-def test_a_captured_step_trains_on_all_micro_batches(tokens, backend, monkeypatch):
-    monkeypatch.setattr("bench.speed.steps.capture", FakeGraph)
-    monkeypatch.setattr("bench.speed.steps.warm_up", lambda run: run())
-    monkeypatch.setattr("bench.speed.steps.capture_refresh", lambda weights: weights.refresh() or weights.refresh)
+def test_a_captured_step_trains_on_all_micro_batches(tokens, backend, graphs):  # noqa: F811
     work = Workload("train", batch=2, length=4, tokens=tokens, dropout=0.0, vocab_size=512)
     eager = Variant("malora", "malora", backend)
     trained = []
@@ -57,7 +41,7 @@ def test_a_captured_step_trains_on_all_micro_batches(tokens, backend, monkeypatc
         step = TrainStep(subject, work, 2)
         for _ in range(3):
             step(ignore_phase)
-        assert bool(run == "captured" and backend == "fused") is bool(run == "captured" and step.weights)
         trained.append([p.detach() for p in step.parameters])
+    assert step.captured.replayed and graphs.captures == 1
     for plain, replayed in zip(*trained, strict=True):
         torch.testing.assert_close(plain, replayed)

@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import ConstantLR
 from bench.runs.run import run
 from bench.runs.setting import make_run_config
 from bench.train.checkpoint import Checkpoint, TrainLog
-from bench.train.step import EagerStep
+from bench.train.step import TrainStep
 from tests.bench.conftest import make_setting
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -35,12 +35,12 @@ def test_a_killed_run_that_is_resumed_ends_bitwise_like_an_unbroken_one(method, 
     with monkeypatch.context() as patched:
         calls = iter(range(100))
 
-        def killed_at_step_8(self, micro_batches, original=EagerStep.__call__):
+        def killed_at_step_8(self, micro_batches, original=TrainStep.__call__):
             if next(calls) == 8:
                 raise KilledError
             return original(self, micro_batches)
 
-        patched.setattr(EagerStep, "__call__", killed_at_step_8)
+        patched.setattr(TrainStep, "__call__", killed_at_step_8)
         with pytest.raises(KilledError):
             train_adapter("killed")
     assert list((tmp_path / "killed" / "checkpoints").glob("*.pt")) and not (tmp_path / "killed" / "runs").exists()

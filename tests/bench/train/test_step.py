@@ -8,7 +8,7 @@ from peft import get_peft_model
 
 import malora
 from bench.train.batching import Encoded, collate
-from bench.train.step import EagerStep, GraphedStep
+from bench.train.step import TrainStep
 from malora.backbone.liger import LigerKernels
 from tests.bench.base_types import ALL, make_base
 from tests.conftest import SHAPES, make_model
@@ -42,7 +42,7 @@ def run_step(
                 p.normal_(generator=torch.Generator().manual_seed(1), std=0.1)
     accelerator = Accelerator()
     micro_batches = collate(encoded, 0, row_length=row_length, max_tokens=max_tokens, fixed_shapes=fixed_shapes)
-    losses = EagerStep(model, model, accelerator, balance_factor=balance)(micro_batches)
+    losses = TrainStep(model, model, accelerator, balance_factor=balance)(micro_batches)
     return model, losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -71,7 +71,7 @@ def test_the_loss_is_that_of_plain_forward_passes_with_sliding_windows(name):
     targets = malora.TARGET_MODULES.get(ALL[name][0], ["q_proj", "v_proj"])
     model = get_peft_model(base, malora.METHODS["molora"](lora_dropout=0.0, target_modules=targets)).train()
     (batch,) = collate([Encoded(text, 1) for text in texts], 0)
-    loss, balance = EagerStep(model, model, Accelerator(), balance_factor=0.01)([batch])
+    loss, balance = TrainStep(model, model, Accelerator(), balance_factor=0.01)([batch])
     ends = torch.stack([model(input_ids=torch.tensor([text[:-1]])).logits[0, -1] for text in texts])
     expected = F.cross_entropy(ends, torch.tensor([text[-1] for text in texts]))
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-4, atol=1e-5)
@@ -108,8 +108,9 @@ def test_a_captured_step_computes_what_the_eager_step_does(method):
         torch.manual_seed(0)
         model = get_peft_model(make_model(), malora.METHODS[method](lora_dropout=0.0)).cuda().train()
         kernels = LigerKernels(model.get_base_model()) if captured else None
-        eager = EagerStep(model, model, Accelerator(), balance_factor=0.01, kernels=kernels)
-        step = GraphedStep(eager) if captured else eager
+        step = TrainStep(model, model, Accelerator(), balance_factor=0.01, kernels=kernels)
+        if not captured:
+            step.step.max_graphs = 0
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         losses = []
         for width, max_tokens, label in ((5, 10_000, 1), (20, 10_000, 1), (5, 10_000, 1), (20, 32, 1), (20, 32, 7)):
@@ -136,7 +137,7 @@ def test_every_replay_draws_new_dropout(method):
         for p in model.parameters():
             if p.requires_grad:
                 p.normal_(std=0.3)
-    step = GraphedStep(EagerStep(model, model, Accelerator(), balance_factor=0.0, kernels=None))
+    step = TrainStep(model, model, Accelerator(), balance_factor=0.0)
     batch = [Encoded(list(range(1, 9)), 1)] * 4
     micro_batches = [one.to(torch.device("cuda")) for one in collate(batch, 0, fixed_shapes=True)]
     losses = [torch.stack(step(micro_batches))[0].item() for _ in range(5)]

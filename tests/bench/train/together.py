@@ -14,7 +14,7 @@ from bench.records.schema import RunConfig
 from bench.runtime.processes import make_accelerator
 from bench.train import loop
 from bench.train.batching import Encoded, collate
-from bench.train.step import EagerStep
+from bench.train.step import TrainStep
 from tests.bench.launch import require_two
 
 METHODS = ("lora", "malora", "molora")
@@ -62,7 +62,7 @@ def one_step(base_folder, method, labels, max_tokens):
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )
-    losses = torch.stack(EagerStep(model, wrapped, accelerator, balance_factor=1.0)(micro_batches))
+    losses = torch.stack(TrainStep(model, wrapped, accelerator, balance_factor=1.0)(micro_batches))
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     return accelerator.reduce(losses, "sum"), gradients
 
