@@ -1,8 +1,9 @@
-"""Tools that make the frozen part of a model faster.
+"""Tools that make the frozen part of a model faster or smaller.
 
 Nothing here runs unless the user calls it.
 """
 
+from malora.backbone.checkpointing_modes import checkpointing_mode, set_checkpointing
 from malora.backbone.optimize import optimize_backbone, restore_backbone
 
-__all__ = ["optimize_backbone", "restore_backbone"]
+__all__ = ["checkpointing_mode", "optimize_backbone", "restore_backbone", "set_checkpointing"]
