@@ -29,8 +29,7 @@ class LeanMode:
         self.memory = HostMemory()
         self.num_offloaded = num_offloaded
         self._layers = layers
-        self._depth = 0  # a model may call itself
-        self._active: tuple[LeanPass, saved_tensors_hooks, Saving | None] | None = None
+        self._active: list[tuple[LeanPass, saved_tensors_hooks, Saving | None] | None] = []
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._before),
             model.register_forward_hook(self._after, always_call=True),
@@ -50,32 +49,37 @@ class LeanMode:
         """Remove the hooks, and free the pinned memory."""
         for handle in self._handles:
             handle.remove()
+        while self._active:
+            self._after(nn.Identity(), (), None)
         self.memory.clear()
 
     def _before(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        self._depth += 1
-        if self._depth > 1 or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        # A model may call itself. Or this one is what a KeyboardInterrupt left, after which no hook runs: free it.
+        for active in self._active:
+            if active is not None:
+                active[0].end()
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._active.append(None)
             return
         offloaded = self._layers[: self.num_offloaded]
         weights = chain.from_iterable(chain(layer.parameters(), layer.buffers()) for layer in offloaded)
         lean = LeanPass(len(self._layers), self.num_offloaded, weights, self.memory)
         hooks = saved_tensors_hooks(lean.pack, lean.unpack)
         hooks.__enter__()
-        self._active = lean, hooks, set_saving(lean)
+        self._active.append((lean, hooks, set_saving(lean)))
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
         """End the pass; after an exception in it, too."""
-        self._depth = max(self._depth - 1, 0)
-        if self._depth or self._active is None:
-            return
-        (lean, hooks, before), self._active = self._active, None
-        hooks.__exit__()
-        set_saving(before)
-        lean.end()
+        active = self._active.pop() if self._active else None
+        if active is not None:
+            lean, hooks, before = active
+            hooks.__exit__()
+            set_saving(before)
+            lean.end()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy or pickle the mode without the state of a pass."""
-        return vars(self) | {"_active": None, "_depth": 0}
+        return vars(self) | {"_active": []}
 
 
 class EnterLayer:

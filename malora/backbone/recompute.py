@@ -173,6 +173,7 @@ class LeanPass:
     def end(self) -> None:
         """End the forward pass."""
         self._release(range(self._num_offloaded))
+        self._num_offloaded = 0
         self._notes.clear()
         self._copies.clear()
 
