@@ -26,7 +26,6 @@ when the norm is frozen.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -35,28 +34,21 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from malora.backbone.recompute import note
-
 
 @triton.jit
-def _add_rms_norm_kernel(
-    x_ptr, residual_ptr, w_ptr, sum_ptr, y_ptr, n, HAS_SUM: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Compute one row of s and y, or with HAS_SUM read s and compute y alone.
+def _add_rms_norm_kernel(x_ptr, residual_ptr, w_ptr, sum_ptr, y_ptr, n, EPS: tl.constexpr, BLOCK: tl.constexpr):
+    """Compute one row of s and y.
 
     All matrices are contiguous. BLOCK is a power of two that covers n.
     """
     row = tl.program_id(0).to(tl.int64) * n
     columns = tl.arange(0, BLOCK)
     mask = columns < n
-    if HAS_SUM:
-        total = tl.load(sum_ptr + row + columns, mask=mask, other=0.0).to(tl.float32)
-    else:
-        x = tl.load(x_ptr + row + columns, mask=mask, other=0.0).to(tl.float32)
-        residual = tl.load(residual_ptr + row + columns, mask=mask, other=0.0).to(tl.float32)
-        rounded = (x + residual).to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + row + columns, rounded, mask=mask)
-        total = rounded.to(tl.float32)
+    x = tl.load(x_ptr + row + columns, mask=mask, other=0.0).to(tl.float32)
+    residual = tl.load(residual_ptr + row + columns, mask=mask, other=0.0).to(tl.float32)
+    total = (x + residual).to(sum_ptr.dtype.element_ty)
+    tl.store(sum_ptr + row + columns, total, mask=mask)
+    total = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(total * total, 0) / n + EPS)
     w = tl.load(w_ptr + columns, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + row + columns, total * scale * w, mask=mask)
@@ -91,9 +83,7 @@ class _AddRmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         x, residual = x.contiguous(), residual.contiguous()
         total, y, n = torch.empty_like(x), torch.empty_like(x), x.shape[-1]
-        _add_rms_norm_kernel[(x.numel() // n,)](
-            x, residual, weight, total, y, n, HAS_SUM=False, EPS=eps, **_launch_options(n)
-        )
+        _add_rms_norm_kernel[(x.numel() // n,)](x, residual, weight, total, y, n, EPS=eps, **_launch_options(n))
         ctx.save_for_backward(total, weight)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
@@ -150,12 +140,4 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         y: s / √(mean(s²) + eps) ⊙ weight, in the same dtype, computed in float32 from the rounded s.
     """
     s, y = _AddRmsNorm.apply(x, residual, weight, eps)
-    note(y, partial(_norm_of_sum, eps=eps), s, weight)
     return s, y
-
-
-def _norm_of_sum(s: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    """Return the y that belongs to s, bit for bit."""
-    y, n = torch.empty_like(s), s.shape[-1]
-    _add_rms_norm_kernel[(s.numel() // n,)](s, s, weight, s, y, n, HAS_SUM=True, EPS=eps, **_launch_options(n))
-    return y

@@ -141,7 +141,7 @@ class CheckpointedRun:
                 self.before = offload.last
         offload.last, self.place = weakref.ref(self), place
         x = self.args[0] if self.args else None
-        if is_last or not isinstance(x, Tensor):
+        if is_last or not isinstance(x, Tensor) or (x.is_leaf and x.requires_grad):  # the graph keeps such a leaf
             return
         self.input, self.input_requires_grad = HostCopy(x, offload.memory), x.requires_grad
         self.args, self._versions = self.args[1:], self._versions[1:]

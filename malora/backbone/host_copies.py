@@ -16,6 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from malora.fused.tensor_utils import is_captured
+
 
 class HostMemory:
     """Pinned buffers that are reused from step to step, and the side streams of the copies.
@@ -72,6 +74,7 @@ class HostCopy:
         self._loaded: Tensor | None = None  # on the device again
         self._copied = self._copy(self._host, self._source)
         self._arrived: torch.cuda.Event | None = None
+        self._is_captured = False  # the copy back
 
     def _copy(self, to: Tensor, source: Tensor) -> torch.cuda.Event | None:
         """Copy on the side stream, once it has waited for the main one, and return the event of its end."""
@@ -100,6 +103,7 @@ class HostCopy:
         if self._loaded is None and self._source is None:
             self._loaded = torch.empty(self.shape, dtype=self.dtype, device=self.device)
             self._arrived = self._copy(self._loaded, self._host)
+            self._is_captured = is_captured(self._loaded)
 
     def fetch(self) -> Tensor:
         """Return the tensor on the device, and keep it there."""
@@ -117,7 +121,8 @@ class HostCopy:
         self._loaded = self._arrived = None
 
     def __del__(self) -> None:
-        # Memory that is still written to must not be reused. A captured graph is never left in the middle.
-        if self._arrived is not None and not torch.cuda.is_current_stream_capturing():
+        # Memory that is still written to must not be reused, and a capture must not end before it has waited for all
+        # streams. An event belongs to the capture in which it was recorded.
+        if self._arrived is not None and self._is_captured == torch.cuda.is_current_stream_capturing():
             self._wait(self._arrived)
         self._memory.give_back(self._buffer, self.device)

@@ -26,8 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
 
-from malora.backbone.recompute import note
-
 
 class LigerKernels:
     """Liger's kernels in one model, while it runs inside `with`.
@@ -93,13 +91,7 @@ def _rms_norm(norm: Any, x: Tensor) -> Tensor:
     if precomputed and precomputed.of is x and precomputed.version == _version(x):
         return precomputed.y
     with torch.autocast(x.device.type, enabled=False):  # it would cast x to float32
-        y = _torch_rms_norm(x, norm.weight, eps=norm.variance_epsilon)
-    note(y, partial(_torch_rms_norm, eps=norm.variance_epsilon), x, norm.weight)
-    return y
-
-
-def _torch_rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight, eps)
+        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
 def _version(x: Tensor) -> int | None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from malora.fused.recomputation import current_saving
 MIN_OFFLOADED_BYTES = 1 << 22
 
 
-def note(output: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> None:
+def note(output: Tensor, function: Callable[..., Tensor], *inputs: Any) -> None:
     """Announce that `function(*inputs)` computes `output` again.
 
     It has no effect outside of a pass in "lean" mode, and in compiled code. A change of `output` or of an input in
@@ -42,7 +42,7 @@ def note(output: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> No
         output: A contiguous tensor that fills its memory. Views of it are recognized.
         function: Returns a tensor of the same shape, strides and dtype. It runs without gradients and without
             autocast, on the stream of the backward pass. It must not refer to a module or a large tensor.
-        inputs: Tensors that the backward pass keeps anyway, or weights.
+        inputs: Tensors that the backward pass keeps anyway, weights, and numbers or other constants.
     """
     if not torch.compiler.is_compiling() and isinstance(saving := current_saving(), LeanPass):
         saving.note(output, function, inputs)
@@ -83,19 +83,31 @@ class _OnHost:
         return self._copy.fetch().view(self._dtype).as_strided(*self._geometry)
 
 
+class _Constant:
+    """An input that is no tensor."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def get(self) -> Any:
+        return self._value
+
+
 class _Recipe:
     """How to compute a tensor again. The result is kept until all operations that saved the tensor have had it."""
 
-    def __init__(self, function: Callable[..., Tensor], inputs: list[_OnDevice | _OnHost]) -> None:
+    def __init__(
+        self, function: Callable[..., Tensor], inputs: list[_OnDevice | _OnHost | _Constant], device_type: str
+    ) -> None:
         self.users = 0
-        self._function, self._inputs = function, inputs
+        self._function, self._inputs, self._device_type = function, inputs, device_type
         self._made: Tensor | None = None
 
     def get(self) -> Tensor:
         made, self._made = self._made, None
         if made is None:
             inputs = [saved.get() for saved in self._inputs]
-            with torch.no_grad(), torch.autocast(inputs[0].device.type, enabled=False):
+            with torch.no_grad(), torch.autocast(self._device_type, enabled=False):
                 made = self._function(*inputs)
         self.users -= 1
         if self.users > 0:
@@ -185,12 +197,12 @@ class LeanPass:
         found = (reference() for layer in layers for reference in self._copies_of[layer])
         return [copy for copy in found if copy is not None]
 
-    def note(self, output: Tensor, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
+    def note(self, output: Tensor, function: Callable[..., Tensor], inputs: tuple[Any, ...]) -> None:
         """See `note`."""
         storage = output.untyped_storage()
         if output.is_contiguous() and storage.nbytes() == output.nbytes:
-            recipe = _Recipe(function, [self._keep(tensor) for tensor in inputs])
-            self._notes[storage._cdata] = _known(output), recipe
+            kept = [self._keep(given) if isinstance(given, Tensor) else _Constant(given) for given in inputs]
+            self._notes[storage._cdata] = _known(output), _Recipe(function, kept, output.device.type)
 
     def pack(self, tensor: Tensor) -> tuple[int, _Saved]:
         """Return what autograd saves in place of a tensor."""
