@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from malora.backbone import CapturedStep, capture_step, optimize_backbone, restore_backbone
+from malora.backbone import (
+    CapturedStep,
+    capture_step,
+    checkpointing_mode,
+    optimize_backbone,
+    restore_backbone,
+    set_checkpointing,
+)
 from malora.backends import BACKENDS
 from malora.config import PEFT_TYPE, MaloraConfig
 from malora.layer import PREFIX, MaloraLayer, MaloraLinear
@@ -52,6 +59,7 @@ __all__ = [
     "WeightCache",
     "balance_loss",
     "capture_step",
+    "checkpointing_mode",
     "has_router",
     "make_config",
     "optimize_backbone",
@@ -59,6 +67,7 @@ __all__ = [
     "release_caches",
     "restore_backbone",
     "router_stats",
+    "set_checkpointing",
 ]
 
 if TYPE_CHECKING:

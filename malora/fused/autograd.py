@@ -35,11 +35,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from malora.fused.bases import Base, choose_base
+from malora.fused.bases import Base, WithoutOutputs, choose_base
 from malora.fused.kernels import down_forward, dropout, gate, up_backward
 from malora.fused.kernels.down_backward import down_proj_backward
 from malora.fused.kernels.down_tiling import aligned_rows, matmul_tn_fp32
 from malora.fused.packed_weights import PackedLayout, PackedWeights
+from malora.fused.recomputation import current_run, current_saving
 from malora.fused.streams import run_on_parallel_streams, saturates_device
 from malora.fused.tensor_utils import flatten_tokens
 from malora.fused.weight_cache import GroupAdapter, GroupWeightCache
@@ -53,18 +54,31 @@ def forward_group(adapter: GroupAdapter, x: Tensor) -> list[Tensor]:
     """
     config, layers, layout = adapter.config, adapter.layers, adapter.layout
     has_dropout = config.lora_dropout > 0 and layers[0].training
-    seed = torch.randint(2**31 - 1, (1,), device=x.device) if has_dropout else None
-    x_Tn, parameters = flatten_tokens(x), adapter.parameters()
-    packed = adapter.packed_for(x_Tn, parameters)
+    seed = draw_seed(x.device) if has_dropout else None
+    x_Tn, parameters, run = flatten_tokens(x), adapter.parameters(), current_run()
+    pack = partial(adapter.packed_for, x_Tn, parameters)
+    packed = pack() if run is None else run.packed(pack)
     base = choose_base(adapter, packed, x_Tn, has_dropout=has_dropout)
+    if run is not None and not run.needs_outputs:
+        base = WithoutOutputs(base)
+    if (saving := current_saving()) is not None:
+        saving.keep_on_device(packed.flat, *base.saved())
     results = FusedExperts.apply(  # type: ignore[no-untyped-call]
         x_Tn, seed, config.lora_dropout, layout, packed, base, adapter.cache, *parameters
     )
+    if run is not None:
+        run.end_group()
     ys = [y.view(*x.shape[:-1], y.shape[1]) for y in results[: layout.G]]
     for i, probability in enumerate(results[layout.G :]):  # none without a router
         routing = Routing(probability.view(*x.shape[:-1], config.num_experts), config.top_k)
         ys[i] = layers[i].record_routing(adapter.adapter, routing, ys[i])
     return ys
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """Return a seed of dropout masks, [1]. The second run of a checkpointed layer gets that of the first."""
+    run, draw = current_run(), partial(torch.randint, 2**31 - 1, (1,), device=device)
+    return draw() if run is None else run.seed(draw)
 
 
 class FusedExperts(torch.autograd.Function):
@@ -87,7 +101,7 @@ class FusedExperts(torch.autograd.Function):
         bits = None if seed is None else dropout.draw_mask(len(x), x.shape[1], seed, p)
         out = compute_outputs(layout, x, bits, p, packed, base)
         if out.x_and_h is not None:  # not to keep two copies of x
-            x = out.x_and_h[:, : x.shape[1]]
+            x, out = _choose_x(x, layout, out)
         ctx.layout, ctx.p, ctx.base, ctx.cache = layout, p, base.for_backward(), cache
         ctx.set_materialize_grads(False)
         saved_h = out.h if layout.has_router else None  # else it is a part of down_out
@@ -123,6 +137,21 @@ class GroupOutputs(NamedTuple):
     x_and_h: Tensor | None  # [T, n + G·H8], if the base reads x and h next to each other
     down_out: Tensor  # [T, G·(R8 + N8)]
     h: Tensor  # [G, T, H8]; a view of x_and_h if there is one, and of down_out without routers
+
+
+def _choose_x(x: Tensor, layout: PackedLayout, out: GroupOutputs) -> tuple[Tensor, GroupOutputs]:
+    """Return x as it is saved, and the outputs as they are.
+
+    There are two copies of x, itself and the one next to h. Usually the one next to h is saved, and x is freed. In
+    "lean" mode x is recomputed, so the other one is freed: what lies next to it is copied, which is narrow.
+    """
+    assert out.x_and_h is not None
+    if current_saving() is None:
+        return out.x_and_h[:, : x.shape[1]], out
+    if layout.has_router:
+        return x, out._replace(h=out.h.contiguous())
+    down_out = aligned_rows(x, out.down_out.shape[1]).copy_(out.down_out)  # h is a view of it
+    return x, out._replace(down_out=down_out)
 
 
 class GroupGradients(NamedTuple):

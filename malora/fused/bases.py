@@ -168,6 +168,37 @@ class Float8Base:
         return self.weights.gradients(dys, Bs, self.weights.load_up_proj_backward(Bs, alpha))
 
 
+class WithoutOutputs:
+    """Another base in a pass whose outputs nobody reads, but whose saved tensors somebody needs."""
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+
+    def saved(self) -> list[Tensor]:
+        """See `Base`."""
+        return self.base.saved()
+
+    def for_backward(self) -> Base:
+        """See `Base`."""
+        return self.base.for_backward()
+
+    def allocate_x_and_h(self, x: Tensor) -> Tensor | None:
+        """See `Base`."""
+        return None
+
+    def load_up_proj(self, Bs: list[Tensor], alpha: float) -> list[Task]:
+        """See `Base`."""
+        return []
+
+    def outputs(self, x: Tensor, h: Tensor, Bs: list[Tensor], alpha: float) -> list[Tensor]:
+        """Return uninitialized memory, [T, m] of each projection."""
+        return [x.new_empty(len(x), B.shape[1]) for B in Bs]
+
+    def joint_gradients(self, dys: list[Tensor], Bs: list[Tensor], alpha: float) -> tuple[Tensor, Tensor] | None:
+        """See `Base`."""
+        return self.base.joint_gradients(dys, Bs, alpha)
+
+
 def choose_base(adapter: GroupAdapter, packed: PackedWeights, x: Tensor, *, has_dropout: bool) -> Base:
     """Return the base for a pass over x [T, n] that reads these packed weights.
 
