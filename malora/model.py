@@ -17,11 +17,12 @@ from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, QuantizationBackend
 from torch import nn
 
+from malora.adapter_layer import PREFIX, AdapterLayer
 from malora.config import MaloraConfig
 from malora.forward_hooks import AUX_LOSS_WEIGHT, ForwardHooks
 from malora.fused.fp8_linear import restore_linear
 from malora.fused.group import PROJECTION_GROUPS, ProjectionGroup
-from malora.layer import LINEAR_TYPES, PREFIX, MaloraLayer
+from malora.layer import LINEAR_TYPES, MaloraLayer
 from malora.routing import RoutingLog
 from malora.targets import TARGET_MODULES
 from malora.weighted_adapter import Summand, combine, combined_rank
@@ -37,7 +38,7 @@ class MaloraModel(BaseTuner):
     """
 
     prefix = PREFIX
-    tuner_layer_cls = MaloraLayer
+    tuner_layer_cls = AdapterLayer
     target_module_mapping = TARGET_MODULES  # type: ignore[assignment]  # PEFT has regular expressions in its own too
 
     @property
