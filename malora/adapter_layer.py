@@ -28,6 +28,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         name: Name of what is adapted, in the base model.
         in_features: n.
         out_features: m.
+        fused_experts: Number of matrices [m, n] that the frozen weight holds. Each gets experts of its own.
 
     Attributes:
         settings: The config of each adapter, by its name.
@@ -35,11 +36,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = tuple(PREFIX + name for name in ("router", *Factors._fields))
 
-    def __init__(self, base_layer: nn.Module, name: str, *, in_features: int, out_features: int) -> None:
+    def __init__(
+        self, base_layer: nn.Module, name: str, *, in_features: int, out_features: int, fused_experts: int = 1
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.name = name
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.fused_experts = in_features, out_features, fused_experts
         self.settings: dict[str, MaloraConfig] = {}
         for attribute in self.adapter_layer_names:
             setattr(self, attribute, nn.ParameterDict())
@@ -70,7 +73,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 f"d={config.d} is more than the {self.in_features} inputs of {self.name}. A subspace cannot have "
                 "more dimensions than the input; choose a smaller d."
             )
-        return config.factor_shapes(self.in_features, self.out_features)
+        return config.factor_shapes(self.in_features, self.out_features, self.fused_experts)
 
     def _parameters_of(self, name: str) -> nn.ParameterDict:
         """Return the parameters of one kind ("router", "A", ...), by adapter."""
