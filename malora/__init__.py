@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
+from malora.adapter_layer import PREFIX
 from malora.backbone import (
     CapturedStep,
     capture_step,
@@ -29,7 +30,7 @@ from malora.backbone import (
 )
 from malora.backends import BACKENDS
 from malora.config import PEFT_TYPE, MaloraConfig
-from malora.layer import PREFIX, MaloraLayer, MaloraLinear
+from malora.layer import MaloraLayer, MaloraLinear
 from malora.load_balancing import RouterStats, balance_loss, has_router, router_stats
 from malora.methods import METHODS, make_config
 from malora.model import MaloraModel

@@ -72,6 +72,9 @@ class MaloraConfig(PeftConfig):
             without dropout.
         target_modules: Names (or a regular expression) of the `nn.Linear` modules to adapt. By default the paper's Q,
             K, V, Up, Down and Gate, under the names that the model's type uses.
+        target_parameters: Names of parameters to adapt that are no weight of a linear module, such as the fused expert
+            weights of transformers' mixtures of experts ("mlp.experts.down_proj"), as in PEFT. Only for one expert,
+            and without dropout. Each matrix of a fused weight has an adapter of its own.
         rank_pattern: Ranks of some modules, by name or regular expression, as in PEFT. They take the place of `r`.
         alpha_pattern: The same for `lora_alpha`.
         use_rslora: Whether the scaling is `lora_alpha / sqrt(r)` (rank-stabilized LoRA), not `lora_alpha / r`.
@@ -117,6 +120,7 @@ class MaloraConfig(PeftConfig):
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "The nn.Linear modules to adapt."}
     )
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Parameters to adapt."})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Decoder layers to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
@@ -157,6 +161,8 @@ class MaloraConfig(PeftConfig):
         self._check_subspace()
         self.check_layers()
         self._check_nothing_is_ignored()
+        if self.target_parameters is not None:
+            self._check_target_parameters()
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is saved: all options, and a note on what must be imported to load the adapter."""
@@ -181,22 +187,24 @@ class MaloraConfig(PeftConfig):
             return self
         return replace(self, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
 
-    def factor_shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
+    def factor_shapes(self, in_features: int, out_features: int, fused_experts: int = 1) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the router and the factors on one linear layer, by name.
 
         Args:
             in_features: n.
             out_features: m.
+            fused_experts: Number of matrices [m, n] in the frozen weight. Each has its own experts.
         """
-        n, m, N, r = in_features, out_features, self.num_experts, self.r
+        n, m, N, r = in_features, out_features, self.num_experts * fused_experts, self.r
         d = self.d or 0  # without a subspace no shape below has it
+        d_own = d // self.num_experts  # of an expert with a subspace of its own
         shapes: dict[str, tuple[int, ...]] = {"router": (N, n)} if self.has_router else {}
         if self.down == "A_t":
             shapes |= {"A": (N, r, n)}
         elif self.down == "P_t S":
             shapes |= {"P": (N, r, d), "S": (d, n)}
         else:
-            shapes |= {"P": (N, r, d // N), "S": (N, d // N, n)}
+            shapes |= {"P": (N, r, d_own), "S": (N, d_own, n)}
         return shapes | ({"B": (N, r, m)} if self.up == "B_t" else {"Q": (N, r, d), "S_B": (d, m)})
 
     def _check_choices(self) -> None:
@@ -273,6 +281,34 @@ class MaloraConfig(PeftConfig):
         if unknown := set(self.freeze) - factors:
             raise ValueError(
                 f"freeze={sorted(unknown)} has no effect with these options; choose from {sorted(factors)}."
+            )
+
+    def _check_target_parameters(self) -> None:
+        """Refuse options that the change of a weight cannot have, and those that PEFT does not apply to parameters."""
+        if isinstance(self.target_parameters, str):
+            raise TypeError(
+                "`target_parameters` must be a list of strings or None. A regular expression such as "
+                f"{self.target_parameters!r} is not supported; give names in a list."
+            )
+        self.target_parameters = list(self.target_parameters or [])
+        named = f"target_parameters={self.target_parameters}"
+        if not self.target_parameters:
+            return
+        if self.has_router:
+            raise ValueError(
+                f"{named} needs one expert, not num_experts={self.num_experts}: the change that a router makes depends "
+                "on the token, and a parameter is the same for all tokens. Use a method without a router, such as "
+                "'asylora' or PEFT's LoRA, or name linear modules in target_modules."
+            )
+        if self.lora_dropout:
+            raise ValueError(
+                f"{named} does not work with lora_dropout={self.lora_dropout}: the change of a weight has no input to "
+                "drop. Set lora_dropout=0."
+            )
+        if self.layers_to_transform is not None:
+            raise ValueError(
+                f"layers_to_transform={self.layers_to_transform} has no effect on {named}. Leave it out, and name the "
+                f"layers of the parameters, such as '0.{self.target_parameters[0]}'."
             )
 
 

@@ -6,63 +6,48 @@ and which are trained is a setting. Shapes: n in, m out, N experts, r rank, d ra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
+from peft.tuners.tuners_utils import check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from malora.adapter_layer import AdapterLayer
 from malora.backends import BACKENDS
 from malora.checkpointing import add_gradient
 from malora.config import MaloraConfig, resolve_backend
-from malora.factors import Factors
 from malora.fused.eligibility import find_fused_adapter
 from malora.fused.group import ProjectionGroup
-from malora.initialization import init_factors_, kaiming_uniform
 from malora.routing import Routing, RoutingLog, WeakReference, route
-
-PREFIX = "malora_"
 
 LINEAR_TYPES = (nn.Linear, Conv1D)  # GPT-2's Conv1D is a linear layer whose weight is [n, m]
 
 
-class MaloraLinear(nn.Module, BaseTunerLayer):
+class MaloraLinear(AdapterLayer):
     """A linear layer with experts.
-
-    Each factor is an `nn.ParameterDict` by adapter name, as PEFT keeps them.
 
     Args:
         base_layer: the frozen linear layer: an `nn.Linear` with weight [m, n], or a `Conv1D` with weight [n, m].
         name: its name in the base model.
         log: the model's routing log, to which the layer refers weakly.
         group: the layers that read the same input; None if it reads an input of its own.
-
-    Attributes:
-        settings: the config of each adapter, by its name.
     """
 
-    adapter_layer_names = tuple(PREFIX + name for name in ("router", *Factors._fields))
+    base_layer: nn.Linear  # for the fused path, which takes no other
     other_param_names = ("malora_dropout",)
 
     def __init__(self, base_layer: nn.Module, name: str, log: RoutingLog, group: ProjectionGroup | None = None) -> None:
-        super().__init__()
-        self.base_layer = cast("nn.Linear", base_layer)  # for the fused path, which takes no other
-        self.is_transposed = isinstance(base_layer, Conv1D)
         if isinstance(base_layer, Conv1D):
-            self.in_features, self.out_features = base_layer.nx, base_layer.nf
+            n, m = base_layer.nx, base_layer.nf
         else:
-            self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-        self.name = name
+            n, m = cast("nn.Linear", base_layer).in_features, cast("nn.Linear", base_layer).out_features
+        super().__init__(base_layer, name, in_features=n, out_features=m)
+        self.is_transposed = isinstance(base_layer, Conv1D)
         self._log, self._record = WeakReference(log), WeakReference(log.record_of(name))
         self.group = group or ProjectionGroup()
         self.group.layers.append(self)
-        self.settings: dict[str, MaloraConfig] = {}
-        for attribute in self.adapter_layer_names:
-            setattr(self, attribute, nn.ParameterDict())
         self.malora_dropout = nn.ModuleDict()
-        self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True  # peft.helpers.disable_input_dtype_casting switches it
 
     def update_layer(self, adapter: str, config: MaloraConfig) -> None:
@@ -72,43 +57,8 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
             ValueError: the subspace is wider than the layer's input.
         """
         self.group.clear_caches()
-        config = self.settings[adapter] = config.for_module(self.name)
         self.malora_dropout[adapter] = nn.Dropout(config.lora_dropout).train(self.training)
-        for name, shape in self._shapes(config).items():
-            self._parameters_of(name)[adapter] = nn.Parameter(torch.empty(shape))
-        factors = self.factors(adapter)
-        if not any(tensor.is_meta for tensor in factors if tensor is not None):
-            init_factors_(factors, beta=config.beta, same_start=config.same_start, has_effect=not config.init_weights)
-            router = self.router(adapter)
-            if router is not None:
-                router.data.copy_(kaiming_uniform(router.shape))
-        hook = getattr(self.base_layer, "_hf_hook", None)  # accelerate's: its weight may be on "meta" now
-        self._move_adapter_to_device_of_base_layer(adapter, device=getattr(hook, "execution_device", None))
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _shapes(self, config: MaloraConfig) -> dict[str, tuple[int, ...]]:
-        if (config.d or 0) > self.in_features:
-            raise ValueError(
-                f"d={config.d} is more than the {self.in_features} inputs of {self.name}. A subspace cannot have "
-                "more dimensions than the input; choose a smaller d."
-            )
-        return config.factor_shapes(self.in_features, self.out_features)
-
-    def _parameters_of(self, name: str) -> nn.ParameterDict:
-        """Return the parameters of one kind ("router", "A", ...), by adapter."""
-        found = getattr(self, PREFIX + name)
-        assert isinstance(found, nn.ParameterDict)
-        return found
-
-    def factors(self, adapter: str) -> Factors:
-        """Return the adapter's stacked experts."""
-        by_name = {name: self._parameters_of(name) for name in Factors._fields}
-        return Factors(**{name: found[adapter] if adapter in found else None for name, found in by_name.items()})
-
-    def router(self, adapter: str) -> Tensor | None:
-        """Return the adapter's router weight [N, n], or None if it has one expert."""
-        routers = self._parameters_of("router")
-        return routers[adapter] if adapter in routers else None
+        super().update_layer(adapter, config)
 
     @property
     def routing_log(self) -> RoutingLog | None:
@@ -203,31 +153,11 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
         self.group.clear_inference_cache()  # training may have changed the weights
         return super().train(mode)
 
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate adapters, as in PEFT; frozen factors stay frozen."""
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._keep_frozen()
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Train adapters or not, as in PEFT; frozen factors stay frozen."""
-        super().set_requires_grad(adapter_names, requires_grad=requires_grad)
-        self._keep_frozen()
-
-    def _keep_frozen(self) -> None:
-        """Freeze what a method does not train.
-
-        PEFT makes all of an active adapter trainable.
-        """
-        for adapter, config in self.settings.items():
-            for name in config.freeze:
-                self._parameters_of(name)[adapter].requires_grad_(False)
-
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and the copies of weights that were made for it."""
         self.group.clear_caches(include_frozen=self.settings.keys() <= {adapter_name})
-        self.settings.pop(adapter_name, None)
-        self.group.drop_unused_padding()
         super().delete_adapter(adapter_name)
+        self.group.drop_unused_padding()
 
     def _apply(self, *args: Any, **kwargs: Any) -> MaloraLinear:
         device = self.base_layer.weight.device
@@ -312,9 +242,6 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
                 f"{tuple(weight.shape)} in a {type(self.base_layer).__name__}, cannot be dequantized and quantized "
                 "again. Keep the adapter, or load the base without quantization to merge."
             )
-
-    def __repr__(self) -> str:
-        return "malora." + super().__repr__()
 
 
 # Name in the public interface. PEFT's "all-linear" finds an adapted layer by "Linear" in the name of its class.

@@ -33,6 +33,7 @@ class CommonOptions(TypedDict, total=False):
     lora_alpha: int
     lora_dropout: float
     target_modules: list[str] | str | None
+    target_parameters: list[str] | None
     exclude_modules: list[str] | str | None
     layers_to_transform: list[int] | int | None
     layers_pattern: list[str] | str | None
@@ -85,7 +86,6 @@ class LoraOptions(CommonOptions, total=False):
     layer_replication: list[tuple[int, int]] | None
     runtime_config: LoraRuntimeConfig
     lora_bias: bool
-    target_parameters: list[str] | None
     use_bdlora: BdLoraConfig | None
     arrow_config: ArrowConfig | None
     kasa_config: KasaConfig | None

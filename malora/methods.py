@@ -86,8 +86,6 @@ _ONLY_LORA: dict[str, str] = {
     **{field.name: _ANOTHER_METHOD for field in fields(LoraConfig) if field.init},
     "fan_in_fan_out": "the layout of a weight follows from its module, an nn.Linear or a Conv1D; leave it out",
     "init_lora_weights": "use init_weights=False to start with an effect; other initializations are LoRA's",
-    "target_parameters": "experts with a router cannot be folded into a parameter, such as fused expert weights of "
-    "transformers 5; name modules in target_modules",
     "layer_replication": "replicate the layers of the base model before",
     "ensure_weight_tying": "trainable_token_indices keeps tied embeddings tied, and modules_to_save cannot",
     "lora_bias": "an expert has no bias; use bias='malora_only' to train those of the adapted layers",

@@ -17,27 +17,30 @@ from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, QuantizationBackend
 from torch import nn
 
+from malora.adapter_layer import PREFIX, AdapterLayer
 from malora.config import MaloraConfig
 from malora.forward_hooks import AUX_LOSS_WEIGHT, ForwardHooks
 from malora.fused.fp8_linear import restore_linear
 from malora.fused.group import PROJECTION_GROUPS, ProjectionGroup
-from malora.layer import LINEAR_TYPES, PREFIX, MaloraLayer
+from malora.layer import LINEAR_TYPES, MaloraLayer
+from malora.parameter_layer import ParamWrapper, check_target_parameters
 from malora.routing import RoutingLog
 from malora.targets import TARGET_MODULES
 from malora.weighted_adapter import Summand, combine, combined_rank
 
 
 class MaloraModel(BaseTuner):
-    """A model whose targeted linear modules have experts.
+    """A model whose targeted linear modules and parameters have experts.
 
     `peft.get_peft_model` makes it.
 
     Raises:
-        ValueError: a target matches no module, or one that is not linear; the message names what there is.
+        ValueError: a target matches nothing, a module that is not linear, or a parameter that is no matrix; the message
+            names what there is.
     """
 
     prefix = PREFIX
-    tuner_layer_cls = MaloraLayer
+    tuner_layer_cls = AdapterLayer
     target_module_mapping = TARGET_MODULES  # type: ignore[assignment]  # PEFT has regular expressions in its own too
 
     @property
@@ -165,7 +168,27 @@ class MaloraModel(BaseTuner):
                     f"adapter {name!r} trains more than its experts (modules_to_save, trainable_token_indices or "
                     "bias), which cannot be summed."
                 )
+            if config.target_parameters:
+                raise ValueError(
+                    f"add_weighted_adapter does not support targeting nn.Parameter: adapter {name!r} has "
+                    f"target_parameters={config.target_parameters}."
+                )
         return configs[0]
+
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        """Refuse an adapter on other parameters than an earlier one.
+
+        The names of saved factors say by which wrapper around a module they are, and not of which parameter.
+        """
+        super()._check_new_adapter_config(config)
+        targets = set(getattr(config, "target_parameters", None) or ())
+        for name, other in self.peft_config.items():
+            others = set(getattr(other, "target_parameters", None) or ())
+            if other is not config and targets and others and targets != others:
+                raise ValueError(
+                    "When using multiple adapters with `target_parameters`, all adapters must target the same set of "
+                    f"parameters: {sorted(targets)} are not {sorted(others)} of adapter {name!r}."
+                )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Keep frozen factors frozen.
@@ -180,12 +203,16 @@ class MaloraModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         """Choose the default targets of the model's type if the user named none.
 
+        A type without defaults is fine if the user named parameters.
+
         Raises:
             ValueError: the type is unknown, or its targets cannot be limited to some layers.
         """
         assert isinstance(peft_config, MaloraConfig)
         if peft_config.target_modules is None:
             model_type = model_config.get("model_type")
+            if model_type not in TARGET_MODULES and peft_config.target_parameters:
+                return peft_config
             if model_type not in TARGET_MODULES:
                 raise ValueError(
                     "Please specify `target_modules` in `peft_config`: no default targets are known for models of type "
@@ -213,6 +240,7 @@ class MaloraModel(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Refuse targets that match nothing, before PEFT replaces anything."""
         assert isinstance(peft_config, MaloraConfig)
+        check_target_parameters(model, peft_config.target_parameters or ())
         targets = peft_config.target_modules
         if isinstance(targets, str) or targets is None:
             return  # a regular expression, or "all-linear"; PEFT says so if it matches nothing
@@ -220,7 +248,8 @@ class MaloraModel(BaseTuner):
         if fused := [t for t in missing if _matches(t, (name for name, _ in model.named_parameters()))]:
             raise ValueError(
                 f"target_modules {fused} are parameters of this {type(model).__name__} and no modules, as the fused "
-                "expert weights of transformers 5 are. malora adapts linear modules only; leave them out."
+                "expert weights of transformers 5 are. Name them in target_parameters, which needs a method without a "
+                "router, or leave them out."
             )
         if missing:
             raise ValueError(
@@ -271,19 +300,26 @@ class MaloraModel(BaseTuner):
         for cached in ("malora_layers", "_groups"):
             self.__dict__.pop(cached, None)
         restore_linear(target)
-        if isinstance(target, MaloraLayer):
+        if isinstance(target, AdapterLayer) and getattr(target, "parameter_name", None) == parameter_name:
             target.update_layer(adapter_name, peft_config)
-        elif isinstance(target, LINEAR_TYPES):
-            layer = MaloraLayer(target, current_key, self.routing_log, self._group_of(current_key))
+            return
+        layer = self._make_layer(target, current_key, parameter_name)
+        layer.set_adapter(self.active_adapters)
+        layer.update_layer(adapter_name, peft_config)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _make_layer(self, target: nn.Module, key: str, parameter_name: str | None) -> AdapterLayer:
+        """Return a layer around a module, without adapters yet."""
+        if parameter_name is not None:
+            return ParamWrapper(target, parameter_name, key)
+        if isinstance(target, LINEAR_TYPES):
+            layer = MaloraLayer(target, key, self.routing_log, self._group_of(key))
             layer.quantization_backend = _quantization_backend(target, self.model)
-            layer.set_adapter(self.active_adapters)
-            layer.update_layer(adapter_name, peft_config)
-            self._replace_module(parent, target_name, layer, target)
-        else:
-            raise ValueError(
-                f"{current_key} is a {type(target).__name__}; experts go on nn.Linear and Conv1D modules only. "
-                "Leave it out of target_modules, or add it to exclude_modules."
-            )
+            return layer
+        raise ValueError(
+            f"{key} is a {type(target).__name__}; experts go on nn.Linear and Conv1D modules only. Leave it out of "
+            "target_modules, or add it to exclude_modules."
+        )
 
 
 def _quantization_backend(linear: nn.Module, model: nn.Module) -> QuantizationBackend | None:

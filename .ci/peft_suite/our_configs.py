@@ -39,6 +39,19 @@ MORE_TARGETS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("two", "MLP2", {"target_modules": ["lin0", "lin1"]}),
 )
 
+# Targets in models with fused experts: a name, the modules and the parameters.
+PARAMETERS: tuple[tuple[str, list[str] | None, list[str]], ...] = (
+    ("down", [], ["experts.down_proj"]),
+    ("apart", [], ["0.{}.experts.gate_up_proj", "1.{}.experts.down_proj"]),
+    ("both", None, ["experts.down_proj", "experts.gate_up_proj"]),
+    ("modules", ["q_proj", "v_proj"], ["experts.down_proj"]),
+)
+# Name of the module that holds the experts, by model.
+PARENTS_OF_EXPERTS = {
+    "trl-internal-testing/tiny-Llama4ForCausalLM": "feed_forward",
+    "trl-internal-testing/tiny-GptOssForCausalLM": "mlp",
+}
+
 
 @dataclass
 class OneExpert(MaloraConfig):
@@ -104,6 +117,18 @@ def tables(is_all: bool) -> dict[str, dict[str, list[Any]]]:
         for name, options in methods.items()
         for second in ("lin0", "lin1")
     ]  # fmt: skip
+    parameters = [
+        pytest.param(
+            model,
+            MaloraConfig,
+            {**options, "target_modules": modules, "target_parameters": [name.format(parent) for name in names]},
+            id=f"{method}-{targets}-{parent}",
+        )
+        for method, options in methods.items()
+        if options["num_experts"] == 1 and (is_all or method == "one-expert")
+        for model, parent in PARENTS_OF_EXPERTS.items()
+        for targets, modules, names in PARAMETERS
+    ]
     configs = [
         pytest.param(MaloraConfig, {"d": 6}, id="malora"),
         pytest.param(MaloraConfig, METHODS["asylora"], id="asylora"),
@@ -120,4 +145,5 @@ def tables(is_all: bool) -> dict[str, dict[str, list[Any]]]:
         "test_seq_classifier": {"ALL_CONFIGS": models("SEQ_CLS")},
         "test_config": {"ALL_CONFIG_CLASSES": configs, "LAYER_INDEXING_CONFIG_CLASSES": configs},
         "test_low_level_api": {},
+        "test_target_parameters": {"ALL_CONFIGS": parameters},
     }

@@ -40,6 +40,9 @@ _LLAMA: dict[str, Any] = {
     "max_position_embeddings": 128,
 }
 _GROUPED = {**_LLAMA, "num_key_value_heads": 2}
+_EXPERTS = {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}
+_LLAMA4 = {**_EXPERTS, "intermediate_size_mlp": 2 * HIDDEN, "head_dim": 4, "interleave_moe_layer_step": 1}
+_GPT_OSS = {**_EXPERTS, "head_dim": 8, "max_position_embeddings": 131072}  # YaRN extends a length to this one
 _GPT = {**_TOKENS, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 128}
 _BERT = {**_LLAMA, "type_vocab_size": 2}
 _OPT = {**_LLAMA, "ffn_dim": 2 * HIDDEN, "word_embed_proj_dim": HIDDEN}
@@ -85,6 +88,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Gemma3TextConfig",
         {**_GROUPED, "head_dim": 8},
     ),
+    "trl-internal-testing/tiny-Llama4ForCausalLM": ("Llama4ForCausalLM", "Llama4TextConfig", _LLAMA4),
+    "trl-internal-testing/tiny-GptOssForCausalLM": ("GptOssForCausalLM", "GptOssConfig", _GPT_OSS),
     "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": (
         "T5ForConditionalGeneration",
         "T5Config",

@@ -15,8 +15,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from malora.adapter_layer import PREFIX, AdapterLayer
 from malora.factors import Factors
-from malora.layer import PREFIX, MaloraLayer
 
 Experts = dict[str, Factors]
 """Factors of an adapter by module name in the base model, float64 on the CPU."""
@@ -38,8 +38,8 @@ def extract_experts(model: nn.Module | Experts, adapter: str = "default") -> Exp
     found: Experts = {}
     names: set[str] = set()
     for module, layer in base.named_modules():
-        if isinstance(layer, MaloraLayer | LoraLayer):
-            adapters = layer.settings if isinstance(layer, MaloraLayer) else layer.lora_A
+        if isinstance(layer, AdapterLayer | LoraLayer):
+            adapters = layer.settings if isinstance(layer, AdapterLayer) else layer.lora_A
             names.update(adapters)
             if adapter in adapters:
                 found[module] = _to_float64(_factors(layer, adapter), module)
@@ -100,8 +100,8 @@ def projections(factors: Factors) -> Iterator[tuple[str, Tensor, int | None]]:
     yield "B", factors.up(), None if factors.S_B is None else len(factors.S_B)
 
 
-def _factors(layer: MaloraLayer | LoraLayer, adapter: str) -> Factors:
-    if isinstance(layer, MaloraLayer):
+def _factors(layer: AdapterLayer | LoraLayer, adapter: str) -> Factors:
+    if isinstance(layer, AdapterLayer):
         return layer.factors(adapter)
     A, B = (by_name[adapter].get_parameter("weight").flatten(1) for by_name in (layer.lora_A, layer.lora_B))
     return Factors(A=A[None], P=None, S=None, B=B.T[None], Q=None, S_B=None)
