@@ -68,7 +68,8 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     module = collector.obj
     utilities = importlib.import_module(f"{module.__package__}.testing_utils")
     utilities._HUB_MODEL_ACCESSES = _Everything()  # type: ignore[attr-defined]
-    take_ours_for_lora(importlib.import_module(f"{module.__package__}.testing_common"))
+    take_ours_for_lora(importlib.import_module(f"{module.__package__}.testing_common"), "testing_common")
+    take_ours_for_lora(module, module_path.stem)
     put_configs(module, module_path.stem)
     return collector
 
@@ -101,18 +102,21 @@ def put_configs(module: ModuleType, name: str) -> None:
         module.LoraConfig = our_configs.LoraLike  # type: ignore[attr-defined]
 
 
-def take_ours_for_lora(module: ModuleType) -> None:
-    """Let helpers that skip all configs but LoRA's run with ours."""
-    tester = module.PeftCommonTester
-    for name in SELECTION["for_lora"]["helpers"]:
-        helper = getattr(tester, name)
-        names = {**vars(module), "LoraConfig": malora.MaloraConfig}
-        setattr(tester, name, FunctionType(helper.__code__, names, name, helper.__defaults__, helper.__closure__))
+def take_ours_for_lora(module: ModuleType, name: str) -> None:
+    """Let functions that skip all configs but LoRA's run with ours."""
+    for holder in (value for value in vars(module).values() if isinstance(value, type)):
+        for function_name in SELECTION["for_lora"].get(name, []):
+            function = vars(holder).get(function_name)
+            if function is not None:
+                names = {**vars(module), "LoraConfig": malora.MaloraConfig}
+                changed = FunctionType(function.__code__, names, function_name)
+                changed.__dict__.update(function.__dict__)  # with its marks
+                setattr(holder, function_name, changed)
 
 
 def _rows_with_ours(rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Return the rows that have a LoraConfig, with ours in its place."""
-    kept = [row for row in rows if any(isinstance(value, LoraConfig) for value in row)]
+    """Return the rows that have a LoraConfig, with ours in its place. pytest may ask twice."""
+    kept = [row for row in rows if any(isinstance(value, LoraConfig | malora.MaloraConfig) for value in row)]
     return [
         tuple(our_configs.like_lora(value) if isinstance(value, LoraConfig) else value for value in row) for row in kept
     ]
