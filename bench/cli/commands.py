@@ -129,8 +129,13 @@ def _count_jobs(options: argparse.Namespace, setting: RunSettings) -> int:
     The number is 1 if a launcher has started several processes, because they share a run, and if runs train together.
 
     Raises:
-        UserError: The user asked for several runs by both options.
+        UserError: The user asked for several runs in two ways.
     """
+    if options.together > 1 and processes().num_processes > 1:
+        raise UserError(
+            f"--together {options.together} trains runs in one process, and a launcher has started "
+            f"{processes().num_processes}; start the command without it."
+        )
     if options.together > 1 and (options.jobs or 1) > 1:
         raise UserError(
             f"--together {options.together} trains runs in one process, and --jobs {options.jobs} in several; "

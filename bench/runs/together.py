@@ -9,7 +9,6 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedTokenizerBase
 
-from bench.errors import UserError
 from bench.experiments.methods import BASE
 from bench.models.base import load, prepare, targets
 from bench.models.joint import Member, can_join, join_adapters
@@ -34,12 +33,8 @@ def run_together(runs: Runs, most: int) -> Iterator[Record]:
     Args:
         runs: Configurations with their settings, none of which has a record.
         most: Maximum number of runs that train together.
-
-    Raises:
-        UserError: A launcher has started several processes.
     """
-    if processes().num_processes > 1:
-        raise UserError("--together trains in one process; start the command without a launcher, or leave it out.")
+    assert processes().num_processes == 1, "the command line has checked this"
     for group in group_runs(runs, most):
         yield from _run_group(group)
 

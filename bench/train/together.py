@@ -38,7 +38,6 @@ from bench.train.checkpoint import Checkpoint, TrainLog
 from bench.train.loop import CHECK_EVERY, ROUTER_EVERY, DivergedError, make_optimizer, router_summary
 from bench.train.progress import Progress
 from bench.train.tracking import Log
-from malora.backbone.cuda_graphs import can_capture
 from malora.backbone.liger import LigerKernels, has_liger
 
 # Tokens per forward pass of all runs together, by device; more runs take more passes per step. The activations of
@@ -143,6 +142,10 @@ class _Run:
         self.log = self.checkpoint.load() or TrainLog()
         settings = [m.settings[run.adapter] for m in model.modules() if isinstance(m, malora.MaloraLayer)]
         self.has_router = any(setting.has_router for setting in settings)
+        # Alone, it would then be padded to shapes that few CUDA graphs have.
+        self.is_captured_alone = config.device_type == "cuda" and all(
+            malora.BACKENDS[setting.backend].graph_safe for setting in settings
+        )
         self.has_diverged = False
         self.pending: list[Tensor] = []  # losses and gradient norms that are still on the device, each [3]
         self.losses: list[Tensor] = []  # of the micro-batches of this step, each [2]
@@ -203,9 +206,8 @@ class _JointTrainer:
         self.model, self.pad_id, self.device_type = model, pad_id, device_type
         self.accelerator = make_accelerator("bf16" if device_type == "cuda" else "no")
         self.wrapped: nn.Module = self.accelerator.prepare(model)
-        self.captures_alone = can_capture(model)  # decides on padding and kernels of a run alone
-        liger = self.captures_alone and has_liger()
-        self.kernels = LigerKernels(model.get_base_model()) if liger else nullcontext()
+        uses_liger = device_type == "cuda" and has_liger()
+        self.kernels = LigerKernels(model.get_base_model()) if uses_liger else nullcontext()
         self.windows = attention_windows(model)
         in_bfloat16 = self.accelerator.mixed_precision == "bf16"
         self.attention_dtype = torch.bfloat16 if in_bfloat16 else next(model.parameters()).dtype
@@ -268,7 +270,7 @@ class _JointTrainer:
             self.pad_id,
             row_length=PACKED_ROW_LENGTH[self.device_type],
             max_tokens=MAX_TOKENS[self.device_type],
-            fixed_shapes=self.captures_alone,
+            fixed_shapes=run.is_captured_alone,
         )
         return [batch.to(self.accelerator.device) for batch in micro_batches]
 

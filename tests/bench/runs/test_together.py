@@ -9,7 +9,6 @@ import torch
 
 import bench.runs.together
 import bench.train.together
-from bench.errors import UserError
 from bench.experiments.methods import BASE
 from bench.models.joint import can_join
 from bench.runs.pool import run_all
@@ -53,7 +52,7 @@ def points(record, name):
 def pairs(base_folder, tmp_path_factory):
     """Three different runs, together and alone: pairs of records."""
     folders = [tmp_path_factory.mktemp(name) for name in ("together", "alone")]
-    together, alone = (without_dropout(base_folder, folder, max_items=4) for folder in folders)
+    together, alone = (without_dropout(base_folder, folder, max_items=4, max_steps=20) for folder in folders)
     made = list(run_all(plan(together, *DIFFERENT), jobs=1, together=8))
     return list(zip(made, [run(*one) for one in plan(alone, *DIFFERENT)], strict=True))
 
@@ -148,12 +147,3 @@ def test_methods_that_would_differ_are_made_alone():
     assert not can_join("dora", {}) and not can_join("malora", {"backend": "fp8"})
     assert not can_join("lora", {"init_lora_weights": "pissa"}) and not can_join("lora", {"lora_bias": True})
     assert not can_join("malora", {"bias": "all"}) and not can_join("malora", {"modules_to_save": ["lm_head"]})
-
-
-def test_together_needs_one_process(setting, monkeypatch):
-    class Two:
-        num_processes = 2
-
-    monkeypatch.setattr(bench.runs.together, "processes", lambda: Two)
-    with pytest.raises(UserError, match="--together trains in one process"):
-        list(run_together(plan(setting, ("lora", 0, 1e-3, {})), 2))
