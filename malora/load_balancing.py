@@ -243,6 +243,8 @@ def _stacked_routings(
                 found.append(kept)
     if not groups and not if_any:
         reason = "run a forward pass first" if has_router(model) else "it has no adapter with more than one expert"
+        if adapter is not None:
+            reason = f"adapter {adapter!r} has no router, or had no row in the last forward pass"
         raise ValueError(f"nothing was routed in this model: {reason}.")
     for group in groups:
         first = group[0]

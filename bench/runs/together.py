@@ -9,6 +9,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedTokenizerBase
 
+from bench.errors import UserError
 from bench.experiments.methods import BASE
 from bench.models.base import load, prepare, targets
 from bench.models.joint import Member, can_join, join_adapters
@@ -28,7 +29,8 @@ def run_together(runs: Runs, most: int) -> Iterator[Record]:
     """Make runs, of which up to `most` train together, and yield their records.
 
     Runs that fit no other run are made alone: the base model, DoRA, and adapters in float8. Runs that find too little
-    memory together are divided into halves.
+    memory together are divided into halves. If training together fails, each run is made alone, so that the failure is
+    in the record of the run that causes it.
 
     Args:
         runs: Configurations with their settings, none of which has a record.
@@ -58,23 +60,28 @@ def group_runs(runs: Runs, most: int) -> list[Runs]:
 
 
 def _run_group(group: Runs) -> Iterator[Record]:
+    """Train the runs of a group together, or in smaller groups if that fails, and score them."""
+    trained: dict[str, Trained] = {}
+    largest = len(group)  # runs that may train together
     if len(group) > 1:
         try:
             trained = _train(group)
-        except torch.OutOfMemoryError:
-            trained = None  # the exception keeps the tensors alive until here
+        except torch.OutOfMemoryError:  # the exception keeps the tensors alive until here
+            largest = (len(group) + 1) // 2
+            print(f"{len(group)} runs together find too little memory; {largest} at a time.", file=sys.stderr)
+        except UserError:
+            raise
+        except Exception as error:  # of one of the runs, whose record will say so
+            largest = 1
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"{len(group)} runs cannot train together ({reason}); they are made one by one.", file=sys.stderr)
         clear_device_cache(garbage_collection=True)
-        if trained is None:
-            half = (len(group) + 1) // 2
-            print(f"{len(group)} runs together find too little memory; {half} at a time are tried.", file=sys.stderr)
-            yield from _run_group(group[:half])
-            yield from _run_group(group[half:])
-            return
-        for config, setting in group:
-            yield run(config, setting, trained=trained[config.id])
+    if largest < len(group):
+        for first in range(0, len(group), largest):
+            yield from _run_group(group[first : first + largest])
         return
     for config, setting in group:
-        yield run(config, setting)
+        yield run(config, setting, trained=trained.get(config.id))
 
 
 def _train(group: Runs) -> dict[str, Trained]:

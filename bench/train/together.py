@@ -211,6 +211,7 @@ class _JointTrainer:
         self.windows = attention_windows(model)
         in_bfloat16 = self.accelerator.mixed_precision == "bf16"
         self.attention_dtype = torch.bfloat16 if in_bfloat16 else next(model.parameters()).dtype
+        torch.manual_seed(runs[0].config.seed)  # of dropout, unless a checkpoint has a later state
         self.runs = [_Run(model, run) for run in runs]
         # The balance losses are added here, with a mask for packed sequences, and so not by the model.
         any_router = any(run.has_router for run in self.runs)
@@ -220,7 +221,6 @@ class _JointTrainer:
     def train(self, checkpoint_every: int) -> None:
         """Train until every run is done or has diverged."""
         self.wrapped.train()
-        torch.manual_seed(self.runs[0].config.seed)
         tokens_before = sum(run.log.tokens for run in self.runs)
         first, last = min(run.log.steps for run in self.runs), max(run.last_step for run in self.runs)
         name = f"{len(self.runs)} runs of {self.runs[0].config.mixture}"

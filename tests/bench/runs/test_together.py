@@ -98,9 +98,15 @@ def test_training_together_continues_from_checkpoints(base_folder, tmp_path, mon
     expected = list(run_together(plan(whole, *runs), 2))
 
     update, updates = bench.train.together._Run.update, iter(range(1000))
+
+    def interrupted(self):
+        if next(updates) == 14:
+            raise KeyboardInterrupt
+        update(self)
+
     with monkeypatch.context() as patched:
-        patched.setattr(bench.train.together._Run, "update", lambda self: update(self) if next(updates) < 14 else 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        patched.setattr(bench.train.together._Run, "update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
             list(run_together(plan(broken, *runs), 2))
     assert len(list((tmp_path / "broken" / "checkpoints").iterdir())) == 2  # of step 5
     continued = list(run_together(plan(broken, *runs), 2))
@@ -120,17 +126,18 @@ def test_passes_have_a_maximum_of_tokens(base_folder, tmp_path, monkeypatch):
         torch.testing.assert_close(points(made, "loss"), points(one, "loss"), **CLOSE)
 
 
-def test_runs_without_memory_are_divided(setting, monkeypatch):
+@pytest.mark.parametrize("error, expected", [(torch.OutOfMemoryError("60 GiB"), [3, 2]), (RuntimeError("bug"), [3])])
+def test_runs_that_cannot_train_together_are_divided(error, expected, setting, monkeypatch):
     sizes = []
 
     def crowded(group):
         sizes.append(len(group))
-        raise torch.OutOfMemoryError("60 GiB wanted")
+        raise error
 
     monkeypatch.setattr(bench.runs.together, "_train", crowded)
-    monkeypatch.setattr(bench.runs.together, "run", lambda config, setting: config.seed)
+    monkeypatch.setattr(bench.runs.together, "run", lambda config, setting, trained: config.seed)
     runs = plan(setting, *(("malora", seed, 1e-3, {}) for seed in range(3)))
-    assert list(run_together(runs, 8)) == [0, 1, 2] and sizes == [3, 2]
+    assert list(run_together(runs, 8)) == [0, 1, 2] and sizes == expected
 
 
 def test_only_runs_that_fit_together_form_groups(setting):
