@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from malora.adapter_rows import AdapterRows
 from malora.auxiliary_loss import add_balance_loss
 from malora.fused.group import ProjectionGroup, drop_prefetched, prefetch_packed_weights
 from malora.layer import MaloraLayer
@@ -93,7 +94,10 @@ class ForwardHooks:
             return None
         if self._groups is None:  # in a copy
             self.find_layers(model)
-        self._prefetched = prefetch_packed_weights(self._groups or [])
+        if self.log.rows is None:
+            self._prefetched = prefetch_packed_weights(self._groups or [])
+        else:  # no layer is fused
+            self._find_token_counts(self.log.rows, model, args, kwargs)
         masks = (_argument(name, model, args, kwargs) for name in ("attention_mask", "decoder_attention_mask"))
         # It may be four-dimensional, or a dictionary by type of layer, and then says nothing of padding.
         self.log.start(*(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None for mask in masks))
@@ -104,6 +108,16 @@ class ForwardHooks:
         if getattr(_text_config(model), ROUTER_LOGITS, False):  # TRL sets it, but the base model has no router logits
             setattr(_text_config(model), ROUTER_LOGITS, False)
         return args, {name: value for name, value in kwargs.items() if name != ROUTER_LOGITS}
+
+    def _find_token_counts(
+        self, rows: AdapterRows, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Note how many tokens the batch has in all rows, for layers that see them flattened."""
+        for name, dims in (("input_ids", 2), ("inputs_embeds", 3)):
+            for prefix in ("", "decoder_"):
+                x = _argument(prefix + name, model, args, kwargs)
+                if isinstance(x, Tensor) and x.dim() == dims:
+                    rows.flattened.add(x.shape[0] * x.shape[1])
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
         """End the pass; after an exception in it, too. The outputs are then None."""

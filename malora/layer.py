@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from malora.adapter_layer import AdapterLayer
+from malora.adapter_rows import AdapterRows
 from malora.backends import BACKENDS
 from malora.checkpointing import add_gradient
 from malora.config import MaloraConfig, resolve_backend
@@ -99,12 +100,14 @@ class MaloraLinear(AdapterLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the frozen layer's output plus that of the active adapters.
 
-        The output is [..., m] for x [..., n].
+        The output is [..., m] for x [..., n]. In a pass with `adapter_names`, each row of x gets the output of its own
+        adapter instead.
         """
         if self.disable_adapters and self.merged:
             with onload_layer(self):
                 self.unmerge()
-        if not (args or kwargs) and (fused := self.adapter_for_fused_path()):
+        rows = None if (log := self._log()) is None else log.rows
+        if rows is None and not (args or kwargs) and (fused := self.adapter_for_fused_path()):
             output: Tensor = self.group.output(self, fused, x)
             return output
         y: Tensor = self.base_layer(x, *args, **kwargs)
@@ -113,12 +116,26 @@ class MaloraLinear(AdapterLayer):
         offloaded = self._offloaded_factors()
         for factor in offloaded:
             factor._hf_hook.pre_forward(factor)
-        for adapter in self.active_adapters:
-            if adapter in self.settings:
-                y = y + self.delta(adapter, x).to(y.dtype)
+        if rows is None:
+            for adapter in self.active_adapters:
+                if adapter in self.settings:
+                    y = y + self.delta(adapter, x).to(y.dtype)
+        else:
+            y = self._add_deltas_of_rows(rows, x, y)
         for factor in offloaded:
             factor._hf_hook.post_forward(factor, None)
         return y
+
+    def _add_deltas_of_rows(self, rows: AdapterRows, x: Tensor, y: Tensor) -> Tensor:
+        """Add to each row of y what its own adapter computes from that row of x."""
+        grouping = rows.grouping(x)
+        deltas = {
+            adapter: self.delta(adapter, x[index]).to(y.dtype)
+            for adapter, index in grouping.rows.items()
+            if adapter in self.settings
+        }
+        # One sum, because the backward pass of a sum into some rows copies the gradient of all rows.
+        return y + grouping.join(deltas, y) if deltas else y
 
     def _offloaded_factors(self) -> list[Any]:
         """Return the parameters that accelerate loads before a forward pass and offloads after it.

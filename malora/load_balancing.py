@@ -43,7 +43,11 @@ class RouterStats:
 
 
 def balance_loss(
-    model: nn.Module, attention_mask: Tensor | None = None, *, all_reduce: AllReduce | None = None
+    model: nn.Module,
+    attention_mask: Tensor | None = None,
+    *,
+    all_reduce: AllReduce | None = None,
+    adapter: str | None = None,
 ) -> Tensor:
     """Compute the load-balancing loss of the last forward pass, a float32 scalar.
 
@@ -64,11 +68,13 @@ def balance_loss(
         attention_mask: [B, S], nonzero for tokens that count. Defaults to the mask of that forward pass.
         all_reduce: Sums a tensor without gradient over all processes. All of them must call this function. Defaults
             to the tokens of this process alone.
+        adapter: Adapter whose routers count. By default the loss is the mean over the routers of all adapters that
+            took part. With `adapter_names`, each adapter counts the tokens of its own rows.
 
     Raises:
         ValueError: The model has no router, has not run yet, or its routing carries no gradient.
     """
-    stacks = list(_stacked_routings(model, attention_mask))
+    stacks = list(_stacked_routings(model, attention_mask, adapter=adapter))
     has_gradient = any(stack.routing.probability.requires_grad for stack in stacks)
     if torch.is_grad_enabled() and model.training and not has_gradient and _trains_router(model):
         raise ValueError(
@@ -100,7 +106,11 @@ def _mean_over_layers(stacks: list[_Stack], all_reduce: AllReduce | None = None)
 
 @torch.no_grad()
 def router_stats(
-    model: nn.Module, attention_mask: Tensor | None = None, *, all_reduce: AllReduce | None = None
+    model: nn.Module,
+    attention_mask: Tensor | None = None,
+    *,
+    all_reduce: AllReduce | None = None,
+    adapter: str | None = None,
 ) -> dict[str, RouterStats]:
     """Compute the statistics of every router in the last forward pass, by module name.
 
@@ -109,17 +119,20 @@ def router_stats(
         attention_mask: [B, S], nonzero for tokens that count. Defaults to the mask of that forward pass.
         all_reduce: Sums a tensor over all processes, for statistics of their tokens together. All of them must call
             this function. Defaults to the tokens of this process alone.
+        adapter: Adapter whose routers count; needed if several took part.
 
     Raises:
-        ValueError: The model has no router, or has not run yet.
+        ValueError: The model has no router, or has not run yet; or several adapters took part and none is named.
     """
-    stats = {}
-    for routing, modules, mask in _stacked_routings(model, attention_mask):
+    stats: dict[str, RouterStats] = {}
+    for routing, modules, mask in _stacked_routings(model, attention_mask, adapter=adapter):
         p = routing.probability
         entropy = _mean(torch.special.entr(p).sum(-1, keepdim=True), mask, all_reduce)[:, 0]
         gate_sum = _mean(routing.gate.sum(-1, keepdim=True), mask, all_reduce)[:, 0]
         fields = (_share(routing, mask, all_reduce), _mean(p, mask, all_reduce), entropy, gate_sum)
         for module, *values in zip(modules, *(field.tolist() for field in fields), strict=True):
+            if module in stats:
+                raise ValueError(f"several adapters routed tokens in {module}; name one of them as adapter=.")
             stats[module] = RouterStats(*values)
     return stats
 
@@ -210,12 +223,17 @@ def _stacked_routings(
         ValueError: Nothing was routed, or the mask does not fit the tokens.
     """
     groups: list[list[_Kept]] = []
+    masks: dict[tuple[str, int], Tensor] = {}  # by adapter and whole mask
     for layer in _layers(model):
         log = layer.routing_log
         for name, (probability, top_k) in layer.routings.items():
             if log is None or adapter not in (None, name) or probability.numel() == 0:
                 continue
-            mask = _mask_of(layer, log, probability.shape[:-1]) if attention_mask is None else attention_mask
+            mask = attention_mask
+            if mask is None:
+                mask = _mask_of(layer, log, name, masks, probability.shape[:-1])
+            else:
+                mask = _rows_of(name, mask, log, masks)
             kept = _Kept(layer, name, probability, top_k, mask)
             # Not in a dictionary by shape: torch.compile would make a graph for every length.
             found = next((group for group in groups if group[0].stacks_with(kept)), None)
@@ -225,6 +243,8 @@ def _stacked_routings(
                 found.append(kept)
     if not groups and not if_any:
         reason = "run a forward pass first" if has_router(model) else "it has no adapter with more than one expert"
+        if adapter is not None:
+            reason = f"adapter {adapter!r} has no router, or had no row in the last forward pass"
         raise ValueError(f"nothing was routed in this model: {reason}.")
     for group in groups:
         first = group[0]
@@ -234,14 +254,33 @@ def _stacked_routings(
         yield _Stack(Routing(stacked, first.top_k), [kept.layer.name for kept in group], weights)
 
 
-def _mask_of(layer: MaloraLayer, log: RoutingLog, tokens: torch.Size) -> Tensor | None:
+def _rows_of(adapter: str, mask: Tensor, log: RoutingLog, masks: dict[tuple[str, int], Tensor]) -> Tensor:
+    """Return an adapter's rows of a mask [B, S].
+
+    They are kept in `masks`, because routings stack only if their mask is the same object.
+    """
+    if log.recorded_rows is None:
+        return mask
+    key = adapter, id(mask)
+    if key not in masks:
+        masks[key] = log.recorded_rows.select(adapter, mask)
+    return masks[key]
+
+
+def _mask_of(
+    layer: MaloraLayer, log: RoutingLog, adapter: str, masks: dict[tuple[str, int], Tensor], tokens: torch.Size
+) -> Tensor | None:
     """Return the padding mask of the last forward pass that fits a layer's tokens [B, S] or [B·S], or None."""
-    mask, parts = log.attention_mask, layer.name.split(".")
+    mask, decoder_mask = (
+        None if found is None else _rows_of(adapter, found, log, masks)
+        for found in (log.attention_mask, log.decoder_attention_mask)
+    )
+    parts = layer.name.split(".")
     if log.is_encoder_decoder and "decoder" in parts:
         # Keys and values of cross attention read the encoder's tokens.
         is_cross = re.search("enc|cross", "".join(parts[parts.index("decoder") + 2 :]), re.IGNORECASE)
         reads_encoder = is_cross and mask is not None and mask.shape == tokens
-        mask = mask if reads_encoder else log.decoder_attention_mask
+        mask = mask if reads_encoder else decoder_mask
     return mask if mask is not None and _fit(mask, tokens) is not None else None
 
 

@@ -18,6 +18,7 @@ from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, Quanti
 from torch import nn
 
 from malora.adapter_layer import PREFIX, AdapterLayer
+from malora.adapter_names import assign_rows, make_rows
 from malora.config import MaloraConfig
 from malora.forward_hooks import AUX_LOSS_WEIGHT, ForwardHooks
 from malora.fused.fp8_linear import restore_linear
@@ -91,18 +92,25 @@ class MaloraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Refuse arguments that PEFT would drop without a word.
+        """Let each row of the batch use the adapter that `adapter_names` gives it, in `forward` and `generate`.
+
+        Args:
+            args: Positional arguments of the call.
+            kwargs: Its other arguments, with PEFT's own among them.
 
         Raises:
-            ValueError: the call has `adapter_names` or `alora_offsets`.
+            TypeError: `adapter_names` is not a list of names.
+            ValueError: `adapter_names` has an unknown adapter, or one is merged; or the call has `alora_offsets`.
         """
-        for name in ("adapter_names", "alora_offsets"):
-            if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"{name}= is not supported by malora: all rows of a batch use the active adapter. Split the batch "
-                    "by adapter, and call set_adapter() before each part."
-                )
-        yield
+        if kwargs.get("alora_offsets") is not None:
+            raise ValueError(
+                "alora_offsets= is not supported by malora: an adapter sees all tokens of its rows. Leave it out."
+            )
+        if (names := kwargs.get("adapter_names")) is None:
+            yield
+            return
+        with assign_rows(self.model, self.routing_log, make_rows(self.model, names, kwargs)):
+            yield
 
     def add_weighted_adapter(
         self,

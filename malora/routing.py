@@ -22,12 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from malora.adapter_rows import AdapterRows
+
 
 class Routing(NamedTuple):
     """Decision of a router for every token.
 
     Attributes:
-        probability: Probability of every expert, [B, S, N] or [T, N], float32 or wider.
+        probability: Probability of every expert, [B, S, N] or [T, N], float32 or wider. If the rows of the batch belong
+            to different adapters, B counts the rows of one.
         top_k: Number of experts per token, k.
     """
 
@@ -150,6 +153,8 @@ class RoutingLog:
         records: What each layer keeps, by its name.
         recording: Whether layers record now.
         has_gradients: Whether that pass ran with gradients.
+        rows: The adapter of each row of the batch, which layers use now; None if all rows use the active adapters.
+        recorded_rows: The same for the last pass.
     """
 
     def __init__(self) -> None:
@@ -159,6 +164,8 @@ class RoutingLog:
         self.records: dict[str, LayerRecord] = {}
         self.recording = False
         self.has_gradients = False
+        self.rows: AdapterRows | None = None
+        self.recorded_rows: AdapterRows | None = None
 
     def record_of(self, layer: str) -> LayerRecord:
         """Return the record of the layer of this name."""
@@ -183,6 +190,7 @@ class RoutingLog:
         """
         self.attention_mask, self.decoder_attention_mask = attention_mask, decoder_attention_mask
         self.recording, self.has_gradients = True, torch.is_grad_enabled()
+        self.recorded_rows = self.rows
         for record in self.records.values():
             record.clear()
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import pytest
+from peft import LoraConfig
 
 from malora.config import Down, MaloraConfig
 
@@ -85,6 +86,13 @@ class LoraLike:
         if initialize is not True:
             options["init_weights"] = initialize
         return OneExpert(**options)
+
+
+def like_lora(config: LoraConfig) -> MaloraConfig:
+    """Return one of our configs with the options that a `LoraConfig` has changed."""
+    default = LoraConfig()
+    names = [f.name for f in fields(LoraConfig) if f.init and getattr(config, f.name) != getattr(default, f.name)]
+    return LoraLike(**{name: getattr(config, name) for name in names})  # type: ignore[return-value]  # see __new__
 
 
 def tables(is_all: bool) -> dict[str, dict[str, list[Any]]]:

@@ -20,8 +20,9 @@ from typing import Any
 import our_configs
 import pytest
 import torch
+from peft import LoraConfig
 
-import malora  # noqa: F401  # registers the tuner
+import malora  # also registers the tuner
 
 HERE = Path(__file__).parent
 SELECTION = tomllib.loads((HERE / "selection.toml").read_text())
@@ -67,6 +68,8 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     module = collector.obj
     utilities = importlib.import_module(f"{module.__package__}.testing_utils")
     utilities._HUB_MODEL_ACCESSES = _Everything()  # type: ignore[attr-defined]
+    take_ours_for_lora(importlib.import_module(f"{module.__package__}.testing_common"), "testing_common")
+    take_ours_for_lora(module, module_path.stem)
     put_configs(module, module_path.stem)
     return collector
 
@@ -85,6 +88,8 @@ def put_configs(module: ModuleType, name: str) -> None:
             names, rows = mark.args[:2]
             if id(rows) in ours:
                 rows = ours[id(rows)]
+            elif function.__name__ in SELECTION["in_rows"].get(name, []):
+                rows = _rows_with_ours(rows)
             elif arguments.get(function.__name__) == names:
                 rows = our_configs.CONFIGS if names == "config" else our_configs.CLASSES
             else:
@@ -95,6 +100,26 @@ def put_configs(module: ModuleType, name: str) -> None:
             function.has_our_configs = True  # type: ignore[attr-defined]
     if makes_its_own:
         module.LoraConfig = our_configs.LoraLike  # type: ignore[attr-defined]
+
+
+def take_ours_for_lora(module: ModuleType, name: str) -> None:
+    """Let functions that skip all configs but LoRA's run with ours."""
+    for holder in (value for value in vars(module).values() if isinstance(value, type)):
+        for function_name in SELECTION["for_lora"].get(name, []):
+            function = vars(holder).get(function_name)
+            if function is not None:
+                names = {**vars(module), "LoraConfig": malora.MaloraConfig}
+                changed = FunctionType(function.__code__, names, function_name)
+                changed.__dict__.update(function.__dict__)  # with its marks
+                setattr(holder, function_name, changed)
+
+
+def _rows_with_ours(rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Return the rows that have a LoraConfig, with ours in its place. pytest may ask twice."""
+    kept = [row for row in rows if any(isinstance(value, LoraConfig | malora.MaloraConfig) for value in row)]
+    return [
+        tuple(our_configs.like_lora(value) if isinstance(value, LoraConfig) else value for value in row) for row in kept
+    ]
 
 
 def _tests(module: ModuleType) -> Iterator[FunctionType]:

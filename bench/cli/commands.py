@@ -106,13 +106,13 @@ def make_table(options: argparse.Namespace) -> int:
     if options.dry_run:
         return 0
     if options.sweep:
-        rates = tuned_rates(experiment, records_frame(_run_and_print(swept, jobs, "sweep")))
+        rates = tuned_rates(experiment, records_frame(_run_and_print(swept, jobs, "sweep", options.together)))
     if (without := [m for m in tuning_groups if m not in rates.tuned]) and processes().is_main_process:
         message = "no tuned learning rate, so the paper's is used; --sweep tunes."
         print(f"{', '.join(without)}: {message}", file=sys.stderr)
     runs = []
     for batch in plan_runs(setting, experiment, entries, options.seeds, rates.tuned):
-        runs += _run_and_print(batch, jobs, experiment.name)
+        runs += _run_and_print(batch, jobs, experiment.name, options.together)
     if processes().is_main_process:
         frame = records_frame(store.read_all(setting.results))
         selection = select(experiment, setting.profile.name, frame, like=like, rates=rates)
@@ -124,11 +124,24 @@ def make_table(options: argparse.Namespace) -> int:
 
 
 def _count_jobs(options: argparse.Namespace, setting: RunSettings) -> int:
-    """Return the number of runs at a time.
+    """Return the number of processes with a run each.
 
-    The number is 1 if a launcher has started several processes, because they share a run.
+    The number is 1 if a launcher has started several processes, because they share a run, and if runs train together.
+
+    Raises:
+        UserError: The user asked for several runs in two ways.
     """
-    if processes().num_processes > 1:
+    if options.together > 1 and processes().num_processes > 1:
+        raise UserError(
+            f"--together {options.together} trains runs in one process, and a launcher has started "
+            f"{processes().num_processes}; start the command without it."
+        )
+    if options.together > 1 and (options.jobs or 1) > 1:
+        raise UserError(
+            f"--together {options.together} trains runs in one process, and --jobs {options.jobs} in several; "
+            "choose one of them."
+        )
+    if processes().num_processes > 1 or options.together > 1:
         return 1
     return options.jobs or (_count_cores() if setting.device.type == "cpu" else 1)
 
@@ -138,10 +151,10 @@ def _count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _run_and_print(runs: Runs, jobs: int, title: str) -> list[schema.Record]:
+def _run_and_print(runs: Runs, jobs: int, title: str, together: int) -> list[schema.Record]:
     """Make the runs and print a line per run to the standard error."""
     records = []
-    for number, one in enumerate(run_all(runs, jobs), 1):
+    for number, one in enumerate(run_all(runs, jobs, together), 1):
         records.append(one)
         if not processes().is_main_process:
             continue

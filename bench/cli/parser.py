@@ -141,6 +141,14 @@ def _add_table_options(parser: argparse.ArgumentParser, experiment: Experiment) 
     parser.add_argument(
         "--jobs", type=positive, metavar="J", help="runs at a time (default: 1 on a GPU, else 1 per CPU core)"
     )
+    parser.add_argument(
+        "--together",
+        type=positive,
+        default=1,
+        metavar="K",
+        help="train up to K runs in the same forward passes, each with its own adapter, batches and learning rate; "
+        "fewer if memory is short",
+    )
     _add_making(parser)
     parser.set_defaults(command=make_table, experiment=experiment)
 

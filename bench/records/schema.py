@@ -114,6 +114,8 @@ class Provenance(Section):
         packages: Version by package name; None if it is not installed.
         device: Name of the GPU or CPU.
         concurrent_runs: Runs that shared the machine; with more than one, seconds are not comparable.
+        trained_together: Runs that trained in the same forward passes, this one included; None if it trained alone. The
+            seconds of its training are those of all, and its peak memory is unknown.
     """
 
     time: str
@@ -126,6 +128,7 @@ class Provenance(Section):
     cuda: str | None
     driver: str | None
     concurrent_runs: int
+    trained_together: int | None = None
 
 
 class Parameters(Section):

@@ -16,13 +16,14 @@ from bench.records.schema import Record, RunConfig
 from bench.runs.plan import Runs
 from bench.runs.run import find_record, run
 from bench.runs.setting import RunSettings
+from bench.runs.together import run_together
 from bench.runtime.processes import processes
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
 
 
-def run_all(runs: Runs, jobs: int) -> Iterator[Record]:
+def run_all(runs: Runs, jobs: int, together: int = 1) -> Iterator[Record]:
     """Make the runs that have no record yet, and yield all records.
 
     Each record is yielded as soon as it is there.
@@ -32,11 +33,15 @@ def run_all(runs: Runs, jobs: int) -> Iterator[Record]:
     Args:
         runs: Configurations with their settings.
         jobs: Number of runs at a time, each in a process of its own.
+        together: Maximum number of runs that train in the same forward passes; with more than one, `jobs` is 1.
     """
     done = {config.id: found for config, setting in runs if (found := find_record(config, setting))}
     processes().wait_for_everyone()  # they must agree on the runs that are missing
     yield from done.values()
     missing = [(config, setting) for config, setting in runs if config.id not in done]
+    if together > 1:
+        yield from run_together(missing, together)
+        return
     if jobs == 1 or len(missing) <= 1:
         for config, setting in missing:
             yield run(config, setting)

@@ -29,12 +29,13 @@ from bench.runtime.processes import processes
 from bench.train.batching import Encoded, encode, label_tokens
 from bench.train.checkpoint import TrainLog
 from bench.train.loop import DivergedError, train
+from bench.train.together import Trained
 from bench.train.tracking import Log, tracked
 from malora.analysis import extract_experts
 from tasks import MIXTURES, Example
 
 
-def run(config: RunConfig, setting: RunSettings, jobs: int = 1) -> Record:
+def run(config: RunConfig, setting: RunSettings, jobs: int = 1, trained: Trained | None = None) -> Record:
     """Make a run and return its record, or return the existing record.
 
     An existing record is one that the results folder already has.
@@ -46,6 +47,7 @@ def run(config: RunConfig, setting: RunSettings, jobs: int = 1) -> Record:
         config: Configuration of the run.
         setting: Settings that it shares with others.
         jobs: Number of runs at the same time, on this machine.
+        trained: Outcome of the run's training together with others; None to train it now.
 
     Raises:
         UserError: The run cannot be made as the user asked for it.
@@ -60,12 +62,15 @@ def run(config: RunConfig, setting: RunSettings, jobs: int = 1) -> Record:
     if found:
         return found
     require_scoring(MIXTURES[config.mixture].tasks, setting.unsafe_code)
-    checkpoint = setting.results / "checkpoints" / f"{config.id}.pt"
-    record = Record(config=config, status="ok", provenance=provenance.provenance(setting.device, jobs))
+    checkpoint = checkpoint_of(config, setting)
+    made_by = provenance.provenance(setting.device, trained.together if trained else jobs)
+    if trained:
+        made_by = made_by.replace(trained_together=trained.together)
+    record = Record(config=config, status="ok", provenance=made_by)
     try:
         names = setting.track if state.is_main_process else ()
         with tracked(names, config, setting.results / "tracking") as track:
-            _train_and_score(record, setting, checkpoint, track)
+            _train_and_score(record, setting, checkpoint, track, trained)
     except DivergedError as error:
         record.status, record.error, record.train = "diverged", str(error), _train_section(error.log)
     except UserError:
@@ -94,7 +99,14 @@ def run(config: RunConfig, setting: RunSettings, jobs: int = 1) -> Record:
     return record
 
 
-def _train_and_score(record: Record, setting: RunSettings, checkpoint: Path, track: Log) -> None:
+def checkpoint_of(config: RunConfig, setting: RunSettings) -> Path:
+    """Return the file of a run's checkpoint."""
+    return setting.results / "checkpoints" / f"{config.id}.pt"
+
+
+def _train_and_score(
+    record: Record, setting: RunSettings, checkpoint: Path, track: Log, trained: Trained | None
+) -> None:
     """Fill in the sections of the record, one after the other.
 
     So a failure leaves the earlier sections in the record.
@@ -111,18 +123,21 @@ def _train_and_score(record: Record, setting: RunSettings, checkpoint: Path, tra
         model = add_adapter(base, config.method, options, config.seed)
         fresh = extract_experts(model) if malora.has_router(model) else None
         record.parameters = Parameters(**count_parameters(model))
-        encoded = _encoded(setting, config, tokenizer)
+        encoded = encode_training_data(setting, config, tokenizer)
         record.data = record.data.replace(train=label_tokens(data.train, encoded))
-        torch.manual_seed(config.seed + processes().process_index)  # every process drops out other activations
-        log = train(
-            model,
-            encoded,
-            config,
-            pad_id=tokenizer.pad_token_id or 0,
-            checkpoint=checkpoint,
-            checkpoint_every=profile.checkpoint_every,
-            track=track,
-        )
+        if trained:
+            log = trained.restore(model, track)
+        else:
+            torch.manual_seed(config.seed + processes().process_index)  # every process drops out other activations
+            log = train(
+                model,
+                encoded,
+                config,
+                pad_id=tokenizer.pad_token_id or 0,
+                checkpoint=checkpoint,
+                checkpoint_every=profile.checkpoint_every,
+                track=track,
+            )
         record.train = _train_section(log)
         if setting.save and processes().is_main_process:
             save_adapter(model, prepare(setting.model), setting.save)
@@ -191,7 +206,7 @@ def _limited(examples: dict[str, list[Example]], config: RunConfig) -> dict[str,
 _ENCODED: dict[tuple[Any, ...], list[Encoded]] = {}  # of the last run: the next one mostly trains on the same
 
 
-def _encoded(setting: RunSettings, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+def encode_training_data(setting: RunSettings, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
     """Tokenize the training examples, or return the last run's if they are the same."""
     seed = blend_seed(setting, config.seed)
     key = (config.model_hash, setting.mixture_name, setting.source, setting.profile.format, seed, config.max_length)

@@ -90,7 +90,7 @@ class _Trainer:
             len(encoded), batch_size=config.batch_size, epochs=config.epochs, seed=config.seed
         )
         self.last_step = min(len(self.batches), config.max_steps or len(self.batches))
-        optimizer, self.scheduler = _make_optimizer(model, config, len(self.batches))
+        optimizer, self.scheduler = make_optimizer(model, config, len(self.batches))
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
         identity = config.hash + source_hash()
         self.checkpoint = Checkpoint(
@@ -152,7 +152,7 @@ class _Trainer:
         self.pending.append(torch.stack([loss, balance, norm]))
         if self.has_router and log.steps % ROUTER_EVERY == 0:
             stats = malora.router_stats(self.model, micro_batches[-1].mask, all_reduce=self._sum_over_processes)
-            summary = _router_summary(stats.values())
+            summary = router_summary(stats.values())
             log.router.append({"step": log.steps} | summary)
             self.track({f"router/{name}": value for name, value in summary.items()}, log.steps)
 
@@ -203,7 +203,7 @@ class _Trainer:
         self.checkpoint.save(self.log)
 
 
-def _make_optimizer(model: nn.Module, config: RunConfig, steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
+def make_optimizer(model: nn.Module, config: RunConfig, steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
     """Make AdamW, and a schedule with linear warmup and decay.
 
     Args:
@@ -233,7 +233,7 @@ def keep_input_dtype(model: nn.Module, device: torch.device) -> AbstractContextM
     return disable_input_dtype_casting(model, active=device.type == "cuda" and bool(loras) and not has_dora)
 
 
-def _router_summary(stats: Collection[malora.RouterStats]) -> dict[str, float]:
+def router_summary(stats: Collection[malora.RouterStats]) -> dict[str, float]:
     """Average router statistics over the routed layers; `unused_experts` is their sum."""
     return {
         "entropy": sum(s.entropy for s in stats) / len(stats),

@@ -34,6 +34,15 @@ def test_table2_runs_sweeps_and_resumes(base_folder, tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_the_runs_of_a_table_train_together(base_folder, tmp_path, capsys):
+    options = ["--profile", "tiny", "--model", base_folder, "--max-steps", 3, "--max-items", 2, "--results", tmp_path]
+    command = ["table2", "--methods", "lora,malora", "--seeds", 1, "--together", 4, *options]
+    assert main([str(a) for a in command]) == 0
+    found = {one.config.method: one.provenance.trained_together for one in store.read_all(tmp_path)}
+    assert found == {"base": None, "lora": 2, "malora": 2}
+    assert "MALoRA" in capsys.readouterr().out
+
+
 def test_run_prints_and_records(base_folder, tmp_path, capsys):
     command = [
         *"run --profile tiny --model".split(),

@@ -39,6 +39,10 @@ from tests.bench.records.test_store import make
         (["run", "--set", "router_aux_loss_coef=0.1"], "router_aux_loss_coef has no effect in the benchmark"),
         (["run", "--method", "lora", "--set", "backend=dispatch"], "lora: unknown option 'backend'; there are "),
         (["table2", "--seeds", "0"], "'0' is not a whole number from 1"),
+        (
+            ["table2", "--together", "2", "--jobs", "2"],
+            "in one process, and --jobs 2 in several; choose one of them",
+        ),
         (["run", "--learning-rate", "-1"], "must be a number above 0"),
         (["run", "--profile", "tiny", "--data", "."], "the tiny base model knows the words of generated tasks only"),
         (["run", "--profile", "small", "--data", "nowhere"], "nowhere is not a folder"),

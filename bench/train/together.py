@@ -1,0 +1,340 @@
+"""Train the adapters of several runs at once, on one frozen base model.
+
+A step of a small model leaves most of a GPU idle. So each step takes the next batch of every run, puts their packed
+sequences one below the other, and makes one forward and backward pass. The frozen layers see all sequences. Each
+adapter sees the sequences of its own run (`adapter_names`). Parameters, loss, clipping, optimizer and schedule are each
+run's own, so a run has the loss curve that it has alone, up to rounding. Only dropout draws other random numbers.
+
+A run whose loss or gradient is not finite leaves the batch. The others do not notice: sequences do not influence each
+other in a frozen model, and the gradients of a sum of losses are those of the single losses.
+
+Steps are not captured as CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+
+import malora
+from bench.models.joint import AdapterTensors, read_tensors, trained_parameters, write_tensors
+from bench.records.provenance import source_hash
+from bench.records.schema import RunConfig
+from bench.runtime.attention import attention_windows, exact_with_masks, masks_for, packed_attention_bias
+from bench.runtime.logits import label_positions_only
+from bench.runtime.processes import make_accelerator
+from bench.runtime.timer import PhaseTimer
+from bench.train.batching import MAX_TOKENS, PACKED_ROW_LENGTH, Batch, Encoded, collate, shuffled_batches
+from bench.train.checkpoint import Checkpoint, TrainLog
+from bench.train.loop import CHECK_EVERY, ROUTER_EVERY, DivergedError, make_optimizer, router_summary
+from bench.train.progress import Progress
+from bench.train.tracking import Log
+from malora.backbone.liger import LigerKernels, has_liger
+
+# Tokens per forward pass of all runs together, by device; more runs take more passes per step. The activations of
+# 65,536 tokens of the small profile's model need 70 GiB.
+MAX_JOINT_TOKENS = {"cuda": 65_536, "cpu": 16_384}
+
+
+@dataclass(frozen=True)
+class JointRun:
+    """A run that trains with others.
+
+    Attributes:
+        config: Its configuration.
+        adapter: Name of its adapter in the joint model.
+        encoded: Its training examples.
+        checkpoint: File of its checkpoint.
+    """
+
+    config: RunConfig
+    adapter: str
+    encoded: Sequence[Encoded]
+    checkpoint: Path
+
+
+@dataclass
+class Trained:
+    """The outcome of a run's training with others.
+
+    Attributes:
+        log: Log of its training.
+        tensors: Its trained adapter, on the CPU.
+        has_diverged: Whether a loss or gradient was not finite.
+        together: Number of runs that trained together.
+        points: Values for trackers, with their steps.
+    """
+
+    log: TrainLog
+    tensors: AdapterTensors
+    has_diverged: bool
+    together: int
+    points: list[tuple[Mapping[str, float | None], int]] = field(default_factory=list)
+
+    def restore(self, model: PeftModel, track: Log) -> TrainLog:
+        """Put the trained adapter into a model with it alone, as if it had been trained there.
+
+        Args:
+            model: Model with the new adapter of the run.
+            track: Gets the points of the curve and the router statistics.
+
+        Raises:
+            DivergedError: The run diverged.
+        """
+        for values, step in self.points:
+            track(values, step)
+        if self.has_diverged:
+            raise DivergedError(self.log)
+        write_tensors(model, self.tensors)
+        return self.log
+
+
+def train_together(
+    model: PeftModel, runs: Sequence[JointRun], *, pad_id: int, checkpoint_every: int
+) -> dict[str, Trained]:
+    """Train all adapters of a joint model.
+
+    Training continues from the checkpoints of earlier calls, also in other company.
+
+    Args:
+        model: Model with all adapters, of `bench.models.joint.join_adapters`, on its device.
+        runs: The runs; one per adapter. They agree in all settings that concern the batch.
+        pad_id: Token id of padding.
+        checkpoint_every: Steps between checkpoints.
+
+    Returns:
+        The outcomes by the name of the adapter.
+    """
+    trainer = _JointTrainer(model, runs, pad_id)
+    trainer.train(checkpoint_every)
+    return {run.adapter: run.outcome(model, len(runs)) for run in trainer.runs}
+
+
+def _on_cpu(tensors: AdapterTensors) -> AdapterTensors:
+    return {layer: {kind: tensor.cpu() for kind, tensor in kinds.items()} for layer, kinds in tensors.items()}
+
+
+class _Run:
+    """The state of one run: batches, optimizer, checkpoint and log."""
+
+    def __init__(self, model: PeftModel, run: JointRun) -> None:
+        self.config, self.adapter, self.encoded = run.config, run.adapter, run.encoded
+        config = run.config
+        self.batches = shuffled_batches(
+            len(run.encoded), batch_size=config.batch_size, epochs=config.epochs, seed=config.seed
+        )
+        self.last_step = min(len(self.batches), config.max_steps or len(self.batches))
+        self.parameters = trained_parameters(model, run.adapter)
+        holder = nn.ParameterList(self.parameters)
+        self.optimizer, self.scheduler = make_optimizer(holder, config, len(self.batches))
+        # A run alone computes PEFT's LoRA in other tensors, so it must not continue from here.
+        identity = f"{config.hash}{source_hash()} together"
+        self.checkpoint = Checkpoint(run.checkpoint, identity, holder, self.optimizer, self.scheduler)
+        self.log = self.checkpoint.load() or TrainLog()
+        settings = [m.settings[run.adapter] for m in model.modules() if isinstance(m, malora.MaloraLayer)]
+        self.has_router = any(setting.has_router for setting in settings)
+        # Alone, it would then be padded to shapes that few CUDA graphs have.
+        self.is_captured_alone = config.device_type == "cuda" and all(
+            malora.BACKENDS[setting.backend].graph_safe for setting in settings
+        )
+        self.has_diverged = False
+        self.pending: list[Tensor] = []  # losses and gradient norms that are still on the device, each [3]
+        self.losses: list[Tensor] = []  # of the micro-batches of this step, each [2]
+        self.points: list[tuple[Mapping[str, float | None], int]] = []
+        self.learning_rate = 0.0  # of the last step
+
+    @property
+    def is_training(self) -> bool:
+        """Whether the run takes part in the next step."""
+        return not self.has_diverged and self.log.steps < self.last_step
+
+    @property
+    def chosen(self) -> list[int]:
+        """The examples of the next step."""
+        return self.batches[self.log.steps]
+
+    def update(self) -> None:
+        """Clip the gradients and change the weights."""
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        self.optimizer.step()
+        self.learning_rate = float(self.scheduler.get_last_lr()[0])  # of this step, before the schedule goes on
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.log.tokens += sum(len(self.encoded[i].ids) for i in self.chosen)
+        self.log.steps += 1
+        loss = torch.stack(self.losses).sum(0)
+        self.losses.clear()
+        self.pending.append(torch.cat([loss, norm.detach()[None].to(loss)]))
+
+    def read_pending(self) -> None:
+        """Read the last steps' losses from the device and add their mean to the curve."""
+        loss, balance, norm = torch.stack(self.pending).mean(0).tolist()
+        self.pending.clear()
+        means = {"loss": loss, "balance_loss": balance, "grad_norm": norm}
+        self.log.curve.append({"step": self.log.steps} | means)
+        means |= {"learning_rate": self.learning_rate, "tokens": self.log.tokens}
+        self.points.append(({f"train/{name}": value for name, value in means.items()}, self.log.steps))
+        self.has_diverged = not all(map(math.isfinite, (loss, balance, norm)))
+
+    def outcome(self, model: PeftModel, together: int) -> Trained:
+        """Return the outcome of the training."""
+        tensors = _on_cpu(read_tensors(model, self.adapter))
+        return Trained(self.log, tensors, self.has_diverged, together, self.points)
+
+    def read_router(self, model: PeftModel, mask: Tensor) -> None:
+        """Log the statistics of the routers, as they are after the coming update."""
+        stats = malora.router_stats(model, mask, adapter=self.adapter)
+        summary, step = router_summary(stats.values()), self.log.steps + 1
+        self.log.router.append({"step": step} | summary)
+        self.points.append(({f"router/{name}": value for name, value in summary.items()}, step))
+
+
+class _JointTrainer:
+    """Trains several runs step by step."""
+
+    def __init__(self, model: PeftModel, runs: Sequence[JointRun], pad_id: int) -> None:
+        device_type = runs[0].config.device_type
+        self.model, self.pad_id, self.device_type = model, pad_id, device_type
+        self.accelerator = make_accelerator("bf16" if device_type == "cuda" else "no")
+        self.wrapped: nn.Module = self.accelerator.prepare(model)
+        uses_liger = device_type == "cuda" and has_liger()
+        self.kernels = LigerKernels(model.get_base_model()) if uses_liger else nullcontext()
+        self.windows = attention_windows(model)
+        in_bfloat16 = self.accelerator.mixed_precision == "bf16"
+        self.attention_dtype = torch.bfloat16 if in_bfloat16 else next(model.parameters()).dtype
+        torch.manual_seed(runs[0].config.seed)  # of dropout, unless a checkpoint has a later state
+        self.runs = [_Run(model, run) for run in runs]
+        # The balance losses are added here, with a mask for packed sequences, and so not by the model.
+        any_router = any(run.has_router for run in self.runs)
+        self.router_options = {"output_router_logits": False} if any_router else {}
+        self.timer = PhaseTimer(self.accelerator.device)
+
+    def train(self, checkpoint_every: int) -> None:
+        """Train until every run is done or has diverged."""
+        self.wrapped.train()
+        tokens_before = sum(run.log.tokens for run in self.runs)
+        first, last = min(run.log.steps for run in self.runs), max(run.last_step for run in self.runs)
+        name = f"{len(self.runs)} runs of {self.runs[0].config.mixture}"
+        with Progress(name, last, first, self.accelerator.is_main_process) as progress:
+            while active := [run for run in self.runs if run.is_training]:
+                self._step(active)
+                for run in active:
+                    steps, is_last = run.log.steps, run.log.steps == run.last_step
+                    saves = steps % checkpoint_every == 0 or is_last
+                    if steps % CHECK_EVERY == 0 or saves:
+                        self._add_seconds(active)
+                        run.read_pending()
+                    if saves and not run.has_diverged:
+                        run.checkpoint.save(run.log)
+                tokens = sum(run.log.tokens for run in self.runs) - tokens_before
+                progress.update(min(run.log.steps for run in active), tokens, partial(_mean_loss, active))
+
+    def _add_seconds(self, active: Sequence[_Run]) -> None:
+        """Add the time since the last call to the log of every run that took part: they all waited for it."""
+        seconds: dict[str, float] = {}
+        self.timer.add_to(seconds)
+        for run in active:
+            for phase, value in seconds.items():
+                run.log.seconds[phase] = run.log.seconds.get(phase, 0.0) + value
+
+    def _step(self, active: Sequence[_Run]) -> None:
+        """Train each run on its next batch."""
+        self.timer.start()
+        batches = [(run, self._collate(run)) for run in active]
+        self.timer.end_phase("data")
+        for number in range(max(len(micro_batches) for _, micro_batches in batches)):
+            parts = [(run, micro_batches[number]) for run, micro_batches in batches if number < len(micro_batches)]
+            for chunk in _chunks(parts, MAX_JOINT_TOKENS[self.device_type]):
+                mask = self._run_pass(chunk)
+                for run, _ in chunk:
+                    is_last = number == next(len(found) for other, found in batches if other is run) - 1
+                    if is_last and run.has_router and (run.log.steps + 1) % ROUTER_EVERY == 0:
+                        run.read_router(self.model, mask)
+        for run in active:
+            run.update()
+        self.timer.end_phase("optimizer")
+
+    def _collate(self, run: _Run) -> list[Batch]:
+        """Make the micro-batches that the run would have alone."""
+        micro_batches = collate(
+            [run.encoded[i] for i in run.chosen],
+            self.pad_id,
+            row_length=PACKED_ROW_LENGTH[self.device_type],
+            max_tokens=MAX_TOKENS[self.device_type],
+            fixed_shapes=run.is_captured_alone,
+        )
+        return [batch.to(self.accelerator.device) for batch in micro_batches]
+
+    def _run_pass(self, parts: Sequence[tuple[_Run, Batch]]) -> Tensor:
+        """Run forward and backward for one micro-batch of each run, and return the padding mask of all."""
+        batches = [batch for _, batch in parts]
+        example = _stack([batch.example for batch in batches])
+        ids, position = _stack([batch.ids for batch in batches], self.pad_id), _stack([b.position for b in batches])
+        row, column = _label_positions(batches)
+        masks = masks_for(self.windows, partial(packed_attention_bias, example, self.attention_dtype))
+        at_labels = label_positions_only(self.model, row, column)
+        with self.kernels, exact_with_masks(ids.device), at_labels:
+            logits = self.wrapped(
+                input_ids=ids,
+                position_ids=position,
+                attention_mask=masks,
+                use_cache=False,
+                adapter_names=[run.adapter for run, batch in parts for _ in range(len(batch.ids))],
+                **self.router_options,
+            ).logits
+        total = logits.new_zeros((), dtype=torch.float32)
+        for (run, batch), own in zip(parts, logits.split([len(batch.target) for batch in batches]), strict=True):
+            loss = F.cross_entropy(own.float(), batch.target, reduction="sum") / batch.labels
+            balance = torch.zeros_like(loss)
+            if run.has_router:
+                balance = malora.balance_loss(self.model, example > 0, adapter=run.adapter) * batch.share
+            run.losses.append(torch.stack([loss, balance]).detach())
+            total = total + loss + run.config.balance_factor * balance
+        self.timer.end_phase("forward")
+        self.accelerator.backward(total)
+        self.timer.end_phase("backward")
+        return example > 0
+
+
+def _mean_loss(runs: Sequence[_Run]) -> float:
+    """Return the mean of the runs' last losses."""
+    losses = [run.log.curve[-1]["loss"] if run.log.curve else run.pending[-1][0].item() for run in runs]
+    return sum(losses) / len(losses)
+
+
+def _chunks(parts: Sequence[tuple[_Run, Batch]], max_tokens: int) -> Iterator[list[tuple[_Run, Batch]]]:
+    """Divide micro-batches among passes of at most this many tokens, or of one micro-batch."""
+    chunk: list[tuple[_Run, Batch]] = []
+    rows = width = 0
+    for part in parts:
+        more, wide = part[1].ids.shape
+        if chunk and (rows + more) * max(width, wide) > max_tokens:
+            yield chunk
+            chunk, rows, width = [], 0, 0
+        chunk.append(part)
+        rows, width = rows + more, max(width, wide)
+    yield chunk
+
+
+def _stack(tensors: Sequence[Tensor], fill: int = 0) -> Tensor:
+    """Put tensors [R, C] one below the other, and fill the shorter sequences on the right."""
+    width = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat([F.pad(tensor, (0, width - tensor.shape[1]), value=fill) for tensor in tensors])
+
+
+def _label_positions(batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+    """Return row and column of each label token in the stacked sequences, each [L]."""
+    rows, first = [], 0
+    for batch in batches:
+        rows.append(batch.row + first)
+        first += len(batch.ids)
+    return torch.cat(rows), torch.cat([batch.column for batch in batches])
