@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,6 @@ from bench.train.checkpoint import Checkpoint, TrainLog
 from bench.train.loop import CHECK_EVERY, ROUTER_EVERY, DivergedError, make_optimizer, router_summary
 from bench.train.progress import Progress
 from bench.train.tracking import Log
-from malora.backbone.liger import LigerKernels, has_liger
 
 # Tokens per forward pass of all runs together, by device; more runs take more passes per step. The activations of
 # 65,536 tokens of the small profile's model need 70 GiB.
@@ -206,8 +204,8 @@ class _JointTrainer:
         self.model, self.pad_id, self.device_type = model, pad_id, device_type
         self.accelerator = make_accelerator("bf16" if device_type == "cuda" else "no")
         self.wrapped: nn.Module = self.accelerator.prepare(model)
-        uses_liger = device_type == "cuda" and has_liger()
-        self.kernels = LigerKernels(model.get_base_model()) if uses_liger else nullcontext()
+        if device_type == "cuda":
+            malora.optimize_backbone(model, loss=False)  # the passes compute their own losses
         self.windows = attention_windows(model)
         in_bfloat16 = self.accelerator.mixed_precision == "bf16"
         self.attention_dtype = torch.bfloat16 if in_bfloat16 else next(model.parameters()).dtype
@@ -282,7 +280,7 @@ class _JointTrainer:
         row, column = _label_positions(batches)
         masks = masks_for(self.windows, partial(packed_attention_bias, example, self.attention_dtype))
         at_labels = label_positions_only(self.model, row, column)
-        with self.kernels, exact_with_masks(ids.device), at_labels:
+        with exact_with_masks(ids.device), at_labels:
             logits = self.wrapped(
                 input_ids=ids,
                 position_ids=position,

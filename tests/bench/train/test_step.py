@@ -9,7 +9,6 @@ from peft import get_peft_model
 import malora
 from bench.train.batching import Encoded, collate
 from bench.train.step import TrainStep
-from malora.backbone.liger import LigerKernels
 from tests.bench.base_types import ALL, make_base
 from tests.conftest import SHAPES, make_model
 
@@ -107,8 +106,9 @@ def test_a_captured_step_computes_what_the_eager_step_does(method):
     def trained(captured: bool):
         torch.manual_seed(0)
         model = get_peft_model(make_model(), malora.METHODS[method](lora_dropout=0.0)).cuda().train()
-        kernels = LigerKernels(model.get_base_model()) if captured else None
-        step = TrainStep(model, model, Accelerator(), balance_factor=0.01, kernels=kernels)
+        if captured:
+            malora.optimize_backbone(model, loss=False)
+        step = TrainStep(model, model, Accelerator(), balance_factor=0.01)
         if not captured:
             step.step.max_graphs = 0
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
