@@ -45,7 +45,7 @@ def capture_step(model: nn.Module, loss_function: LossFunction | None = None, *,
     (`.item()`, `print(loss)`), and what it reads must be in the micro-batch. All graphs share one memory, which is that
     of the largest one. A change of the model's parameters, modules, active adapters or mode is noticed, and passes are
     captured anew. Call `reset()` after a change that only Python sees, such as another dropout probability, and after
-    `malora.release_caches`.
+    `malora.optimize_backbone`, `restore_backbone` and `release_caches`.
 
     Args:
         model: The model to train, with its parameters on one device.
