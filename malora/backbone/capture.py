@@ -45,7 +45,7 @@ def capture_step(model: nn.Module, loss_function: LossFunction | None = None, *,
     (`.item()`, `print(loss)`), and what it reads must be in the micro-batch. All graphs share one memory, which is that
     of the largest one. A change of the model's parameters, modules, active adapters or mode is noticed, and passes are
     captured anew. Call `reset()` after a change that only Python sees, such as another dropout probability, and after
-    `malora.release_caches`.
+    `malora.optimize_backbone`, `restore_backbone` and `release_caches`.
 
     Args:
         model: The model to train, with its parameters on one device.
@@ -102,7 +102,7 @@ class CapturedStep:
         reason: Why passes are not to be captured; None if they are to be, where the model allows it.
 
     Attributes:
-        reason: Why passes are not captured, or None.
+        reason: Why no pass is captured, or None. It is found out in the first call, and again after `reset()`.
         replayed: Whether the last micro-batch was a replay.
     """
 
@@ -266,7 +266,7 @@ class CapturedStep:
         return outputs
 
     def _capture(self, signature: Hashable, micro_batch: Any, scale: Tensor | float | None) -> CapturedPass | None:
-        """Capture a pass; if that fails, log why and return None, now and for all other shapes."""
+        """Capture a pass; if that fails, log why and return None, now and for all other shapes until `reset()`."""
         try:
             if self._refresh_graph is None:
                 self._refresh_graph = capture_refresh(self._weights)
@@ -284,11 +284,12 @@ class CapturedStep:
                     self._side_stream.stream,
                 )
         except Exception as error:  # what a capture forbids is raised as all kinds of errors
-            self._has_failed, first = True, _first_of(error)
-            self._announce(
-                f"A pass could not be captured as a CUDA graph: {type(first).__name__}: {first}. Passes of this and "
-                f"new shapes run as usual. {EAGER_COST}"
-            )
+            first = _first_of(error)
+            message = f"a pass could not be captured as a CUDA graph: {type(first).__name__}: {first}"
+            self._announce(f"Passes of this shape and of new ones run as usual, because {message}. {EAGER_COST}")
+            self._has_failed = True
+            if not self._graphs:
+                self.reason, self._refresh_graph, self._gradients = message, None, None
             return None
         self._graphs[signature] = captured
         logger.info("Captured a pass as CUDA graph %d of at most %d.", len(self._graphs), self.max_graphs)

@@ -301,6 +301,24 @@ class TestReasons:
         assert why_not_captured(model) is None
 
 
+@on_cpu
+@pytest.mark.parametrize("captured_before", [False, True])
+def test_a_failed_capture_leaves_a_step_that_runs_as_usual(captured_before, graphs, monkeypatch, caplog):  # noqa: F811
+    def fail(*args, **kwargs):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    model, other = adapted(), adapted()
+    step = malora.capture_step(model)
+    if captured_before:
+        warm(step)
+    monkeypatch.setattr("malora.backbone.captured_pass.capture", fail)
+    steps = steps_of([(9, 6), (9, 9), (6, 9)])
+    assert_same(train(model, step, steps), train(other, plain(other), steps))
+    (record,) = caplog.records  # said once
+    assert "not permitted" in record.message and (step.reason is None) is captured_before
+    assert warm(step, passes=1).replayed is captured_before
+
+
 @needs_gpu
 @pytest.mark.parametrize("method", ["lora", "malora"])
 def test_every_replay_draws_new_dropout(method):
@@ -345,7 +363,8 @@ def test_a_pass_that_cannot_be_captured_runs_as_usual(caplog):
     warm(step, passes=4)
     assert not step.replayed and sum("could not be captured" in record.message for record in caplog.records) == 1
     torch.cuda.empty_cache()
-    model.eval(), other.eval()  # which is captured anew, and fails again
+    assert "could not be captured" in step.reason
+    model.eval(), other.eval()
     assert_same(train(model, step), train(other, plain(other)))
     assert len({step.backward(batch()).item() for _ in range(2)}) == 1
     model.train()
