@@ -9,7 +9,6 @@ from peft import get_peft_model
 import malora
 from bench.train.batching import Encoded, collate
 from bench.train.step import EagerStep, GraphedStep
-from malora.backbone.liger import LigerKernels
 from tests.bench.base_types import ALL, make_base
 from tests.conftest import SHAPES, make_model
 
@@ -107,8 +106,9 @@ def test_a_captured_step_computes_what_the_eager_step_does(method):
     def trained(captured: bool):
         torch.manual_seed(0)
         model = get_peft_model(make_model(), malora.METHODS[method](lora_dropout=0.0)).cuda().train()
-        kernels = LigerKernels(model.get_base_model()) if captured else None
-        eager = EagerStep(model, model, Accelerator(), balance_factor=0.01, kernels=kernels)
+        if captured:
+            malora.optimize_backbone(model, loss=False)
+        eager = EagerStep(model, model, Accelerator(), balance_factor=0.01)
         step = GraphedStep(eager) if captured else eager
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         losses = []
@@ -136,7 +136,7 @@ def test_every_replay_draws_new_dropout(method):
         for p in model.parameters():
             if p.requires_grad:
                 p.normal_(std=0.3)
-    step = GraphedStep(EagerStep(model, model, Accelerator(), balance_factor=0.0, kernels=None))
+    step = GraphedStep(EagerStep(model, model, Accelerator(), balance_factor=0.0))
     batch = [Encoded(list(range(1, 9)), 1)] * 4
     micro_batches = [one.to(torch.device("cuda")) for one in collate(batch, 0, fixed_shapes=True)]
     losses = [torch.stack(step(micro_batches))[0].item() for _ in range(5)]
