@@ -94,7 +94,11 @@ def _change_classes(model: nn.Module, part: str) -> str:
     if part != "loss" and not has_triton():
         return "none: Triton is not installed"
     count = sum(change_class(module, part) for module in model.modules())
-    return f"{count} module{'s' if count > 1 else ''}" if count else f"none: no {_WHAT[part]} was found"
+    return (
+        f"{count} module{'s' if count > 1 else ''}"
+        if count
+        else f"none: no {_WHAT[part]} was found, or its `forward` was replaced"
+    )
 
 
 def _link_norms(model: nn.Module) -> None:

@@ -20,7 +20,9 @@ Result = TypeVar("Result")
 
 
 def can_run(x: Tensor) -> bool:
-    """Return whether a kernel can read x. It must be on the current GPU, in 16 or 32 bits."""
+    """Return whether a kernel can read x. It must be on the current GPU, in 16 or 32 bits, and no DTensor."""
+    if type(x) is not Tensor:
+        return False
     if x.is_cuda:  # Triton launches on the current device
         return x.dtype in KERNEL_DTYPES and x.get_device() == torch.cuda.current_device()
     return x.dtype in KERNEL_DTYPES and interprets_triton() and x.device.type == "cpu"

@@ -115,7 +115,8 @@ def has_frozen_head(model: Any) -> bool:
     head = model._modules.get(model.malora_settings.head)
     if type(head) is not nn.Linear or has_own_forward(head) or head._forward_hooks or head._forward_pre_hooks:
         return False
-    return not any(parameter.requires_grad for parameter in head.parameters())
+    # Weights that are sharded over processes are of another type.
+    return all(type(parameter) is nn.Parameter and not parameter.requires_grad for parameter in head.parameters())
 
 
 @can_return_tuple  # type: ignore[untyped-decorator]

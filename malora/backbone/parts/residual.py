@@ -102,7 +102,9 @@ def _add(x: Tensor, residual: Tensor, norm: Any) -> Tensor:
     own = norm.malora_settings if getattr(type(norm), "malora_part", None) == "norm" else None
     if not isinstance(own, NormSettings) or own.offset or x.dtype != residual.dtype or x.device != residual.device:
         return residual + x
-    if x.shape != residual.shape or not can_fuse(norm, x):
+    # FSDP and DeepSpeed gather the weights of a module when it is called, and here it is not called yet.
+    is_gathered = type(norm.weight) is nn.Parameter and norm.weight.shape == x.shape[-1:]
+    if x.shape != residual.shape or not is_gathered or not can_fuse(norm, x):
         return residual + x
     from malora.backbone.kernels.add_rms_norm import add_rms_norm  # needs Triton
 

@@ -13,7 +13,6 @@ from bench.speed import subject as bench_subject
 from bench.speed.baselines import registered_baselines
 from bench.speed.subject import Subject
 from bench.speed.variants import Variant, variants
-from malora.backbone.liger import LigerKernels
 from tests.bench.conftest import stand_in_for_liger
 
 CPU = torch.device("cpu")
@@ -41,25 +40,6 @@ def test_ligers_functions_are_there_only_while_its_row_runs(monkeypatch):
     assert modeling_llama.rotate_half is original
 
 
-@pytest.mark.parametrize("out_of_the_box", [False, True])
-def test_norms_are_torchs_own_unless_liger_is_used_out_of_the_box(out_of_the_box, monkeypatch):
-    model = backbone(TOY, 1, CPU).float()
-    norm, x = model.model.norm, torch.randn(3, 5, model.config.hidden_size)
-    expected = norm(x)
-
-    def apply(model, **_):
-        norm.casting_mode, norm.forward = "llama", torch.relu
-
-    stand_in_for_liger(monkeypatch, apply)
-    LigerKernels(model.bfloat16(), out_of_the_box)
-    if out_of_the_box:
-        assert norm.forward is torch.relu
-    else:
-        with torch.autocast("cpu", torch.bfloat16):
-            y = norm(x.bfloat16())
-        assert y.dtype == torch.bfloat16 and (y - expected).norm() < 4e-3 * expected.norm()
-
-
 def test_all_variants_share_one_set_of_frozen_weights():
     base = backbone(TOY, 1, CPU)
     before = {name: p.clone() for name, p in base.named_parameters()}
@@ -79,19 +59,28 @@ def test_all_variants_share_one_set_of_frozen_weights():
 
 
 @pytest.mark.parametrize(
-    "backend, mode, optimizes",
-    [("fused", "train", True), ("fused", "prefill", False), ("fp8", "decode", True), ("dense", "train", False)],
+    "backend, mode, liger, expected",
+    [
+        ("fused", "train", False, {"padding"}),
+        ("fused", "train", True, {"padding", "rotary", "activation", "norm"}),
+        ("fused", "prefill", False, None),
+        ("fused", "prefill", True, {"rotary", "activation", "norm"}),
+        ("fp8", "decode", False, set()),
+        ("dense", "train", False, None),
+    ],
 )
-def test_the_backbone_is_optimized_while_it_is_loaded(backend, mode, optimizes, monkeypatch):
-    """Check that frozen weights are optimized as the backend and the mode need.
+def test_the_backbone_is_optimized_while_it_is_loaded(backend, mode, liger, expected, monkeypatch):
+    """Check that frozen layers are optimized as the variant and the mode need.
 
-    They are padded for training with the fused backends and run in float8 with fp8; parking frees both.
+    Weights are padded for training with the fused backends and run in float8 with fp8; parking frees both.
     """
     calls = []
-    monkeypatch.setattr("malora.optimize_backbone", lambda model: calls.append(("optimize", model)))
-    monkeypatch.setattr("malora.release_caches", lambda model: calls.append(("release", model)))
-    subject = Subject(Variant("malora", "malora", backend), backbone(TOY, 1, CPU), mode, 0.0)
+    monkeypatch.setattr(
+        "malora.optimize_backbone", lambda _, **parts: calls.append({part for part in parts if parts[part]})
+    )
+    monkeypatch.setattr("malora.release_caches", lambda model: calls.append(model))
+    subject = Subject(Variant("malora", "malora", backend, liger=liger), backbone(TOY, 1, CPU), mode, 0.0)
     assert calls == []
     subject.load()
     subject.park()
-    assert calls == [("optimize", subject.model)] * optimizes + [("release", subject.model)]
+    assert calls == [*([] if expected is None else [expected]), subject.model]

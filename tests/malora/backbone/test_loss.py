@@ -9,6 +9,11 @@ from tests.malora.backbone.architectures import make
 from tests.malora.backbone.test_optimize import DEVICE, IDS, LABELS, adapted, check_equal, loss_and_gradients
 
 
+def optimize(model):
+    report = malora.optimize_backbone(model, rotary=False, activation=False, norm=False)
+    assert report["loss"] == "1 module"
+
+
 @pytest.mark.parametrize(
     "inputs",
     [
@@ -16,7 +21,7 @@ from tests.malora.backbone.test_optimize import DEVICE, IDS, LABELS, adapted, ch
         {"num_items_in_batch": 7},
         {"shift_labels": IDS.flip(0)},
         {"labels": LABELS.where(LABELS >= 0, -5), "ignore_index": -5},
-        {"inputs_embeds": torch.ones(2, 9, 32, device=DEVICE), "input_ids": None},
+        {"inputs_embeds": torch.ones(2, 6, 32, device=DEVICE), "input_ids": None},
     ],
     ids=lambda inputs: "-".join(inputs),
 )
@@ -24,7 +29,7 @@ def test_arguments_of_the_models_loss(inputs):
     """The balance loss of the routers is added to it as to any other."""
     model = adapted()
     expected = loss_and_gradients(model, **inputs)
-    malora.optimize_backbone(model)
+    optimize(model)
     outputs = model(**{"input_ids": IDS, "labels": LABELS, **inputs})
     assert outputs.logits is None and outputs.aux_loss > 0
     check_equal(loss_and_gradients(model, **inputs), expected)
@@ -32,22 +37,22 @@ def test_arguments_of_the_models_loss(inputs):
 
 def test_a_batch_without_labels_has_no_loss_as_before():
     model = adapted()
-    malora.optimize_backbone(model)
+    optimize(model)
     assert model(input_ids=IDS, labels=torch.full_like(IDS, -100)).loss.isnan()
 
 
 def test_tuples_are_returned_if_asked_for():
     model = adapted()
-    malora.optimize_backbone(model)
+    optimize(model)
     loss = model(input_ids=IDS, labels=LABELS).loss
     torch.testing.assert_close(model(input_ids=IDS, labels=LABELS, return_dict=False)[0], loss)
 
 
 def test_evaluation_and_passes_without_labels_have_logits():
     model = adapted()
-    malora.optimize_backbone(model)
-    assert model(input_ids=IDS).logits.shape == (2, 9, 61)
-    assert model.eval()(input_ids=IDS, labels=LABELS).logits.shape == (2, 9, 61)
+    optimize(model)
+    assert model(input_ids=IDS).logits.shape == (2, 6, 61)
+    assert model.eval()(input_ids=IDS, labels=LABELS).logits.shape == (2, 6, 61)
 
 
 def _train(model):
@@ -65,15 +70,22 @@ def _replace_loss(model):
 @pytest.mark.parametrize("change", [_train, _listen, _replace_loss])
 def test_a_head_that_needs_its_logits_keeps_the_models_loss(change):
     model = adapted()
+    optimize(model)
     change(model)
-    expected = loss_and_gradients(model)
-    malora.optimize_backbone(model)
     assert model(input_ids=IDS, labels=LABELS).logits is not None
-    check_equal(loss_and_gradients(model), expected)
+    got = loss_and_gradients(model)
+    malora.restore_backbone(model)
+    check_equal(got, loss_and_gradients(model))
+
+
+def test_a_loss_that_the_model_replaced_before_is_left_alone():
+    model = adapted()
+    _replace_loss(model)
+    assert malora.optimize_backbone(model, norm=False)["loss"].startswith("none")
 
 
 def test_a_head_with_an_adapter_keeps_the_models_loss():
     base = make("Llama").to(DEVICE)
-    malora.optimize_backbone(base)  # before the adapter is there
+    optimize(base)  # before the adapter is there
     model = get_peft_model(base, malora.METHODS["malora"](target_modules=["lm_head", "q_proj"])).train()
     assert model(input_ids=IDS, labels=LABELS).logits is not None

@@ -15,8 +15,8 @@ from tests.malora.backbone.architectures import ARCHITECTURES, make
 
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-IDS = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(1)).to(DEVICE)
-LABELS = torch.where(torch.arange(9, device=DEVICE) < 4, -100, IDS)
+IDS = torch.randint(3, 61, (2, 6), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+LABELS = torch.where(torch.arange(6, device=DEVICE) < 3, -100, IDS)
 GUIDE = Path(__file__).parents[3] / "docs/guides/optimize-the-backbone.md"
 COLUMNS = ("rotary", "activation", "norm", "residual", "loss")
 NODES = {  # of autograd's graph, by part
@@ -29,12 +29,15 @@ NODES = {  # of autograd's graph, by part
 
 
 def adapted(name="Llama", **options):
-    model = get_peft_model(make(name), malora.METHODS["malora"](**{"lora_dropout": 0.0, **options}))
+    model = get_peft_model(
+        make(name), malora.METHODS["molora"](**{"lora_dropout": 0.0, "num_experts": 2, "r": 4, **options})
+    )
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.enable_input_require_grads()  # so that the first norm is in autograd's graph too
     return model.to(DEVICE).train()
 
 
@@ -66,15 +69,14 @@ def nodes(loss):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_loss_gradients_and_generation_stay_and_the_guide_says_what_changes(name):
     model = adapted(name)
-    generated = model.eval().generate(input_ids=IDS, max_new_tokens=3, do_sample=False)
+    generated = model.eval().generate(input_ids=IDS, max_new_tokens=2, do_sample=False)
     expected = loss_and_gradients(model.train())
     printed = str(model)
 
     report = malora.optimize_backbone(model)
     optimized = loss_and_gradients(model)
-    assert optimized[0].grad_fn is not None
     check_equal(optimized, expected)
-    assert model.eval().generate(input_ids=IDS, max_new_tokens=3, do_sample=False).equal(generated)
+    assert model.eval().generate(input_ids=IDS, max_new_tokens=2, do_sample=False).equal(generated)
     assert malora.optimize_backbone(model) == report  # again changes nothing
 
     malora.restore_backbone(model)
@@ -91,15 +93,15 @@ def test_loss_gradients_and_generation_stay_and_the_guide_says_what_changes(name
         assert (node in used) == (cells[part] == "yes"), part
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.3, "backend": "fused"}])
-@pytest.mark.parametrize("use_reentrant", [None, False, True])
+@pytest.mark.parametrize(
+    "use_reentrant, options", [(None, {"lora_dropout": 0.3, "backend": "fused"}), (False, {}), (True, {})]
+)
 def test_gradient_checkpointing_and_the_fused_backend(use_reentrant, options):
     """A norm after a sum is computed with the sum, but for the sum of a checkpointed layer's end."""
 
     def run(optimizes):
         model = adapted(**options)
         if use_reentrant is not None:
-            model.enable_input_require_grads()
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         if optimizes:
             malora.optimize_backbone(model)
