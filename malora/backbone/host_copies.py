@@ -1,6 +1,6 @@
 """Copies of activations in pinned host memory, made and fetched without making the host wait.
 
-All copies of a device run on one side stream, so they run beside the kernels and in the order of the calls:
+All copies of a device run on one side stream, so they run in the order of the calls, at the same time as kernels:
 
 1. `HostCopy(tensor)` starts the copy to the host. The side stream waits for the kernels that write the tensor.
 2. `release()` frees the tensor on the device. The main stream then waits for the copy, so call it some layers later.
@@ -30,7 +30,7 @@ class HostMemory:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def take(self, num_bytes: int, device: torch.device) -> Tensor:
-        """Return a buffer of at least so many bytes for copies from a device, uint8."""
+        """Return a uint8 buffer of at least `num_bytes`, for copies from a device."""
         size = 1 << max(num_bytes - 1, 1).bit_length()
         free = self._free.get((device, size))
         return free.pop() if free else torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
