@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import malora
 from malora.backbone import recompute
+from malora.backbone.host_copies import HostMemory
 from malora.backbone.lean_mode import LeanMode
 from malora.fused import augmented_weights, bases, packed_weights
 from tests.malora.backbone.checkpointed import (
@@ -337,3 +338,30 @@ def test_autocast_is_the_same_in_the_second_run(ids):
     for mode in MODES:
         malora.set_checkpointing(model, mode)
         assert_equal(run(), expected)
+
+
+def test_a_capture_is_told_of_dropout_that_it_cannot_repeat():
+    def has_other_dropout(model):
+        malora.set_checkpointing(model, "full")
+        layer = model.get_base_model().model.layers[0]
+        return layer._gradient_checkpointing_func._has_other_dropout()
+
+    assert has_other_dropout(adapted("lora"))
+    assert not has_other_dropout(adapted("lora", lora_dropout=0.0))
+    assert has_other_dropout(adapted(backend="dense"))
+    model = adapted(backend="fused")
+    assert not has_other_dropout(model)
+    model.get_base_model().model.layers[0].self_attn.attention_dropout = 0.1
+    assert has_other_dropout(model)
+    assert not has_other_dropout(model.eval())
+
+
+def test_a_graph_shares_no_buffer_with_work_that_is_not_captured():
+    memory, cpu = HostMemory(), torch.device("cpu")
+    warmed_up = memory.take(1000, cpu, in_graph=False)
+    memory.give_back(warmed_up, cpu, in_graph=False)
+    captured = memory.take(1020, cpu, in_graph=True)
+    assert captured is warmed_up and captured.numel() == 1024
+    memory.give_back(captured, cpu, in_graph=True)
+    assert memory.take(1000, cpu, in_graph=False) is not captured
+    assert memory.take(1000, cpu, in_graph=True) is captured
