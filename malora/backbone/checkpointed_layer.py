@@ -10,8 +10,9 @@ How one layer goes:
 
 `torch.utils.checkpoint` without reentrance does the first two. Three things are added here:
 
-- The fused path draws the same dropout masks without a copy of the generator's state, which a CUDA graph cannot have,
-  and packs no weights again (`malora.fused.recomputation.LayerRun`).
+- The fused path packs no weights again, and draws the same dropout masks from the same seeds
+  (`malora.fused.recomputation.LayerRun`). The states of torch's generators serve other dropout. A CUDA graph cannot
+  have them, so a capture goes without if no other dropout is found.
 - If the last group of projections in the layer is that of the last saved tensors, its GEMMs with frozen weights are
   left out. In a Llama layer that is the down projection, a fifth of all arithmetic.
 - Inputs are offloaded.
@@ -28,7 +29,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 from malora.backbone.host_copies import HostCopy, HostMemory
@@ -72,7 +72,7 @@ class CheckpointedLayer:
         self.place, self.is_last, self.offload = place, is_last, offload
         self._adapted = [module for module in layer.modules() if isinstance(module, MaloraLayer)]
         theirs = {part for module in self._adapted for part in module.modules()}
-        self._others = [module for module in layer.modules() if module not in theirs and _has_dropout(module)]
+        self._others = [module for module in layer.modules() if module not in theirs]
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return `function(*args, **kwargs)`."""
@@ -80,27 +80,25 @@ class CheckpointedLayer:
             return function(*args, **kwargs)
         if torch.compiler.is_compiling():  # the compiler recomputes by rules of its own
             return checkpoint(function, *args, use_reentrant=False, **kwargs)
-        run = CheckpointedRun(partial(function, **kwargs), args, keeps_rng_state=self._draws())
+        is_capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        keeps_rng_state = not is_capturing or self._has_other_dropout()
+        run = CheckpointedRun(partial(function, **kwargs), args, keeps_rng_state)
         if self.offload is not None:
             run.offload_input(self.offload, self.place, self.is_last)
         return run.first(*args)
 
-    def _draws(self) -> bool:
-        """Return whether the layer draws random numbers of which the fused path does not keep the seeds."""
-        if any(_active_dropout(module) for module in self._others):
+    def _has_other_dropout(self) -> bool:
+        """Return whether the layer has dropout of which the fused path does not keep the seeds."""
+        if any(_has_active_dropout(module) for module in self._others):
             return True
-        return any(
-            config.lora_dropout > 0 for layer in self._adapted if layer.training for config in layer.settings.values()
-        ) and any(layer.adapter_for_fused_path() is None for layer in self._adapted)
+        rates = (c.lora_dropout for layer in self._adapted if layer.training for c in layer.settings.values())
+        return any(rates) and any(layer.adapter_for_fused_path() is None for layer in self._adapted)
 
 
-def _has_dropout(module: nn.Module) -> bool:
-    """Return whether a module can drop values by itself."""
-    return isinstance(module, _DropoutNd) or any("drop" in name for name in vars(module))
-
-
-def _active_dropout(module: nn.Module) -> bool:
-    rates = [module.p] if isinstance(module, _DropoutNd) else [v for k, v in vars(module).items() if "drop" in k]
+def _has_active_dropout(module: nn.Module) -> bool:
+    """Return whether a module drops values by itself: it is a Dropout, or has a rate that is named so."""
+    own = vars(module)
+    rates = [own.get("p")] if "Dropout" in type(module).__name__ else [own[name] for name in own if "drop" in name]
     return module.training and any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 

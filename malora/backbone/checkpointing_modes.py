@@ -33,13 +33,15 @@ def set_checkpointing(model: nn.Module, mode: str, *, offload_fraction: float | 
     | "full" | the input | the layer |
     | "offload" | nothing; the input is in pinned host memory | the layer |
 
-    Copies to host memory run beside the kernels, and the host waits for nothing, so a step can be captured as CUDA
-    graphs. The choice replaces `gradient_checkpointing_enable`; do not use both. It holds until the next call. Capture
-    graphs anew after a call, because "none" frees the pinned memory. Call it again after adding an adapter.
+    Copies to host memory run while the device computes, and the host waits for nothing. So a step can be captured as
+    CUDA graphs. The choice replaces `gradient_checkpointing_enable`; do not use both. It holds until the next call.
+    Capture graphs anew after a call, because "none" frees the pinned memory. Call it again after adding an adapter.
 
     "full" and "offload" take effect in training mode, and "lean" in every pass with gradients. "lean" knows what the
-    kernels of `optimize_backbone` compute; of other norms and activation functions it keeps everything. Under
-    `torch.compile` a whole model in "lean" mode runs as in "none": the compiler has its own rules of what to recompute.
+    kernels of `optimize_backbone` compute. Of other norms and activation functions it keeps everything.
+
+    `torch.compile` of a whole model cannot trace this, as the compiler has its own rules of what to recompute: "full"
+    and "offload" are torch's checkpointing there, and "lean" has no effect.
 
     Args:
         model: What `get_peft_model` returned, or a base model of transformers.

@@ -1,6 +1,6 @@
 """Copies of activations in pinned host memory, made and fetched without making the host wait.
 
-All copies of a device run on one side stream, so they run beside the kernels and in the order of the calls:
+All copies of a device run on one side stream, so they run in the order of the calls, at the same time as kernels:
 
 1. `HostCopy(tensor)` starts the copy to the host. The side stream waits for the kernels that write the tensor.
 2. `release()` frees the tensor on the device. The main stream then waits for the copy, so call it some layers later.
@@ -13,6 +13,8 @@ reusing it. Off CUDA the copies are plain ones.
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 from torch import Tensor
 
@@ -23,24 +25,33 @@ class HostMemory:
     """Pinned buffers that are reused from step to step, and the side streams of the copies.
 
     A pinned allocation takes milliseconds. PyTorch rounds its size up to a power of two, so buffers have such sizes.
+
+    A CUDA graph writes to its buffers in every replay. Other graphs may share them, if each holds a forward pass with
+    its backward pass. Work that is not captured may not.
     """
 
     def __init__(self) -> None:
-        self._free: dict[tuple[torch.device, int], list[Tensor]] = {}
+        self._free: defaultdict[tuple[torch.device, int], list[Tensor]] = defaultdict(list)
+        self._free_in_graphs: defaultdict[tuple[torch.device, int], list[Tensor]] = defaultdict(list)
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def take(self, num_bytes: int, device: torch.device) -> Tensor:
-        """Return a buffer of at least so many bytes for copies from a device, uint8."""
-        size = 1 << max(num_bytes - 1, 1).bit_length()
-        free = self._free.get((device, size))
-        return free.pop() if free else torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    def take(self, num_bytes: int, device: torch.device, *, in_graph: bool) -> Tensor:
+        """Return a uint8 buffer of at least `num_bytes`, for copies from a device.
 
-    def give_back(self, buffer: Tensor, device: torch.device) -> None:
+        A capture takes over what the passes before it have left, because it cannot allocate.
+        """
+        size = 1 << max(num_bytes - 1, 1).bit_length()
+        for free in (self._free_in_graphs, self._free) if in_graph else (self._free,):
+            if free[device, size]:
+                return free[device, size].pop()
+        return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+    def give_back(self, buffer: Tensor, device: torch.device, *, in_graph: bool) -> None:
         """Take a buffer back.
 
         Its next copy comes after all earlier ones, because they run on one stream.
         """
-        self._free.setdefault((device, buffer.numel()), []).append(buffer)
+        (self._free_in_graphs if in_graph else self._free)[device, buffer.numel()].append(buffer)
 
     def stream(self, device: torch.device) -> torch.cuda.Stream:
         """Return the side stream of a device."""
@@ -51,6 +62,7 @@ class HostMemory:
     def clear(self) -> None:
         """Free the buffers that are not in use."""
         self._free.clear()
+        self._free_in_graphs.clear()
 
     def __reduce__(self) -> tuple[type[HostMemory], tuple[()]]:
         """Copy or pickle it as empty."""
@@ -68,13 +80,13 @@ class HostCopy:
     def __init__(self, tensor: Tensor, memory: HostMemory) -> None:
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
         self._memory = memory
-        self._buffer = memory.take(tensor.nbytes, tensor.device)
+        self._is_captured = is_captured(tensor)
+        self._buffer = memory.take(tensor.nbytes, tensor.device, in_graph=self._is_captured)
         self._host = self._buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         self._source: Tensor | None = tensor.detach()  # on the device, until it is released
         self._loaded: Tensor | None = None  # on the device again
         self._copied = self._copy(self._host, self._source)
         self._arrived: torch.cuda.Event | None = None
-        self._is_captured = False  # the copy back
 
     def _copy(self, to: Tensor, source: Tensor) -> torch.cuda.Event | None:
         """Copy on the side stream, once it has waited for the main one, and return the event of its end."""
@@ -103,7 +115,6 @@ class HostCopy:
         if self._loaded is None and self._source is None:
             self._loaded = torch.empty(self.shape, dtype=self.dtype, device=self.device)
             self._arrived = self._copy(self._loaded, self._host)
-            self._is_captured = is_captured(self._loaded)
 
     def fetch(self) -> Tensor:
         """Return the tensor on the device, and keep it there."""
@@ -125,4 +136,4 @@ class HostCopy:
         # streams. An event belongs to the capture in which it was recorded.
         if self._arrived is not None and self._is_captured == torch.cuda.is_current_stream_capturing():
             self._wait(self._arrived)
-        self._memory.give_back(self._buffer, self.device)
+        self._memory.give_back(self._buffer, self.device, in_graph=self._is_captured)

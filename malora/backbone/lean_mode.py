@@ -22,7 +22,7 @@ class LeanMode:
     Args:
         model: The base model.
         layers: Its decoder layers.
-        num_offloaded: The first so many of them keep their saved tensors in host memory.
+        num_offloaded: Number of layers, from the first on, that keep their saved tensors in host memory.
     """
 
     def __init__(self, model: nn.Module, layers: list[nn.Module], num_offloaded: int) -> None:

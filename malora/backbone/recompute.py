@@ -144,7 +144,7 @@ class LeanPass:
 
     Args:
         num_layers: Layers of the model.
-        num_offloaded: The first so many of them keep their saved tensors in host memory.
+        num_offloaded: Number of layers, from the first on, that keep their saved tensors in host memory.
         resident: Tensors that outlive the pass, such as weights.
         memory: Pinned buffers.
     """

@@ -4,27 +4,28 @@ import copy
 import gc
 import weakref
 from functools import partial
-from types import MethodType
 
 import pytest
 import torch
-import torch.nn.functional as F
-from peft import get_peft_model
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import malora
-from malora.backbone import cuda_graphs, recompute
+from malora.backbone import recompute
+from malora.backbone.host_copies import HostMemory
 from malora.backbone.lean_mode import LeanMode
-from malora.backbone.recompute import note
 from malora.fused import augmented_weights, bases, packed_weights
-from tests.conftest import make_model
-
-ON_GPU = torch.cuda.is_available()
-DEVICE, DTYPE = ("cuda", torch.float32) if ON_GPU else ("cpu", torch.float64)
-# A projection group of two, and the last projection of a layer. Kernels are interpreted, so fewer are faster.
-TARGETS = ["q_proj", "v_proj", "down_proj"]
-MODES = ("full", "offload", "lean")
+from tests.malora.backbone.checkpointed import (
+    DEVICE,
+    MODES,
+    adapted,
+    assert_equal,
+    counted,
+    gradients,
+    loss_of,
+    norms_and_swiglu_that_announce,
+    set_mode,
+    step,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -35,94 +36,6 @@ def offload_all_sizes(monkeypatch):
 @pytest.fixture
 def ids(ids):
     return ids[:, :4].to(DEVICE)
-
-
-def adapted(method="malora", **options):
-    torch.manual_seed(0)
-    options = {"lora_dropout": 0.3, "target_modules": TARGETS} | options
-    model = get_peft_model(make_model(), malora.METHODS[method](**options)).to(DEVICE, DTYPE).train()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "malora_" in name or "lora_" in name:
-                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(p))
-    return model
-
-
-def set_mode(model, mode, offload_fraction=1.0):
-    malora.set_checkpointing(model, mode, offload_fraction=offload_fraction if mode == "lean" else None)
-
-
-def loss_of(model, ids):
-    return model(input_ids=ids, labels=ids, use_cache=False).loss
-
-
-def gradients(model):
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
-
-
-def step(model, ids, seed=3):
-    torch.manual_seed(seed)
-    loss = loss_of(model, ids)
-    loss.backward()
-    return {"loss": loss.detach()} | gradients(model)
-
-
-def assert_equal(got, expected):
-    """Bit for bit, except that kernels on a GPU may add in another order."""
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, rtol=1e-3 * ON_GPU, atol=1e-5 * ON_GPU, msg=name)
-
-
-def counted(calls, name, function):
-    def wrapper(*args, **kwargs):
-        calls.append(name)
-        return function(*args, **kwargs)
-
-    return wrapper
-
-
-def norms_and_swiglu_that_announce(model):
-    """Replace a Llama model's norms and activation functions by ones that `note` their outputs.
-
-    Returns the list that gets a reference to the memory of each such output.
-    """
-    outputs = []
-
-    def rms_norm(x, weight):
-        return F.rms_norm(x, weight.shape, weight, 1e-6)
-
-    def swiglu(gate, up):
-        return SwiGlu.apply(gate, up)
-
-    class SwiGlu(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, gate, up):
-            ctx.save_for_backward(gate, up)
-            return F.silu(gate) * up
-
-        @staticmethod
-        def backward(ctx, dy):
-            with torch.enable_grad():
-                leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-                return torch.autograd.grad(F.silu(leaves[0]) * leaves[1], leaves, dy)
-
-    def announced(function, *inputs):
-        y = function(*inputs)
-        note(y, function, *inputs)
-        outputs.append(StorageWeakRef(y.untyped_storage()))
-        return y
-
-    for module in model.modules():
-        if type(module).__name__ == "LlamaRMSNorm":
-            module.forward = MethodType(lambda self, x: announced(rms_norm, x, self.weight), module)
-        if type(module).__name__ == "LlamaMLP":
-            module.forward = MethodType(
-                lambda self, x: self.down_proj(announced(swiglu, self.gate_proj(x), self.up_proj(x))), module
-            )
-    return outputs
 
 
 @pytest.mark.parametrize("method", ["malora", "lora"])
@@ -427,82 +340,28 @@ def test_autocast_is_the_same_in_the_second_run(ids):
         assert_equal(run(), expected)
 
 
-needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_a_capture_is_told_of_dropout_that_it_cannot_repeat():
+    def has_other_dropout(model):
+        malora.set_checkpointing(model, "full")
+        layer = model.get_base_model().model.layers[0]
+        return layer._gradient_checkpointing_func._has_other_dropout()
+
+    assert has_other_dropout(adapted("lora"))
+    assert not has_other_dropout(adapted("lora", lora_dropout=0.0))
+    assert has_other_dropout(adapted(backend="dense"))
+    model = adapted(backend="fused")
+    assert not has_other_dropout(model)
+    model.get_base_model().model.layers[0].self_attn.attention_dropout = 0.1
+    assert has_other_dropout(model)
+    assert not has_other_dropout(model.eval())
 
 
-def model_on_gpu(**options):
-    """Return a model in bfloat16 whose activations take more memory than its weights."""
-    shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 8}
-    torch.manual_seed(0)
-    base = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=512)).to("cuda", torch.bfloat16)
-    options = {"backend": "fused", "target_modules": malora.TARGET_MODULES["llama"], "init_weights": False} | options
-    model = get_peft_model(base, malora.METHODS["malora"](**options)).train()
-    norms_and_swiglu_that_announce(model)
-    return model
-
-
-def autocast_loss(model, ids):
-    with torch.autocast("cuda", torch.bfloat16):
-        return loss_of(model, ids)
-
-
-@needs_gpu
-def test_the_peak_is_lower_on_a_gpu():
-    model = model_on_gpu(lora_dropout=0.1)
-    ids = torch.randint(512, (4, 1024), device="cuda")
-    peak_bytes, found = {}, {}
-    for mode in ("none", *MODES, "none"):
-        set_mode(model, mode, offload_fraction=0.25)
-        for _ in range(2):  # the second one finds all buffers
-            torch.manual_seed(3)
-            torch.cuda.reset_peak_memory_stats()
-            autocast_loss(model, ids).backward()
-            found[mode] = gradients(model)
-        peak_bytes[mode] = torch.cuda.max_memory_allocated()
-    assert peak_bytes["offload"] < peak_bytes["full"] < peak_bytes["lean"] < peak_bytes["none"]
-    set_mode(model, "lean", offload_fraction=0.0)
-    torch.cuda.reset_peak_memory_stats()
-    autocast_loss(model, ids).backward()
-    assert peak_bytes["lean"] < torch.cuda.max_memory_allocated() < peak_bytes["none"]
-    for mode in MODES:
-        for name, expected in found["none"].items():
-            close = {"rtol": 1e-2, "atol": 1e-2 * float(expected.abs().max())}  # sums in another order
-            torch.testing.assert_close(found[mode][name], expected, **close, msg=lambda text: f"{mode} {name}: {text}")
-
-
-@needs_gpu
-@pytest.mark.parametrize("mode", MODES)
-def test_a_captured_step_computes_the_same(mode):
-    model = model_on_gpu(lora_dropout=0.0)
-    batches = [torch.randint(512, (4, 1024), device="cuda") for _ in range(3)]
-    parameters = [p for p in model.parameters() if p.requires_grad]
-
-    def gradients_of(ids):
-        return torch.autograd.grad(autocast_loss(model, ids), parameters)
-
-    expected = [gradients_of(ids) for ids in batches]
-    set_mode(model, mode, offload_fraction=0.5)
-    static, captured = batches[0].clone(), []
-    graph = cuda_graphs.capture(lambda: captured.append(gradients_of(static)))
-    for ids, eager in zip(batches, expected, strict=True):
-        static.copy_(ids)
-        graph.replay()
-        for got, want in zip(captured[-1], eager, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2 * float(want.abs().max()))
-
-
-@needs_gpu
-@pytest.mark.parametrize("mode", MODES)
-def test_dropout_can_be_captured(mode):
-    """The masks of both runs come from one seed on the device, which differs from replay to replay."""
-    model = model_on_gpu(lora_dropout=0.5)
-    set_mode(model, mode)
-    ids, captured = torch.randint(512, (1, 256), device="cuda"), []
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    graph = cuda_graphs.capture(lambda: captured.append(torch.autograd.grad(autocast_loss(model, ids), parameters)))
-    replayed = []
-    for _ in range(2):
-        graph.replay()
-        replayed.append([gradient.clone() for gradient in captured[-1]])
-    assert all(gradient.isfinite().all() for gradient in replayed[1])
-    assert not all(a.equal(b) for a, b in zip(*replayed, strict=True))
+def test_a_graph_shares_no_buffer_with_work_that_is_not_captured():
+    memory, cpu = HostMemory(), torch.device("cpu")
+    warmed_up = memory.take(1000, cpu, in_graph=False)
+    memory.give_back(warmed_up, cpu, in_graph=False)
+    captured = memory.take(1020, cpu, in_graph=True)
+    assert captured is warmed_up and captured.numel() == 1024
+    memory.give_back(captured, cpu, in_graph=True)
+    assert memory.take(1000, cpu, in_graph=False) is not captured
+    assert memory.take(1000, cpu, in_graph=True) is captured
