@@ -8,7 +8,7 @@ run's own, so a run has the loss curve that it has alone, up to rounding. Only d
 A run whose loss or gradient is not finite leaves the batch. The others do not notice: sequences do not influence each
 other in a frozen model, and the gradients of a sum of losses are those of the single losses.
 
-Steps are not captured as CUDA graphs.
+Steps are not captured as CUDA graphs. Every combination of the runs' numbers of sequences would need a graph.
 """
 
 from __future__ import annotations

@@ -248,8 +248,8 @@ def test_errors(model, batch):
     ids, _ = batch
     with pytest.raises(ValueError, match=r"Length of `adapter_names` should be .* got 3 and 5 respectively"):
         model(ids, adapter_names=["first"] * 3)
-    with pytest.raises(ValueError, match=r"non-existing adapter\(s\): frist. Choose from first, second, third"):
-        model(ids, adapter_names=["frist"] * 5)
+    with pytest.raises(ValueError, match=r"non-existing adapter\(s\): fourth. Choose from first, second, third"):
+        model(ids, adapter_names=["fourth"] * 5)
     with pytest.raises(TypeError, match="expected a list of str"):
         model(ids, adapter_names="first")
     with pytest.raises(ValueError, match="alora_offsets= is not supported by malora"):

@@ -74,6 +74,14 @@ def checkpoint_reentrant(model, ids):
     checkpoint_without_backward(model, ids, use_reentrant=True)
 
 
+def checkpoint_rows(model, ids):
+    """Run with gradient checkpointing, and an adapter per row of the batch."""
+    model.get_base_model().gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=ON_GPU):
+        model(input_ids=ids, labels=ids, use_cache=False, adapter_names=["__base__", "default"])
+
+
 def checkpoint_and_keep_the_loss(model, ids):
     loss = checkpoint_without_backward(model, ids).loss
     if malora.has_router(model):
@@ -164,6 +172,10 @@ def test_after(use, method, backend):
 @pytest.mark.parametrize("method", METHODS_USED)
 def test_after_a_forward_pass_without_backward(use, method, backend):
     assert_nothing_is_left(method, backend, use)
+
+
+def test_after_a_pass_with_rows_of_their_own():
+    assert_nothing_is_left("malora", "dense", checkpoint_rows)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
