@@ -34,7 +34,8 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
     Each factor is an `nn.ParameterDict` by adapter name, as PEFT keeps them.
 
     Args:
-        base_layer: the frozen linear layer: an `nn.Linear` with weight [m, n], or a `Conv1D` with weight [n, m].
+        base_layer: the frozen linear layer: an `nn.Linear` with weight [m, n], a `Conv1D` with weight [n, m], or a
+            quantized linear module of gptqmodel.
         name: its name in the base model.
         log: the model's routing log, to which the layer refers weakly.
         group: the layers that read the same input; None if it reads an input of its own.
@@ -230,9 +231,9 @@ class MaloraLinear(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def _apply(self, *args: Any, **kwargs: Any) -> MaloraLinear:
-        device = self.base_layer.weight.device
+        device = self.weight.device
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-        if self.base_layer.weight.device != device:
+        if self.weight.device != device:
             self.group.clear_float8()  # they are where the weights were
         return self
 

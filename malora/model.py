@@ -273,7 +273,7 @@ class MaloraModel(BaseTuner):
         restore_linear(target)
         if isinstance(target, MaloraLayer):
             target.update_layer(adapter_name, peft_config)
-        elif isinstance(target, LINEAR_TYPES):
+        elif _is_linear(target):
             layer = MaloraLayer(target, current_key, self.routing_log, self._group_of(current_key))
             layer.quantization_backend = _quantization_backend(target, self.model)
             layer.set_adapter(self.active_adapters)
@@ -281,8 +281,8 @@ class MaloraModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         else:
             raise ValueError(
-                f"{current_key} is a {type(target).__name__}; experts go on nn.Linear and Conv1D modules only. "
-                "Leave it out of target_modules, or add it to exclude_modules."
+                f"{current_key} is a {type(target).__name__}; experts go on nn.Linear and Conv1D modules, and on "
+                "those that gptqmodel quantized. Leave it out of target_modules, or add it to exclude_modules."
             )
 
 
@@ -294,13 +294,24 @@ def _quantization_backend(linear: nn.Module, model: nn.Module) -> QuantizationBa
         return ForwardOnlyQuantizationBackend("torchao")
 
 
+def _is_linear(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer that experts can be added to.
+
+    The quantized ones of gptqmodel are no `nn.Linear`.
+    """
+    if isinstance(module, LINEAR_TYPES):
+        return True
+    backend = _quantization_backend(module, module)
+    return backend is not None and backend.backend_name == "gptq"
+
+
 def _matches(target: str, names: Iterable[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for name in names)
 
 
 def _linear_names(model: nn.Module) -> list[str]:
     """Return the last parts of the names of a model's linear modules."""
-    linear = (name for name, module in model.named_modules() if isinstance(module, (*LINEAR_TYPES, MaloraLayer)))
+    linear = (name for name, module in model.named_modules() if isinstance(module, MaloraLayer) or _is_linear(module))
     return sorted({name.rpartition(".")[2] for name in linear} - {"base_layer"})
 
 
