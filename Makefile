@@ -9,6 +9,9 @@ TORCH ?= torch==2.13.0
 LOCK ?= requirements.lock
 PIP := $(BIN)/pip --quiet --disable-pip-version-check
 QUANTIZATION := bitsandbytes==0.50.2 torchao==0.18.0
+# gptqmodel asks for a newer torch than the lock has, and works with the lock's. So its dependencies are named here.
+QUANTIZATION += gptqmodel==7.7.0 optimum==2.3.0 defuser==0.0.28 device-smi==0.5.7 logbar==0.4.15 pypcre==0.6.4 \
+	threadpoolctl==3.8.0 tokenicer==0.0.14
 
 .PHONY: help test test-quantized lint docs peft-suite examples lock leaderboard report check-tables reproduce-table10 reproduce-fig4 clean
 .DEFAULT_GOAL := help
@@ -30,7 +33,7 @@ test: .venv/ready ## run the test suite
 	$(PIP) install --no-deps --upgrade --target .quantization $(QUANTIZATION)
 	touch $@
 
-test-quantized: .quantization/ready ## run the tests of bitsandbytes' and torchao's quantized models
+test-quantized: .quantization/ready ## run the tests of quantized models: bitsandbytes, torchao, GPTQ
 	PYTHONPATH=$(CURDIR)/.quantization $(BIN)/python -m pytest -q -k "quantiz or bitsandbytes or torchao or qlora" \
 		tests/malora/test_layer.py tests/malora/test_quantized_bases.py tests/examples $(ARGS)
 

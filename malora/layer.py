@@ -29,7 +29,8 @@ class MaloraLinear(AdapterLayer):
     """A linear layer with experts.
 
     Args:
-        base_layer: the frozen linear layer: an `nn.Linear` with weight [m, n], or a `Conv1D` with weight [n, m].
+        base_layer: the frozen linear layer: an `nn.Linear` with weight [m, n], a `Conv1D` with weight [n, m], or a
+            quantized linear module of gptqmodel.
         name: its name in the base model.
         log: the model's routing log, to which the layer refers weakly.
         group: the layers that read the same input; None if it reads an input of its own.
@@ -177,9 +178,9 @@ class MaloraLinear(AdapterLayer):
         self.group.drop_unused_padding()
 
     def _apply(self, *args: Any, **kwargs: Any) -> MaloraLinear:
-        device = self.base_layer.weight.device
+        device = self.weight.device
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-        if self.base_layer.weight.device != device:
+        if self.weight.device != device:
             self.group.clear_float8()  # they are where the weights were
         return self
 

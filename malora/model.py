@@ -320,13 +320,13 @@ class MaloraModel(BaseTuner):
         """Return a layer around a module, without adapters yet."""
         if parameter_name is not None:
             return ParamWrapper(target, parameter_name, key)
-        if isinstance(target, LINEAR_TYPES):
+        if _is_linear(target):
             layer = MaloraLayer(target, key, self.routing_log, self._group_of(key))
             layer.quantization_backend = _quantization_backend(target, self.model)
             return layer
         raise ValueError(
-            f"{key} is a {type(target).__name__}; experts go on nn.Linear and Conv1D modules only. Leave it out of "
-            "target_modules, or add it to exclude_modules."
+            f"{key} is a {type(target).__name__}; experts go on nn.Linear and Conv1D modules, and on those that "
+            "gptqmodel quantized. Leave it out of target_modules, or add it to exclude_modules."
         )
 
 
@@ -338,13 +338,24 @@ def _quantization_backend(linear: nn.Module, model: nn.Module) -> QuantizationBa
         return ForwardOnlyQuantizationBackend("torchao")
 
 
+def _is_linear(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer that experts can be added to.
+
+    The quantized ones of gptqmodel are no `nn.Linear`.
+    """
+    if isinstance(module, LINEAR_TYPES):
+        return True
+    backend = _quantization_backend(module, module)
+    return backend is not None and backend.backend_name == "gptq"
+
+
 def _matches(target: str, names: Iterable[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for name in names)
 
 
 def _linear_names(model: nn.Module) -> list[str]:
     """Return the last parts of the names of a model's linear modules."""
-    linear = (name for name, module in model.named_modules() if isinstance(module, (*LINEAR_TYPES, MaloraLayer)))
+    linear = (name for name, module in model.named_modules() if isinstance(module, MaloraLayer) or _is_linear(module))
     return sorted({name.rpartition(".")[2] for name in linear} - {"base_layer"})
 
 

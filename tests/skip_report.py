@@ -39,7 +39,7 @@ NEEDS = (
         "need the dev extra: pip install --editable '.[dev]'",
     ),
     Need("AVX512", "need a CPU with AVX512-BF16", may_lack=True),
-    Need("bitsandbytes|torchao", "are run by make test-quantized", may_lack=True),
+    Need("bitsandbytes|torchao|optimum|gptqmodel", "are run by make test-quantized", may_lack=True),
     Need(r"git checkout", "need a git checkout, not a copy of the files"),
     Need(r"\bAF_\w+|\bIPv6\b", "need a kind of network address that this machine lacks", may_lack=True),
     Need(r"Triton.* CPU|gloo|without a GPU", "run on CPU only: set CUDA_VISIBLE_DEVICES= to empty", may_lack=True),

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.cli import own_tasks
-from bench.cli.estimates import announce
+from bench.cli.estimates import announce, announce_scoring
 from bench.errors import UserError
 from bench.evaluate.score import require_scoring
 from bench.experiments.methods import BASE
@@ -183,8 +183,7 @@ def make_run(options: argparse.Namespace) -> int:
     if not options.dry_run:
         store.open_folder(setting.results)
     if processes().is_main_process:
-        records = [*store.read_all(store.RESULTS / setting.profile.name), *store.read_all(setting.results)]
-        announce("run", [(config, setting)], records, 1, dry_run=options.dry_run)
+        announce("run", [(config, setting)], _records_of(setting), 1, dry_run=options.dry_run)
     if options.dry_run:
         return 0
     one = run(config, setting)
@@ -197,6 +196,11 @@ def make_run(options: argparse.Namespace) -> int:
         _print_scores(one.test or {})
         print(f"{one.status}; recorded in {one.path}")
     return 0
+
+
+def _records_of(setting: RunSettings) -> list[schema.Record]:
+    """Return the published records of the profile, and those of the results folder."""
+    return [*store.read_all(store.RESULTS / setting.profile.name), *store.read_all(setting.results)]
 
 
 def score_adapter(options: argparse.Namespace) -> int:
@@ -212,8 +216,10 @@ def score_adapter(options: argparse.Namespace) -> int:
     if options.record:
         store.open_folder(setting.results)
     config = elsewhere_config(setting, options.adapter)
-    found = store.find(config, setting.results) if options.record else None
-    one = found or score_elsewhere(config, setting, options.adapter)
+    one = store.find(config, setting.results) if options.record else None
+    if one is None:
+        announce_scoring(config, setting, _records_of(setting))
+        one = score_elsewhere(config, setting, options.adapter)
     _print_scores(one.test or {})
     if options.record:
         print(f"recorded in {one.path or store.write(one, setting.results)}")

@@ -41,6 +41,7 @@ def generate(
     batch_size: int,
     end: Collection[int],
     stopped: Callable[[list[int]], bool] = lambda tokens: False,
+    generated_more: Callable[[int], None] = lambda count: None,
 ) -> list[list[int]]:
     """Continue each prompt with the most probable token, one after the other.
 
@@ -52,6 +53,7 @@ def generate(
             `max_new_tokens`.
         end: Token ids that end a text. They are not part of the result.
         stopped: Tells from the tokens so far if the text needs no more. The result may have further tokens.
+        generated_more: Called after each batch with its number of prompts.
 
     Returns:
         Generated token ids, in the order of the prompts.
@@ -72,6 +74,7 @@ def generate(
         texts = _decode_batch(decoder, [prompts[i] for i in chosen], end, stopped)
         for i, text in zip(chosen, texts, strict=True):
             generated[i] = text
+        generated_more(len(chosen))
     return generated
 
 

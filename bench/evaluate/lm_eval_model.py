@@ -34,12 +34,15 @@ class LabelPositionLM(HFLM):  # type: ignore[misc, unused-ignore]  # lm_eval has
 
     Attributes:
         generation_batch_size: Answers generated at a time.
+        answered_more: Called after each batch with the number of requests that it answers.
     """
 
     generation_batch_size = 64
+    answered_more: Callable[[int], None]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.answered_more = lambda count: None
         self.token_cache = _token_cache(self.tokenizer.backend_tokenizer.to_str())
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
@@ -104,6 +107,7 @@ class LabelPositionLM(HFLM):  # type: ignore[misc, unused-ignore]  # lm_eval has
             is_greedy = logits.argmax(-1) == target
             for n, value, greedy in zip(number.tolist(), log_probability.tolist(), is_greedy.tolist(), strict=True):
                 answers[n] = (answers[n][0] + value, answers[n][1] and greedy)
+            self.answered_more(sum(len(continuations[ids]) for ids in chunk))
         return answers
 
     def _chunks(self, inputs: list[Tokens], count_labels: Callable[[Tokens], int]) -> Iterator[list[Tokens]]:
@@ -143,6 +147,7 @@ class LabelPositionLM(HFLM):  # type: ignore[misc, unused-ignore]  # lm_eval has
                 batch_size=self.generation_batch_size,
                 end=[self.eot_token_id],
                 stopped=self._has_any(stop),
+                generated_more=self.answered_more,
             )
             for n, tokens in zip(numbers, generated, strict=True):
                 answers[n] = _until(stop, self.tok_decode(tokens))

@@ -6,7 +6,8 @@ training reads. Nothing is downloaded, and nothing is written to disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from bench.evaluate.lm_eval_model import LabelPositionLM
 from bench.evaluate.lm_eval_tasks import choice_config, generation_config, likelihood_config, quiet_lm_eval
 from bench.records.scorer_versions import scorer_version
+from bench.runtime.progress import Progress
 from bench.sandbox.execute import require_sandbox
 from tasks import TASKS, Example, WrittenExample
 from tasks.metrics import LIKELIHOOD, PASS
@@ -56,6 +58,7 @@ def score(
     batch_size: int,
     generation_batch_size: int = 64,
     unsafe_code: bool = False,
+    progress_of: str | None = None,
 ) -> tuple[Scores, Outcomes]:
     """Score the model on all tasks. On a GPU it runs in bfloat16, as in training.
 
@@ -67,6 +70,8 @@ def score(
         batch_size: Items per forward pass.
         generation_batch_size: Answers generated at a time.
         unsafe_code: Run generated programs without a sandbox.
+        progress_of: Name of the run to show progress of, in answers: choices that are compared, and texts that are
+            generated. None shows nothing.
 
     Returns:
         Scores by task: metric, value, stderr, n, version.
@@ -92,7 +97,7 @@ def score(
                 return generation_config(name, cast(list[WrittenExample], items), writing, unsafe_code)
             return choice_config(name, items, metrics[name])
 
-        with torch.no_grad():
+        with torch.no_grad(), _show_progress(language_model, examples, metrics, progress_of):
             results = simple_evaluate(
                 model=language_model,
                 tasks=[config(name, items) for name, items in examples.items()],
@@ -104,6 +109,31 @@ def score(
             )
     model.train(was_training)
     return _read_results(results, metrics)
+
+
+@contextmanager
+def _show_progress(
+    language_model: LabelPositionLM, examples: dict[str, list[Example]], metrics: dict[str, str], name: str | None
+) -> Iterator[None]:
+    """Show the progress of a run by this name; without one, show nothing."""
+    if name is None:
+        yield
+        return
+    total = sum(
+        1 if metrics[task] == LIKELIHOOD or getattr(TASKS[task], "writing", None) else len(item.choices)
+        for task, items in examples.items()
+        for item in items
+    )
+    done = 0
+    with Progress(name, "answer", total) as progress:
+
+        def show(count: int) -> None:
+            nonlocal done
+            done += count
+            progress.update(done, lambda seconds: f"{done / seconds:,.1f} answers/s")
+
+        language_model.answered_more = show
+        yield
 
 
 def _read_results(results: dict[str, Any], metrics: dict[str, str]) -> tuple[Scores, Outcomes]:

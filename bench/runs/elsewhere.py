@@ -38,7 +38,7 @@ def score_elsewhere(config: RunConfig, setting: RunSettings, folder: Path) -> Re
     model, tokenizer = load(base, setting.device)
     adapted = load_adapter(model, base, folder)
     tests = {task: items[: setting.max_items] for task, items in data.test.items()}
-    results, items = score(adapted, tokenizer, tests, **score_options(setting))
+    results, items = score(adapted, tokenizer, tests, **score_options(setting), progress_of=config.id)
     return Record(
         config=config,
         status="ok",

@@ -15,7 +15,7 @@ from statistics import median
 
 import torch
 
-from bench.experiments.methods import BASE
+from bench.experiments.methods import BASE, ELSEWHERE
 from bench.models.base import count_weights, prepare
 from bench.records.schema import Record, RunConfig
 from bench.runs.plan import Runs
@@ -109,8 +109,11 @@ def _scored_items(record: Record) -> int:
 
 
 def _work(config: RunConfig, data: MixtureData) -> _Work:
-    """Return the size of a run; the base is not trained, and scored on the test sets alone."""
-    trains = config.method != BASE
+    """Return the size of a run.
+
+    The base and adapters from elsewhere are not trained, and scored on the test sets alone.
+    """
+    trains = config.method != BASE and not config.method.startswith(ELSEWHERE)
     scored = [
         example
         for split in ([data.validation, data.test] if trains else [data.test])

@@ -151,9 +151,11 @@ def _train_and_score(
     start = time.perf_counter()
     score_with = score_options(setting)
     if config.method != BASE:
-        validation, _ = score(model, tokenizer, _limited(data.validation, config), **score_with)
+        items = _limited(data.validation, config)
+        validation, _ = score(model, tokenizer, items, **score_with, progress_of=f"{config.id} validation")
         record.validation = {task: TaskScore(**one) for task, one in validation.items()}
-    test, record.items = score(model, tokenizer, _limited(data.test, config), **score_with)
+    items = _limited(data.test, config)
+    test, record.items = score(model, tokenizer, items, **score_with, progress_of=f"{config.id} test")
     record.test = {task: TaskScore(**one) for task, one in test.items()}
     if record.train:
         record.train.seconds["evaluation"] = time.perf_counter() - start

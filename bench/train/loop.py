@@ -19,10 +19,10 @@ import malora
 from bench.records.provenance import source_hash
 from bench.records.schema import RunConfig
 from bench.runtime.processes import make_accelerator
+from bench.runtime.progress import Progress
 from bench.runtime.timer import PhaseTimer
 from bench.train.batching import MAX_TOKENS, PACKED_ROW_LENGTH, Batch, Encoded, collate, shuffled_batches
 from bench.train.checkpoint import Checkpoint, TrainLog
-from bench.train.progress import Progress
 from bench.train.step import Step, TrainStep
 from bench.train.tracking import Log, log_nothing
 from malora.backbone.model_state import can_capture
@@ -110,7 +110,11 @@ class _Trainer:
             torch.cuda.reset_peak_memory_stats()
         self.wrapped.train()
         log, tokens_before = self.log, self.log.tokens
-        progress = Progress(self.config.id, self.last_step, log.steps, self.accelerator.is_main_process)
+        progress = Progress(self.config.id, "step", self.last_step, log.steps, self.accelerator.is_main_process)
+
+        def status(seconds: float) -> str:
+            return f"loss {self._latest_loss():.3f}, {(log.tokens - tokens_before) / seconds:,.0f} tokens/s"
+
         with progress, keep_input_dtype(self.model, self.accelerator.device):
             while log.steps < self.last_step:
                 self._train_step()
@@ -118,7 +122,7 @@ class _Trainer:
                     self._read_pending()
                 if log.steps % checkpoint_every == 0 or log.steps == self.last_step:
                     self._save_checkpoint()
-                progress.update(log.steps, log.tokens - tokens_before, self._latest_loss)
+                progress.update(log.steps, status)
         if on_gpu:
             log.peak_bytes = torch.cuda.max_memory_allocated()
         self.accelerator.wait_for_everyone()

@@ -31,11 +31,11 @@ from bench.records.schema import RunConfig
 from bench.runtime.attention import attention_windows, exact_with_masks, masks_for, packed_attention_bias
 from bench.runtime.logits import label_positions_only
 from bench.runtime.processes import make_accelerator
+from bench.runtime.progress import Progress
 from bench.runtime.timer import PhaseTimer
 from bench.train.batching import MAX_TOKENS, PACKED_ROW_LENGTH, Batch, Encoded, collate, shuffled_batches
 from bench.train.checkpoint import Checkpoint, TrainLog
 from bench.train.loop import CHECK_EVERY, ROUTER_EVERY, DivergedError, make_optimizer, router_summary
-from bench.train.progress import Progress
 from bench.train.tracking import Log
 
 # Tokens per forward pass of all runs together, by device; more runs take more passes per step. The activations of

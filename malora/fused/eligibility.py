@@ -31,7 +31,8 @@ def find_fused_adapter(layer: FusedLayer, *, is_sharded: bool) -> str | None:
     """
     if layer.disable_adapters or layer.merged:
         return None
-    settings, device = layer.settings, layer.base_layer.weight.device
+    settings, base = layer.settings, layer.base_layer
+    device = (base.weight if isinstance(base, nn.Linear) else layer.weight).device  # gptqmodel's have a `qweight`
     active = [adapter for adapter in layer.active_adapters if adapter in settings]
     configs = [settings[adapter] for adapter in active]
     if FUSED_BACKENDS.isdisjoint([resolve_backend(config, device) for config in configs]):

@@ -28,6 +28,10 @@ class FusedLayer(Protocol):
     settings: dict[str, MaloraConfig]
 
     @property
+    def weight(self) -> Tensor:
+        """The frozen layer's weight, which may be quantized and packed."""
+
+    @property
     def active_adapters(self) -> list[str]:
         """Names of the adapters that are switched on."""
 

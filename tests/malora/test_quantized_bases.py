@@ -1,10 +1,13 @@
-"""Adapters on quantized bases: torchao's int8 weights, and 8 and 4 bits of bitsandbytes."""
+"""Adapters on quantized bases: torchao's int8 weights, 8 and 4 bits of bitsandbytes, and GPTQ's 4 bits."""
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
+from torch import nn
+from transformers import BitsAndBytesConfig, GPTQConfig, LlamaConfig, LlamaForCausalLM
 
+import malora
 from malora import METHODS
 
 SIZES = {
@@ -34,10 +37,31 @@ def bitsandbytes_base(folder, **options):
     return LlamaForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**options))
 
 
+def gptq_base(folder):
+    pytest.importorskip("optimum")
+    pytest.importorskip("gptqmodel")
+    make_base().save_pretrained(folder)
+    config = GPTQConfig(
+        bits=4, group_size=32, model_seqlen=32, pad_token_id=0, tokenizer="none needed",
+        dataset=[{"input_ids": [list(range(3, 35))], "attention_mask": [[1] * 32]}],
+        backend="gptq_torch",  # others compile C++ for minutes
+    )  # fmt: skip
+    return LlamaForCausalLM.from_pretrained(folder, quantization_config=config).eval()
+
+
+@pytest.fixture(autouse=True)
+def gptq_compiles_nothing(monkeypatch):
+    """Keep gptqmodel from compiling C++ and from torch.compile, which take most of its time here."""
+    monkeypatch.setenv("GPTQMODEL_DISABLE_PACK_EXT", "1")
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 BASES = {
     "torchao int8": torchao_base,
     "bitsandbytes 8 bit": lambda folder: bitsandbytes_base(folder, load_in_8bit=True),
     "bitsandbytes 4 bit": lambda folder: bitsandbytes_base(folder, load_in_4bit=True),
+    "gptq": gptq_base,
 }
 
 
@@ -68,3 +92,67 @@ def test_an_adapter_on_a_quantized_base_trains_is_saved_and_switched_off(base, m
     # On the same base, since 4 bits of bitsandbytes differ from one load to the next, without an adapter too.
     again = PeftModel.from_pretrained(base_model, tmp_path / "adapter")
     torch.testing.assert_close(again(input_ids=ids).logits, trained, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["auto", "fused"])
+def test_one_expert_on_gptq_computes_as_lora_of_peft(backend, ids, tmp_path):
+    base = gptq_base(tmp_path)
+    names = ["q_proj", "v_proj", "up_proj", "down_proj"]
+    options = {"r": 4, "lora_alpha": 8, "lora_dropout": 0, "target_modules": names}
+    ours = get_peft_model(base, METHODS["asylora"](**options, backend=backend, init_weights=False))
+    expected = ours(input_ids=ids).logits
+    factors = {
+        f"{name}.lora_{factor}": parameter.data[0].clone()
+        for name, module in ours.named_modules()
+        if type(module).__name__ == "MaloraLinear"
+        for factor, parameter in (("A", module.malora_A["default"]), ("B", module.malora_B["default"]))
+    }
+    with pytest.raises(ValueError, match=r"cannot merge into .* in a TorchLinear, cannot be dequantized"):
+        ours.merge_and_unload()
+    lora = get_peft_model(ours.unload(), LoraConfig(**options))
+    for name, factor in factors.items():
+        weight = lora.get_submodule(f"{name}.default").weight
+        weight.data = factor if weight.shape == factor.shape else factor.T
+    torch.testing.assert_close(lora(input_ids=ids).logits, expected)
+
+
+class QuantLinear(nn.Module):
+    """A linear layer with the tensors of GPTQ and no `weight`, as several kernels of gptqmodel have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_features, self.out_features = 64, 64
+        self.register_buffer("qweight", torch.randint(0, 255, (64, 64), dtype=torch.uint8))
+
+    def forward(self, x):
+        return x @ (self.qweight.to(x.dtype) - 128) / 1000
+
+
+@pytest.fixture
+def quant_linear_base():
+    base = make_base()
+    for layer in base.model.layers:
+        layer.self_attn.q_proj = QuantLinear()
+    return base
+
+
+def test_quantized_modules_of_other_libraries_are_refused_by_name(quant_linear_base):
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj is a QuantLinear; experts go on nn\.Linear"):
+        get_peft_model(quant_linear_base, METHODS["malora"](**SIZES["malora"]))
+
+
+@pytest.mark.parametrize("backend", ["auto", "fused"])
+def test_a_quantized_module_needs_no_weight(backend, quant_linear_base, monkeypatch):
+    """For a base of gptqmodel this runs in every environment: PEFT knows the stand-in for one."""
+
+    def resolve(module, **options):
+        return ForwardOnlyQuantizationBackend("gptq") if isinstance(module, QuantLinear) else None
+
+    monkeypatch.setattr(malora.model, "resolve_quantization_backend", resolve)
+    config = METHODS["molora"](**SIZES["molora"], backend=backend, target_modules=["q_proj"], init_weights=False)
+    model = get_peft_model(quant_linear_base, config).float().eval()
+    layer = model.model.model.layers[0].self_attn.q_proj
+    x = torch.randn(2, 5, 64)
+    expected = layer.base_layer(x) + layer.delta("default", x)
+    torch.testing.assert_close(layer(x), expected)
+    assert not torch.allclose(layer(x), layer.base_layer(x))

@@ -1,10 +1,13 @@
 """`--dry-run` lists the missing runs, and every command says before it starts how long it takes."""
 
 import pytest
+import torch
 
 from bench.cli.parser import main
 from bench.records import store
+from bench.records.provenance import device_name
 from bench.runs import pool
+from bench.runtime import progress
 from tests.bench.cli.helpers import snapshot
 
 TABLE = "table2 --profile tiny --methods lora,malora --seeds 1 --max-steps 2 --max-items 2 --jobs 1".split()
@@ -57,3 +60,16 @@ def test_a_single_run_and_a_figure(bench, tmp_path):
     assert not (tmp_path / "results").exists()
     assert bench(*run).err.splitlines()[0] == out.splitlines()[-1]
     assert bench(*run, "--dry-run").out == "run: 0 of 1 runs to make.\n"
+
+
+def test_scoring_says_how_long_it_takes_and_how_far_it_is(bench, tmp_path, monkeypatch):
+    adapter, cut = tmp_path / "adapter", ["--profile", "tiny", "--max-steps", 2, "--max-items", 3]
+    bench("run", "--method", "lora", *cut, "--save", adapter)
+    monkeypatch.setattr(progress, "SECONDS_PER_LINE", 0.0)
+    command = ["score", "--adapter", adapter, *cut]
+    first, *lines = bench(*command, "--record").err.splitlines()
+    assert first.startswith("score: 15 items of 5 tasks, about ")
+    assert first.endswith(f" s (median of 1 record of other methods on {device_name(torch.device('cpu'))}).")
+    assert lines and all(f"elsewhere-{adapter.name}-" in line and ": answer " in line for line in lines)
+    assert bench(*command, "--record").err == ""  # the record is found
+    assert bench(*command).err.splitlines()[0].startswith("score: 15 items")

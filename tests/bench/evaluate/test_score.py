@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 
 import datasets
 import pytest
@@ -15,6 +16,7 @@ from bench.evaluate.grade import last_number
 from bench.evaluate.lm_eval_tasks import choice_config, quiet_lm_eval
 from bench.evaluate.score import score
 from bench.models.base import load, prepare
+from bench.runtime import progress
 from tasks import MIXTURES, TASKS, Example, build, procedural
 from tests.bench.conftest import SOURCE
 
@@ -130,6 +132,35 @@ def test_scoring_uses_no_network_and_shows_no_progress_bars(base_folder, monkeyp
     score(model.train(), tokenizer, examples, format="letters", batch_size=5)
     assert model.training  # scoring restores the mode
     assert "%|" not in capfd.readouterr().err  # lm-eval's progress bars
+
+
+def counts(error, name):
+    """Return the numbers of answers on the lines of progress, and the total."""
+    lines = [re.fullmatch(rf"{name}: answer (\d+)/(\d+), [\d,.]+ answers/s, [\d:]+ left", line) for line in error]
+    assert lines and all(lines)
+    (total,) = {int(line[2]) for line in lines}
+    return [int(line[1]) for line in lines], total
+
+
+def test_progress_counts_every_choice(base_folder, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SECONDS_PER_LINE", 0.0)
+    model, tokenizer = load(prepare(str(base_folder)), torch.device("cpu"))
+    examples = {n: e[:5] for n, e in build(MIXTURES["procedural"], SOURCE, format="cloze", seed=0).test.items()}
+    score(model, tokenizer, examples, format="cloze", batch_size=8, progress_of="run-a")
+    done, total = counts(capsys.readouterr().err.splitlines(), "run-a")
+    assert total == sum(len(e.choices) for items in examples.values() for e in items)
+    assert len(done) > 3 and done == sorted(done) and done[-1] == total
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_progress_counts_every_text(split, inter, monkeypatch, capsys):
+    """Of texts, those of the validation set are compared by likelihood, and those of a test set are generated."""
+    monkeypatch.setattr(progress, "SECONDS_PER_LINE", 0.0)
+    model, tokenizer, data = inter
+    examples = {name: items[:6] for name, items in getattr(data, split).items()}
+    score(model, tokenizer, examples, format="letters", batch_size=5, generation_batch_size=5, progress_of="run-a")
+    done, total = counts(capsys.readouterr().err.splitlines(), "run-a")
+    assert done == sorted(done) and done[-1] == total >= sum(map(len, examples.values()))
 
 
 @pytest.fixture

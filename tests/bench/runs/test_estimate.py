@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.experiments.methods import BASE
+from bench.experiments.methods import BASE, ELSEWHERE
 from bench.experiments.registry import EXPERIMENTS
 from bench.models.base import count_weights, load, prepare
 from bench.records.schema import TrainSection
@@ -74,7 +74,7 @@ def test_a_run_that_is_cut_short_takes_its_share(planned, base_folder, tmp_path)
     assert found.seconds == pytest.approx(2.0 * 3 + 0.1 * 2 * (5 + 5))  # five tasks, on two splits
 
 
-def test_the_base_is_scored_on_the_test_set_alone(planned):
+def test_base_and_adapters_from_elsewhere_are_scored_on_the_test_set_alone(planned):
     config, setting, _, _ = planned
     base = make_run_config(setting, BASE, 0)
     tests = sum(map(len, load_data(setting, 0).test.values()))
@@ -82,6 +82,8 @@ def test_the_base_is_scored_on_the_test_set_alone(planned):
     assert found.seconds == pytest.approx(0.1 * tests) and found.source.startswith(
         "median of 1 record of other methods"
     )
+    elsewhere = base.replace(method=f"{ELSEWHERE}adapter")
+    assert estimate(elsewhere, setting, [timed(config, 20.0, 16.0)], DEVICE) == found
 
 
 def test_without_records_the_rate_is_stated(planned):

@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from bench.train import progress
-from bench.train.progress import Progress
+from bench.runtime import progress
+from bench.runtime.progress import Progress
 
-LINE = re.compile(r"(run-\w+): step (\d+)/\d+, loss \d\.\d{3}, [\d,]+ tokens/s, [\d:]+ left")
+LINE = re.compile(r"(run-\w+): step (\d+)/\d+, fine, [\d:]+ left")
 
 
 @pytest.fixture
@@ -22,30 +22,30 @@ def clock(monkeypatch):
     return seconds
 
 
-def no_loss() -> float:
-    pytest.fail("read the loss without showing it")
+def not_shown(seconds: float) -> str:
+    pytest.fail("made a text without showing it")
 
 
-def test_off_a_terminal_a_line_has_steps_loss_speed_and_time_left(clock, capsys):
-    with Progress("run-a", steps=40, done=10, is_shown=True) as shown:
+def test_off_a_terminal_a_line_has_steps_status_and_time_left(clock, capsys):
+    with Progress("run-a", "step", 40, done=10) as shown:
         clock[0] = 5.0
-        shown.update(11, 50, no_loss)
+        shown.update(11, not_shown)
         clock[0] = 40.0
-        shown.update(20, 4000, lambda: 1.5)
+        shown.update(20, lambda seconds: f"{4000 / seconds:g} tokens/s")
         clock[0] = 41.0
-        shown.update(21, 4100, no_loss)
+        shown.update(21, not_shown)
         clock[0] = 4 * 3600.0
-        shown.update(22, 5000, lambda: 2.0)
+        shown.update(22, lambda seconds: "slow")
     # Ten steps in 40 s by this process; ten more by an earlier one, which is not part of the speed.
     first, second = capsys.readouterr().err.splitlines()
-    assert first == "run-a: step 20/40, loss 1.500, 100 tokens/s, 01:20 left"
-    assert second == "run-a: step 22/40, loss 2.000, 0 tokens/s, 6:00:00 left"
+    assert first == "run-a: step 20/40, 100 tokens/s, 01:20 left"
+    assert second == "run-a: step 22/40, slow, 6:00:00 left"
 
 
 def test_a_process_that_shares_the_run_shows_nothing(clock, capsys):
-    with Progress("run-a", steps=40, done=0, is_shown=False) as shown:
+    with Progress("run-a", "step", 40, is_shown=False) as shown:
         clock[0] = 100.0
-        shown.update(1, 50, no_loss)
+        shown.update(1, not_shown)
     assert capsys.readouterr().err == ""
 
 
@@ -56,21 +56,21 @@ class Terminal(io.StringIO):
 
 def test_on_a_terminal_there_is_a_bar_and_no_line(clock, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with Progress("run-a", steps=40, done=10, is_shown=True) as shown:
+    with Progress("run-a", "step", 40, done=10) as shown:
         clock[0] = 50.0
-        shown.update(11, 500, lambda: 1.5)
+        shown.update(11, lambda seconds: f"after {seconds:g} s")
         shown.bar.refresh()
         text = sys.stderr.getvalue()
-    assert "11/40" in text and "loss 1.500, 10 tokens/s" in text and "\n" not in text
+    assert "11/40" in text and "after 50 s" in text and "\n" not in text
 
 
 def work(name: str) -> None:
     """Show a run of a thousand steps in a worker process, at a line per step."""
     progress.SECONDS_PER_LINE = 0.0
     sys.stderr.isatty = lambda: True  # type: ignore[method-assign]
-    with Progress(name, steps=1000, done=0, is_shown=True) as shown:
+    with Progress(name, "step", 1000) as shown:
         for step in range(1, 1001):
-            shown.update(step, step, lambda: 1.0)
+            shown.update(step, lambda seconds: "fine")
             time.sleep(0)
 
 

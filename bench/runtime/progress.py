@@ -1,0 +1,68 @@
+"""Progress of training or scoring: a bar on a terminal, else a line every so often."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing import parent_process
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+SECONDS_PER_LINE = 30.0
+SECONDS_PER_STATUS = 1.0  # between new texts on a bar
+
+
+class Progress:
+    """Shows how much of some work is done, its speed and the time left. Use it in a `with` block.
+
+    On a terminal it is a bar. Elsewhere, and in worker processes, whose bars would overwrite each other, it prints
+    lines to the standard error. Each line begins with the name of the run.
+
+    Args:
+        name: Name of the run.
+        unit: One unit of the work: "step".
+        total: Units of the whole work.
+        done: Units that were done before, by an interrupted process.
+        is_shown: False for processes that share the run with the one that shows it.
+    """
+
+    def __init__(self, name: str, unit: str, total: int, done: int = 0, is_shown: bool = True) -> None:
+        self.name, self.unit, self.total, self.done, self.is_shown = name, unit, total, done, is_shown
+        self.start = self.last_shown = time.perf_counter()
+        self.has_bar = is_shown and not parent_process() and sys.stderr.isatty()
+        self.interval = SECONDS_PER_STATUS if self.has_bar else SECONDS_PER_LINE
+        self.bar = tqdm(total=total, initial=done, unit=unit, desc=name, disable=not self.has_bar, leave=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.bar.close()
+
+    def update(self, done: int, status: Callable[[float], str]) -> None:
+        """Show that more is done.
+
+        Args:
+            done: Units that are done, those of earlier processes included.
+            status: Returns more to show, for the seconds since the beginning. It is called only when it is shown,
+                because it may wait for the GPU.
+        """
+        if self.has_bar:
+            self.bar.update(done - self.bar.n)
+        now = time.perf_counter()
+        if not self.is_shown or now - self.last_shown < self.interval:
+            return
+        self.last_shown = now
+        text = status(now - self.start)
+        if self.has_bar:
+            self.bar.set_postfix_str(text, refresh=False)
+            return
+        left = (now - self.start) / (done - self.done) * (self.total - done)
+        line = f"{self.name}: {self.unit} {done}/{self.total}, {text}, {tqdm.format_interval(left)} left\n"
+        sys.stderr.write(line)  # by one call, so that lines of several processes do not mix
+        sys.stderr.flush()
