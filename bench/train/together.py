@@ -222,7 +222,7 @@ class _JointTrainer:
         tokens_before = sum(run.log.tokens for run in self.runs)
         first, last = min(run.log.steps for run in self.runs), max(run.last_step for run in self.runs)
         name = f"{len(self.runs)} runs of {self.runs[0].config.mixture}"
-        with Progress(name, last, first, self.accelerator.is_main_process) as progress:
+        with Progress(name, "step", last, first, self.accelerator.is_main_process) as progress:
             while active := [run for run in self.runs if run.is_training]:
                 self._step(active)
                 for run in active:
@@ -233,8 +233,13 @@ class _JointTrainer:
                         run.read_pending()
                     if saves and not run.has_diverged:
                         run.checkpoint.save(run.log)
-                tokens = sum(run.log.tokens for run in self.runs) - tokens_before
-                progress.update(min(run.log.steps for run in active), tokens, partial(_mean_loss, active))
+                progress.update(min(run.log.steps for run in active), partial(self._status, tokens_before))
+
+    def _status(self, tokens_before: int, seconds: float) -> str:
+        """Return the mean of the runs' last losses and the speed since the beginning."""
+        losses = [run.log.curve[-1]["loss"] if run.log.curve else run.pending[-1][0].item() for run in self.runs]
+        tokens = sum(run.log.tokens for run in self.runs) - tokens_before
+        return f"loss {sum(losses) / len(losses):.3f}, {tokens / seconds:,.0f} tokens/s"
 
     def _add_seconds(self, active: Sequence[_Run]) -> None:
         """Add the time since the last call to the log of every run that took part: they all waited for it."""
@@ -301,12 +306,6 @@ class _JointTrainer:
         self.accelerator.backward(total)
         self.timer.end_phase("backward")
         return example > 0
-
-
-def _mean_loss(runs: Sequence[_Run]) -> float:
-    """Return the mean of the runs' last losses."""
-    losses = [run.log.curve[-1]["loss"] if run.log.curve else run.pending[-1][0].item() for run in runs]
-    return sum(losses) / len(losses)
 
 
 def _chunks(parts: Sequence[tuple[_Run, Batch]], max_tokens: int) -> Iterator[list[tuple[_Run, Batch]]]:
