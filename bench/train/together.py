@@ -302,9 +302,8 @@ class _JointTrainer:
                 balance = malora.balance_loss(self.model, example > 0, adapter=run.adapter) * batch.share
             run.losses.append(torch.stack([loss, balance]).detach())
             total = total + loss + run.config.balance_factor * balance
-        self.timer.end_phase("forward")
         self.accelerator.backward(total)
-        self.timer.end_phase("backward")
+        self.timer.end_phase("forward_backward")
         return example > 0
 
 
