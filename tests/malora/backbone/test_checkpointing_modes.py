@@ -157,7 +157,8 @@ def test_less_is_kept(ids):
         handles = [
             module.register_forward_hook(partial(remember, name))
             for name, module in base.named_modules()
-            if name.startswith(("embed", "layers.0", "layers.1")) and "malora" not in name
+            # The attention of a GPU keeps a copy of v.
+            if name.startswith(("embed", "layers.0", "layers.1")) and "malora" not in name and "v_proj" not in name
         ]
         loss = loss_of(model, ids)
         for handle in handles:
@@ -166,7 +167,7 @@ def test_less_is_kept(ids):
         loss.backward()
         return kept
 
-    names = {"input_layernorm", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"}
+    names = {"input_layernorm", "mlp.gate_proj", "mlp.up_proj"}
     of_layers = [{f"layers.{place}"} | {f"layers.{place}.{name}" for name in names} for place in range(2)]
     assert kept_outputs() == of_layers[0] | of_layers[1]
     malora.set_checkpointing(model, "full")

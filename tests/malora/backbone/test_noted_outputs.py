@@ -47,4 +47,4 @@ def test_a_noted_output_is_computed_again(module, run, monkeypatch):
     ((output, function, *inputs),) = noted
     assert output.requires_grad and output.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
     with torch.no_grad():
-        assert function(*inputs).equal(output)
+        torch.testing.assert_close(function(*inputs), output)  # a GPU may add up in another order
