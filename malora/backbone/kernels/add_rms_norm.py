@@ -36,6 +36,8 @@ from torch.autograd.function import once_differentiable
 
 from malora.backbone.kernels.rms_norm import normalize
 from malora.backbone.recompute import note
+from malora.fused.kernels.launch import launch
+from malora.fused.tensor_utils import next_power_of_2
 
 
 @triton.jit
@@ -86,7 +88,7 @@ class _AddRmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         x, residual = x.contiguous(), residual.contiguous()
         total, y, n = torch.empty_like(x), torch.empty_like(x), x.shape[-1]
-        _add_rms_norm_kernel[(x.numel() // n,)](x, residual, weight, total, y, n, EPS=eps, **_launch_options(n))
+        launch(_add_rms_norm_kernel, (x.numel() // n,), x, residual, weight, total, y, n, EPS=eps, **_launch_options(n))
         ctx.save_for_backward(total, weight)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
@@ -102,7 +104,8 @@ class _AddRmsNorm(torch.autograd.Function):
         dy = _as_matrix(dy, n)
         dsum = None if dsum is None else _as_matrix(dsum, n)
         dx = torch.empty_like(total)
-        _add_rms_norm_backward_kernel[(len(dy),)](
+        launch(
+            _add_rms_norm_backward_kernel, (len(dy),),
             total, weight, dy, dy if dsum is None else dsum, dx, n, dy.stride(0), 0 if dsum is None else dsum.stride(0),
             HAS_DSUM=dsum is not None, EPS=ctx.eps, **_launch_options(n),
         )  # fmt: skip
@@ -123,7 +126,7 @@ def _launch_options(n: int) -> dict[str, int]:
 
     There is one warp per 512 elements of the block, at most 16.
     """
-    block = int(triton.next_power_of_2(n))
+    block = next_power_of_2(n)
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
 
 

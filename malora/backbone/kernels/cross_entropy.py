@@ -20,6 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from malora.fused.kernels.launch import launch
+from malora.fused.tensor_utils import next_power_of_2
+
 _BLOCK = 4096  # logits per step of a program's loops
 
 
@@ -84,8 +87,9 @@ def cross_entropy_(logits: Tensor, targets: Tensor, ignored: int, cap: float | N
     L, V = logits.shape
     loss = torch.empty(L, dtype=torch.float32, device=logits.device)
     if L:
-        _cross_entropy_kernel[(L,)](
-            logits, targets, loss, V, IGNORED=ignored, CAP=cap or 0.0, BLOCK=min(_BLOCK, triton.next_power_of_2(V)),
+        launch(
+            _cross_entropy_kernel, (L,),
+            logits, targets, loss, V, IGNORED=ignored, CAP=cap or 0.0, BLOCK=min(_BLOCK, next_power_of_2(V)),
             WITH_GRADIENT=with_gradient, num_warps=8,
         )  # fmt: skip
     return loss

@@ -29,6 +29,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from malora.backbone.recompute import note
+from malora.fused.kernels.launch import launch
+from malora.fused.tensor_utils import cdiv
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 _BLOCK = 1024  # elements per program: eight per thread of four warps, which is one load of 16 bytes in 16 bits
@@ -81,8 +83,17 @@ def _forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     gate, up = _as_matrix(gate), _as_matrix(up)
     if y.numel():
-        _glu_kernel[(len(gate), triton.cdiv(m, _BLOCK))](
-            gate, up, y, m, gate.stride(0), up.stride(0), GELU=activation == "gelu_tanh", BLOCK=_BLOCK
+        launch(
+            _glu_kernel,
+            (len(gate), cdiv(m, _BLOCK)),
+            gate,
+            up,
+            y,
+            m,
+            gate.stride(0),
+            up.stride(0),
+            GELU=activation == "gelu_tanh",
+            BLOCK=_BLOCK,
         )
     return y
 
@@ -92,7 +103,8 @@ def _backward(gate: Tensor, up: Tensor, dy: Tensor, dgate: Tensor, dup: Tensor, 
     m = gate.shape[-1]
     gate, up, dy, dgate, dup = (_as_matrix(tensor) for tensor in (gate, up, dy, dgate, dup))
     if dy.numel():
-        _glu_backward_kernel[(len(gate), triton.cdiv(m, _BLOCK))](
+        launch(
+            _glu_backward_kernel, (len(gate), cdiv(m, _BLOCK)),
             gate, up, dy, dgate, dup, m,
             gate.stride(0), up.stride(0), dy.stride(0), dgate.stride(0), dup.stride(0),
             GELU=activation == "gelu_tanh", BLOCK=_BLOCK,

@@ -27,6 +27,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from malora.backbone.recompute import note
+from malora.fused.kernels.launch import launch
+from malora.fused.tensor_utils import cdiv, next_power_of_2
 
 _TILE = 2048  # elements per program, if rows are short: those of heads have 64 to 256
 
@@ -70,7 +72,7 @@ def normalize(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Ten
     matrix = _as_matrix(x)
     if rows := len(matrix):
         grid, options = _launch_options(rows, n)
-        _rms_norm_kernel[grid](matrix, weight, y, rows, n, matrix.stride(0), EPS=eps, OFFSET=offset, **options)
+        launch(_rms_norm_kernel, grid, matrix, weight, y, rows, n, matrix.stride(0), EPS=eps, OFFSET=offset, **options)
     return y
 
 
@@ -92,8 +94,20 @@ class _RmsNorm(torch.autograd.Function):
         x, dy = _as_matrix(x), _as_matrix(dy)
         if rows := len(x):
             grid, options = _launch_options(rows, n)
-            _rms_norm_backward_kernel[grid](
-                x, weight, dy, dx, rows, n, x.stride(0), dy.stride(0), EPS=ctx.eps, OFFSET=ctx.offset, **options
+            launch(
+                _rms_norm_backward_kernel,
+                grid,
+                x,
+                weight,
+                dy,
+                dx,
+                rows,
+                n,
+                x.stride(0),
+                dy.stride(0),
+                EPS=ctx.eps,
+                OFFSET=ctx.offset,
+                **options,
             )
         return dx, None, None, None
 
@@ -106,10 +120,10 @@ def _as_matrix(x: Tensor) -> Tensor:
 
 def _launch_options(rows: int, n: int) -> tuple[tuple[int], dict[str, int]]:
     """Return the grid, and the tile of a program with its number of warps: one per 512 elements, at most 16."""
-    block = int(triton.next_power_of_2(n))
+    block = next_power_of_2(n)
     rows_per_program = max(_TILE // block, 1)
     warps = min(max(rows_per_program * block // 512, 1), 16)
-    return (triton.cdiv(rows, rows_per_program),), {"ROWS": rows_per_program, "BLOCK": block, "num_warps": warps}
+    return (cdiv(rows, rows_per_program),), {"ROWS": rows_per_program, "BLOCK": block, "num_warps": warps}
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:

@@ -30,6 +30,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from malora.fused.kernels.launch import launch
+from malora.fused.tensor_utils import next_power_of_2
+
 
 @triton.jit
 def _rotate(
@@ -90,16 +93,17 @@ def _run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, is_backward: bool) -
     yq, yk = torch.empty_like(q), torch.empty_like(k)
     B, q_heads, S, D = q.shape
     k_heads, R = k.shape[1], cos.shape[-1]
-    half_block = triton.next_power_of_2(R // 2)
-    q_block = triton.next_power_of_2(q_heads)
+    half_block = next_power_of_2(R // 2)
+    q_block = next_power_of_2(q_heads)
     if B * S:
-        _rotary_kernel[(B * S,)](
+        launch(
+            _rotary_kernel, (B * S,),
             q, k, yq, yk, cos, sin, S,
             *q.stride()[:3], *k.stride()[:3], *yq.stride()[:3], *yk.stride()[:3],
             cos.stride(0) if len(cos) > 1 else 0, cos.stride(1), sin.stride(0) if len(sin) > 1 else 0, sin.stride(1),
             Q_HEADS=q_heads, K_HEADS=k_heads, D=D, HALF=R // 2, BACKWARD=is_backward,
-            Q_BLOCK=q_block, K_BLOCK=triton.next_power_of_2(k_heads), HALF_BLOCK=half_block,
-            REST_BLOCK=triton.next_power_of_2(D - R) if D > R else 0,
+            Q_BLOCK=q_block, K_BLOCK=next_power_of_2(k_heads), HALF_BLOCK=half_block,
+            REST_BLOCK=next_power_of_2(D - R) if D > R else 0,
             num_warps=min(max(q_block * half_block // 512, 1), 8),
         )  # fmt: skip
     return yq, yk
