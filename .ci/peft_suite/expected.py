@@ -78,12 +78,15 @@ def kinds_of(test: str) -> set[str]:
     return {kind for kind, applies in kinds.items() if applies}
 
 
-def compare(outcomes: dict[str, Outcome], differences: list[Difference], *, is_partial: bool) -> list[str]:
+def compare(
+    outcomes: dict[str, Outcome], differences: list[Difference], *, is_all: bool, is_partial: bool
+) -> list[str]:
     """Return one line for each test that did not do what is expected.
 
     Args:
         outcomes: Outcome by test.
         differences: Tests that fail on purpose.
+        is_all: Whether every method and model ran. Otherwise some tests ran with some of their parameters only.
         is_partial: Whether only some tests ran, so that those missing say nothing.
     """
     lines = []
@@ -97,7 +100,12 @@ def compare(outcomes: dict[str, Outcome], differences: list[Difference], *, is_p
     ran = {short_name(test) for test in outcomes}
     ran |= {name.partition("[")[0] for name in ran}
     if not is_partial:
-        lines += [f"listed, but not run: {name}" for entry in differences for name in entry.tests if name not in ran]
+        listed_tests = [name for entry in differences for name in entry.tests]
+        lines += [
+            f"listed, but not run: {name}"
+            for name in listed_tests
+            if (name if is_all else name.partition("[")[0]) not in ran
+        ]
     return lines
 
 

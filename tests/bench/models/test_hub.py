@@ -35,6 +35,7 @@ def uploaded(base_folder, tmp_path_factory):
 def test_an_adapter_from_the_hub_computes_as_before(adapter, way, uploaded):
     _, logits, _ = uploaded
     torch.testing.assert_close(logits[adapter][way], logits[adapter]["before"])
+    assert not torch.allclose(logits[adapter][way], logits[adapter]["base"], atol=1e-3)
 
 
 def test_the_hub_has_every_file_as_it_was_saved(uploaded):

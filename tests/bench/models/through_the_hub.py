@@ -28,7 +28,8 @@ def run(base: str, out: Path) -> None:
     hub.upload_folder(repo_id=BASE, folder_path=base)
     options = ["--profile", "tiny", "--model", BASE, "--max-steps", "2", "--max-items", "3"]
     options += ["--results", str(out / "results")]
-    assert main(["run", "--method", "malora", *options, "--save", str(out / "saved")]) == 0
+    saving = ["--learning-rate", "0.1", "--save", str(out / "saved")]
+    assert main(["run", "--method", "malora", *options, *saving]) == 0
     hub.create_repo(SAVED)
     hub.upload_folder(repo_id=SAVED, folder_path=out / "saved")  # what `hf upload` does
 
@@ -41,9 +42,9 @@ def run(base: str, out: Path) -> None:
     models = {"saved": load_adapter(load(identity, cpu)[0], identity, out / "saved"), "plain": plain}
     logits = {}
     for name, model in models.items():
-        logits[name] = {"before": model, **fetched(f"someone/{name}")}
+        logits[name] = {"base": load(identity, cpu)[0], "before": model, **fetched(f"someone/{name}")}
     folder = Path(snapshot_download(SAVED))
-    assert main(["score", "--adapter", str(folder), *options]) == 0
+    assert main(["score", "--adapter", str(folder), *options]) == 0  # it checks the hash of the base
     logits["saved"]["bench score"] = load_adapter(load(identity, cpu)[0], identity, folder)
     # Later the base changes on the hub.
     hub.upload_file(repo_id=BASE, path_in_repo="model.safetensors", path_or_fileobj=other_weights(base))
