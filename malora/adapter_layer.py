@@ -83,13 +83,20 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def factors(self, adapter: str) -> Factors:
         """Return the adapter's stacked experts."""
-        by_name = {name: self._parameters_of(name) for name in Factors._fields}
-        return Factors(**{name: found[adapter] if adapter in found else None for name, found in by_name.items()})
+        return Factors(*(self._parameter(name, adapter) for name in Factors._fields))
 
     def router(self, adapter: str) -> Tensor | None:
         """Return the adapter's router weight [N, n], or None if it has one expert."""
-        routers = self._parameters_of("router")
-        return routers[adapter] if adapter in routers else None
+        return self._parameter("router", adapter)
+
+    def _parameter(self, name: str, adapter: str) -> nn.Parameter | None:
+        """Return a parameter, or None if the adapter has none of this kind.
+
+        Every pass asks for all of them, and an `nn.ParameterDict` takes long to say that it has no such key.
+        """
+        of_kind = self._modules[PREFIX + name]
+        assert of_kind is not None
+        return of_kind._parameters.get(adapter)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters, as in PEFT; frozen factors stay frozen."""

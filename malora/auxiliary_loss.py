@@ -6,7 +6,7 @@ their outputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, make_dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ IGNORED_LABEL = -100  # transformers' label of positions that have no loss
 
 def add_balance_loss(
     model: nn.Module,
+    layers: Sequence[MaloraLayer],
     outputs: Any,
     *,
     labels: Tensor | None = None,
@@ -37,6 +38,7 @@ def add_balance_loss(
 
     Args:
         model: The base model, after its forward pass.
+        layers: All its adapted layers.
         outputs: A `ModelOutput`, a dictionary, or a tuple whose first element is the loss if there are labels.
         labels: The labels of that pass.
         shift_labels: Labels that are shifted already, if the pass had them.
@@ -47,8 +49,8 @@ def add_balance_loss(
     """
     loss = _loss_of(outputs, labels)
     is_computed = loss is not None or torch.is_grad_enabled() if wanted is None else wanted
-    weights = _weights_by_adapter(model) if is_computed else {}
-    balance = balance_loss_by_adapter(model, weights) if weights else {}
+    weights = _weights_by_adapter(layers) if is_computed else {}
+    balance = balance_loss_by_adapter(layers, weights) if weights else {}
     if not balance:
         # A caller that asks for it counts on it. The active adapter may be one without a router.
         return _with_losses(outputs, loss, next(model.parameters()).new_zeros(())) if wanted else outputs
@@ -61,13 +63,12 @@ def add_balance_loss(
     return _with_losses(outputs, loss, aux_loss)
 
 
-def _weights_by_adapter(model: nn.Module) -> dict[str, float]:
+def _weights_by_adapter(layers: Sequence[MaloraLayer]) -> dict[str, float]:
     """Return `router_aux_loss_coef` of the adapters that routed something and whose weight is not 0."""
     weights = {}
-    for layer in model.modules():
-        if isinstance(layer, MaloraLayer):
-            for adapter in layer.routings:
-                weights[adapter] = layer.settings[adapter].router_aux_loss_coef
+    for layer in layers:
+        for adapter in layer.routings:
+            weights[adapter] = layer.settings[adapter].router_aux_loss_coef
     return {adapter: weight for adapter, weight in weights.items() if weight}
 
 

@@ -38,7 +38,8 @@ class ForwardHooks:
     def __init__(self, model: nn.Module) -> None:
         self.log = RoutingLog()
         self._handles: list[RemovableHandle] = []
-        self._groups: list[ProjectionGroup] | None = None
+        self._layers: list[MaloraLayer] | None = None
+        self._groups: list[ProjectionGroup] = []
         self._prefetched: list[GroupAdapter] = []
         self._router_logits: bool | None = None  # the argument of this name
         self._depth = 0  # a model may call itself
@@ -65,8 +66,8 @@ class ForwardHooks:
 
     def find_layers(self, model: nn.Module) -> None:
         """Find the adapted layers of the model, because some were added or removed."""
-        layers = (module for module in model.modules() if isinstance(module, MaloraLayer))
-        self._groups = list(dict.fromkeys(layer.group for layer in layers))
+        self._layers = [module for module in model.modules() if isinstance(module, MaloraLayer)]
+        self._groups = list(dict.fromkeys(layer.group for layer in self._layers))
 
     def announce_aux_loss(self, model: nn.Module, weight: float) -> None:
         """Tell losses outside of the model, such as TRL's, that its outputs have an `aux_loss`.
@@ -92,10 +93,10 @@ class ForwardHooks:
         self._depth += 1
         if self._depth > 1:
             return None
-        if self._groups is None:  # in a copy
+        if self._layers is None:  # in a copy
             self.find_layers(model)
         if self.log.rows is None:
-            self._prefetched = prefetch_packed_weights(self._groups or [])
+            self._prefetched = prefetch_packed_weights(self._groups)
         else:  # no layer is fused
             self._find_token_counts(self.log.rows, model, args, kwargs)
         masks = (_argument(name, model, args, kwargs) for name in ("attention_mask", "decoder_attention_mask"))
@@ -132,12 +133,18 @@ class ForwardHooks:
         names = ("labels", "shift_labels", "num_items_in_batch")
         labels, shift_labels, items = (_argument(name, model, args, kwargs) for name in names)
         return add_balance_loss(
-            model, outputs, labels=labels, shift_labels=shift_labels, num_items=items, wanted=self._router_logits
+            model,
+            self._layers or [],
+            outputs,
+            labels=labels,
+            shift_labels=shift_labels,
+            num_items=items,
+            wanted=self._router_logits,
         )
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy or pickle the hooks without the state of a pass."""
-        return vars(self) | {"_groups": None, "_prefetched": [], "_depth": 0}
+        return vars(self) | {"_layers": None, "_groups": [], "_prefetched": [], "_depth": 0}
 
 
 def _text_config(model: nn.Module) -> Any:

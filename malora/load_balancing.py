@@ -6,7 +6,7 @@ Shapes: B batch, S sequence length, T tokens (B·S), N experts, L layers whose r
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -74,7 +74,7 @@ def balance_loss(
     Raises:
         ValueError: The model has no router, has not run yet, or its routing carries no gradient.
     """
-    stacks = list(_stacked_routings(model, attention_mask, adapter=adapter))
+    stacks = list(_stacked_routings(_layers(model), attention_mask, adapter=adapter))
     has_gradient = any(stack.routing.probability.requires_grad for stack in stacks)
     if torch.is_grad_enabled() and model.training and not has_gradient and _trains_router(model):
         raise ValueError(
@@ -84,12 +84,16 @@ def balance_loss(
     return _mean_over_layers(stacks, all_reduce)
 
 
-def balance_loss_by_adapter(model: nn.Module, adapters: Iterable[str]) -> dict[str, Tensor]:
+def balance_loss_by_adapter(layers: Sequence[MaloraLayer], adapters: Iterable[str]) -> dict[str, Tensor]:
     """Compute the balance loss of some adapters in the last forward pass, each by itself.
 
     An adapter that routed nothing in that pass is left out.
+
+    Args:
+        layers: All adapted layers of the model.
+        adapters: Names of adapters.
     """
-    stacks = {name: list(_stacked_routings(model, None, adapter=name, if_any=True)) for name in adapters}
+    stacks = {name: list(_stacked_routings(layers, None, adapter=name, if_any=True)) for name in adapters}
     return {name: _mean_over_layers(of_adapter) for name, of_adapter in stacks.items() if of_adapter}
 
 
@@ -125,7 +129,7 @@ def router_stats(
         ValueError: The model has no router, or has not run yet; or several adapters took part and none is named.
     """
     stats: dict[str, RouterStats] = {}
-    for routing, modules, mask in _stacked_routings(model, attention_mask, adapter=adapter):
+    for routing, modules, mask in _stacked_routings(_layers(model), attention_mask, adapter=adapter):
         p = routing.probability
         entropy = _mean(torch.special.entr(p).sum(-1, keepdim=True), mask, all_reduce)[:, 0]
         gate_sum = _mean(routing.gate.sum(-1, keepdim=True), mask, all_reduce)[:, 0]
@@ -146,7 +150,7 @@ def router_summary(model: nn.Module) -> dict[str, Tensor]:
         experts without a token over all routers. Nothing if nothing was routed.
     """
     entropies, largest, unused = [], [], []
-    for routing, _, weights in _stacked_routings(model, None, if_any=True):
+    for routing, _, weights in _stacked_routings(_layers(model), None, if_any=True):
         share = _share(routing, weights)
         entropies.append(_mean(torch.special.entr(routing.probability).sum(-1, keepdim=True), weights)[:, 0])
         largest.append(share.amax(-1))
@@ -172,8 +176,8 @@ def _trains_router(model: nn.Module) -> bool:
     return any(router is not None and router.requires_grad for router in routers)
 
 
-def _layers(model: nn.Module) -> Iterator[MaloraLayer]:
-    return (module for module in model.modules() if isinstance(module, MaloraLayer))
+def _layers(model: nn.Module) -> list[MaloraLayer]:
+    return [module for module in model.modules() if isinstance(module, MaloraLayer)]
 
 
 class _Stack(NamedTuple):
@@ -207,14 +211,14 @@ class _Kept(NamedTuple):
 
 
 def _stacked_routings(
-    model: nn.Module, attention_mask: Tensor | None, *, adapter: str | None = None, if_any: bool = False
+    layers: Sequence[MaloraLayer], attention_mask: Tensor | None, *, adapter: str | None = None, if_any: bool = False
 ) -> Iterator[_Stack]:
     """Yield routings of equal shape as one.
 
     A model has hundreds of routers. Statistics of each router by itself would cost hundreds of small kernels per step.
 
     Args:
-        model: Model after a forward pass.
+        layers: All adapted layers of a model, after a forward pass.
         attention_mask: Mask that replaces the one of that pass.
         adapter: Yield only routings of this adapter; None for all adapters.
         if_any: Yield nothing if nothing was routed, instead of raising an error.
@@ -224,7 +228,7 @@ def _stacked_routings(
     """
     groups: list[list[_Kept]] = []
     masks: dict[tuple[str, int], Tensor] = {}  # by adapter and whole mask
-    for layer in _layers(model):
+    for layer in layers:
         log = layer.routing_log
         for name, (probability, top_k) in layer.routings.items():
             if log is None or adapter not in (None, name) or probability.numel() == 0:
@@ -242,7 +246,8 @@ def _stacked_routings(
             else:
                 found.append(kept)
     if not groups and not if_any:
-        reason = "run a forward pass first" if has_router(model) else "it has no adapter with more than one expert"
+        has_any = any(layer.has_active_router for layer in layers)
+        reason = "run a forward pass first" if has_any else "it has no adapter with more than one expert"
         if adapter is not None:
             reason = f"adapter {adapter!r} has no router, or had no row in the last forward pass"
         raise ValueError(f"nothing was routed in this model: {reason}.")

@@ -188,7 +188,7 @@ def test_active_adapters_add_up_with_their_own_weights(ids):
     model.add_adapter("third", malora.METHODS["molora"](lora_dropout=0.0, router_aux_loss_coef=0.0))
     model.base_model.set_adapter(["default", "second", "third"])
     outputs = model(ids, labels=ids)
-    balance = auxiliary_loss.balance_loss_by_adapter(model, ["default", "second", "none"])
+    balance = auxiliary_loss.balance_loss_by_adapter(model.base_model.malora_layers, ["default", "second", "none"])
     assert list(balance) == ["default", "second"]
     torch.testing.assert_close(outputs.aux_loss, balance["default"] + balance["second"])
     off = model(ids, labels=ids, output_router_logits=False).loss
