@@ -237,3 +237,10 @@ def test_dropout_of_sublayers_counts_if_it_is_turned_on_later():
     for layer in model.model.layers:
         layer.resid_mlp_dropout.p = 0.5
     assert not model(IDS).logits.equal(model(IDS).logits)
+
+
+def test_without_triton_the_loss_alone_changes(monkeypatch):
+    monkeypatch.setattr("malora.backbone.optimize.has_triton", lambda: False)
+    report = malora.optimize_backbone(model := make("Llama"))
+    assert report["loss"] == "1 module" and report["norm"] == "none: Triton is not installed"
+    assert "Optimized" not in str(model)
