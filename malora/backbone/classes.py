@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from malora.backbone.probe import has_own_forward
+from malora.backbone.probe import exact_on_cpu, has_own_forward
 
 _CLASSES: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}  # that were made
 
@@ -42,7 +42,8 @@ def change_class(module: nn.Module, part: str) -> bool:
         return has_part(module) == part
     if has_own_forward(module):
         return False
-    settings = _part(part).settings(module)
+    with exact_on_cpu():
+        settings = _part(part).settings(module)
     if settings is None:
         return False
     module.malora_settings = settings

@@ -209,6 +209,13 @@ def test_torch_compile_traces_the_whole_model():
     torch.testing.assert_close(compiled(IDS, use_cache=False).logits, expected)
 
 
+def test_modules_are_recognized_under_autocast_and_another_default_device():
+    expected = malora.optimize_backbone(make("Llama"))
+    model = make("Llama")
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), torch.device("meta"):
+        assert malora.optimize_backbone(model) == expected
+
+
 def test_parts_can_be_left_out():
     model = make("Llama").to(DEVICE)
     report = malora.optimize_backbone(model, rotary=False, norm=False, loss=False, padding=False)
