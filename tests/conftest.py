@@ -57,6 +57,13 @@ def make_model(shape: str = "llama"):
     return SHAPES[shape]().eval()
 
 
+def optimize_adapted_layers(model):
+    """Pad frozen weights and convert layers to float8; leave norms and the like, which the interpreter runs slowly."""
+    import malora
+
+    malora.optimize_backbone(model, rotary=False, activation=False, norm=False, loss=False)
+
+
 @pytest.fixture
 def registry():
     """Forget tasks and mixtures of files after a test; returns a function that forgets them at once."""

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from malora.backbone.probe import exact_on_cpu, has_own_forward
+
 _CLASSES: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}  # that were made
 
 
@@ -38,9 +40,10 @@ def change_class(module: nn.Module, part: str) -> bool:
     """
     if has_part(module) is not None:
         return has_part(module) == part
-    if "forward" in vars(module):
+    if has_own_forward(module):
         return False
-    settings = _part(part).settings(module)
+    with exact_on_cpu():
+        settings = _part(part).settings(module)
     if settings is None:
         return False
     module.malora_settings = settings

@@ -7,7 +7,8 @@ outputs are compared with the formula. That also covers architectures that nobod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -51,11 +52,17 @@ def bare_copy(module: nn.Module, children: Mapping[str, nn.Module], weight: Tens
     return bare
 
 
-def run_quietly(function: Callable[[], Result]) -> Result | None:
-    """Run a probe on the CPU without gradients and autocast. Return None if it fails, whatever the reason."""
+@contextmanager
+def exact_on_cpu() -> Iterator[None]:
+    """Compute on the CPU, in float32 and without gradients, inside `with`, whatever the caller has set."""
+    with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield
+
+
+def result_of(function: Callable[[], Result]) -> Result | None:
+    """Return the result of a probe. Return None if it fails, whatever the reason."""
     try:
-        with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return function()
+        return function()
     except Exception:  # the module wants other inputs or children, so it is of another kind
         return None
 

@@ -8,6 +8,7 @@ import torch
 
 import malora
 from malora.fused import augmented_weights, weight_cache
+from tests.conftest import optimize_adapted_layers
 from tests.malora.fused.test_augmented_weights import assert_close, padding
 from tests.malora.fused.test_group import DEVICE, DTYPE, adapted
 
@@ -29,7 +30,7 @@ def ids(ids):
 def made(method="malora", backend="fused"):
     """Return an adapted model with an optimized backbone."""
     model = adapted(method, backend=backend, **FEW)
-    malora.optimize_backbone(model)
+    optimize_adapted_layers(model)
     return model
 
 
@@ -62,7 +63,7 @@ def with_two_adapters(backend):
     for name, p in model.named_parameters():
         if ".other" in name:
             p.data = p.data.to(DEVICE, torch.get_default_dtype()).fill_(0.1).to(p)
-    malora.optimize_backbone(model)
+    optimize_adapted_layers(model)
     return model.train()
 
 
@@ -273,14 +274,14 @@ def test_padded_columns_that_are_allocated_anew_have_no_stale_up_projection(ids)
         before = padding(models[0])
         for name in ("other", "default"):
             models[0].set_adapter(name)
-            malora.optimize_backbone(models[0])
+            optimize_adapted_layers(models[0])
         assert before and padding(models[0]) == before
         assert_close(gradients(models[0], ids), gradients(models[1], ids))
 
 
 def test_passes_in_another_dtype_are_cached_after_the_next_refresh(ids, monkeypatch):
     model = adapted(**FEW).bfloat16()
-    malora.optimize_backbone(model)
+    optimize_adapted_layers(model)
     gradients(model, ids)
     weights, tasks = malora.WeightCache(model), Tasks(monkeypatch)
     weights.refresh()
@@ -316,7 +317,7 @@ def test_graphs_of_passes_read_what_a_graph_of_a_refresh_wrote(method, backend, 
     dtype = torch.bfloat16 if backend == "fp8" else torch.float32
     models = [adapted(method, backend=backend, lora_dropout=0.3).to(dtype) for _ in range(2)]
     for model in models:
-        malora.optimize_backbone(model)
+        optimize_adapted_layers(model)
     seed = torch.full((1,), 5, device=DEVICE)
     trainable = [[p for p in model.parameters() if p.requires_grad] for model in models]
 

@@ -40,7 +40,7 @@ def _rotate(
     HEAD_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rotate all heads of a token. The pointers are those of the first head, the strides those from head to head."""
-    head = tl.arange(0, HEAD_BLOCK)[:, None]
+    head = tl.arange(0, HEAD_BLOCK)[:, None].to(tl.int64)  # heads may be as far apart as whole sequences
     column = tl.arange(0, HALF_BLOCK)[None, :]
     mask = (head < HEADS) & (column < HALF)
     x_at, y_at = x_ptr + head * x_stride + column, y_ptr + head * y_stride + column

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from malora.backbone.probe import bare_copy, can_run, is_close, numbers, run_quietly
+from malora.backbone.probe import bare_copy, can_run, is_close, numbers, result_of
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 _SEPARATE, _PACKED = {"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"}
@@ -50,7 +50,7 @@ def settings(module: nn.Module) -> GluSettings | None:
         if isinstance(child := module._modules.get(name), nn.Module):
             children[name] = child
     x = numbers(5, 4)
-    probed = run_quietly(lambda: bare_copy(module, children).forward(x))
+    probed = result_of(lambda: bare_copy(module, children).forward(x))
     for activation, function in _FUNCTIONS.items():
         if is_close(probed, (function(x @ gate.T) * (x @ up.T)) @ down.T):
             return GluSettings(activation, is_packed, names[0])

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from malora.backbone.linear_cross_entropy import LabelPositions, linear_cross_entropy
-from malora.backbone.probe import bare_copy, has_own_forward, is_close, numbers, run_quietly
+from malora.backbone.probe import bare_copy, has_own_forward, is_close, numbers, result_of
 
 
 @dataclass
@@ -67,7 +67,7 @@ def settings(module: nn.Module) -> LossSettings | None:
     hidden, labels = 30 * numbers(1, 4, 2), torch.tensor([[0, 1, 0, 1]])
     matrix = numbers(config.vocab_size, 2)
     children = {name: _Head(matrix), module.base_model_prefix: _Backbone(hidden)}
-    outputs = run_quietly(lambda: bare_copy(module, children).forward(input_ids=labels, labels=labels))
+    outputs = result_of(lambda: bare_copy(module, children).forward(input_ids=labels, labels=labels))
     if type(outputs) is not CausalLMOutputWithPast:
         return None
     cap: float | None = getattr(config, "final_logit_softcapping", None)

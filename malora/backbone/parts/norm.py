@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from malora.backbone.probe import bare_copy, can_run, is_close, numbers, run_quietly
+from malora.backbone.probe import bare_copy, can_run, is_close, numbers, result_of
 
 
 class Precomputed(NamedTuple):
@@ -60,9 +60,9 @@ def settings(module: nn.Module) -> NormSettings | None:
     if not isinstance(eps, float):
         return None
     x, weight = numbers(3, 8), numbers(8)
-    probed = run_quietly(lambda: bare_copy(module, {}, weight).forward(x))
+    probed = result_of(lambda: bare_copy(module, {}, weight).forward(x))
     # A small input shows where eps is added.
-    small = run_quietly(lambda: bare_copy(module, {}, weight).forward(x * 1e-3))
+    small = result_of(lambda: bare_copy(module, {}, weight).forward(x * 1e-3))
     for offset in (0.0, 1.0):
         both = (F.rms_norm(scaled, (8,), weight + offset, eps) for scaled in (x, x * 1e-3))
         if all(is_close(got, expected) for got, expected in zip((probed, small), both, strict=True)):

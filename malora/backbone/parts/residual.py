@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from malora.backbone.parts.norm import NormSettings, Precomputed, can_fuse, version_of
-from malora.backbone.probe import bare_copy, is_close, numbers, run_quietly
+from malora.backbone.probe import bare_copy, is_close, numbers, result_of
 
 _CHILDREN = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
@@ -73,7 +73,7 @@ def settings(module: nn.Module) -> ResidualSettings | None:
     layer.eval()  # a checkpoint is of no use here
     x = numbers(2, 3, 4)
     options = {"attention_mask": 1, "position_embeddings": 2, "position_ids": 3, "another": 4}
-    probed = run_quietly(lambda: layer.forward(x, **options))
+    probed = result_of(lambda: layer.forward(x, **options))
     h = x + norm(x).cos() * 0.7
     return ResidualSettings(dropouts) if is_close(probed, h + mlp(norm(h))) else None
 

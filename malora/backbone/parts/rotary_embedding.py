@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import wraps
 from types import CellType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from malora.backbone.probe import can_run, is_close, numbers, run_quietly
+from malora.backbone.probe import can_run, exact_on_cpu, is_close, numbers, result_of
 
 _NAME = "apply_rotary_pos_emb"
 
@@ -46,31 +46,28 @@ def _rotary_of(forward: Any) -> Callable[..., Any] | None:
     return function.__globals__.get(_NAME) if uses_it else None
 
 
-@cache
 def _rotates_halves(function: Callable[..., Any]) -> bool:
     """Return whether a function computes what the kernel computes, for all or a part of each head's columns."""
     q, k = numbers(2, 3, 5, 8), numbers(2, 1, 5, 8)
     cos, sin = numbers(2, 5, 8), numbers(2, 5, 8).flip(0)
-    results = run_quietly(lambda: function(q, k, cos, sin))
+    results = result_of(lambda: function(q, k, cos, sin))
     return isinstance(results, tuple) and len(results) == 2 and all(
         is_close(got, _rotated(x, cos, sin)) for got, x in zip(results, (q, k), strict=True)
     )  # fmt: skip
 
 
-@cache
 def _rotates_a_part(function: Callable[..., Any]) -> bool:
     """Return whether a function copies the columns for which there are no angles."""
     q, cos = numbers(1, 2, 3, 8), numbers(1, 3, 4)
-    results = run_quietly(lambda: function(q, q, cos, cos))
+    results = result_of(lambda: function(q, q, cos, cos))
     expected = torch.cat([_rotated(q[..., :4], cos, cos), q[..., 4:]], -1)
     return isinstance(results, tuple) and is_close(results[0], expected)
 
 
-@cache
 def _keeps_dtype(function: Callable[..., Any]) -> bool:
     """Return whether results in 16 bits stay so if the angles are in float32."""
     q, cos = numbers(1, 2, 3, 8).bfloat16(), numbers(1, 3, 8)
-    results = run_quietly(lambda: function(q, q, cos, cos))
+    results = result_of(lambda: function(q, q, cos, cos))
     return isinstance(results, tuple) and results[0].dtype == torch.bfloat16
 
 
@@ -99,22 +96,25 @@ def _faster(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that does the same by the kernel where it can."""
     from malora.backbone.kernels.rotary import rotary  # needs Triton
 
+    with exact_on_cpu():
+        may_be_partial, keeps_dtype = _rotates_a_part(function), _keeps_dtype(function)
+
     @wraps(function)
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or not _can_rotate(function, q, k, cos, sin):
+        has_angles = cos.shape[-1] == q.shape[-1] or (cos.shape[-1] < q.shape[-1] and may_be_partial)
+        has_dtype = cos.dtype == q.dtype or keeps_dtype
+        if args or kwargs or not (has_angles and has_dtype and _can_rotate(q, k, cos)):
             return function(q, k, cos, sin, *args, **kwargs)
         return rotary(q, k, cos, sin)
 
     return apply_rotary_pos_emb
 
 
-def _can_rotate(function: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    R, D = cos.shape[-1], q.shape[-1]
+def _can_rotate(q: Tensor, k: Tensor, cos: Tensor) -> bool:
+    """Return whether the kernel takes these shapes and dtypes."""
     if not (can_run(q) and q.dtype == k.dtype and q.dim() == k.dim() == 4 and cos.dim() == 3):
         return False
-    if cos.requires_grad or cos.device != q.device or not (len(cos) == 1 or len(cos) == len(q)):
-        return False
-    return (cos.dtype == q.dtype or _keeps_dtype(function)) and (R == D or (R < D and _rotates_a_part(function)))
+    return not cos.requires_grad and cos.device == q.device and len(cos) in (1, len(q))
 
 
 def _with_global(function: Any, name: str, value: Any) -> Any:

@@ -209,6 +209,13 @@ def test_torch_compile_traces_the_whole_model():
     torch.testing.assert_close(compiled(IDS, use_cache=False).logits, expected)
 
 
+def test_modules_are_recognized_under_autocast_and_another_default_device():
+    expected = malora.optimize_backbone(make("Llama"))
+    model = make("Llama")
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), torch.device("meta"):
+        assert malora.optimize_backbone(model) == expected
+
+
 def test_parts_can_be_left_out():
     model = make("Llama").to(DEVICE)
     report = malora.optimize_backbone(model, rotary=False, norm=False, loss=False, padding=False)
@@ -237,3 +244,10 @@ def test_dropout_of_sublayers_counts_if_it_is_turned_on_later():
     for layer in model.model.layers:
         layer.resid_mlp_dropout.p = 0.5
     assert not model(IDS).logits.equal(model(IDS).logits)
+
+
+def test_without_triton_the_loss_alone_changes(monkeypatch):
+    monkeypatch.setattr("malora.backbone.optimize.has_triton", lambda: False)
+    report = malora.optimize_backbone(model := make("Llama"))
+    assert report["loss"] == "1 module" and report["norm"] == "none: Triton is not installed"
+    assert "Optimized" not in str(model)

@@ -14,6 +14,7 @@ from torch import nn
 import malora
 from malora.fused import augmented_weights
 from malora.fused.availability import interprets_triton
+from tests.conftest import optimize_adapted_layers
 from tests.malora.backends.test_backends import assert_agrees, layer
 from tests.malora.fused.test_group import CLOSE, DEVICE, DTYPE, adapted
 
@@ -60,7 +61,7 @@ def assert_close(got, expected):
 def optimized(method="malora", **options):
     """Return an adapted model with padded columns."""
     model = adapted(method, **ONE_LAYER | options)
-    malora.optimize_backbone(model)
+    optimize_adapted_layers(model)
     return model
 
 
@@ -76,7 +77,7 @@ def pair(method="malora", **options):
 def test_agrees_with_the_reference(method, options):
     """The layer has a bias."""
     made = layer(malora.METHODS[method](lora_dropout=0.3, backend="fused", **options), m=152)
-    malora.optimize_backbone(made)
+    optimize_adapted_layers(made)
     assert_agrees(made, "fused", torch.randn(3, 11, 72, dtype=torch.float64))
     config = made.settings["default"]
     assert made.base_layer.weight.stride(0) == 72 + -(-config.num_experts * config.r // 8) * 8
@@ -124,12 +125,12 @@ def test_padding_is_for_dropout_and_for_large_groups(monkeypatch):
 def test_the_backbone_is_restored(ids):
     model, plain = pair()
     before = trained(model, ids)
-    malora.optimize_backbone(model)  # again changes nothing
+    optimize_adapted_layers(model)  # again changes nothing
     assert padding(model)
     malora.restore_backbone(model)
     assert not padding(model) and all(p.is_contiguous() for p in model.parameters())
     assert_close(trained(model, ids), trained(plain, ids))
-    malora.optimize_backbone(model)
+    optimize_adapted_layers(model)
     assert padding(model)
     assert_close(trained(model, ids), before)
     malora.release_caches(model)
@@ -145,7 +146,7 @@ def test_weights_that_are_not_a_layers_alone_stay_where_they_are(ids):
     key.weight.data = packed[:32]
     for each in (gate, other.base_model.model.model.layers[0].mlp.gate_proj.base_layer):
         each._hf_hook = "accelerate brings the weight for each pass"
-    malora.optimize_backbone(model)
+    optimize_adapted_layers(model)
     expected = trained(other, ids)
     assert_close(trained(model, ids), expected)
     assert key.weight.data_ptr() == packed.data_ptr() and not packed[32:].any()
@@ -209,7 +210,7 @@ def test_a_pass_of_both_adapters_in_turns(ids):
 def test_weights_are_saved_copied_and_unloaded_without_padding(ids, tmp_path):
     model = adapted(**ONE_LAYER)
     before = copy.deepcopy(model.state_dict())
-    malora.optimize_backbone(model)
+    optimize_adapted_layers(model)
     trained(model, ids)
     assert padding(model)
     after = model.state_dict()
@@ -229,7 +230,7 @@ def test_weights_are_saved_copied_and_unloaded_without_padding(ids, tmp_path):
     assert all(p.is_contiguous() for p in plain.parameters())
     config = malora.METHODS["malora"](backend="fused", lora_dropout=0.3)
     wrapped = get_peft_model(plain, config).to(DEVICE, DTYPE).train()
-    malora.optimize_backbone(wrapped)
+    optimize_adapted_layers(wrapped)
     trained(wrapped, ids)
     assert padding(wrapped)
     plain = wrapped.unload()

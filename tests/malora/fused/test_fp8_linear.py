@@ -11,10 +11,10 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from malora import METHODS, MaloraLayer, optimize_backbone, restore_backbone
+from malora import METHODS, MaloraLayer, restore_backbone
 from malora.fused.availability import warn_once
 from malora.fused.fp8_linear import Float8Linear
-from tests.conftest import make_model
+from tests.conftest import make_model, optimize_adapted_layers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLOSE = {"rtol": 1e-2, "atol": 1e-2} if DEVICE == "cuda" else {}  # float8 matmuls of a GPU give bfloat16
@@ -23,7 +23,7 @@ CLOSE = {"rtol": 1e-2, "atol": 1e-2} if DEVICE == "cuda" else {}  # float8 matmu
 def adapted(backend="fp8", **options):
     torch.manual_seed(0)
     model = get_peft_model(make_model(), METHODS["malora"](backend=backend, **options)).to(DEVICE).eval()
-    optimize_backbone(model)
+    optimize_adapted_layers(model)
     return model
 
 
@@ -41,7 +41,7 @@ def test_no_class_changes_unless_the_user_asks(ids):
     model = get_peft_model(make_model(), METHODS["malora"](backend="fp8")).to(DEVICE)
     model(ids.to(DEVICE), labels=ids.to(DEVICE)).loss.backward()
     assert {type(module) for module in outputs(model)} == {nn.Linear}
-    optimize_backbone(model)
+    optimize_adapted_layers(model)
     assert {type(module) for module in outputs(model)} == {Float8Linear} and "Float8Linear(" in str(model)
     restore_backbone(model)
     assert {type(module) for module in outputs(model)} == {nn.Linear}
@@ -79,7 +79,7 @@ def test_without_the_adapter_the_model_is_unchanged(ids):
 @pytest.mark.parametrize("leave, method", [("unload", "malora"), ("merge_and_unload", "asylora")])
 def test_an_unloaded_model_has_plain_linear_layers(leave, method, ids):
     model = get_peft_model(make_model(), METHODS[method](backend="fp8")).to(DEVICE)
-    optimize_backbone(model)
+    optimize_adapted_layers(model)
     groups = {layer.group for layer in model.base_model.malora_layers}
     with torch.no_grad():
         model(ids.to(DEVICE))
@@ -144,7 +144,7 @@ def test_a_forward_that_was_kept_or_replaced_still_works(caplog):
         module.forward = module.forward
     warn_once.cache_clear()
     again = get_peft_model(left, METHODS["malora"](backend="fp8"))
-    optimize_backbone(again)
+    optimize_adapted_layers(again)
     assert {type(module) for module in outputs(again)} == {nn.Linear}
     assert caplog.text.count("'fp8' cannot compute a frozen linear layer whose forward was replaced; that does.") == 1
 
@@ -153,7 +153,7 @@ def test_they_follow_the_active_adapter_of_their_parent():
     model = adapted(target_modules=["q_proj"])
     model.add_adapter("second", METHODS["malora"](backend="fp8", target_modules=["v_proj"]))
     model.add_adapter("exact", METHODS["malora"](backend="fused", target_modules=["v_proj"]))
-    optimize_backbone(model)
+    optimize_adapted_layers(model)
     o_proj = outputs(model)[0]
     x = torch.randn(2, o_proj.in_features, device=DEVICE)
     exact = nn.functional.linear(x, o_proj.weight)
@@ -168,16 +168,16 @@ def test_a_head_is_not_converted():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32))
     config = METHODS["malora"](backend="fp8", target_modules=["0"], task_type=None)
     model = get_peft_model(model, config)
-    optimize_backbone(model)
+    optimize_adapted_layers(model)
     assert type(model.base_model.model[1]) is nn.Linear
 
 
 def test_a_part_of_a_model_is_optimized():
     model = get_peft_model(make_model(), METHODS["malora"](backend="fp8")).to(DEVICE)
     attention = model.base_model.model.model.layers[0].self_attn
-    optimize_backbone(attention.q_proj)  # has no other linear layers next to it
+    optimize_adapted_layers(attention.q_proj)  # has no other linear layers next to it
     assert type(attention.q_proj.base_layer) is nn.Linear and type(attention.o_proj) is nn.Linear
-    optimize_backbone(attention)
+    optimize_adapted_layers(attention)
     assert [type(module) for module in outputs(model)] == [Float8Linear, nn.Linear]
 
 

@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 
 import malora
-from tests.conftest import SHAPES, make_model
+from tests.conftest import SHAPES, make_model, optimize_adapted_layers
 
 # The interpreter computes in float64; a GPU's tensor cores do not.
 ON_GPU = torch.cuda.is_available()
@@ -277,7 +277,7 @@ def test_gradient_checkpointing_recomputes_the_same(ids):
 @pytest.mark.parametrize("method", ["malora", "asylora"])
 def test_layers_of_different_ranks_or_scalings_are_not_computed_together(method, options, ids):
     model = adapted(method, **options)
-    malora.optimize_backbone(model)
+    optimize_adapted_layers(model)
     assert_same(model, ids)
 
 

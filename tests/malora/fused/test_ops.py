@@ -9,6 +9,7 @@ import malora
 from malora.fused import augmented_weights, ops
 from malora.fused.packed_weights import layout_sizes
 from malora.fused.weight_cache import group_parameters
+from tests.conftest import optimize_adapted_layers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLOSE = {"rtol": 1e-3, "atol": 1e-4} if DEVICE == "cuda" else {"rtol": 1e-5, "atol": 1e-6}
@@ -136,7 +137,7 @@ def test_decoder_layers_that_are_compiled_one_by_one_share_their_graphs(x):
 def test_compiled_passes_read_weights_that_a_weight_cache_packed(x, monkeypatch):
     monkeypatch.setattr(augmented_weights, "MIN_ELEMENTS", 0)
     model = adapted(dropout=0.3)
-    malora.optimize_backbone(model)  # columns next to the weights, which the cache fills too
+    optimize_adapted_layers(model)  # columns next to the weights, which the cache fills too
     assert any(group.cache.padding for group in model.base_model._groups if group.has_cache)
     run, cache = compiled(model), malora.WeightCache(model)
     step(model, model, x)
