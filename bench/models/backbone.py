@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from bench.models.quantized import QUANTIZED, fill_quantized
 
@@ -95,3 +99,26 @@ def backbone(shape: Shape, layers: int | None, device: torch.device, base: str =
         return fill_quantized(model, base, device, dtype).requires_grad_(False)
     with torch.device(device):
         return from_config(config, dtype=dtype).requires_grad_(False)
+
+
+def save_backbone(shape: Shape, layers: int | None, device: torch.device, length: int, folder: Path) -> None:
+    """Write a random backbone and a tokenizer of its vocabulary, for packages that load their models from a folder.
+
+    Args:
+        shape: The sizes of the model.
+        layers: Number of decoder layers, or None for all of the shape's.
+        device: Where the weights are drawn.
+        length: Tokens that a sequence may have.
+        folder: Folder to write to.
+    """
+    model = backbone(shape, layers, device)
+    special = ["<unk>", "<s>", "</s>"]
+    model.config.update({"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2})
+    model.config.max_position_embeddings = max(length, model.config.max_position_embeddings)
+    model.save_pretrained(folder)
+    words = special + [f"w{number}" for number in range(len(special), model.config.vocab_size)]
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    ).save_pretrained(folder)

@@ -41,23 +41,19 @@ def fill_quantized(model: PreTrainedModel, base: str, device: torch.device, dtyp
             if isinstance(child, nn.Linear) and child is not head:
                 weight = torch.empty(child.weight.shape, device=device, dtype=dtype).normal_(std=STD)
                 setattr(parent, name, _quantized_linear(bitsandbytes, weight, base))
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
+    for owner in model.modules():
+        for name, parameter in owner._parameters.items():
             if parameter is not None and parameter.is_meta:
                 value = torch.ones(parameter.shape, device=device, dtype=dtype)
                 if parameter.dim() > 1:
                     value.normal_(std=STD)
-                module._parameters[name] = nn.Parameter(value)
+                owner._parameters[name] = nn.Parameter(value)
     model.tie_weights()  # the loop above has untied them
     _fill_buffers(model, device)
     four_bits = base == "nf4"
-    for name, value in {
-        "is_loaded_in_4bit": four_bits,
-        "is_loaded_in_8bit": not four_bits,
-        "is_quantized": True,
-        "quantization_method": "bitsandbytes",
-    }.items():
-        setattr(model, name, value)  # PEFT reads these
+    flags = {"is_loaded_in_4bit": four_bits, "is_loaded_in_8bit": not four_bits, "is_quantized": True}
+    for flag, is_set in flags.items():
+        setattr(model, flag, is_set)  # PEFT reads these
     model.config.quantization_config = BitsAndBytesConfig(**QUANTIZED[base])
     return model
 
@@ -82,5 +78,5 @@ def _quantized_linear(bitsandbytes: Any, weight: torch.Tensor, base: str) -> nn.
 
 def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Compute the frequencies of the rotary embedding anew. They are the only buffers of a Llama."""
-    rotary = type(model.model.rotary_emb)(model.config, device=device)
-    model.model.rotary_emb = rotary
+    with torch.device(device):
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)

@@ -105,6 +105,9 @@ def make_parser() -> Parser:
         help=f"with --loop: precision of the frozen weights: {', '.join(BASES)} (default: bf16)",
     )
     parser.add_argument(
+        "--rivals", type=folder, metavar="DIR", help="with --loop: folder of `make rivals` (default: .rivals)"
+    )
+    parser.add_argument(
         "--batch", type=positive, metavar="B", help="sequences per pass (default: the shape's; decode: 1)"
     )
     parser.add_argument("--length", type=positive, metavar="L", help="tokens per sequence (default: the shape's)")
@@ -201,7 +204,7 @@ def _check_nothing_is_ignored(options: argparse.Namespace) -> None:
     Raises:
         UserError: If an option would be ignored.
     """
-    for name in () if options.loop else ("checkpointing", "base"):
+    for name in () if options.loop else ("checkpointing", "base", "rivals"):
         if getattr(options, name):
             raise UserError(f"--{name} is for whole training programs; add --loop, or leave it out.")
     if options.loop and (options.sweep or options.mode != "train"):

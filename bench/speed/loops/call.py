@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -14,8 +17,9 @@ from bench.records import store
 from bench.records.provenance import provenance
 from bench.records.speed_schema import PeakRates, SpeedOptions, SpeedRecord, SpeedRow
 from bench.speed.loops.rounds import LocalRow, Row, measure
-from bench.speed.loops.rows import BASES, CHECKPOINTING, LOOPS, select_rows
+from bench.speed.loops.rows import BASES, CHECKPOINTING, LOOPS, LoopRow, select_rows
 from bench.speed.profiler import backbone_flops, peak_rates
+from bench.speed.loops.rivals.process import RivalRow, Rivals, rivals_folder
 from bench.speed.rounds import Result
 from bench.speed.steps import Workload
 
@@ -51,14 +55,30 @@ def measure_loops(options: argparse.Namespace, work: Workload, device: torch.dev
     """
     asked = chosen(options)
     found = select_rows(options.variant.split(","), *asked, on_cpu=device.type == "cpu")
-    shape = SHAPES[options.shape]
-    rows: list[Row] = [LocalRow(row, shape, options.layers, work, device) for row in found]
+    folder = rivals_folder(options.rivals) if any(row.is_rival for row in found) else None
+    if folder is None:
+        found = _without_rivals(found)
     store.open_folder(options.results)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     journal = _Journal(options, work, device, peak_rates(device, dtype))
-    measure(rows, options.rounds, device, journal.save, 60 * (options.minutes or math.inf))
+    setting = SHAPES[options.shape], options.layers, work, device
+    with Rivals(folder, *setting) if folder else nullcontext() as rivals:
+        rows: list[Row] = [
+            RivalRow(row, rivals) if rivals and row.is_rival else LocalRow(row, *setting) for row in found
+        ]
+        measure(rows, options.rounds, device, journal.save, 60 * (options.minutes or math.inf))
     journal.rates["after"] = PeakRates(**peak_rates(device, dtype))
     return journal.save(journal.rows, journal.rounds)
+
+
+def _without_rivals(rows: list[LoopRow]) -> list[LoopRow]:
+    """Leave out the rows that need an environment which is not there, and say so."""
+    for row in rows:
+        if row.is_rival:
+            print(f"{row.name}: not measured, because unsloth is not in .rivals; `make rivals`", file=sys.stderr)
+    if all(row.is_rival for row in rows):
+        raise UserError("no row is left to measure; `make rivals` installs what these need, or give --rivals DIR.")
+    return [row for row in rows if not row.is_rival]
 
 
 class _Journal:
@@ -69,7 +89,10 @@ class _Journal:
     ) -> None:
         self.options, self.work = options, work
         self.provenance = provenance(device, jobs=1)
-        self.rates = {"before": PeakRates(**rates), "after": PeakRates(**rates)}
+        self.rates: dict[Literal["before", "after"], PeakRates] = {
+            "before": PeakRates(**rates),
+            "after": PeakRates(**rates),  # until the end
+        }
         self.flops = backbone_flops(backbone(SHAPES[options.shape], options.layers, torch.device("meta")), work)
         self.rows: list[Result] = []
         self.rounds = 0

@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
-from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
 from bench.models.backbone import Shape, backbone
@@ -122,7 +121,7 @@ def measure(
     rows: Sequence[Row],
     rounds: int,
     device: torch.device,
-    save: Callable[[list[Result], int], None],
+    save: Callable[[list[Result], int], object],
     seconds: float = math.inf,
 ) -> None:
     """Time all rows in rounds. A row that cannot run gets a reason, and the others go on.
@@ -149,6 +148,7 @@ def measure(
             if result["status"] != "ok":
                 continue
             guarded(result, device, _turn, row, result, device)
+            result |= row.about  # a rival's version is known once it has started
             print(f"{result['name']}: {_outcome(result)}", file=sys.stderr, flush=True)
             save([results[place] for place in sorted(results)], number + 1)
 

@@ -21,6 +21,7 @@ from malora.backbone.checkpointing_modes import MODES
 LOOPS = ("plain", "compiled", "captured")
 CHECKPOINTING = MODES
 BASES = ("bf16", *QUANTIZED, "fp8")
+UNSLOTH = "unsloth-lora"
 METHODS = ("malora", "molora", "lora")  # ours
 
 
@@ -35,6 +36,7 @@ class LoopRow:
         checkpointing: A mode of `malora.set_checkpointing`; for others, "none", or "full" for their own.
         base: Precision of the frozen weights: "bf16", "nf4", "int8", or "fp8" by our fp8 backend.
         liger: Whether Liger's kernels are used, out of the box.
+        dropout: Dropout of the adapter, if it is another than that of the call.
     """
 
     name: str
@@ -43,6 +45,12 @@ class LoopRow:
     checkpointing: str = "none"
     base: str = "bf16"
     liger: bool = False
+    dropout: float | None = None
+
+    @property
+    def is_rival(self) -> bool:
+        """True if another package trains it, in a worker process."""
+        return self.method == UNSLOTH
 
     @property
     def is_ours(self) -> bool:
@@ -68,6 +76,7 @@ class LoopRow:
 
     def program(self, base: PreTrainedModel, batches: Batches, dropout: float) -> Generator[Tensor]:
         """Return the program, which yields the loss after each optimizer step."""
+        assert not self.is_rival, "it runs in a worker"
         compiled = self.loop == "compiled"
         if self.method is None:
             return programs.floor(base, batches, compiled)
@@ -96,6 +105,11 @@ BASELINES = (
     LoopRow("peft-lora-full", "peft-lora", checkpointing="full"),
     LoopRow("peft-lora-nf4-full", "peft-lora", checkpointing="full", base="nf4"),
     LoopRow("peft-lora-int8-full", "peft-lora", checkpointing="full", base="int8"),
+    LoopRow(UNSLOTH, UNSLOTH),
+    LoopRow(f"{UNSLOTH}-no-dropout", UNSLOTH, dropout=0.0),
+    LoopRow(f"{UNSLOTH}-full", UNSLOTH, checkpointing="full"),
+    LoopRow(f"{UNSLOTH}-full-no-dropout", UNSLOTH, checkpointing="full", dropout=0.0),
+    LoopRow(f"{UNSLOTH}-nf4-full", UNSLOTH, checkpointing="full", base="nf4"),
 )
 
 
