@@ -31,6 +31,7 @@ class SpeedOptions(Section):
         tokens: Tokens per training step, or generated tokens in decode.
         layers: Shortened depth of a trial measurement, which is not published; else None.
         flops: Matrix operations of the frozen backbone per step; None where they were not counted.
+        world: Number of GPUs, in records of whole training programs.
     """
 
     variant: str
@@ -42,6 +43,7 @@ class SpeedOptions(Section):
     rounds: int
     layers: int | None
     flops: int | None
+    world: int | None = None
 
 
 class PeakBytes(Section):
@@ -61,6 +63,12 @@ class SpeedRow(Section):
         kernels: Kernels per step; None on a CPU, as are launches, synchronisations and where.
         where: The longest kernels as (name, calls, seconds).
         value: The swept size, in a single-layer sweep.
+        loop: How the training loop runs, in records of whole training programs; so are the fields that follow.
+        checkpointing: What is kept for the backward pass: none (everything), full, offload or lean.
+        base: Precision of the frozen weights: bf16, nf4, int8 or fp8.
+        dropout: Dropout of the adapter, if it is another than that of the record's options.
+        loss: Loss of the last micro-batch, to see that the rows train the same model.
+        package: Name and version of the package that trained, if it ran in an environment of its own.
     """
 
     status: Literal["ok", "oom", "failed", "unavailable"]
@@ -85,6 +93,12 @@ class SpeedRow(Section):
     trainable: int | None = None
     autocast: bool | None = None
     batch: int | None = None
+    loop: Literal["plain", "compiled", "captured"] | None = None
+    checkpointing: str | None = None
+    base: str | None = None
+    dropout: Number | None = None
+    loss: Number | None = None
+    package: str | None = None
 
 
 class SpeedRecord(Section):
@@ -92,7 +106,7 @@ class SpeedRecord(Section):
 
     Attributes:
         shape: Name of the backbone.
-        mode: train, prefill, decode, or layer for a single linear layer.
+        mode: train, prefill, decode; layer for a single linear layer; loop for whole training programs.
         peak_rates: Before and after the measurement; stored as `ceilings`.
         rows: One per variant, in the order of measuring.
     """

@@ -3,6 +3,7 @@
 python -m bench.speed --variant malora                   # compared with LoRA and the frozen backbone
 python -m bench.speed --variant all --shape llama2-7b    # Table 10
 python -m bench.speed --variant molora --sweep experts   # where sparse backends overtake dense ones
+python -m bench.speed --loop plain,captured              # whole training programs, by the wall clock
 
 Models have random weights. The variants named "floor" are the frozen backbone without an adapter.
 """
@@ -14,6 +15,7 @@ import math
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -28,6 +30,8 @@ from bench.report.speed import tables
 from bench.runtime.processes import started_processes
 from bench.speed.baselines import registered_baselines
 from bench.speed.layer_sweep import SWEEPS, sweep_rows
+from bench.speed.loops.call import measure_loops
+from bench.speed.loops.rows import BASES, CHECKPOINTING, LOOPS
 from bench.speed.profiler import backbone_flops, peak_rates
 from bench.speed.rounds import BenchmarkRow, ModelRow, measure
 from bench.speed.steps import STEPS, Workload
@@ -86,6 +90,24 @@ def make_parser() -> Parser:
         help=f"measure one linear layer over values of {', '.join(SWEEPS)}, instead of the whole backbone",
     )
     parser.add_argument(
+        "--loop",
+        metavar="A,B",
+        help=f"measure whole training programs as users write them, in these loops: {', '.join(LOOPS)}",
+    )
+    parser.add_argument(
+        "--checkpointing",
+        metavar="A,B",
+        help=f"with --loop: what is kept for the backward pass: {', '.join(CHECKPOINTING)} (default: none)",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="A,B",
+        help=f"with --loop: precision of the frozen weights: {', '.join(BASES)} (default: bf16)",
+    )
+    parser.add_argument(
+        "--rivals", type=folder, metavar="DIR", help="with --loop: folder of `make rivals` (default: .rivals)"
+    )
+    parser.add_argument(
         "--batch", type=positive, metavar="B", help="sequences per pass (default: the shape's; decode: 1)"
     )
     parser.add_argument("--length", type=positive, metavar="L", help="tokens per sequence (default: the shape's)")
@@ -117,6 +139,9 @@ def _benchmark(options: argparse.Namespace) -> int:
         raise UserError(f"{name} is {started}, but steps are measured in one process; start it without a launcher.")
     known = store.read_speed(options.results)  # before the measurement, so that a broken record costs no time
     work = _workload(options)
+    if options.loop:
+        with torch._dynamo.config.patch(COMPILE_OPTIONS):
+            return _report(measure_loops(options, work, device), known, options.results)
     rows, flops = _rows(options, work, device, dtype)
     store.open_folder(options.results)
     before = peak_rates(device, dtype)
@@ -140,11 +165,16 @@ def _benchmark(options: argparse.Namespace) -> int:
         peak_rates={"before": PeakRates(**before), "after": PeakRates(**peak_rates(device, dtype))},
         rows=[SpeedRow(**row) for row in found],
     )
-    path = store.write_speed(record, options.results)
+    store.write_speed(record, options.results)
+    return _report(record, known, options.results)
+
+
+def _report(record: SpeedRecord, known: list[SpeedRecord], results: Path) -> int:
+    """Write the pages of a folder with a new record, print the record's table, and return the exit status."""
     for name, page in tables.pages([*known, record]).items():
-        (options.results / name).write_text(page)
+        (results / name).write_text(page)
     print(tables.section(record))
-    print(f"recorded in {path}; tables and figure in {options.results}")
+    print(f"recorded in {results / 'runs' / record.id}.json; tables and figure in {results}")
     return 0
 
 
@@ -174,6 +204,11 @@ def _check_nothing_is_ignored(options: argparse.Namespace) -> None:
     Raises:
         UserError: If an option would be ignored.
     """
+    for name in () if options.loop else ("checkpointing", "base", "rivals"):
+        if getattr(options, name):
+            raise UserError(f"--{name} is for whole training programs; add --loop, or leave it out.")
+    if options.loop and (options.sweep or options.mode != "train"):
+        raise UserError("--loop measures training of a whole model; leave --sweep and --mode out.")
     if options.sweep and options.mode != "train":
         raise UserError(f"--sweep measures forward and backward of a layer; leave --mode {options.mode} out.")
     if options.sweep:

@@ -103,7 +103,7 @@ def measure(
         for row, result in reversed(pairs) if number % 2 else pairs:
             slow = result["status"] == "ok" and result["warm_seconds"] > SLOW_SECONDS
             if result["status"] == "ok" and not (slow and number >= 2):
-                _guarded(result, device, _round, row, result, rounds, device)
+                guarded(result, device, _round, row, result, rounds, device)
     return results, done
 
 
@@ -114,7 +114,7 @@ def _first_pass(row: BenchmarkRow, device: torch.device) -> Result:
     """
     result: Result = {"status": "ok", "reason": None, "seconds": {}, "sensors": {}, "peak_bytes": None}
     while True:
-        _guarded(result, device, _warm_up, row, result, device)
+        guarded(result, device, _warm_up, row, result, device)
         if result["status"] != "oom" or row.batch == 1 or row.work.mode != "train":
             break
         row.batch = row.batch // 2 if row.batch % 2 == 0 else 1
@@ -168,7 +168,7 @@ def _steps_in(seconds: float, result: Result) -> int:
     return max(1, min(MAX_STEPS, int(seconds / result["warm_seconds"])))
 
 
-def _guarded(result: Result, device: torch.device, run: Callable[..., None], *arguments: Any) -> None:
+def guarded(result: Result, device: torch.device, run: Callable[..., None], *arguments: Any) -> None:
     """Run a pass of a row, and free the device's memory.
 
     An exception is turned into the row's status and reason.

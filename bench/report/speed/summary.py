@@ -90,7 +90,7 @@ def malora_row(record: SpeedRecord) -> SpeedRow | None:
 def work_of(record: SpeedRecord) -> tuple[str, ...]:
     """Return the workload and the device. Records that agree in both can be compared."""
     options = record.options
-    asked = [str(getattr(options, name)) for name in ("sweep", "batch", "length", "tokens", "layers")]
+    asked = [str(getattr(options, name)) for name in ("sweep", "batch", "length", "tokens", "layers", "world")]
     swept = options.variant if options.sweep else ""  # the rows of two sweeps are not compared
     return record.shape, record.mode, *asked, swept, record.provenance.device
 

@@ -12,6 +12,7 @@ from bench.report.markdown import number, table
 from bench.report.paper import paper
 from bench.report.speed.figure4c import figure4c
 from bench.report.speed.goals import goal_table
+from bench.report.speed.loop_tables import NOTE, loop_table
 from bench.report.speed.summary import (
     COMPILED_BACKBONE,
     PEFT_LORA,
@@ -80,10 +81,13 @@ def _others(records: list[SpeedRecord]) -> str:
 def section(record: SpeedRecord) -> str:
     """Return what one call measured, and how to read it."""
     sweep = record.mode == "layer"
-    work = f"one linear layer, {record.options.sweep}" if sweep else record.mode
+    names = {"layer": f"one linear layer, {record.options.sweep}", "loop": "whole training programs"}
+    work = names.get(record.mode, record.mode)
     title = f"## {record.shape}, {work}, {record.provenance.device}"
     if sweep:
         parts = [title, _intro(record), _sweep_table(record), _SWEEP_NOTE, *_crossovers(record)]
+    elif record.mode == "loop":
+        parts = [title, _intro(record), loop_table(record), NOTE]
     else:
         parts = [title, _intro(record), _model_table(record), _model_note(record), *_longest_kernels(record)]
     return "\n\n".join(parts)
@@ -91,8 +95,10 @@ def section(record: SpeedRecord) -> str:
 
 def _intro(record: SpeedRecord) -> str:
     o, p = record.options, record.provenance
+    step = f"{o.tokens:,} tokens per step in micro-batches of {o.batch} × {o.length}"
     work = {
-        "train": f"{o.tokens:,} tokens per step in micro-batches of {o.batch} × {o.length}",
+        "train": step,
+        "loop": step,
         "prefill": f"{o.batch} × {o.length} tokens per pass",
         "decode": f"{o.tokens} new tokens after a prompt of {o.length}, batch size {o.batch}",
         "layer": ("" if o.sweep == "tokens" else f"{o.tokens:,} tokens, ") + "forward and backward",

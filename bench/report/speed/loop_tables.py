@@ -1,0 +1,63 @@
+"""Tables of records of whole training programs (`bench.speed --loop`)."""
+
+from __future__ import annotations
+
+import statistics
+
+from bench.records.speed_schema import SpeedRecord, SpeedRow
+from bench.report.markdown import number, table
+from bench.report.speed.summary import (
+    COMPILED_BACKBONE,
+    PEFT_LORA,
+    median_and_iqr,
+    named,
+    ratio,
+    seconds,
+    tokens_per_second,
+)
+
+DIGITS = 4  # significant digits of seconds
+UNSLOTH = "unsloth-lora"
+# Rows that others are divided by, and the title of that column.
+COMPARED_WITH = {COMPILED_BACKBONE: "× compiled floor", PEFT_LORA: "× PEFT LoRA", UNSLOTH: "× Unsloth LoRA"}
+NOTE = (
+    "Seconds of an optimizer step by the wall clock, with the device synchronized around each step: forward and "
+    "backward of all micro-batches, gradient clipping and AdamW, in a loop as a user writes it. Medians over all "
+    "rounds; IQR is the interquartile range. Each round runs every program from its base model on, in alternating "
+    "order. Peak memory is that of the whole program, with the base model, after its first step compiled what it "
+    "compiles. The frozen floor has no adapter and no optimizer."
+)
+
+
+def loop_table(record: SpeedRecord) -> str:
+    """Return a table of the training programs of a record."""
+    others = {title: seconds(named(record, name)) for name, title in COMPARED_WITH.items()}
+    others = {title: step for title, step in others.items() if step}
+    head = ["row", "loop", "checkpointing", "base", "step, s", "IQR, s", "tokens/s", *others, "allocated, GiB",
+            "reserved, GiB", "kernels", "launches", "host syncs", "W", "loss", "note"]  # fmt: skip
+    body = []
+    for row in record.rows:
+        about = [f"`{row.name}`", row.loop or "", row.checkpointing or "", row.base or ""]
+        if seconds(row) is None:
+            body.append([*about, *[""] * (len(head) - 5), f"{row.status}: {row.reason}"])
+        else:
+            body.append([*about, *_cells(record, row, [*others.values()])])
+    return table(body, head, ["left"] * 4 + ["right"] * (len(head) - 5) + ["left"])
+
+
+def _cells(record: SpeedRecord, row: SpeedRow, others: list[float | None]) -> list[str]:
+    """Return the cells of a row that ran. `others` are the steps that its own is divided by."""
+    step = seconds(row)
+    assert step is not None, "only rows that ran have cells"
+    peak, counts = row.peak_bytes, [getattr(row, name) for name in ("kernels", "launches", "synchronisations")]
+    return [
+        number(step, DIGITS),
+        number(median_and_iqr(row.seconds["step"])[1], 2),
+        f"{tokens_per_second(record, row):,.0f}",
+        *(number(ratio(step, other), 3) for other in others),
+        *(f"{getattr(peak, kind) / 2**30:.1f}" if peak else "" for kind in ("allocated", "reserved")),
+        *("" if count is None else f"{count:,}" for count in counts),
+        f"{statistics.median(row.sensors['watts']):.0f}" if "watts" in row.sensors else "",
+        "" if row.loss is None else number(row.loss, DIGITS),
+        "; ".join(filter(None, [row.package, row.reason])),
+    ]

@@ -1,0 +1,1 @@
+"""Rows of other packages, which train in a worker process with an environment of their own."""

@@ -1,0 +1,199 @@
+"""Start worker processes and let them take turns with the other rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from bench.errors import UserError
+from bench.models.backbone import Shape, save_backbone
+from bench.records.provenance import ROOT
+from bench.speed.loops.rounds import Program
+from bench.speed.loops.rows import LoopRow
+from bench.speed.steps import Workload
+
+WORKER = Path(__file__).parent / "unsloth_worker.py"
+FOLDER_VARIABLE = "MALORA_RIVALS"  # names the folder of the environment
+DEFAULT_FOLDER = ROOT / ".rivals"  # where `make rivals` installs
+# A worker keeps its model between its turns only if this share of the GPU's memory is left for the other rows.
+MIN_FREE_SHARE = 0.6
+MAX_LOG = 2000  # characters of a worker's output that are searched for a reason
+STOP_SECONDS = 30.0
+SETTINGS = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "UNSLOTH_DISABLE_STATISTICS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def rivals_folder(given: Path | None) -> Path | None:
+    """Return the folder of the workers' environment, or None if nothing is installed.
+
+    Args:
+        given: The folder that the user named; else `FOLDER_VARIABLE` or `DEFAULT_FOLDER` does.
+
+    Raises:
+        UserError: The user named a folder without the package.
+    """
+    named = given or (Path(os.environ[FOLDER_VARIABLE]) if os.environ.get(FOLDER_VARIABLE) else None)
+    folder = named or DEFAULT_FOLDER
+    if (folder / "unsloth").is_dir():
+        return folder
+    if named is not None:
+        raise UserError(f"--rivals {named} has no package unsloth; `make rivals` installs it into .rivals.")
+    return None
+
+
+class Rivals:
+    """What the workers of a call share: their environment, and a folder with the base model.
+
+    Use it as a context manager, which ends the workers.
+    """
+
+    def __init__(self, folder: Path, shape: Shape, layers: int | None, work: Workload, device: torch.device) -> None:
+        self.folder, self.shape, self.layers, self.work, self.device = folder, shape, layers, work, device
+        self.stack = ExitStack()
+        self._model: Path | None = None
+
+    def __enter__(self) -> Rivals:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def model_folder(self) -> str:
+        """Return a folder with the random backbone and a tokenizer. It is written when it is first needed."""
+        if self._model is None:
+            folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="malora-speed-")))
+            save_backbone(self.shape, self.layers, self.device, self.work.length, folder)
+            self._model = folder
+        return str(self._model)
+
+
+class Worker:
+    """A process that answers commands. Its program is a `bench.speed.loops.rounds.Program`."""
+
+    def __init__(self, folder: Path, cache: str) -> None:
+        paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | SETTINGS | {"PYTHONPATH": os.pathsep.join(paths), "UNSLOTH_COMPILE_LOCATION": cache}
+        self.log: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  # in close
+        self.process = subprocess.Popen(
+            [sys.executable, str(WORKER)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, cwd=cache, env=environment,
+        )  # fmt: skip
+        self.last_loss = 0.0
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """Send a command and return its answer.
+
+        Raises:
+            torch.OutOfMemoryError: The worker ran out of GPU memory.
+            RuntimeError: It failed otherwise, or ended.
+        """
+        assert self.process.stdin is not None and self.process.stdout is not None, "they are pipes"
+        try:
+            print(json.dumps({"do": do, **arguments}), file=self.process.stdin, flush=True)
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise RuntimeError(f"the worker ended: {self._last_line()}")
+        answer: dict[str, Any] = json.loads(line)
+        if answer.get("out_of_memory"):
+            raise torch.OutOfMemoryError(answer["error"])
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer
+
+    def step(self) -> float:  # noqa: D102
+        answer = self.ask("step")
+        self.last_loss = answer["loss"]
+        return float(answer["seconds"])
+
+    def loss(self) -> float:  # noqa: D102
+        return self.last_loss
+
+    def peak_bytes(self) -> dict[str, int] | None:  # noqa: D102
+        peak = self.ask("peak")
+        return None if peak["allocated"] is None else peak
+
+    def counts(self) -> dict[str, Any]:  # noqa: D102
+        return {"kernels": None}  # not counted in another process
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None and self.process.stdout is not None, "they are pipes"
+        try:
+            self.process.stdin.close()
+            self.process.wait(STOP_SECONDS)
+        except (BrokenPipeError, subprocess.TimeoutExpired):
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+        self.log.close()
+
+    def _last_line(self) -> str:
+        self.log.seek(0)
+        lines = self.log.read()[-MAX_LOG:].strip().splitlines()
+        return lines[-1] if lines else f"exit status {self.process.wait(STOP_SECONDS)}"
+
+
+class RivalRow:
+    """A row whose program runs in a worker. See `bench.speed.loops.rounds.Row`."""
+
+    def __init__(self, row: LoopRow, rivals: Rivals) -> None:
+        self.row, self.rivals = row, rivals
+        self.about = row.about
+        self.worker: Worker | None = None
+
+    @contextmanager
+    def opened(self) -> Iterator[Program]:
+        """Start the worker, or wake the one of the round before. End it if others need its memory, or if it fails."""
+        if self.worker is None:
+            folder = self.rivals.model_folder()
+            cache = self.rivals.stack.enter_context(tempfile.TemporaryDirectory(prefix="malora-rival-"))
+            self.worker = Worker(self.rivals.folder, cache)
+            self.rivals.stack.callback(self._close)
+            self.about |= self._prepare(self.worker, folder)
+        try:
+            yield self.worker
+            self.worker.ask("rest")
+        except BaseException:
+            self._close()
+            raise
+        if self._is_crowded():
+            self._close()
+
+    def _prepare(self, worker: Worker, folder: str) -> dict[str, Any]:
+        work, row = self.rivals.work, self.row
+        ids = work.ids(work.batch, torch.device("cpu")).tolist()
+        dropout = work.dropout if row.dropout is None else row.dropout
+        saves, in_4_bits = row.checkpointing != "none", row.base == "nf4"
+        try:
+            return worker.ask(
+                "prepare", folder=folder, ids=ids, dropout=dropout, checkpointing=saves, in_4_bits=in_4_bits
+            )
+        except BaseException:
+            self._close()
+            raise
+
+    def _is_crowded(self) -> bool:
+        if self.rivals.device.type != "cuda":
+            return False
+        free, total = torch.cuda.mem_get_info(self.rivals.device)
+        return free < MIN_FREE_SHARE * total
+
+    def _close(self) -> None:
+        if self.worker is not None:
+            self.worker.close()
+            self.worker = None

@@ -1,0 +1,174 @@
+"""The rows of a measurement of whole training programs: a method, its loop, its checkpointing and its base."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bench.errors import UserError, unknown_name
+from bench.models.quantized import QUANTIZED
+from bench.speed.loops import programs
+from bench.speed.loops.programs import Batches
+from bench.speed.variants import CONFIGS
+from malora.backbone.checkpointing_modes import MODES
+
+LOOPS = ("plain", "compiled", "captured")
+CHECKPOINTING = MODES
+BASES = ("bf16", *QUANTIZED, "fp8")
+UNSLOTH = "unsloth-lora"
+METHODS = ("malora", "molora", "lora")  # ours
+
+
+@dataclass(frozen=True)
+class LoopRow:
+    """A training program, and what it trains.
+
+    Attributes:
+        name: Name in records and tables.
+        method: Name in `bench.speed.variants.CONFIGS`; None for the frozen backbone alone.
+        loop: "plain", "compiled" (each decoder layer) or "captured" (as CUDA graphs).
+        checkpointing: A mode of `malora.set_checkpointing`; for others, "none", or "full" for their own.
+        base: Precision of the frozen weights: "bf16", "nf4", "int8", or "fp8" by our fp8 backend.
+        liger: Whether Liger's kernels are used, out of the box.
+        dropout: Dropout of the adapter, if it is another than that of the call.
+    """
+
+    name: str
+    method: str | None
+    loop: str = "plain"
+    checkpointing: str = "none"
+    base: str = "bf16"
+    liger: bool = False
+    dropout: float | None = None
+
+    @property
+    def is_rival(self) -> bool:
+        """True if another package trains it, in a worker process."""
+        return self.method == UNSLOTH
+
+    @property
+    def is_ours(self) -> bool:
+        """True if malora computes the row."""
+        return self.method in METHODS
+
+    @property
+    def backend(self) -> str | None:
+        """The backend of malora; None for others."""
+        if not self.is_ours:
+            return None
+        return "fp8" if self.base == "fp8" else "dense" if self.base in QUANTIZED else "auto"
+
+    @property
+    def weights(self) -> str:
+        """The frozen weights that the program gets. Our fp8 backend quantizes those of a bfloat16 base."""
+        return "bf16" if self.base == "fp8" else self.base
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Fields of the row in a record."""
+        return dataclasses.asdict(self) | {"backend": self.backend}
+
+    def program(self, base: PreTrainedModel, batches: Batches, dropout: float) -> Generator[Tensor]:
+        """Return the program, which yields the loss after each optimizer step."""
+        assert not self.is_rival, "it runs in a worker"
+        compiled = self.loop == "compiled"
+        if self.method is None:
+            return programs.floor(base, batches, compiled)
+        config = CONFIGS[self.method](
+            lora_dropout=dropout, **({"backend": self.backend} if self.backend is not None else {})
+        )
+        if self.is_ours and self.loop == "captured":
+            return programs.malora_captured(base, config, batches, self.checkpointing)
+        if self.is_ours:
+            return programs.malora_plain(base, config, batches, self.checkpointing, compiled)
+        if self.base in QUANTIZED:
+            return programs.peft_quantized(base, config, batches)
+        if self.liger:
+            return programs.peft_liger(base, config, batches)
+        if self.checkpointing != "none":
+            return programs.peft_checkpointed(base, config, batches)
+        return programs.peft(base, config, batches, compiled)
+
+
+BASELINES = (
+    LoopRow("floor", None),
+    LoopRow("floor-compiled", None, "compiled"),
+    LoopRow("peft-lora", "peft-lora"),
+    LoopRow("peft-lora-liger", "peft-lora", liger=True),
+    LoopRow("peft-lora-compiled", "peft-lora", "compiled"),
+    LoopRow("peft-lora-full", "peft-lora", checkpointing="full"),
+    LoopRow("peft-lora-nf4-full", "peft-lora", checkpointing="full", base="nf4"),
+    LoopRow("peft-lora-int8-full", "peft-lora", checkpointing="full", base="int8"),
+    LoopRow(UNSLOTH, UNSLOTH),
+    LoopRow(f"{UNSLOTH}-no-dropout", UNSLOTH, dropout=0.0),
+    LoopRow(f"{UNSLOTH}-full", UNSLOTH, checkpointing="full"),
+    LoopRow(f"{UNSLOTH}-full-no-dropout", UNSLOTH, checkpointing="full", dropout=0.0),
+    LoopRow(f"{UNSLOTH}-nf4-full", UNSLOTH, checkpointing="full", base="nf4"),
+)
+
+
+def all_rows() -> dict[str, LoopRow]:
+    """Return all rows by name: the baselines, then ours."""
+    found = list(BASELINES)
+    for method in METHODS:
+        for base in BASES:
+            for checkpointing in CHECKPOINTING:
+                found += map(partial(_our_row, method, base, checkpointing), _loops(checkpointing))
+    return {row.name: row for row in found}
+
+
+def _loops(checkpointing: str) -> tuple[str, ...]:
+    """Return the loops that a mode of checkpointing is measured in. The compiler has its own rules of what to keep."""
+    return LOOPS if checkpointing == "none" else ("plain", "captured")
+
+
+def _our_row(method: str, base: str, checkpointing: str, loop: str) -> LoopRow:
+    words = [word for word, default in ((base, "bf16"), (checkpointing, "none")) if word != default]
+    return LoopRow("-".join([method, *words, loop]), method, loop, checkpointing, base)
+
+
+def select_rows(
+    names: Sequence[str], loops: Sequence[str], checkpointing: Sequence[str], bases: Sequence[str], on_cpu: bool
+) -> list[LoopRow]:
+    """Return the rows that a user asked for.
+
+    A name is a method, or one row. A method selects its rows with one of these loops, modes and bases, and the
+    baselines with these bases, with and without checkpointing as the modes are. On a CPU it selects no baseline that
+    takes compilation or Triton: compiling takes longer than the measurement. A captured row runs there as a plain one.
+
+    Raises:
+        UserError: A name is neither, or no row of a method is as asked for.
+    """
+    known = all_rows()
+    chosen: list[LoopRow] = []
+    for name in names:
+        if name in known:
+            chosen.append(known[name])
+        elif name in METHODS:
+            found = [
+                row
+                for row in known.values()
+                if row.method == name and row.loop in loops and row.checkpointing in checkpointing and row.base in bases
+            ]
+            if not found:
+                raise UserError(
+                    f"{name} has no row with --loop {','.join(loops)} and --checkpointing {','.join(checkpointing)}: "
+                    "a compiled loop is measured without checkpointing; leave one of them out."
+                )
+            saves = {mode != "none" for mode in checkpointing}
+            chosen += [
+                row
+                for row in BASELINES
+                if (row.base in bases and (row.checkpointing != "none") in saves)
+                and not (on_cpu and (row.loop == "compiled" or row.liger))
+            ]
+            chosen += found
+        else:
+            raise UserError(f"{unknown_name('variant', name, [*METHODS, *known])}.")
+    return list(dict.fromkeys(chosen))
