@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it, so that a tes
 import pytest
 import torch
 
+from tests.processes import template
 from tests.skip_report import SkipReport
 
 if not torch.cuda.is_available():
@@ -42,9 +43,12 @@ def pytest_collection_finish(session):
     """
     gc.collect()
     gc.freeze()
+    if not session.config.option.collectonly and session.items:
+        template.start()
 
 
 def pytest_unconfigure(config):
+    template.stop()
     gc.unfreeze()
 
 
