@@ -14,12 +14,15 @@ import torch
 
 from tests.processes import template
 from tests.skip_report import SkipReport
+from tests.triton_interpreter import make_interpreter_faster
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, so that its kernels are tested without a GPU
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    make_interpreter_faster()
 
 _SHAPE: dict[str, Any] = {
     "hidden_size": 64,
