@@ -12,13 +12,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it, so that a tes
 import pytest
 import torch
 
+from tests.processes import template
 from tests.skip_report import SkipReport
+from tests.triton_interpreter import make_interpreter_faster
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, so that its kernels are tested without a GPU
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    make_interpreter_faster()
 
 _SHAPE: dict[str, Any] = {
     "hidden_size": 64,
@@ -42,9 +46,12 @@ def pytest_collection_finish(session):
     """
     gc.collect()
     gc.freeze()
+    if not session.config.option.collectonly and session.items:
+        template.start()
 
 
 def pytest_unconfigure(config):
+    template.stop()
     gc.unfreeze()
 
 

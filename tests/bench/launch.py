@@ -1,36 +1,26 @@
 """Run code of the harness in two processes that train together.
 
-`accelerate launch --cpu` starts one process whatever it is told, so torchrun starts these. Every process fails unless
-there are two of them.
+Every process fails unless there are two of them.
 """
 
-import os
 import subprocess
 import sys
+from typing import Any
 
-from bench.records import provenance
 from bench.runtime.processes import processes
+from tests.processes import run
 
 COUNT = 2
 
 
-def run_module(module, *arguments):
-    """Run `python -m module arguments` in two processes and return the finished launcher."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={COUNT}", "-m", module]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=provenance.ROOT,
-        env=environment,
-        timeout=300,
-    )
+def run_module(module: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run `python -m module arguments` in two processes, with the options of `tests.processes.run`."""
+    return run(module, *arguments, count=COUNT, **options)
 
 
-def run_bench(*arguments):
+def run_bench(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run `python -m bench arguments` in two processes."""
-    return run_module(__name__, *arguments)
+    return run_module(__name__, *arguments, **options)
 
 
 def require_two():

@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import malora
+from tests import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -41,11 +39,8 @@ def tiny_model(tmp_path_factory):
     return folder
 
 
-def run(example, tmp_path, *arguments):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    environment |= {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ROOT / "examples" / f"{example}.py", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+def run(example, tmp_path, *arguments, **options):
+    done = processes.run(ROOT / "examples" / f"{example}.py", *arguments, folder=tmp_path, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -55,7 +50,16 @@ def test_an_example_runs_and_saves_its_adapter(example, tiny_model, tmp_path):
     if (package := NEEDS.get(example)) and importlib.util.find_spec(package) is None:
         pytest.skip(f"needs {package}")
     model = [] if example in OWN_MODEL else ["--model", tiny_model]
-    printed = run(example, tmp_path, "--steps", "2", "--output", tmp_path / "adapter", *model)
+    printed = run(
+        example,
+        tmp_path,
+        "--steps",
+        "2",
+        "--output",
+        tmp_path / "adapter",
+        *model,
+        as_a_user=example == "train_adapter",
+    )
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     assert "balance loss" in printed or "aux_loss" in printed
 

@@ -10,7 +10,7 @@ import malora
 from malora.fused import augmented_weights, weight_cache
 from tests.conftest import optimize_adapted_layers
 from tests.malora.fused.test_augmented_weights import assert_close, padding
-from tests.malora.fused.test_group import DEVICE, DTYPE, adapted
+from tests.malora.fused.test_group import DEVICE, DTYPE, FEW_EXPERTS, adapted
 
 # One group of three and one of one: enough of both kinds, and the interpreter is slow.
 FEW = {"target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"], "layers_to_transform": [0], "lora_dropout": 0.3}
@@ -59,7 +59,7 @@ def change(model):
 def with_two_adapters(backend):
     """Return a model with two adapters of one size, "default" active."""
     model = adapted(backend=backend, **FEW)
-    model.add_adapter("other", malora.METHODS["malora"](backend=backend, **FEW))
+    model.add_adapter("other", malora.METHODS["malora"](backend=backend, num_experts=FEW_EXPERTS, **FEW))
     for name, p in model.named_parameters():
         if ".other" in name:
             p.data = p.data.to(DEVICE, torch.get_default_dtype()).fill_(0.1).to(p)

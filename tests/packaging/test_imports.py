@@ -16,21 +16,26 @@ def run(code: str) -> str:
     return result.stdout.strip()
 
 
-def test_malora_needs_neither_triton_nor_liger_nor_scipy():
+def test_malora_needs_neither_triton_nor_liger_nor_scipy_and_does_not_load_trainer():
     absent = ["triton", "liger_kernel", "scipy"]
     loaded = run(
-        f"import sys; sys.modules |= dict.fromkeys({absent}); import malora; print('malora.analysis' in sys.modules)"
+        f"import sys; sys.modules |= dict.fromkeys({absent}); import malora\n"
+        "print([name for name in ('malora.analysis', 'transformers.trainer') if name in sys.modules])\n"
+        "malora.RouterCallback"
     )
-    assert loaded == "False"
+    assert loaded == "[]"
 
 
-def test_reports_load_no_trainer_and_no_evaluation():
-    heavy = ["lm_eval", "datasets", "evaluate"]
-    heavy += [f"bench.{package}" for package in ("train", "evaluate", "runs", "speed", "models", "sandbox")]
+def test_reports_load_no_trainer_and_no_evaluation_and_the_speed_benchmark_needs_none():
+    """Check both in one process, because starting it takes longer than either."""
+    scoring = ["lm_eval", "datasets", "evaluate"]
+    heavy = scoring + [f"bench.{package}" for package in ("train", "evaluate", "runs", "speed", "models", "sandbox")]
     loaded = run(
         "import importlib, pkgutil, sys, bench.report as report\n"
         "for module in pkgutil.walk_packages(report.__path__, 'bench.report.'):\n"
         "    importlib.import_module(module.name)\n"
-        f"print([name for name in {heavy} if name in sys.modules])"
+        f"print([name for name in {heavy} if name in sys.modules])\n"
+        f"sys.modules |= dict.fromkeys({scoring})\n"
+        "import bench.speed.cli"
     )
     assert loaded == "[]"

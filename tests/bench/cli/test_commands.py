@@ -1,5 +1,6 @@
 """Commands from their arguments to their output, in miniature."""
 
+import importlib.util
 import json
 from dataclasses import replace
 
@@ -11,24 +12,30 @@ from bench.experiments.profiles import PROFILES
 from bench.records import store
 from tests.bench import launch
 from tests.bench.cli.helpers import refused, snapshot
+from tests.bench.event_files import check_events
 
 RATES = len(PROFILES["tiny"].rates)
 
 
 def test_table2_runs_sweeps_and_resumes(base_folder, tmp_path, capsys):
-    """From the command line to a table, with two worker processes."""
+    """From the command line to a table and to event files, with two worker processes."""
+    is_tracked = importlib.util.find_spec("tensorboard") is not None
     command = [
         *"table2 --profile tiny --model".split(),
         base_folder,
         *"--methods lora,malora --seeds 1 --sweep --max-steps 2 --max-items 3 --jobs 2 --results".split(),
         tmp_path,
+        *(["--track", "tensorboard"] if is_tracked else []),
     ]
     assert main([str(a) for a in command]) == 0
     page = (tmp_path / "table2.md").read_text()
     assert "were cut short" in page and "| MALoRA " in page and "Scores by learning rate" in page
     before = snapshot(tmp_path)
     # One record and its items per run of two methods and of the base, and the page.
-    assert len(before) == 2 * (2 * RATES + 1) + 1
+    assert len([path for path in before if tmp_path / "tracking" not in path.parents]) == 2 * (2 * RATES + 1) + 1
+    if is_tracked:  # each run in a folder of its own
+        for record in store.read_all(tmp_path):
+            check_events(tmp_path, record)
     assert main([str(a) for a in command]) == 0
     assert snapshot(tmp_path) == before
     capsys.readouterr()
@@ -94,7 +101,14 @@ def test_two_processes_train_together(base_folder, tmp_path):
         base_folder,
         *"--method malora --set lora_dropout=0.0 --max-steps 12 --max-items 2".split(),
     ]
-    done = launch.run_bench(*command, "--results", tmp_path / "two", "--save", tmp_path / "adapter")
+    done = launch.run_bench(
+        *command,
+        "--results",
+        tmp_path / "two",
+        "--save",
+        tmp_path / "adapter",
+        as_a_user=True,  # by torchrun
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("recorded in") == 1
     (two,) = store.read_all(tmp_path / "two")

@@ -9,6 +9,7 @@ from bench.cli.lists import LISTS
 from bench.cli.parser import main
 from bench.experiments.registry import EXPERIMENTS
 from tasks import MIXTURES, TASKS
+from tests import processes
 from tests.malora.test_methods import LLAMA2_7B
 
 REGISTRIES = {"methods": malora.METHODS, "tasks": TASKS, "mixtures": MIXTURES, "experiments": EXPERIMENTS}
@@ -28,6 +29,14 @@ def test_every_name_has_a_line(what, capsys):
     head, rule, *lines = capsys.readouterr().out.splitlines()
     assert head.split()[0] == "name" and set(rule) <= {"-", " "} and "_" not in head
     assert [line.split()[0] for line in lines if not line.startswith(" ")] == list(rows)
+
+
+def test_a_user_starts_it_with_python(capsys):
+    """In a new process, as all others here are not."""
+    done = processes.run("bench", "list", "experiments", as_a_user=True)
+    assert done.returncode == 0, done.stderr
+    assert main(["list", "experiments"]) == 0
+    assert done.stdout == capsys.readouterr().out
 
 
 def test_sizes_are_those_of_the_adapters_and_of_the_published_records(capsys):

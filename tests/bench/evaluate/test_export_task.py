@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +19,7 @@ from bench.models.base import load, prepare
 from tasks import TASKS, Task
 from tasks.build import build_task
 from tasks.registry import add_task
-from tests import inter_folder
+from tests import inter_folder, processes
 from tests.bench.conftest import SOURCE
 from tests.own_task_files import prompts, questions, write
 
@@ -113,17 +111,15 @@ def test_the_command_line_of_lm_eval_reads_the_folder(base_folder, tmp_path, reg
     """Run `lm_eval` in a process that cannot import this repository."""
     add_task(write(tmp_path / "places.jsonl", questions()))
     export_task(task_of("places"), SOURCE, "letters", tmp_path / "out")
-    command = [
-        *(sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", "places", "--limit", "2"),
+    done = processes.run(
+        "lm_eval",
+        *("run", "--model", "hf", "--tasks", "places", "--limit", "2"),
         *("--include_path", tmp_path / "out", "--output_path", tmp_path / "results"),
         *("--model_args", f"pretrained={base_folder}", "--device", "cpu"),
-    ]
-    environment = {
-        "HF_HOME": str(tmp_path / "home"),
-        "PATH": "/usr/bin",
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-    }
-    subprocess.run([str(word) for word in command], cwd=tmp_path, env=environment, check=True, timeout=250)
+        folder=tmp_path,
+        environment={"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"},
+        absent=("bench", "malora", "tasks", "tests"),
+    )
+    assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "results").rglob("results_*.json")
     assert json.loads(path.read_text())["n-samples"]["places"]["effective"] == 2

@@ -7,6 +7,7 @@ import math
 import pandas as pd
 import pytest
 
+from bench.cli import exports
 from bench.cli.parser import main
 from bench.experiments.registry import EXPERIMENTS
 from bench.records import store
@@ -110,7 +111,14 @@ def test_every_column_is_filled_somewhere_and_documented(frames):
             assert column.startswith("max_") or frames[name][column].notna().any(), (name, column)
 
 
-def test_csv_and_json_files_have_the_frames(frames, tmp_path, capsys):
+def test_csv_and_json_files_have_the_frames(published, frames, tmp_path, capsys, monkeypatch):
+    def made(records):
+        assert {name: [r.id for r in records[name]] for name in published} == {
+            name: [r.id for r in mine] for name, mine in published.items()
+        }
+        return frames
+
+    monkeypatch.setattr(exports, "export_frames", made)
     assert main(["export", "--output", str(tmp_path / "deep" / "export")]) == 0
     out = capsys.readouterr().out
     for name, frame in frames.items():
@@ -146,5 +154,6 @@ def test_local_records_are_exported_by_their_profile(tmp_path, capsys):
 def test_folders_that_cannot_be_read_or_written(tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     assert "has no folder runs" in refused(["export", "--results", tmp_path], capsys, tmp_path)
-    command = ["export", "--output", tmp_path / "file" / "below"]
+    store.write(make(), tmp_path / "results")
+    command = ["export", "--results", tmp_path / "results", "--output", tmp_path / "file" / "below"]
     assert "below cannot be a folder" in refused(command, capsys, tmp_path)

