@@ -81,13 +81,13 @@ class CheckpointedLayer:
         if torch.compiler.is_compiling():  # the compiler recomputes by rules of its own
             return checkpoint(function, *args, use_reentrant=False, **kwargs)
         is_capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        keeps_rng_state = not is_capturing or self._has_other_dropout()
+        keeps_rng_state = not is_capturing or self.has_other_dropout()
         run = CheckpointedRun(partial(function, **kwargs), args, keeps_rng_state)
         if self.offload is not None:
             run.offload_input(self.offload, self.place, self.is_last)
         return run.first(*args)
 
-    def _has_other_dropout(self) -> bool:
+    def has_other_dropout(self) -> bool:
         """Return whether the layer has dropout of which the fused path does not keep the seeds."""
         if any(_has_active_dropout(module) for module in self._others):
             return True

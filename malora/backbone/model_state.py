@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from malora.backbone.checkpointed_layer import CheckpointedLayer
 from malora.backends import BACKENDS
 
 
@@ -40,8 +41,7 @@ def why_not_captured(model: nn.Module) -> str | None:
         if _reads_random_state(module):
             return (
                 f"the gradient checkpointing of {name or 'the model'} reads the state of the random number generator; "
-                "without dropout in the base model and the adapter, "
-                'gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False}) avoids it'
+                "malora.set_checkpointing avoids it, unless the base model itself has dropout"
             )
     return None
 
@@ -62,10 +62,12 @@ def _why_no_pass(model: nn.Module) -> str | None:
 
 
 def _reads_random_state(module: nn.Module) -> bool:
-    """Return whether a layer of transformers runs under torch's checkpoint and keeps the random state for it."""
+    """Return whether a layer of transformers runs under a checkpoint that keeps the random state."""
     function: Any = getattr(module, "_gradient_checkpointing_func", None)
     if not getattr(module, "gradient_checkpointing", False) or function is None:
         return False
+    if isinstance(function, CheckpointedLayer):
+        return function.has_other_dropout()
     options: dict[str, Any] = {}
     while isinstance(function, partial):
         options = function.keywords | options

@@ -57,7 +57,7 @@ def forward_group(adapter: GroupAdapter, x: Tensor) -> list[Tensor]:
     seed = draw_seed(x.device) if has_dropout else None
     x_Tn, parameters, run = flatten_tokens(x), adapter.parameters(), current_run()
     pack = partial(adapter.packed_for, x_Tn, parameters)
-    packed = pack() if run is None else run.packed(pack)
+    packed = pack() if run is None else run.packed(id(adapter), pack)
     base = choose_base(adapter, packed, x_Tn, has_dropout=has_dropout)
     if run is not None and not run.needs_outputs:
         base = WithoutOutputs(base)

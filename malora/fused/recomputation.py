@@ -34,7 +34,7 @@ class LayerRun:
     def __init__(self) -> None:
         self.saved = 0
         self._seeds: list[Tensor] = []
-        self._packed: list[tuple[PackedWeights, int]] = []
+        self._packed: list[tuple[PackedWeights, int, int]] = []
         self._groups = 0
         self._saved_by_last_group = -1
         self._is_replayed = False
@@ -48,17 +48,26 @@ class LayerRun:
         self._seed_place += 1
         return self._seeds[self._seed_place - 1]
 
-    def packed(self, pack: Callable[[], PackedWeights]) -> PackedWeights:
+    def packed(self, group: int, pack: Callable[[], PackedWeights]) -> PackedWeights:
         """Return the packed weights that `pack` returned in the first run.
 
+        Args:
+            group: The id of the adapter on the group.
+            pack: Packs its weights.
+
         Raises:
-            RuntimeError: they were changed since.
+            RuntimeError: they were changed since, or the runs call other groups.
         """
         if not self._is_replayed:
             packed = pack()
-            self._packed.append((packed, packed.flat._version))
+            self._packed.append((packed, packed.flat._version, group))
             return packed
-        packed, version = self._packed[self._group_place]
+        if self._group_place >= len(self._packed) or self._packed[self._group_place][2] != group:
+            raise RuntimeError(
+                "a checkpointed layer computes something else in its backward pass than in its forward pass. Do not "
+                "switch adapters, and do not add or remove hooks of its linear layers, between the two."
+            )
+        packed, version, _ = self._packed[self._group_place]
         if packed.flat._version != version:
             raise RuntimeError(
                 "the packed weights of a checkpointed layer changed between its forward and its backward pass. "
