@@ -347,7 +347,7 @@ def test_a_capture_is_told_of_dropout_that_it_cannot_repeat():
     def has_other_dropout(model):
         malora.set_checkpointing(model, "full")
         layer = model.get_base_model().model.layers[0]
-        return layer._gradient_checkpointing_func._has_other_dropout()
+        return layer._gradient_checkpointing_func.has_other_dropout()
 
     assert has_other_dropout(adapted("lora"))
     assert not has_other_dropout(adapted("lora", lora_dropout=0.0))
