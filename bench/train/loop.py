@@ -21,7 +21,7 @@ from bench.records.schema import RunConfig
 from bench.runtime.processes import make_accelerator
 from bench.runtime.progress import Progress
 from bench.runtime.timer import PhaseTimer
-from bench.train.batching import MAX_TOKENS, PACKED_ROW_LENGTH, Batch, Encoded, collate, shuffled_batches
+from bench.train.batching import MAX_TOKENS, PACKED_ROW_LENGTH, Batch, Encoded, collate, shapes_of, shuffled_batches
 from bench.train.checkpoint import Checkpoint, TrainLog
 from bench.train.step import Step, TrainStep
 from bench.train.tracking import Log, log_nothing
@@ -89,6 +89,8 @@ class _Trainer:
         self.batches = shuffled_batches(
             len(encoded), batch_size=config.batch_size, epochs=config.epochs, seed=config.seed
         )
+        # Those of the whole run, so that a run that is cut short has its shapes.
+        self.shapes = shapes_of(encoded, self.batches) if self.captures else None
         self.last_step = min(len(self.batches), config.max_steps or len(self.batches))
         optimizer, self.scheduler = make_optimizer(model, config, len(self.batches))
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -168,7 +170,7 @@ class _Trainer:
             self.pad_id,
             row_length=PACKED_ROW_LENGTH[device_type],
             max_tokens=MAX_TOKENS[device_type],
-            fixed_shapes=self.captures,
+            fixed_shapes=self.shapes,
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
