@@ -6,6 +6,7 @@ import math
 import time
 import traceback
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -183,7 +184,14 @@ def score_options(setting: RunSettings) -> dict[str, Any]:
 
 def _train_section(log: TrainLog) -> TrainSection:
     """Return the section `train` of a record."""
-    return TrainSection(**vars(log) | {"curve": _rounded(log.curve), "router": _rounded(log.router)})
+    fields = {name: value for name, value in vars(log).items() if name not in ("step_seconds", "captures")}
+    fields |= {"curve": _rounded(log.curve), "router": _rounded(log.router)}
+    # Fields that older records lack stay unset where they say nothing.
+    if log.step_seconds:
+        fields["steady_step_seconds"] = _rounded(median(log.step_seconds))
+    if log.captures is not None:
+        fields["captures"] = log.captures
+    return TrainSection(**fields)
 
 
 def _rounded(value: Any) -> Any:
