@@ -117,7 +117,7 @@ def assumed_rate(device_type: str, weights: float) -> float:
     """Return the matrix operations per second that are assumed for a base model of this size."""
     if device_type != "cuda":
         return ASSUMED_FLOPS_PER_THREAD * torch.get_num_threads()
-    rate = ASSUMED_FLOPS_OF_GPU * (weights / WEIGHTS_OF_ASSUMED_RATE) ** GROWTH_OF_RATE
+    rate: float = ASSUMED_FLOPS_OF_GPU * (weights / WEIGHTS_OF_ASSUMED_RATE) ** GROWTH_OF_RATE
     return min(rate, MAX_ASSUMED_FLOPS_OF_GPU)
 
 

@@ -69,7 +69,8 @@ def choose_widths(totals: Sequence[int], max_widths: int = MAX_WIDTHS) -> tuple[
     batches_of = Counter(max(1, math.ceil(total / PAD_TO_MULTIPLE)) * PAD_TO_MULTIPLE for total in totals)
     candidates = sorted(batches_of)
     # By number of lengths: for each candidate, the least tokens of all batches up to it, and the lengths.
-    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())] + [(math.inf, ())] * len(candidates)
+    nothing: tuple[int, ...] = ()
+    best = [(0.0, nothing)] + [(math.inf, nothing)] * len(candidates)
     for _ in range(min(max_widths, len(candidates))):
         longer = [best[0]]
         for last, width in enumerate(candidates, 1):
