@@ -40,6 +40,7 @@ from bench.train.tracking import require_trackers
 from tasks import MIXTURES, Folder
 
 LOCAL = store.RESULTS / "local"
+TRIALS = "trials"  # folder of runs that were cut short, by profile
 SPEED = "speed"  # folder of the records of bench.speed, next to those of the profiles
 
 
@@ -102,7 +103,13 @@ def make_table(options: argparse.Namespace) -> int:
         store.open_folder(setting.results)
     if processes().is_main_process:
         planned = [run for batch in plan_runs(setting, experiment, entries, options.seeds, expected) for run in batch]
-        announce(experiment.name, [*swept, *planned], [*published, *mine], jobs, dry_run=options.dry_run)
+        announce(
+            experiment.name,
+            [*swept, *planned],
+            [*published, *_published_trials(setting), *mine],
+            jobs,
+            dry_run=options.dry_run,
+        )
     if options.dry_run:
         return 0
     if options.sweep:
@@ -199,8 +206,13 @@ def make_run(options: argparse.Namespace) -> int:
 
 
 def _records_of(setting: RunSettings) -> list[schema.Record]:
-    """Return the published records of the profile, and those of the results folder."""
-    return [*store.read_all(store.RESULTS / setting.profile.name), *store.read_all(setting.results)]
+    """Return the published records of the profile, also of runs cut short, and those of the results folder."""
+    published = store.read_all(store.RESULTS / setting.profile.name)
+    return [*published, *_published_trials(setting), *store.read_all(setting.results)]
+
+
+def _published_trials(setting: RunSettings) -> list[schema.Record]:
+    return store.read_all(store.RESULTS / TRIALS / setting.profile.name)
 
 
 def score_adapter(options: argparse.Namespace) -> int:
@@ -286,13 +298,17 @@ def publish_records(options: argparse.Namespace) -> int:
 
     Print the reason for each record that may not be published.
     """
-    source, published = options.results or LOCAL / options.profile, store.RESULTS / options.profile
+    if options.trials and options.profile == SPEED:
+        raise UserError("--trials is for runs of a profile; measurements of speed have no estimates that use them.")
+    source = options.results or LOCAL / options.profile
+    published = (store.RESULTS / TRIALS if options.trials else store.RESULTS) / options.profile
     if not (source / "runs").is_dir():
         raise UserError(f"{source} has no records, because it has no folder runs; name another folder as --results.")
     records: Sequence[schema.Record | speed_schema.SpeedRecord]
     records = store.read_speed(source) if options.profile == SPEED else store.read_all(source)
-    paths, refused = store.publish(records, published)
+    paths, refused = store.publish(records, published, cut_short=options.trials)
     for reason in refused:
         print(f"not published: {reason}", file=sys.stderr)
-    print(f"{len(paths)} new records in {published}; `python -m bench leaderboard` writes the tables from them.")
+    use = "estimates use them" if options.trials else "`python -m bench leaderboard` writes the tables from them"
+    print(f"{len(paths)} new records in {published}; {use}.")
     return 0

@@ -227,6 +227,12 @@ def _add_publish_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--results", type=folder, metavar="DIR", help="folder of the records (default: results/local/PROFILE)"
     )
+    parser.add_argument(
+        "--trials",
+        action="store_true",
+        help="publish the runs that --max-steps or --max-items cut short, in results/trials/PROFILE: estimates of time "
+        "use them, and no table",
+    )
     parser.set_defaults(command=publish_records)
 
 
@@ -258,7 +264,10 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--results", type=folder, metavar="DIR", help="folder for records (default: results/local/PROFILE)"
     )
     parser.add_argument(
-        "--max-steps", type=positive, metavar="N", help="stop training after N steps, to try something out"
+        "--max-steps",
+        type=positive,
+        metavar="N",
+        help="stop training after N steps, to try something out; marked in the record",
     )
     parser.add_argument(
         "--max-items", type=positive, metavar="N", help="score N items per task only, to try something out"

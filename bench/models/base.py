@@ -9,10 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import malora
@@ -22,6 +24,8 @@ from bench.models.cache import make_once
 from bench.models.smollm2 import make_smollm2
 
 WEIGHTS = "*.safetensors"  # the only format that is loaded
+CHUNK = 16 << 20  # bytes read at a time
+SECONDS_PER_UPDATE = 5.0  # of a bar, and before it is shown at all
 # Files that transformers reads for a config or a tokenizer. A generation config is not among them: decoding is ours.
 LOADED_FILES = (
     "config.json", "adapter_config.json", "*.safetensors.index.json", "tokenizer*", "special_tokens_map.json",
@@ -172,9 +176,17 @@ def _hashes(folder: Path) -> tuple[str, str]:
 
 
 def _hash_weights(folder: Path) -> str:
+    """Return the hash of all weights. It shows its progress, because those of a 7B model take many seconds."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob(WEIGHTS)):
-        digest.update(path.read_bytes())
+    paths = sorted(folder.glob(WEIGHTS))
+    total = sum(path.stat().st_size for path in paths)
+    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "mininterval": SECONDS_PER_UPDATE, "leave": False}
+    with tqdm(total=total, desc=f"hash of {folder.name}", delay=SECONDS_PER_UPDATE, **options) as bar:
+        for path in paths:
+            with path.open("rb") as file:
+                while chunk := file.read(CHUNK):
+                    digest.update(chunk)
+                    bar.update(len(chunk))
     return digest.hexdigest()
 
 

@@ -198,6 +198,9 @@ class TrainSection(Section):
     Attributes:
         seconds: By phase: data, forward_backward (in earlier records forward, backward), optimizer, evaluation.
         peak_bytes: Peak GPU memory; None on a CPU.
+        steady_step_seconds: Median of the mean seconds of ten steps, which compilation and capture do not change; None
+            in older records and of runs that trained together.
+        captures: CUDA graphs captured, one per shape of a micro-batch; None if there were none, and in older records.
     """
 
     steps: int
@@ -206,6 +209,8 @@ class TrainSection(Section):
     curve: list[CurvePoint]
     router: list[RouterPoint]
     peak_bytes: int | None
+    steady_step_seconds: Number | None = None
+    captures: int | None = None
 
     @property
     def training_seconds(self) -> float:

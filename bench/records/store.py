@@ -224,11 +224,14 @@ def find(config: RunConfig, folder: Path) -> Record | None:
     return read(path) if path.is_file() else None
 
 
-def publish(records: Iterable[Record | SpeedRecord], folder: Path) -> tuple[list[Path], list[str]]:
+def publish(
+    records: Iterable[Record | SpeedRecord], folder: Path, *, cut_short: bool = False
+) -> tuple[list[Path], list[str]]:
     """Copy records to `folder/runs`.
 
-    Only complete runs of committed code are published. A machine may have had the sources without their git history, so
-    the commit is found by the hash of the sources. An existing record is never replaced.
+    Only complete runs of committed code are published, or with `cut_short` only incomplete ones. A machine may have had
+    the sources without their git history, so the commit is found by the hash of the sources. An existing record is
+    never replaced.
 
     Returns:
         The paths of the new records, and a reason for every record that may not be published.
@@ -236,7 +239,9 @@ def publish(records: Iterable[Record | SpeedRecord], folder: Path) -> tuple[list
     paths, refused = [], []
     for record in records:
         provenance = record.provenance
-        if not record.complete:
+        if record.complete and cut_short:
+            refused.append(f"{record.id} is complete; publish it without --trials")
+        elif not (record.complete or cut_short):
             refused.append(f"{record.id} was cut short (max_steps or max_items; layers, of speed)")
         elif (folder / "runs" / f"{record.id}.json").exists():
             continue

@@ -1,8 +1,9 @@
 """Estimate how long runs take before they start.
 
-The estimate comes from records of the same base model and mixture: the median seconds per training step, and per scored
-item. Records of this machine's device and of the same method are taken where there are any. Without such records it
-comes from the number of matrix operations and an assumed rate.
+The estimate comes from records of the same mixture and the same base model, or one with as many weights: the median
+seconds per training step, and per scored item. A run that was cut short serves as well: its steady steps count, and
+what compilation and capture took beyond them is added once. Records of this machine's device and of the same method are
+taken where there are any. Without such records it comes from the number of matrix operations and an assumed rate.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from bench.experiments.methods import BASE, ELSEWHERE
 from bench.models.base import count_weights, prepare
-from bench.records.schema import Record, RunConfig
+from bench.records.schema import Record, RunConfig, TrainSection
 from bench.runs.plan import Runs
 from bench.runs.run import find_record
 from bench.runs.setting import RunSettings, load_data
@@ -26,6 +27,11 @@ from tasks import TASKS, Example, MixtureData
 # Matrix operations per second that training of a 135M model reached on a thread of a CPU, and on an H200.
 ASSUMED_FLOPS_PER_THREAD = 0.05e12
 ASSUMED_FLOPS_OF_GPU = 30e12
+# Matrices of larger models are larger, and keep a GPU busier: a captured step of a 7B model reached 500e12 with 16,384
+# tokens. A batch of two examples has some 200, so less is assumed.
+WEIGHTS_OF_ASSUMED_RATE = 135e6
+GROWTH_OF_RATE = 0.6  # exponent; 7B then has 310e12
+MAX_ASSUMED_FLOPS_OF_GPU = 400e12
 # A frozen model of P weights takes 2 P operations per token forward, and as many for the gradients of its activations.
 FLOPS_PER_WEIGHT = {"training": 4, "scoring": 2}
 CHARACTERS_PER_TOKEN = 4  # of English text, roughly
@@ -73,11 +79,10 @@ def estimate(
         jobs: Runs at a time, which share an assumed rate.
     """
     work = _work(config, load_data(setting, config.seed))
-    alike = [
-        r
-        for r in records
-        if r.status == "ok" and r.train and (r.config.mixture, r.config.model) == (config.mixture, config.model)
-    ]
+    weights = count_weights(prepare(setting.model))
+    of_mixture = [r for r in records if r.status == "ok" and r.train and r.config.mixture == config.mixture]
+    of_model = [r for r in of_mixture if r.config.model == config.model]
+    alike = of_model or [r for r in of_mixture if _has_size(r, weights)]
     here = [r for r in alike if r.provenance.device == device]
     elsewhere = [r for r in alike if r.config.device_type == config.device_type]
     if found := here or elsewhere:
@@ -88,20 +93,46 @@ def estimate(
         crowd = round(median(r.provenance.concurrent_runs for r in found))
         together = f", {crowd} runs at a time" if crowd > 1 else ""
         count = f"{len(found)} record{'s' * (len(found) > 1)}"
-        return Estimate(_seconds_like(found, work), f"median of {count}{name} on {devices}{together}")
-    on_gpu = config.device_type == "cuda"
-    rate = ASSUMED_FLOPS_OF_GPU if on_gpu else ASSUMED_FLOPS_PER_THREAD * torch.get_num_threads()
+        model = "" if of_model else f" with {_of_models(found)}, which is as large,"
+        short = "" if any(r.complete for r in found) else ", cut short"
+        return Estimate(_seconds_like(found, work), f"median of {count}{name}{model} on {devices}{together}{short}")
+    rate = assumed_rate(config.device_type, weights)
     operations = (
         FLOPS_PER_WEIGHT["training"] * work.training_tokens + FLOPS_PER_WEIGHT["scoring"] * work.scored_tokens
-    ) * count_weights(prepare(setting.model))
-    return Estimate(operations * jobs / rate, f"no record of this model and mixture; {rate / 1e12:g} TFLOP/s assumed")
+    ) * weights
+    return Estimate(operations * jobs / rate, f"no record of this model and mixture; {rate / 1e12:.3g} TFLOP/s assumed")
+
+
+def _has_size(record: Record, weights: int) -> bool:
+    """Return whether a record's base model has this many weights, to a percent."""
+    sizes = record.parameters
+    return sizes is not None and abs(sizes.total - sizes.trainable - weights) <= 0.01 * weights
+
+
+def _of_models(records: Sequence[Record]) -> str:
+    return " and ".join(sorted({r.config.model for r in records}))
+
+
+def assumed_rate(device_type: str, weights: float) -> float:
+    """Return the matrix operations per second that are assumed for a base model of this size."""
+    if device_type != "cuda":
+        return ASSUMED_FLOPS_PER_THREAD * torch.get_num_threads()
+    rate: float = ASSUMED_FLOPS_OF_GPU * (weights / WEIGHTS_OF_ASSUMED_RATE) ** GROWTH_OF_RATE
+    return min(rate, MAX_ASSUMED_FLOPS_OF_GPU)
 
 
 def _seconds_like(records: Sequence[Record], work: _Work) -> float:
     """Return the time of this much work at the median speed of some records."""
-    per_step = [r.train.training_seconds / r.train.steps for r in records if r.train]
+    sections = [r.train for r in records if r.train]
+    per_step = median(_step_seconds(train) for train in sections)
+    first_steps = median(max(0.0, train.training_seconds - _step_seconds(train) * train.steps) for train in sections)
     per_item = [r.train.seconds.get("evaluation", 0.0) / max(1, _scored_items(r)) for r in records if r.train]
-    return median(per_step) * work.steps + median(per_item) * work.items
+    return (first_steps + per_step * work.steps if work.steps else 0.0) + median(per_item) * work.items
+
+
+def _step_seconds(train: TrainSection) -> float:
+    """Return the seconds of a steady step; of older records, the mean over all steps."""
+    return train.steady_step_seconds or train.training_seconds / train.steps
 
 
 def _scored_items(record: Record) -> int:

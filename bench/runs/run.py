@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import time
 import traceback
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from bench.records.schema import DataSection, InsideSection, Parameters, Record,
 from bench.runs.setting import RunSettings, blend_seed, load_data
 from bench.runtime.attention import require_packing
 from bench.runtime.processes import processes
+from bench.runtime.progress import timed_phase
 from bench.train.batching import Encoded, encode, label_tokens
 from bench.train.checkpoint import TrainLog
 from bench.train.loop import DivergedError, train
@@ -113,17 +116,22 @@ def _train_and_score(
     """
     config, profile = record.config, setting.profile
     data = load_data(setting, config.seed)
-    base, tokenizer = load(prepare(setting.model), setting.device)
-    require_packing(base)
+    is_main = processes().is_main_process
+    phase = partial(timed_phase, config.id, is_shown=is_main)
+    with phase("loaded the base model"):
+        base, tokenizer = load(prepare(setting.model), setting.device)
+        require_packing(base)
     model: PreTrainedModel | PeftModel = base
     fresh = None
     record.data = DataSection(sha256=data.sha256, dropped=data.dropped, dropped_validation=data.dropped_validation)
     if config.method != BASE:
         options = {"target_modules": targets(prepare(setting.model)), **config.method_options}
-        model = add_adapter(base, config.method, options, config.seed)
-        fresh = extract_experts(model) if malora.has_router(model) else None
+        with phase("added the adapter"):
+            model = add_adapter(base, config.method, options, config.seed)
+            fresh = extract_experts(model) if malora.has_router(model) else None
         record.parameters = Parameters(**count_parameters(model))
-        encoded = encode_training_data(setting, config, tokenizer)
+        with phase("tokenized the training data"):
+            encoded = encode_training_data(setting, config, tokenizer)
         record.data = record.data.replace(train=label_tokens(data.train, encoded))
         if trained:
             log = trained.restore(model, track)
@@ -139,15 +147,17 @@ def _train_and_score(
                 track=track,
             )
         record.train = _train_section(log)
-        if setting.save and processes().is_main_process:
+        if setting.save and is_main:
             save_adapter(model, prepare(setting.model), setting.save)
-    if not processes().is_main_process:
+    if not is_main:
         return
     if setting.device.type == "cuda":
         torch.cuda.empty_cache()  # memory of training's CUDA graphs: other runs may share the GPU
     if fresh:
         prompts = {task: [e.prompt for e in items] for task, items in _limited(data.validation, config).items()}
-        record.inside = InsideSection(**_rounded(analyze_adapter(model, tokenizer, fresh, prompts, setting.peers)))
+        with phase("analyzed the adapter"):
+            inside = analyze_adapter(model, tokenizer, fresh, prompts, setting.peers)
+        record.inside = InsideSection(**_rounded(inside))
     start = time.perf_counter()
     score_with = score_options(setting)
     if config.method != BASE:
@@ -183,7 +193,14 @@ def score_options(setting: RunSettings) -> dict[str, Any]:
 
 def _train_section(log: TrainLog) -> TrainSection:
     """Return the section `train` of a record."""
-    return TrainSection(**vars(log) | {"curve": _rounded(log.curve), "router": _rounded(log.router)})
+    fields = {name: value for name, value in vars(log).items() if name not in ("step_seconds", "captures")}
+    fields |= {"curve": _rounded(log.curve), "router": _rounded(log.router)}
+    # Fields that older records lack stay unset where they say nothing.
+    if log.step_seconds:
+        fields["steady_step_seconds"] = _rounded(median(log.step_seconds))
+    if log.captures is not None:
+        fields["captures"] = log.captures
+    return TrainSection(**fields)
 
 
 def _rounded(value: Any) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import parent_process
 from types import TracebackType
 from typing import Self
@@ -12,6 +13,8 @@ from typing import Self
 from tqdm import tqdm
 
 SECONDS_PER_LINE = 30.0
+SECONDS_TO_FIRST_LINE = 10.0
+MIN_SECONDS_OF_PHASE = 5.0  # shorter ones have no line
 SECONDS_PER_STATUS = 1.0  # between new texts on a bar
 
 
@@ -32,6 +35,7 @@ class Progress:
     def __init__(self, name: str, unit: str, total: int, done: int = 0, is_shown: bool = True) -> None:
         self.name, self.unit, self.total, self.done, self.is_shown = name, unit, total, done, is_shown
         self.start = self.last_shown = time.perf_counter()
+        self.shown_done = done  # in the last line
         self.has_bar = is_shown and not parent_process() and sys.stderr.isatty()
         self.interval = SECONDS_PER_STATUS if self.has_bar else SECONDS_PER_LINE
         self.bar = tqdm(total=total, initial=done, unit=unit, desc=name, disable=not self.has_bar, leave=False)
@@ -55,14 +59,38 @@ class Progress:
         if self.has_bar:
             self.bar.update(done - self.bar.n)
         now = time.perf_counter()
-        if not self.is_shown or now - self.last_shown < self.interval:
+        is_first = self.shown_done == self.done
+        interval = min(self.interval, SECONDS_TO_FIRST_LINE) if is_first else self.interval
+        if not self.is_shown or now - self.last_shown < interval:
             return
-        self.last_shown = now
+        since, self.last_shown = now - self.last_shown, now
+        more, self.shown_done = done - self.shown_done, done
         text = status(now - self.start)
         if self.has_bar:
             self.bar.set_postfix_str(text, refresh=False)
             return
-        left = (now - self.start) / (done - self.done) * (self.total - done)
-        line = f"{self.name}: {self.unit} {done}/{self.total}, {text}, {tqdm.format_interval(left)} left\n"
-        sys.stderr.write(line)  # by one call, so that lines of several processes do not mix
-        sys.stderr.flush()
+        # By the speed since the last line: the first steps compile kernels.
+        left = since / more * (self.total - done)
+        _print_line(f"{self.name}: {self.unit} {done}/{self.total}, {text}, {tqdm.format_interval(left)} left")
+
+
+@contextmanager
+def timed_phase(name: str, what: str, is_shown: bool = True) -> Iterator[None]:
+    """Print a line after the work in the `with` block if it took long: "NAME: WHAT in 12 s".
+
+    Args:
+        name: Name of the run.
+        what: What has been done: "loaded the base model".
+        is_shown: False for processes that share the run with the one that shows it.
+    """
+    start = time.perf_counter()
+    yield
+    seconds = time.perf_counter() - start
+    if is_shown and seconds >= MIN_SECONDS_OF_PHASE:
+        _print_line(f"{name}: {what} in {seconds:.0f} s")
+
+
+def _print_line(text: str) -> None:
+    """Print a line to the standard error, by one call, so that lines of several processes do not mix."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()

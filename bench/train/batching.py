@@ -25,12 +25,11 @@ from transformers import PreTrainedTokenizerBase
 
 from bench.errors import UserError
 from bench.runtime.tokens import encode_texts, split_label
+from bench.train.fixed_shapes import PAD_TO_MULTIPLE, FixedShapes, choose_shapes
 from tasks import Example, WrittenExample
 
 # Tokens per packed sequence, by device. An example that is longer gets a multiple of it.
 PACKED_ROW_LENGTH = {"cuda": 512, "cpu": 128}
-# A batch that does not fill one packed sequence is padded to a multiple of this many tokens only.
-PAD_TO_MULTIPLE = 64
 # With fixed shapes every number of sequences costs a CUDA graph, so odd numbers above MAX_UNPADDED_ROWS are padded to
 # even ones. For fewer sequences one of padding alone would cost too much.
 ROWS_MULTIPLE, MAX_UNPADDED_ROWS = 2, 4
@@ -146,13 +145,18 @@ def shuffled_batches(count: int, *, batch_size: int, epochs: int, seed: int) -> 
     return batches
 
 
+def shapes_of(encoded: Sequence[Encoded], batches: Sequence[Sequence[int]]) -> FixedShapes:
+    """Choose the shapes that the micro-batches of a run are padded to, from all its examples and batches."""
+    return choose_shapes([len(code.ids) - 1 for code in encoded], [code.label_length for code in encoded], batches)
+
+
 def collate(
     encoded: Sequence[Encoded],
     pad_id: int,
     *,
     row_length: int = PACKED_ROW_LENGTH["cuda"],
     max_tokens: int = MAX_TOKENS["cuda"],
-    fixed_shapes: bool = False,
+    fixed_shapes: FixedShapes | None = None,
     process_index: int = 0,
     num_processes: int = 1,
 ) -> list[Batch]:
@@ -169,27 +173,30 @@ def collate(
         pad_id: Token id of padding.
         row_length: Tokens per packed sequence. A longer example gets a multiple of it.
         max_tokens: Maximum tokens per micro-batch; a micro-batch has at least one packed sequence.
-        fixed_shapes: Pad the label tokens, so that few shapes occur and few CUDA graphs are captured. They are padded
-            to the number of examples if every label is one token, else to the number of input tokens.
+        fixed_shapes: Shapes to pad to, so that few CUDA graphs are captured. Padding changes no loss and no gradient.
         process_index: Number of this process, counted from 0.
         num_processes: Processes that divide the batch.
     """
     lengths = [len(code.ids) - 1 for code in encoded]
     total, longest = sum(lengths), max(lengths)
-    if total > row_length:
-        width = math.ceil(longest / row_length) * row_length
+    if fixed_shapes and fixed_shapes.widths:
+        width = fixed_shapes.width(total)
+        rows = [list(range(len(encoded)))]
     else:
-        width = math.ceil(total / PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE
-    rows = _pack(lengths, width)
-    # A micro-batch needs a token to predict, so a sequence of padding alone must share its micro-batch.
-    if fixed_shapes and len(rows) > MAX_UNPADDED_ROWS and max_tokens >= 2 * width:
-        rows += [[]] * (-len(rows) % ROWS_MULTIPLE)
+        if total > row_length:
+            width = math.ceil(longest / row_length) * row_length
+        else:
+            # It does not fill one packed sequence.
+            width = math.ceil(total / PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE
+        rows = _pack(lengths, width)
+        # A micro-batch needs a token to predict, so a sequence of padding alone must share its micro-batch.
+        if fixed_shapes and len(rows) > MAX_UNPADDED_ROWS and max_tokens >= 2 * width:
+            rows += [[]] * (-len(rows) % ROWS_MULTIPLE)
     labels = torch.tensor(float(sum(code.label_length for code in encoded)))
     micro_batches = math.ceil(len(rows) / max(1, max_tokens // width))
     min_targets = 0
     if fixed_shapes:
-        one_token_each = all(code.label_length == 1 for code in encoded)
-        min_targets = len(encoded) if one_token_each else math.ceil(len(rows) / micro_batches) * width
+        min_targets = fixed_shapes.labels or math.ceil(len(rows) / micro_batches) * width
     batches = []
     for first in range(micro_batches):
         chosen = rows[first::micro_batches]

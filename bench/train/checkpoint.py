@@ -24,6 +24,8 @@ class TrainLog:
         curve: Means over the steps since the last point: step, loss, balance_loss, grad_norm.
         router: Router statistics of the last micro-batch of single steps, over all processes.
         peak_bytes: Peak GPU memory; None on a CPU.
+        step_seconds: Mean seconds per step since the last point of the curve; empty if runs trained together.
+        captures: CUDA graphs captured, of shapes of micro-batches; None if passes are not captured.
     """
 
     steps: int = 0
@@ -32,6 +34,8 @@ class TrainLog:
     curve: list[dict[str, float]] = field(default_factory=list)
     router: list[dict[str, float]] = field(default_factory=list)
     peak_bytes: int | None = None
+    step_seconds: list[float] = field(default_factory=list)
+    captures: int | None = None
 
 
 class _Stateful(Protocol):

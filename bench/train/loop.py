@@ -21,9 +21,9 @@ from bench.records.schema import RunConfig
 from bench.runtime.processes import make_accelerator
 from bench.runtime.progress import Progress
 from bench.runtime.timer import PhaseTimer
-from bench.train.batching import MAX_TOKENS, PACKED_ROW_LENGTH, Batch, Encoded, collate, shuffled_batches
+from bench.train.batching import MAX_TOKENS, PACKED_ROW_LENGTH, Batch, Encoded, collate, shapes_of, shuffled_batches
 from bench.train.checkpoint import Checkpoint, TrainLog
-from bench.train.step import Step, TrainStep
+from bench.train.step import TrainStep
 from bench.train.tracking import Log, log_nothing
 from malora.backbone.model_state import can_capture
 
@@ -89,6 +89,8 @@ class _Trainer:
         self.batches = shuffled_batches(
             len(encoded), batch_size=config.batch_size, epochs=config.epochs, seed=config.seed
         )
+        # Those of the whole run, so that a run that is cut short has its shapes.
+        self.shapes = shapes_of(encoded, self.batches) if self.captures else None
         self.last_step = min(len(self.batches), config.max_steps or len(self.batches))
         optimizer, self.scheduler = make_optimizer(model, config, len(self.batches))
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -97,6 +99,7 @@ class _Trainer:
             checkpoint, identity, model, self.optimizer, self.scheduler, self.accelerator.process_index
         )
         self.log = self.checkpoint.load() or TrainLog()
+        self.captures_before = self.log.captures or 0  # by an interrupted process
         self.timer = PhaseTimer(self.accelerator.device)
         self.step = self._make_step()
         self.has_router = malora.has_router(model)
@@ -113,7 +116,8 @@ class _Trainer:
         progress = Progress(self.config.id, "step", self.last_step, log.steps, self.accelerator.is_main_process)
 
         def status(seconds: float) -> str:
-            return f"loss {self._latest_loss():.3f}, {(log.tokens - tokens_before) / seconds:,.0f} tokens/s"
+            graphs = f", {self.step.captures} CUDA graphs" if self.captures else ""
+            return f"loss {self._latest_loss():.3f}, {(log.tokens - tokens_before) / seconds:,.0f} tokens/s{graphs}"
 
         with progress, keep_input_dtype(self.model, self.accelerator.device):
             while log.steps < self.last_step:
@@ -127,7 +131,7 @@ class _Trainer:
             log.peak_bytes = torch.cuda.max_memory_allocated()
         self.accelerator.wait_for_everyone()
 
-    def _make_step(self) -> Step:
+    def _make_step(self) -> TrainStep:
         if self.captures:
             malora.optimize_backbone(self.model, loss=False)  # the step computes its own loss
         return TrainStep(self.model, self.wrapped, self.accelerator, self.config.balance_factor)
@@ -168,7 +172,7 @@ class _Trainer:
             self.pad_id,
             row_length=PACKED_ROW_LENGTH[device_type],
             max_tokens=MAX_TOKENS[device_type],
-            fixed_shapes=self.captures,
+            fixed_shapes=self.shapes,
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
@@ -183,7 +187,11 @@ class _Trainer:
             DivergedError: One of them is not finite.
         """
         log = self.log
+        before = sum(log.seconds.values())
         self.timer.add_to(log.seconds)
+        log.step_seconds.append((sum(log.seconds.values()) - before) / len(self.pending))
+        if self.captures:
+            log.captures = self.captures_before + self.step.captures
         mean = torch.stack(self.pending).mean(0)
         loss, balance = self._sum_over_processes(mean[:2]).tolist()
         norm = mean[2].item()

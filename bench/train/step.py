@@ -6,7 +6,6 @@ On one GPU each shape of a micro-batch becomes a CUDA graph, and the frozen laye
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -21,7 +20,6 @@ from bench.runtime.logits import label_positions_only
 from bench.train.batching import Batch
 
 Losses = tuple[Tensor, Tensor]  # task loss and balance loss, both []
-Step = Callable[[list[Batch]], Losses]
 
 
 class TrainStep:
@@ -54,6 +52,11 @@ class TrainStep:
         self.attention_dtype = torch.bfloat16 if in_bfloat16 else next(model.parameters()).dtype
         self.windows = attention_windows(model)
         self.step = malora.capture_step(wrapped, self._losses)
+
+    @property
+    def captures(self) -> int:
+        """Number of CUDA graphs captured so far."""
+        return self.step.captures
 
     def __call__(self, micro_batches: list[Batch]) -> Losses:
         """Run all micro-batches of a batch and return this process's summands of the losses.

@@ -33,7 +33,7 @@ from bench.runtime.logits import label_positions_only
 from bench.runtime.processes import make_accelerator
 from bench.runtime.progress import Progress
 from bench.runtime.timer import PhaseTimer
-from bench.train.batching import MAX_TOKENS, PACKED_ROW_LENGTH, Batch, Encoded, collate, shuffled_batches
+from bench.train.batching import MAX_TOKENS, PACKED_ROW_LENGTH, Batch, Encoded, collate, shapes_of, shuffled_batches
 from bench.train.checkpoint import Checkpoint, TrainLog
 from bench.train.loop import CHECK_EVERY, ROUTER_EVERY, DivergedError, make_optimizer, router_summary
 from bench.train.tracking import Log
@@ -141,9 +141,10 @@ class _Run:
         settings = [m.settings[run.adapter] for m in model.modules() if isinstance(m, malora.MaloraLayer)]
         self.has_router = any(setting.has_router for setting in settings)
         # Alone, it would then be padded to shapes that few CUDA graphs have.
-        self.is_captured_alone = config.device_type == "cuda" and all(
+        is_captured_alone = config.device_type == "cuda" and all(
             malora.BACKENDS[setting.backend].graph_safe for setting in settings
         )
+        self.shapes = shapes_of(run.encoded, self.batches) if is_captured_alone else None
         self.has_diverged = False
         self.pending: list[Tensor] = []  # losses and gradient norms that are still on the device, each [3]
         self.losses: list[Tensor] = []  # of the micro-batches of this step, each [2]
@@ -273,7 +274,7 @@ class _JointTrainer:
             self.pad_id,
             row_length=PACKED_ROW_LENGTH[self.device_type],
             max_tokens=MAX_TOKENS[self.device_type],
-            fixed_shapes=run.is_captured_alone,
+            fixed_shapes=run.shapes,
         )
         return [batch.to(self.accelerator.device) for batch in micro_batches]
 

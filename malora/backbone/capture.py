@@ -104,6 +104,7 @@ class CapturedStep:
     Attributes:
         reason: Why no pass is captured, or None. It is found out in the first call, and again after `reset()`.
         replayed: Whether the last micro-batch was a replay.
+        captures: Number of passes captured so far, those included that were captured anew.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class CapturedStep:
         self.model, self.forward_backward, self.max_graphs = model, forward_backward, max_graphs
         self.reason, self._given_reason = reason, reason
         self.replayed = False
+        self.captures = 0
         self._announced: set[str] = set()
         self.reset()
 
@@ -292,6 +294,7 @@ class CapturedStep:
                 self.reason, self._refresh_graph, self._gradients = message, None, None
             return None
         self._graphs[signature] = captured
+        self.captures += 1
         logger.info("Captured a pass as CUDA graph %d of at most %d.", len(self._graphs), self.max_graphs)
         return captured
 

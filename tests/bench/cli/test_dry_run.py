@@ -69,7 +69,7 @@ def test_scoring_says_how_long_it_takes_and_how_far_it_is(bench, tmp_path, monke
     command = ["score", "--adapter", adapter, *cut]
     first, *lines = bench(*command, "--record").err.splitlines()
     assert first.startswith("score: 15 items of 5 tasks, about ")
-    assert first.endswith(f" s (median of 1 record of other methods on {device_name(torch.device('cpu'))}).")
+    assert first.endswith(f" s (median of 1 record of other methods on {device_name(torch.device('cpu'))}, cut short).")
     assert lines and all(f"elsewhere-{adapter.name}-" in line and ": answer " in line for line in lines)
     assert bench(*command, "--record").err == ""  # the record is found
     assert bench(*command).err.splitlines()[0].startswith("score: 15 items")

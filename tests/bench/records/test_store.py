@@ -297,6 +297,12 @@ def test_publishing_refuses_the_rest_and_says_why(tmp_path, history, options, me
     assert len(paths) == 1 and len(refused) == 1 and message in refused[0]
 
 
+def test_trials_are_published_apart_from_complete_runs(tmp_path, history):
+    complete, trial = make(1), make(0).replace(config=CONFIG.replace(max_steps=500))
+    (path,), (refused,) = store.publish([complete, trial], tmp_path, cut_short=True)
+    assert store.read(path).config.max_steps == 500 and not store.read(path).complete and "is complete" in refused
+
+
 def test_publishing_names_the_commit_whose_code_it_was(tmp_path, history):
     """A machine may have had the tree without its history, or with an older one."""
     for folder, found in {"a": None, "b": "earlier"}.items():

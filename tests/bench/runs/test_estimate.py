@@ -9,8 +9,8 @@ import torch
 from bench.experiments.methods import BASE, ELSEWHERE
 from bench.experiments.registry import EXPERIMENTS
 from bench.models.base import count_weights, load, prepare
-from bench.records.schema import TrainSection
-from bench.runs.estimate import Estimate, duration, estimate, missing_runs, summarize
+from bench.records.schema import Parameters, TrainSection
+from bench.runs.estimate import Estimate, assumed_rate, duration, estimate, missing_runs, summarize
 from bench.runs.plan import plan_runs, rates_before_sweep, sweep
 from bench.runs.run import run
 from bench.runs.setting import load_data, make_run_config
@@ -72,6 +72,33 @@ def test_a_run_that_is_cut_short_takes_its_share(planned, base_folder, tmp_path)
     short = make_run_config(setting, "lora", seed=0)
     found = estimate(short, setting, [timed(config, 20.0, 16.0)], DEVICE)
     assert found.seconds == pytest.approx(2.0 * 3 + 0.1 * 2 * (5 + 5))  # five tasks, on two splits
+
+
+def test_a_trial_counts_its_first_steps_once(planned):
+    """Half of its 20 seconds were compilation and capture."""
+    config, setting, steps, items = planned
+    trial = timed(config, 20.0, 16.0, max_steps=10)
+    trial = trial.replace(train=trial.train.replace(steady_step_seconds=1.0))
+    found = estimate(config, setting, [trial], DEVICE)
+    assert found.seconds == pytest.approx(10.0 + 1.0 * steps + 0.1 * items) and found.source.endswith(", cut short")
+
+
+def test_a_base_model_of_the_same_size_stands_for_one_without_records(planned):
+    config, setting, steps, items = planned
+    weights = count_weights(prepare(setting.model))
+    other = timed(config, 20.0, 16.0, model="random-7b")
+    alike, larger = (
+        other.replace(parameters=Parameters(trainable=5, total=5 + n, adapter_bytes=20)) for n in (weights, 2 * weights)
+    )
+    found = estimate(config, setting, [alike, larger], DEVICE)
+    assert found.seconds == pytest.approx(2.0 * steps + 0.1 * items)
+    assert found.source == f"median of 1 record of lora with random-7b, which is as large, on {DEVICE}"
+    assert estimate(config, setting, [larger], DEVICE).source.startswith("no record")
+
+
+def test_larger_models_are_assumed_to_keep_a_gpu_busier():
+    rates = [assumed_rate("cuda", weights) for weights in (135e6, 6.7e9, 70e9)]
+    assert rates[0] == 30e12 and 250e12 < rates[1] < 350e12 and rates[2] == 400e12
 
 
 def test_base_and_adapters_from_elsewhere_are_scored_on_the_test_set_alone(planned):

@@ -26,6 +26,8 @@ def test_training_lowers_the_loss_and_records_what_it_did(method, setting):
     assert result.train.tokens == sum(task.tokens for task in examples)
     assert set(result.train.seconds) == {"data", "forward_backward", "optimizer", "evaluation"}
     assert all(seconds > 0 for seconds in result.train.seconds.values())
+    mean = result.train.training_seconds / result.train.steps
+    assert mean / 3 < result.train.steady_step_seconds < 1.1 * mean and result.train.captures is None
     assert result.parameters.trainable > 0 and result.parameters.adapter_bytes == 4 * result.parameters.trainable
 
 

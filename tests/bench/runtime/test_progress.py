@@ -9,7 +9,7 @@ import time
 import pytest
 
 from bench.runtime import progress
-from bench.runtime.progress import Progress
+from bench.runtime.progress import Progress, timed_phase
 
 LINE = re.compile(r"(run-\w+): step (\d+)/\d+, fine, [\d:]+ left")
 
@@ -30,16 +30,25 @@ def test_off_a_terminal_a_line_has_steps_status_and_time_left(clock, capsys):
     with Progress("run-a", "step", 40, done=10) as shown:
         clock[0] = 5.0
         shown.update(11, not_shown)
-        clock[0] = 40.0
+        clock[0] = 20.0  # the first line comes early
         shown.update(20, lambda seconds: f"{4000 / seconds:g} tokens/s")
         clock[0] = 41.0
         shown.update(21, not_shown)
-        clock[0] = 4 * 3600.0
-        shown.update(22, lambda seconds: "slow")
-    # Ten steps in 40 s by this process; ten more by an earlier one, which is not part of the speed.
+        clock[0] = 60.0
+        shown.update(24, lambda seconds: "slow")
+    # Ten steps in 20 s by this process; ten more by an earlier one, which is not part of the speed. Then four in 40 s.
     first, second = capsys.readouterr().err.splitlines()
-    assert first == "run-a: step 20/40, 100 tokens/s, 01:20 left"
-    assert second == "run-a: step 22/40, slow, 6:00:00 left"
+    assert first == "run-a: step 20/40, 200 tokens/s, 00:40 left"
+    assert second == "run-a: step 24/40, slow, 02:40 left"
+
+
+def test_only_long_phases_have_a_line(clock, capsys):
+    for seconds in (4.0, 12.3):
+        with timed_phase("run-a", "loaded the base model"):
+            clock[0] += seconds
+    with timed_phase("run-a", "loaded the base model", is_shown=False):
+        clock[0] += 12.3
+    assert capsys.readouterr().err == "run-a: loaded the base model in 12 s\n"
 
 
 def test_a_process_that_shares_the_run_shows_nothing(clock, capsys):

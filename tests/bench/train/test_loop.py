@@ -1,4 +1,6 @@
-"""The input dtype of PEFT's LoRA in the training loop."""
+"""The training loop: passes as CUDA graphs of few shapes, and the input dtype of PEFT's LoRA."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,8 +8,43 @@ from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import malora
+from bench.runs.run import run
+from bench.runs.setting import make_run_config
+from bench.train.fixed_shapes import MAX_WIDTHS
 from bench.train.loop import keep_input_dtype
+from tests.bench.conftest import make_setting
 from tests.conftest import make_model
+from tests.malora.backbone.fake_graphs import graphs  # noqa: F401  # a fixture
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for graphs on a CPU")
+@pytest.mark.usefixtures("fresh_accelerator")
+@pytest.mark.parametrize("mixture", ["intra", "inter"])
+def test_batches_of_two_examples_take_few_graphs_and_train_the_same(
+    mixture, base_folder, tmp_path, monkeypatch, request
+):
+    """Stand-ins for graphs run on the CPU. With written answers (inter) labels have many lengths."""
+
+    def trained(folder):
+        options = {"lora_dropout": 0.0, "backend": "dense"}
+        setting = make_setting(base_folder, tmp_path / folder, max_items=2, max_steps=30, method_options=options)
+        setting = replace(setting, mixture=mixture, profile=replace(setting.profile, batch_size=2))
+        result = run(make_run_config(setting, "malora", seed=0, learning_rate=1e-2), setting)
+        assert result.status == "ok", result.error
+        return result.train
+
+    plain = trained("plain")
+    fakes = request.getfixturevalue("graphs")
+    monkeypatch.setattr("bench.train.loop.can_capture", lambda model: True)
+    monkeypatch.setattr("malora.optimize_backbone", lambda *arguments, **options: {})  # Triton's interpreter is slow
+    monkeypatch.setattr("bench.train.fixed_shapes.PAD_TO_MULTIPLE", 8)  # generated texts are short
+    monkeypatch.setattr("bench.train.fixed_shapes.MIN_TOKENS_OF_A_PASS", 8)
+    captured = trained("captured")
+    assert plain.captures is None and 1 < captured.captures == fakes.captures <= MAX_WIDTHS
+    assert captured.steady_step_seconds > 0
+    for name in ("loss", "balance_loss"):
+        curves = [[getattr(point, name) for point in one.curve] for one in (captured, plain)]
+        assert curves[0] == pytest.approx(curves[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("method, active", [("lora", True), ("dora", False), ("malora", False)])

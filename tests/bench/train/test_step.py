@@ -8,6 +8,7 @@ from peft import get_peft_model
 
 import malora
 from bench.train.batching import Encoded, collate
+from bench.train.fixed_shapes import FixedShapes
 from bench.train.step import TrainStep
 from tests.bench.base_types import ALL, make_base
 from tests.conftest import SHAPES, make_model
@@ -21,7 +22,7 @@ def run_step(
     shape="llama",
     max_tokens=10_000,
     method="malora",
-    fixed_shapes=False,
+    fixed_shapes=None,
     balance=0.0,
     row_length=512,
     encoded=ENCODED,
@@ -85,11 +86,19 @@ def test_micro_batches_give_the_losses_and_gradients_of_the_batch():
         torch.testing.assert_close(added[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("encoded", [ENCODED, [Encoded([7, 3, 9, 11, 2, 5], 2)] * 5])
-def test_padded_labels_and_sequences_change_nothing(encoded):
-    """Five packed sequences get a sixth of padding alone."""
+@pytest.mark.parametrize(
+    "encoded, shapes",
+    [
+        (ENCODED, FixedShapes()),
+        ([Encoded([7, 3, 9, 11, 2, 5], 2)] * 5, FixedShapes()),
+        (ENCODED, FixedShapes(widths=(8, 24, 64))),
+        ([Encoded(code.ids, 1) for code in ENCODED], FixedShapes(widths=(64,), labels=7)),
+    ],
+)
+def test_padded_labels_and_sequences_change_nothing(encoded, shapes):
+    """Five packed sequences get a sixth of padding alone, or one sequence has all examples and a fixed length."""
     _, plain, gradients = run_step(balance=0.1, row_length=6, encoded=encoded)
-    _, padded, padded_gradients = run_step(balance=0.1, row_length=6, encoded=encoded, fixed_shapes=True)
+    _, padded, padded_gradients = run_step(balance=0.1, row_length=6, encoded=encoded, fixed_shapes=shapes)
     torch.testing.assert_close(torch.stack(padded), torch.stack(plain), rtol=1e-5, atol=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(padded_gradients[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
@@ -116,7 +125,7 @@ def test_a_captured_step_computes_what_the_eager_step_does(method):
         for width, max_tokens, label in ((5, 10_000, 1), (20, 10_000, 1), (5, 10_000, 1), (20, 32, 1), (20, 32, 7)):
             generator = torch.Generator().manual_seed(width)
             batch = [Encoded(torch.randint(1, 60, (width,), generator=generator).tolist(), label) for _ in range(4)]
-            micro_batches = collate(batch, 0, row_length=32, max_tokens=max_tokens, fixed_shapes=True)
+            micro_batches = collate(batch, 0, row_length=32, max_tokens=max_tokens, fixed_shapes=FixedShapes())
             losses.append(torch.stack(step([one.to(torch.device("cuda")) for one in micro_batches])).tolist())
             optimizer.step()
             optimizer.zero_grad()
@@ -139,7 +148,7 @@ def test_every_replay_draws_new_dropout(method):
                 p.normal_(std=0.3)
     step = TrainStep(model, model, Accelerator(), balance_factor=0.0)
     batch = [Encoded(list(range(1, 9)), 1)] * 4
-    micro_batches = [one.to(torch.device("cuda")) for one in collate(batch, 0, fixed_shapes=True)]
+    micro_batches = [one.to(torch.device("cuda")) for one in collate(batch, 0, fixed_shapes=FixedShapes(labels=4))]
     losses = [torch.stack(step(micro_batches))[0].item() for _ in range(5)]
     assert len(set(losses)) == 5
 
