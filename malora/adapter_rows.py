@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -97,7 +98,10 @@ class AdapterRows:
         )
 
 
-def _group(names: Sequence[str], repeats: int, device: torch.device) -> Grouping:
+# A CUDA graph cannot be captured while positions are copied to the GPU. So the pass before the capture makes them. The
+# routing log's snapshot of a captured pass keeps them when they are no longer here.
+@lru_cache(maxsize=64)
+def _group(names: tuple[str, ...], repeats: int, device: torch.device) -> Grouping:
     """Group rows by adapter; each name stands for `repeats` rows, one after the other."""
     positions: dict[str, list[int]] = {}
     for place, name in enumerate(names):

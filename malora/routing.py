@@ -129,11 +129,13 @@ class PassSnapshot(NamedTuple):
         routings: Routings of the pass, by the layer's name and the adapter's.
         attention_mask: As in `RoutingLog`.
         decoder_attention_mask: As in `RoutingLog`.
+        rows: The adapter of each row of the batch, if the pass had `adapter_names`.
     """
 
     routings: dict[str, dict[str, Routing]]
     attention_mask: Tensor | None
     decoder_attention_mask: Tensor | None
+    rows: AdapterRows | None
 
 
 class RoutingLog:
@@ -204,12 +206,13 @@ class RoutingLog:
             layer: {adapter: Routing(kept.probability.detach(), kept.top_k) for adapter, kept in of_layer.items()}
             for layer, of_layer in self.routings.items()
         }
-        return PassSnapshot(routings, self.attention_mask, self.decoder_attention_mask)
+        return PassSnapshot(routings, self.attention_mask, self.decoder_attention_mask, self.recorded_rows)
 
     def restore(self, snapshot: PassSnapshot) -> None:
         """Make a pass of earlier the last one, after a replay of it."""
         self.routings = snapshot.routings
         self.attention_mask, self.decoder_attention_mask = snapshot.attention_mask, snapshot.decoder_attention_mask
+        self.recorded_rows = snapshot.rows
         self.has_gradients = False
 
     @contextmanager
