@@ -102,3 +102,22 @@ class Factors(NamedTuple):
         Without a router this is the change of W. With a router the change depends on the token.
         """
         return scaling * (self.up().flatten(0, 1).T @ self.down().flatten(0, 1))
+
+
+class StackedWeights(NamedTuple):
+    """The weights of K adapters of one shape in one layer.
+
+    Attributes:
+        router: Router weights, [K, N, n]; None if there is one expert.
+        factors: Expert matrices, each with K as its first dimension.
+    """
+
+    router: Tensor | None
+    factors: Factors
+
+    def select(self, members: slice) -> StackedWeights:
+        """Return the weights of some adapters."""
+        router = None if self.router is None else self.router[members]
+        return StackedWeights(
+            router, Factors(*(None if tensor is None else tensor[members] for tensor in self.factors))
+        )

@@ -6,6 +6,7 @@ and which are trained is a setting. Shapes: n in, m out, N experts, r rank, d ra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -14,13 +15,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from malora.adapter_layer import AdapterLayer
-from malora.adapter_rows import AdapterRows
+from malora.adapter_rows import AdapterRows, Segment
 from malora.backends import BACKENDS
+from malora.backends.batched import batched_down_proj, batched_up_proj
 from malora.checkpointing import add_gradient
 from malora.config import MaloraConfig, resolve_backend
+from malora.factors import StackedWeights
 from malora.fused.eligibility import find_fused_adapter
 from malora.fused.group import ProjectionGroup
-from malora.routing import Routing, RoutingLog, WeakReference, route
+from malora.routing import Routing, RoutingLog, WeakReference, batched_probabilities, route
 
 LINEAR_TYPES = (nn.Linear, Conv1D)  # GPT-2's Conv1D is a linear layer whose weight is [n, m]
 
@@ -129,14 +132,55 @@ class MaloraLinear(AdapterLayer):
 
     def _add_deltas_of_rows(self, rows: AdapterRows, x: Tensor, y: Tensor) -> Tensor:
         """Add to each row of y what its own adapter computes from that row of x."""
-        grouping = rows.grouping(x)
-        deltas = {
-            adapter: self.delta(adapter, x[index]).to(y.dtype)
-            for adapter, index in grouping.rows.items()
-            if adapter in self.settings
-        }
+        segments = rows.segments(x)
+        found = [self._delta_of_segment(rows, segment, x[segment.index]) for segment in segments]
+        if all(delta is None for delta in found):
+            return y
+        deltas = [
+            torch.zeros_like(y[segment.index]) if delta is None else delta.to(y.dtype)
+            for segment, delta in zip(segments, found, strict=True)
+        ]
         # One sum, because the backward pass of a sum into some rows copies the gradient of all rows.
-        return y + grouping.join(deltas, y) if deltas else y
+        return y + rows.grouping(x).join(deltas)
+
+    def _delta_of_segment(self, rows: AdapterRows, segment: Segment, x: Tensor) -> Tensor | None:
+        """Return what the adapters of a segment add to its rows, or None if none of them adapts this layer."""
+        adapter = segment.names[0]
+        if adapter not in self.settings:
+            return None
+        if segment.stack is None:
+            return self.delta(adapter, x)
+        weights: StackedWeights = rows.weights[segment.stack][self.name]
+        if segment.members != slice(0, len(weights.factors.expert_up)):
+            weights = weights.select(segment.members)
+        return self.stacked_delta(segment.names, weights, x)
+
+    def stacked_delta(self, adapters: Sequence[str], weights: StackedWeights, x: Tensor) -> Tensor:
+        """Return what adapters of one shape add to W x, each on its own rows.
+
+        Args:
+            adapters: K adapters.
+            weights: Their weights.
+            x: [K·R, ..., n], the rows of the first adapter first.
+        """
+        config, K = self.settings[adapters[0]], len(adapters)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = self._cast_input_dtype(x, weights.factors.dtype)
+        x_KTn = x.reshape(K, -1, self.in_features)
+        h_KTNr = batched_down_proj(self.malora_dropout[adapters[0]](x_KTn), weights.factors)
+        probability_KTN = None
+        if weights.router is None:
+            h_KTNr = h_KTNr * config.scaling
+        else:
+            probability_KTN = batched_probabilities(x_KTn, weights.router)
+            gate_KTN = Routing(probability_KTN, config.top_k).gate * config.scaling
+            h_KTNr = h_KTNr * gate_KTN.to(h_KTNr.dtype).unsqueeze(-1)
+        y = batched_up_proj(h_KTNr, weights.factors).reshape(*x.shape[:-1], self.out_features)
+        if probability_KTN is not None:
+            shape = (len(x) // K, *x.shape[1:-1], config.num_experts)
+            for adapter, probability in zip(adapters, probability_KTN.unbind(), strict=True):
+                y = self.record_routing(adapter, Routing(probability.view(shape), config.top_k), y)
+        return y
 
     def _offloaded_factors(self) -> list[Any]:
         """Return the parameters that accelerate loads before a forward pass and offloads after it.

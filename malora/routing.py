@@ -14,7 +14,7 @@ The routing of a model's last forward pass is kept in its `RoutingLog` until the
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -64,6 +64,12 @@ def route(x: Tensor, weight_Nn: Tensor, top_k: int) -> Routing:
     """
     logits = F.linear(x, weight_Nn)
     return Routing(logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)), top_k)
+
+
+def batched_probabilities(x_KTn: Tensor, weight_KNn: Tensor) -> Tensor:
+    """Compute the probabilities of `route` for K adapters, each on tokens of its own: [K, T, N]."""
+    logits = x_KTn @ weight_KNn.mT
+    return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def top_k_mask(probability: Tensor, top_k: int) -> Tensor:
@@ -157,6 +163,7 @@ class RoutingLog:
         has_gradients: Whether that pass ran with gradients.
         rows: The adapter of each row of the batch, which layers use now; None if all rows use the active adapters.
         recorded_rows: The same for the last pass.
+        stacks: Stacks of adapters that passes with `rows` use (`malora.adapter_stack`).
     """
 
     def __init__(self) -> None:
@@ -168,6 +175,7 @@ class RoutingLog:
         self.has_gradients = False
         self.rows: AdapterRows | None = None
         self.recorded_rows: AdapterRows | None = None
+        self.stacks: Sequence[Any] = ()
 
     def record_of(self, layer: str) -> LayerRecord:
         """Return the record of the layer of this name."""

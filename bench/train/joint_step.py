@@ -25,6 +25,7 @@ import malora
 from bench.runtime.attention import attention_windows, exact_with_masks, masks_for, packed_attention_bias
 from bench.runtime.logits import label_positions_only
 from bench.train.batching import IGNORED_TARGET, Batch
+from malora.adapter_stack import AdapterStack
 
 # Each shape of a pass is a CUDA graph. The largest number of sequences of eight runs has few values, and the last batch
 # of an epoch is smaller.
@@ -53,20 +54,28 @@ class JointStep:
         wrapped: The same model as `accelerator.prepare` returned it.
         accelerator: Decides the precision.
         balance_factor: Weight of the balance losses.
+        stacks: The adapters' parameters.
 
     Raises:
         UserError: The model's attention cannot be confined to the examples of a packed sequence.
     """
 
-    def __init__(self, model: PeftModel, wrapped: nn.Module, accelerator: Accelerator, balance_factor: float) -> None:
-        self.model, self.balance_factor = model, balance_factor
+    def __init__(
+        self,
+        model: PeftModel,
+        wrapped: nn.Module,
+        accelerator: Accelerator,
+        balance_factor: float,
+        stacks: Sequence[AdapterStack],
+    ) -> None:
+        self.model, self.wrapped, self.balance_factor = model, wrapped, balance_factor
         in_bfloat16 = accelerator.mixed_precision == "bf16"
         self.attention_dtype = torch.bfloat16 if in_bfloat16 else next(model.parameters()).dtype
         self.windows = attention_windows(model)
         self.on_gpu = accelerator.device.type == "cuda"
         # The balance losses are added here, with a mask for packed sequences, and so not by the model.
         self.router_options = {"output_router_logits": False} if malora.has_router(model) else {}
-        self.step = malora.capture_step(wrapped, self._losses, max_graphs=MAX_GRAPHS)
+        self.step = malora.capture_step(nn.ModuleList([wrapped, *stacks]), self._losses, max_graphs=MAX_GRAPHS)
 
     def __call__(self, parts: Sequence[Part], pad_id: int) -> tuple[Tensor, Tensor]:
         """Run forward and backward.
@@ -88,13 +97,13 @@ class JointStep:
         """Drop all graphs, because other runs will take part."""
         self.step.reset()
 
-    def _losses(self, wrapped: nn.Module, joined: dict[str, Any]) -> dict[str, Tensor]:
+    def _losses(self, _: nn.Module, joined: dict[str, Any]) -> dict[str, Tensor]:
         """Return the sum of all losses to differentiate, and the losses of each run."""
         example, adapters = joined["example"], joined["adapters"]
         masks = masks_for(self.windows, partial(packed_attention_bias, example, self.attention_dtype))
         at_labels = label_positions_only(self.model, joined["row"], joined["column"])
         with exact_with_masks(example.device), at_labels:
-            logits = wrapped(
+            logits = self.wrapped(
                 input_ids=joined["ids"],
                 position_ids=joined["position"],
                 attention_mask=masks,

@@ -25,7 +25,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 import malora
-from bench.models.joint import AdapterTensors, read_tensors, trained_parameters, write_tensors
+from bench.models.joint import AdapterTensors, read_tensors, write_tensors
 from bench.records.provenance import source_hash
 from bench.records.schema import RunConfig
 from bench.runtime.processes import make_accelerator
@@ -36,6 +36,7 @@ from bench.train.checkpoint import Checkpoint, TrainLog
 from bench.train.joint_step import JointStep, Part, divide_parts
 from bench.train.loop import CHECK_EVERY, ROUTER_EVERY, DivergedError, make_optimizer, router_summary
 from bench.train.tracking import Log
+from malora.adapter_stack import stack_adapters
 
 # Tokens per forward pass of all runs together, by device; more runs take more passes per step. The activations of
 # 65,536 tokens of the small profile's model need 70 GiB.
@@ -121,17 +122,23 @@ def _on_cpu(tensors: AdapterTensors) -> AdapterTensors:
 
 
 class _Run:
-    """The state of one run: batches, optimizer, checkpoint and log."""
+    """The state of one run: batches, optimizer, checkpoint and log.
 
-    def __init__(self, model: PeftModel, run: JointRun) -> None:
+    Args:
+        model: Model with all adapters.
+        run: The run.
+        parameter: All values that it trains.
+    """
+
+    def __init__(self, model: PeftModel, run: JointRun, parameter: nn.Parameter) -> None:
         self.config, self.adapter, self.encoded = run.config, run.adapter, run.encoded
         config = run.config
         self.batches = shuffled_batches(
             len(run.encoded), batch_size=config.batch_size, epochs=config.epochs, seed=config.seed
         )
         self.last_step = min(len(self.batches), config.max_steps or len(self.batches))
-        self.parameters = trained_parameters(model, run.adapter)
-        holder = nn.ParameterList(self.parameters)
+        self.parameter = parameter
+        holder = nn.ParameterList([parameter])
         self.optimizer, self.scheduler = make_optimizer(holder, config, len(self.batches))
         # A run alone computes PEFT's LoRA in other tensors, so it must not continue from here.
         identity = f"{config.hash}{source_hash()} together"
@@ -161,7 +168,7 @@ class _Run:
 
     def update(self) -> None:
         """Clip the gradients and change the weights."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(self.parameter, self.config.max_grad_norm)
         self.optimizer.step()
         self.learning_rate = float(self.scheduler.get_last_lr()[0])  # of this step, before the schedule goes on
         self.scheduler.step()
@@ -206,8 +213,14 @@ class _JointTrainer:
         if device_type == "cuda":
             malora.optimize_backbone(model, loss=False)  # the passes compute their own losses
         torch.manual_seed(runs[0].config.seed)  # of dropout, unless a checkpoint has a later state
-        self.runs = [_Run(model, run) for run in runs]
-        self.step = JointStep(model, wrapped, self.accelerator, runs[0].config.balance_factor)
+        stacks = stack_adapters(model, [run.adapter for run in runs])
+        by_name = {run.adapter: run for run in runs}
+        self.runs = [  # those of a stack one after the other, so that passes compute them together
+            _Run(model, by_name[name], parameter)
+            for stack in stacks
+            for name, parameter in zip(stack.names, stack.flat, strict=True)
+        ]
+        self.step = JointStep(model, wrapped, self.accelerator, runs[0].config.balance_factor, stacks)
         self.last_active: list[str] = []  # adapters that took part in the last step
         self.timer = PhaseTimer(self.accelerator.device)
 
