@@ -46,13 +46,13 @@ class Segment(NamedTuple):
 
     Attributes:
         names: Their adapters, in the grouped order.
-        index: The rows. If there are several adapters, each has equally many.
+        rows: The rows. If there are several adapters, each has equally many.
         stack: Position of the adapters' stack among those in use, or None.
         members: The adapters in the stack.
     """
 
     names: tuple[str, ...]
-    index: Index
+    rows: Index
     stack: int | None
     members: slice
 
@@ -147,14 +147,14 @@ def _join_segments(first: Segment, second: Segment) -> Segment | None:
     """Return a segment of one stack and the next adapter as one; None if they cannot be computed together."""
     if first.stack is None or first.stack != second.stack or first.members.stop != second.members.start:
         return None
-    if isinstance(first.index, Tensor) or isinstance(second.index, Tensor) or first.index.stop != second.index.start:
+    if isinstance(first.rows, Tensor) or isinstance(second.rows, Tensor) or first.rows.stop != second.rows.start:
         return None
-    rows = (first.index.stop - first.index.start) // len(first.names)
-    if second.index.stop - second.index.start != rows:
+    count = (first.rows.stop - first.rows.start) // len(first.names)
+    if second.rows.stop - second.rows.start != count:
         return None
     return Segment(
         first.names + second.names,
-        slice(first.index.start, second.index.stop),
+        slice(first.rows.start, second.rows.stop),
         first.stack,
         slice(first.members.start, second.members.stop),
     )

@@ -38,7 +38,7 @@ class _Place(NamedTuple):
 
     def view(self, flat_KE: Tensor) -> Tensor:
         """Return this tensor of all adapters, [K, *shape]."""
-        return flat_KE[:, self.start : self.start + math.prod(self.shape)].unflatten(1, self.shape)
+        return torch.unflatten(flat_KE[:, self.start : self.start + math.prod(self.shape)], 1, self.shape)
 
 
 class AdapterStack(nn.Module):

@@ -21,9 +21,9 @@ from malora.backends.batched import batched_down_proj, batched_up_proj
 from malora.checkpointing import add_gradient
 from malora.config import MaloraConfig, resolve_backend
 from malora.factors import StackedWeights
-from malora.fused.eligibility import find_fused_adapter
+from malora.fused.eligibility import can_use_kernels, find_fused_adapter
 from malora.fused.group import ProjectionGroup
-from malora.routing import Routing, RoutingLog, WeakReference, batched_probabilities, route
+from malora.routing import Routing, RoutingLog, WeakReference, expert_probabilities, route
 
 LINEAR_TYPES = (nn.Linear, Conv1D)  # GPT-2's Conv1D is a linear layer whose weight is [n, m]
 
@@ -133,11 +133,11 @@ class MaloraLinear(AdapterLayer):
     def _add_deltas_of_rows(self, rows: AdapterRows, x: Tensor, y: Tensor) -> Tensor:
         """Add to each row of y what its own adapter computes from that row of x."""
         segments = rows.segments(x)
-        found = [self._delta_of_segment(rows, segment, x[segment.index]) for segment in segments]
+        found = [self._delta_of_segment(rows, segment, x[segment.rows]) for segment in segments]
         if all(delta is None for delta in found):
             return y
         deltas = [
-            torch.zeros_like(y[segment.index]) if delta is None else delta.to(y.dtype)
+            torch.zeros_like(y[segment.rows]) if delta is None else delta.to(y.dtype)
             for segment, delta in zip(segments, found, strict=True)
         ]
         # One sum, because the backward pass of a sum into some rows copies the gradient of all rows.
@@ -167,19 +167,25 @@ class MaloraLinear(AdapterLayer):
         if not torch.is_autocast_enabled(x.device.type):
             x = self._cast_input_dtype(x, weights.factors.dtype)
         x_KTn = x.reshape(K, -1, self.in_features)
-        h_KTNr = batched_down_proj(self.malora_dropout[adapters[0]](x_KTn), weights.factors)
-        probability_KTN = None
+        expert_out_KTNr = batched_down_proj(self.malora_dropout[adapters[0]](x_KTn), weights.factors)
         if weights.router is None:
-            h_KTNr = h_KTNr * config.scaling
+            y = batched_up_proj(expert_out_KTNr * config.scaling, weights.factors)
+            return y.reshape(*x.shape[:-1], self.out_features)
+        logits_KTN = x_KTn @ weights.router.mT
+        if can_use_kernels(config, x.device):
+            from malora.fused.gated_experts import gate_experts  # needs Triton
+
+            experts, logits = expert_out_KTNr.flatten(0, 1), logits_KTN.flatten(0, 1)
+            h, probability = gate_experts(experts, logits, config.top_k, config.scaling)
+            h_KTNr, probability_KTN = h.view_as(expert_out_KTNr), probability.view_as(logits_KTN)
         else:
-            probability_KTN = batched_probabilities(x_KTn, weights.router)
+            probability_KTN = expert_probabilities(logits_KTN)
             gate_KTN = Routing(probability_KTN, config.top_k).gate * config.scaling
-            h_KTNr = h_KTNr * gate_KTN.to(h_KTNr.dtype).unsqueeze(-1)
+            h_KTNr = expert_out_KTNr * gate_KTN.to(expert_out_KTNr.dtype).unsqueeze(-1)
         y = batched_up_proj(h_KTNr, weights.factors).reshape(*x.shape[:-1], self.out_features)
-        if probability_KTN is not None:
-            shape = (len(x) // K, *x.shape[1:-1], config.num_experts)
-            for adapter, probability in zip(adapters, probability_KTN.unbind(), strict=True):
-                y = self.record_routing(adapter, Routing(probability.view(shape), config.top_k), y)
+        shape = (len(x) // K, *x.shape[1:-1], config.num_experts)
+        for adapter, probability in zip(adapters, probability_KTN.unbind(), strict=True):
+            y = self.record_routing(adapter, Routing(probability.view(shape), config.top_k), y)
         return y
 
     def _offloaded_factors(self) -> list[Any]:

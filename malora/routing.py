@@ -62,13 +62,11 @@ def route(x: Tensor, weight_Nn: Tensor, top_k: int) -> Routing:
 
     The top k experts follow from it. The softmax is computed in float32, or in the dtype of x if that is wider.
     """
-    logits = F.linear(x, weight_Nn)
-    return Routing(logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)), top_k)
+    return Routing(expert_probabilities(F.linear(x, weight_Nn)), top_k)
 
 
-def batched_probabilities(x_KTn: Tensor, weight_KNn: Tensor) -> Tensor:
-    """Compute the probabilities of `route` for K adapters, each on tokens of its own: [K, T, N]."""
-    logits = x_KTn @ weight_KNn.mT
+def expert_probabilities(logits: Tensor) -> Tensor:
+    """Compute the softmax over the last dimension in float32, or in the dtype of the logits if that is wider."""
     return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 

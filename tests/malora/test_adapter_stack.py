@@ -5,8 +5,10 @@ import torch
 from peft import get_peft_model
 
 import malora
+import malora.fused.gated_experts
 from malora import METHODS
 from malora.adapter_stack import stack_adapters
+from malora.fused.availability import interprets_triton
 from malora.load_balancing import has_router
 from tests.conftest import make_model
 from tests.malora.test_methods import randomise
@@ -62,9 +64,23 @@ CASES += [(method, case) for method in ("malora", "asylora") for case in PASSES 
 
 @pytest.mark.parametrize("method, case", CASES)
 def test_a_stack_computes_what_its_adapters_do(method, case):
+    compare_with_single_adapters(method, case, "dense")
+
+
+@pytest.mark.skipif(not (interprets_triton() or torch.cuda.is_available()), reason="needs Triton")
+@pytest.mark.parametrize("method", ["malora", "molora"])
+def test_a_stack_computes_the_same_by_kernels(method, monkeypatch):
+    calls = []
+    kernel = malora.fused.gated_experts.gate
+    monkeypatch.setattr(malora.fused.gated_experts, "gate", lambda *args: calls.append(args) or kernel(*args))
+    compare_with_single_adapters(method, "all", "fused")
+    assert len(calls) == 2 * 6  # layers and targets
+
+
+def compare_with_single_adapters(method, case, backend):
     names, rows = PASSES[case]
     ids = torch.randint(0, 61, (6, 5), generator=torch.Generator().manual_seed(0))
-    configs = {name: METHODS[method](lora_dropout=0) for name in NAMES}
+    configs = {name: METHODS[method](lora_dropout=0, backend=backend) for name in NAMES}
     model = with_adapters(configs)
     expected = run(model, rows, names, ids)
     sum(expected.values()).backward()
