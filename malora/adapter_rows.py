@@ -69,12 +69,14 @@ class AdapterRows:
         flattened: Numbers of tokens that a batch has in all rows together. Some models, such as OPT, flatten batch and
             sequence. An input of two dimensions and this length has the tokens of the first row first.
         weights: Weights of the adapters of each stack in use, by the layer's name. See `malora.adapter_stack`.
+        outputs: What layers have computed for others that read the same input, until those fetch it.
     """
 
     def __init__(self, names: Sequence[str], repeats: int = 1) -> None:
         self.names, self.repeats = tuple(names), repeats
         self.flattened: set[int] = set()
         self.weights: list[dict[str, Any]] = []
+        self.outputs: dict[Any, Any] = {}
         self._stacks: list[tuple[str, ...]] = []
         self._groupings: dict[tuple[int, torch.device], Grouping] = {}
         self._segments: dict[tuple[int, torch.device], list[Segment]] = {}
@@ -105,6 +107,15 @@ class AdapterRows:
                     found.append(segment)
             self._segments[key] = found
         return self._segments[key]
+
+    def split(self, x: Tensor) -> Sequence[Tensor]:
+        """Return the rows of x of each segment."""
+        segments = self.segments(x)
+        if self.grouping(x).restore is not None:
+            return [x[segment.rows] for segment in segments]
+        sizes = [s.rows.stop - s.rows.start for s in segments if isinstance(s.rows, slice)]  # all are
+        # A slice of all rows would cost a copy in the backward pass, and several slices one each.
+        return [x] if len(segments) == 1 else x.split(sizes)
 
     def _segment_of(self, name: str, index: Index) -> Segment:
         for number, names in enumerate(self._stacks):

@@ -25,20 +25,33 @@ from malora.config import MaloraConfig
 from malora.factors import Factors, StackedWeights
 from malora.layer import MaloraLayer
 
+INPUT_KINDS = frozenset({"router", "A", "S"})  # they read the layer's input
+OTHER_KINDS = ("P", "B", "Q", "S_B")
 ALIGNMENT = 64  # elements; each tensor begins at a multiple of it, so that it is read in wide loads
 
 
-class _Place(NamedTuple):
-    """Where a tensor of a layer lies in the flat values of an adapter."""
+class _Block(NamedTuple):
+    """Where tensors of one kind lie in the flat values of an adapter, those of several layers one after the other."""
 
-    layer: str
+    layers: tuple[str, ...]
     kind: str  # "router", "A", "P", ...
     start: int
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of one layer's tensor
+
+    @property
+    def size(self) -> int:
+        """Elements of all layers' tensors."""
+        return len(self.layers) * math.prod(self.shape)
 
     def view(self, flat_KE: Tensor) -> Tensor:
-        """Return this tensor of all adapters, [K, *shape]."""
-        return torch.unflatten(flat_KE[:, self.start : self.start + math.prod(self.shape)], 1, self.shape)
+        """Return the tensors of all adapters, [K, *shape], or [K, rows, n] if they read the layers' input."""
+        found = flat_KE[:, self.start : self.start + self.size]
+        return torch.unflatten(found, 1, (-1, self.shape[-1]) if self.kind in INPUT_KINDS else self.shape)
+
+    def tensors(self, flat_E: Tensor) -> list[Tensor]:
+        """Return the tensor of each layer, of one adapter."""
+        found = flat_E[self.start : self.start + self.size]
+        return [*found.view(len(self.layers), *self.shape)]
 
 
 class AdapterStack(nn.Module):
@@ -60,58 +73,63 @@ class AdapterStack(nn.Module):
         super().__init__()
         self.names = tuple(names)
         layers = [layer for layer in _layers(model) if names[0] in layer.settings]
-        self._trained, trained = _move(layers, self.names, trained=True)
-        self._frozen, frozen = _move(layers, self.names, trained=False)
+        groups = _groups_of(layers, names[0])
+        self._groups = [tuple(layer.name for layer in group) for group in groups]
+        self._trained, trained = _move(groups, self.names, trained=True)
+        self._frozen, frozen = _move(groups, self.names, trained=False)
         self.flat = nn.ParameterList(nn.Parameter(values) for values in trained)
         self._frozen_copies = {values.dtype: torch.stack(frozen) for values in frozen[:1]}
         by_name = {layer.name: layer for layer in layers}
-        for place in self._trained:
+        for block in self._trained:
             for name, values in zip(names, self.flat, strict=True):
-                parameter = _tensors_of(by_name[place.layer], name)[place.kind]
-                parameter.requires_grad_(False)
-                parameter.data = place.view(values.detach()[None])[0]
+                for layer_name, tensor in zip(block.layers, block.tensors(values.detach()), strict=True):
+                    parameter = _tensors_of(by_name[layer_name], name)[block.kind]
+                    parameter.requires_grad_(False)
+                    parameter.data = tensor
         for layer in layers:
             layer.group.clear_caches()
 
     def weights(self, dtype: torch.dtype) -> dict[str, StackedWeights]:
-        """Return the weights of all adapters in `dtype`, by the layer's name.
+        """Return the weights of all adapters in `dtype`, by the layer's name. Layers of a group share theirs.
 
         They carry gradients to `flat`.
         """
         views: tuple[Tensor, ...] = _Unpack.apply(self._trained, dtype, *self.flat)  # type: ignore[no-untyped-call]
-        found: dict[str, dict[str, Tensor]] = {}
-        for place, view in zip(self._trained, views, strict=True):
-            found.setdefault(place.layer, {})[place.kind] = view
+        found = {(block.layers, block.kind): view for block, view in zip(self._trained, views, strict=True)}
         if self._frozen:
-            original = next(iter(self._frozen_copies.values()))
             if dtype not in self._frozen_copies:
-                self._frozen_copies[dtype] = original.to(dtype)
-            for place in self._frozen:
-                found.setdefault(place.layer, {})[place.kind] = place.view(self._frozen_copies[dtype])
-        empty = dict.fromkeys(Factors._fields)
-        return {
-            layer: StackedWeights(tensors.pop("router", None), Factors(**{**empty, **tensors}))
-            for layer, tensors in found.items()
-        }
+                self._frozen_copies[dtype] = next(iter(self._frozen_copies.values())).to(dtype)
+            found |= {(block.layers, block.kind): block.view(self._frozen_copies[dtype]) for block in self._frozen}
+        by_layer: dict[str, StackedWeights] = {}
+        for group in self._groups:
+            down = found.get((group, "A"), found.get((group, "S")))
+            assert down is not None, "every method has A or S"
+            kinds = [{kind: found.get(((layer,), kind)) for kind in OTHER_KINDS} for layer in group]
+            factors = [Factors(A=None, S=None, **of_layer) for of_layer in kinds]
+            weights = StackedWeights(group, found.get((group, "router")), down, factors)
+            by_layer |= dict.fromkeys(group, weights)
+        return by_layer
 
 
 class _Unpack(torch.autograd.Function):
-    """Copy flat values of K adapters into one tensor and return the views [K, ...] of it at some places."""
+    """Copy flat values of K adapters into one tensor and return views of its blocks."""
 
     @staticmethod
-    def forward(ctx: Any, places: list[_Place], dtype: torch.dtype, *flat: Tensor) -> tuple[Tensor, ...]:
-        ctx.places, ctx.shape, ctx.dtype = places, (len(flat), len(flat[0])), flat[0].dtype
+    def forward(ctx: Any, blocks: list[_Block], dtype: torch.dtype, *flat: Tensor) -> tuple[Tensor, ...]:
+        ctx.blocks, ctx.shape, ctx.dtype = blocks, (len(flat), len(flat[0])), flat[0].dtype
         ctx.set_materialize_grads(False)
         copied = flat[0].new_empty(ctx.shape, dtype=dtype)
         for target, source in zip(copied, flat, strict=True):
             target.copy_(source)
-        return tuple(place.view(copied) for place in places)
+        return tuple(block.view(copied) for block in blocks)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        found = [(p, gradient) for p, gradient in zip(ctx.places, gradients, strict=True) if gradient is not None]
+        found = [
+            (block, gradient) for block, gradient in zip(ctx.blocks, gradients, strict=True) if gradient is not None
+        ]
         collected = found[0][1].new_zeros(ctx.shape, dtype=ctx.dtype)
-        torch._foreach_copy_([place.view(collected) for place, _ in found], [gradient for _, gradient in found])
+        torch._foreach_copy_([block.view(collected) for block, _ in found], [gradient for _, gradient in found])
         return None, None, *collected.unbind()
 
 
@@ -168,29 +186,45 @@ def _tensors_of(layer: MaloraLayer, name: str) -> dict[str, Tensor]:
     return {kind: tensor for kind, tensor in found.items() if tensor is not None}
 
 
-def _move(layers: list[MaloraLayer], names: tuple[str, ...], *, trained: bool) -> tuple[list[_Place], list[Tensor]]:
+def _groups_of(layers: list[MaloraLayer], name: str) -> list[list[MaloraLayer]]:
+    """Divide layers into groups that read the same input and have equal settings."""
+    groups: dict[Hashable, list[MaloraLayer]] = {}
+    for layer in layers:
+        shapes = tuple((kind, t.shape) for kind, t in _tensors_of(layer, name).items() if kind in INPUT_KINDS)
+        groups.setdefault((id(layer.group), _settings_of(layer.settings[name]), shapes), []).append(layer)
+    return [*groups.values()]
+
+
+def _move(
+    groups: list[list[MaloraLayer]], names: tuple[str, ...], *, trained: bool
+) -> tuple[list[_Block], list[Tensor]]:
     """Copy tensors of adapters into flat ones, one per adapter.
 
     Args:
-        layers: The layers with the adapters.
+        groups: The layers with the adapters.
         names: The adapters.
         trained: Whether to take the trained tensors, or the frozen ones.
 
     Returns:
-        The place of each tensor, and the flat tensors [E]; no tensors if there are none to take.
+        The blocks, and the flat tensors [E]; no tensors if there are none to take.
     """
-    places, start = [], 0
-    for layer in layers:
-        for kind, tensor in _tensors_of(layer, names[0]).items():
-            if tensor.requires_grad is trained:
-                places.append(_Place(layer.name, kind, start, tuple(tensor.shape)))
-                start += -(-tensor.numel() // ALIGNMENT) * ALIGNMENT
-    if not places:
+    blocks: list[_Block] = []
+    start = 0
+    for group in groups:
+        for kind, tensor in _tensors_of(group[0], names[0]).items():
+            if tensor.requires_grad is not trained:
+                continue
+            for together in [group] if kind in INPUT_KINDS else [[layer] for layer in group]:
+                shape = tuple(_tensors_of(together[0], names[0])[kind].shape)
+                blocks.append(_Block(tuple(layer.name for layer in together), kind, start, shape))
+                start += -(-blocks[-1].size // ALIGNMENT) * ALIGNMENT
+    if not blocks:
         return [], []
-    by_name = {layer.name: layer for layer in layers}
-    like = _tensors_of(by_name[places[0].layer], names[0])[places[0].kind]
+    by_name = {layer.name: layer for group in groups for layer in group}
+    like = _tensors_of(groups[0][0], names[0])[blocks[0].kind]
     flat = [torch.zeros(start, dtype=like.dtype, device=like.device) for _ in names]
     for name, values in zip(names, flat, strict=True):
-        for place in places:
-            place.view(values[None])[0].copy_(_tensors_of(by_name[place.layer], name)[place.kind].detach())
-    return places, flat
+        for block in blocks:
+            for layer, target in zip(block.layers, block.tensors(values), strict=True):
+                target.copy_(_tensors_of(by_name[layer], name)[block.kind].detach())
+    return blocks, flat

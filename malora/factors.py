@@ -105,19 +105,24 @@ class Factors(NamedTuple):
 
 
 class StackedWeights(NamedTuple):
-    """The weights of K adapters of one shape in one layer.
+    """The weights of K adapters of one shape, in G layers that read the same input.
 
     Attributes:
-        router: Router weights, [K, N, n]; None if there is one expert.
-        factors: Expert matrices, each with K as its first dimension.
+        layers: Names of the layers.
+        router: Router weights of all layers, [K, G·N, n]; None if there is one expert.
+        down: A or S of all layers, one below the other, [K, G·R, n].
+        factors: The other matrices of each layer, each with K as its first dimension. A and S are None.
     """
 
+    layers: tuple[str, ...]
     router: Tensor | None
-    factors: Factors
+    down: Tensor
+    factors: list[Factors]
 
     def select(self, members: slice) -> StackedWeights:
         """Return the weights of some adapters."""
+        if members == slice(0, len(self.down)):
+            return self
+        factors = [Factors(*(None if t is None else t[members] for t in of_layer)) for of_layer in self.factors]
         router = None if self.router is None else self.router[members]
-        return StackedWeights(
-            router, Factors(*(None if tensor is None else tensor[members] for tensor in self.factors))
-        )
+        return StackedWeights(self.layers, router, self.down[members], factors)

@@ -6,7 +6,6 @@ and which are trained is a setting. Shapes: n in, m out, N experts, r rank, d ra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -17,13 +16,13 @@ from transformers.pytorch_utils import Conv1D
 from malora.adapter_layer import AdapterLayer
 from malora.adapter_rows import AdapterRows, Segment
 from malora.backends import BACKENDS
-from malora.backends.batched import batched_down_proj, batched_up_proj
 from malora.checkpointing import add_gradient
 from malora.config import MaloraConfig, resolve_backend
 from malora.factors import StackedWeights
-from malora.fused.eligibility import can_use_kernels, find_fused_adapter
+from malora.fused.eligibility import find_fused_adapter
 from malora.fused.group import ProjectionGroup
-from malora.routing import Routing, RoutingLog, WeakReference, expert_probabilities, route
+from malora.routing import Routing, RoutingLog, WeakReference, route
+from malora.stacked_layers import stacked_deltas
 
 LINEAR_TYPES = (nn.Linear, Conv1D)  # GPT-2's Conv1D is a linear layer whose weight is [n, m]
 
@@ -132,61 +131,53 @@ class MaloraLinear(AdapterLayer):
 
     def _add_deltas_of_rows(self, rows: AdapterRows, x: Tensor, y: Tensor) -> Tensor:
         """Add to each row of y what its own adapter computes from that row of x."""
-        segments = rows.segments(x)
-        found = [self._delta_of_segment(rows, segment, x[segment.rows]) for segment in segments]
+        pairs = zip(rows.segments(x), rows.split(x), strict=True)
+        found = [self._delta_of_segment(rows, segment, x, part) for segment, part in pairs]
         if all(delta is None for delta in found):
             return y
         deltas = [
-            torch.zeros_like(y[segment.rows]) if delta is None else delta.to(y.dtype)
-            for segment, delta in zip(segments, found, strict=True)
+            torch.zeros_like(part) if delta is None else delta.to(y.dtype)
+            for delta, part in zip(found, rows.split(y), strict=True)
         ]
         # One sum, because the backward pass of a sum into some rows copies the gradient of all rows.
         return y + rows.grouping(x).join(deltas)
 
-    def _delta_of_segment(self, rows: AdapterRows, segment: Segment, x: Tensor) -> Tensor | None:
-        """Return what the adapters of a segment add to its rows, or None if none of them adapts this layer."""
-        adapter = segment.names[0]
-        if adapter not in self.settings:
+    def _delta_of_segment(self, rows: AdapterRows, segment: Segment, x: Tensor, part: Tensor) -> Tensor | None:
+        """Return what the adapters of a segment add to its part of x, or None if they do not adapt this layer."""
+        if segment.names[0] not in self.settings:
             return None
         if segment.stack is None:
-            return self.delta(adapter, x)
+            return self.delta(segment.names[0], part)
         weights: StackedWeights = rows.weights[segment.stack][self.name]
-        if segment.members != slice(0, len(weights.factors.expert_up)):
-            weights = weights.select(segment.members)
-        return self.stacked_delta(segment.names, weights, x)
+        if len(weights.layers) == 1:
+            return self._stacked_deltas(segment, weights, part)[self.name]
+        # The first layer of a group computes all of them, and the others fetch what they add.
+        key, state = (weights.layers, segment.names), (x._version, torch.is_grad_enabled(), self.training)
+        source, state_before, deltas = rows.outputs.get(key, (None, None, {}))
+        if source is not x or state != state_before or self.name not in deltas:
+            deltas = self._stacked_deltas(segment, weights, part)
+        delta: Tensor = deltas.pop(self.name)
+        rows.outputs[key] = (x, state, deltas) if deltas else (None, None, {})
+        return delta
 
-    def stacked_delta(self, adapters: Sequence[str], weights: StackedWeights, x: Tensor) -> Tensor:
-        """Return what adapters of one shape add to W x, each on its own rows.
-
-        Args:
-            adapters: K adapters.
-            weights: Their weights.
-            x: [K·R, ..., n], the rows of the first adapter first.
-        """
-        config, K = self.settings[adapters[0]], len(adapters)
+    def _stacked_deltas(self, segment: Segment, weights: StackedWeights, x: Tensor) -> dict[str, Tensor]:
+        """Return what the stacked adapters of a segment add to its rows x in each layer of the weights' group."""
+        config, K = self.settings[segment.names[0]], len(segment.names)
         if not torch.is_autocast_enabled(x.device.type):
-            x = self._cast_input_dtype(x, weights.factors.dtype)
+            x = self._cast_input_dtype(x, weights.down.dtype)
         x_KTn = x.reshape(K, -1, self.in_features)
-        expert_out_KTNr = batched_down_proj(self.malora_dropout[adapters[0]](x_KTn), weights.factors)
-        if weights.router is None:
-            y = batched_up_proj(expert_out_KTNr * config.scaling, weights.factors)
-            return y.reshape(*x.shape[:-1], self.out_features)
-        logits_KTN = x_KTn @ weights.router.mT
-        if can_use_kernels(config, x.device):
-            from malora.fused.gated_experts import gate_experts  # needs Triton
-
-            experts, logits = expert_out_KTNr.flatten(0, 1), logits_KTN.flatten(0, 1)
-            h, probability = gate_experts(experts, logits, config.top_k, config.scaling)
-            h_KTNr, probability_KTN = h.view_as(expert_out_KTNr), probability.view_as(logits_KTN)
-        else:
-            probability_KTN = expert_probabilities(logits_KTN)
-            gate_KTN = Routing(probability_KTN, config.top_k).gate * config.scaling
-            h_KTNr = expert_out_KTNr * gate_KTN.to(expert_out_KTNr.dtype).unsqueeze(-1)
-        y = batched_up_proj(h_KTNr, weights.factors).reshape(*x.shape[:-1], self.out_features)
-        shape = (len(x) // K, *x.shape[1:-1], config.num_experts)
-        for adapter, probability in zip(adapters, probability_KTN.unbind(), strict=True):
-            y = self.record_routing(adapter, Routing(probability.view(shape), config.top_k), y)
-        return y
+        dropout = self.malora_dropout[segment.names[0]]
+        found, probabilities = stacked_deltas(x_KTn, weights.select(segment.members), config, dropout)
+        layers = {layer.name: layer for layer in self.group.layers}
+        deltas = {}
+        for i, (name, delta) in enumerate(zip(weights.layers, found, strict=True)):
+            y = delta.reshape(*x.shape[:-1], -1)
+            if probabilities is not None:
+                shape = (len(x) // K, *x.shape[1:-1], config.num_experts)
+                for adapter, probability in zip(segment.names, probabilities[i].unbind(), strict=True):
+                    y = layers[name].record_routing(adapter, Routing(probability.reshape(shape), config.top_k), y)
+            deltas[name] = y
+        return deltas
 
     def _offloaded_factors(self) -> list[Any]:
         """Return the parameters that accelerate loads before a forward pass and offloads after it.

@@ -1,8 +1,9 @@
 """Routing and gating of experts by the kernels of the fused path, with gradients, for experts computed elsewhere.
 
-The torch operations that do the same are some twenty kernels per layer. Here they are one in each direction.
+The torch operations that do the same are some twenty kernels per layer. Here they are two for all layers that share an
+input, and in the backward pass, too: one brings the operands together, the other computes.
 
-Shapes: T tokens, N experts, r rank.
+Shapes: K adapters, T tokens of each, N experts, r rank, H = N·r; G layers.
 """
 
 from __future__ import annotations
@@ -16,48 +17,63 @@ from torch.autograd.function import once_differentiable
 from malora.fused.kernels.gate import GateLayout, gate, gate_backward
 
 
-def gate_experts(expert_out_TNr: Tensor, logits_TN: Tensor, top_k: int, scaling: float) -> tuple[Tensor, Tensor]:
+def gate_experts(
+    outputs: list[Tensor], logits: Tensor, top_k: int, scaling: float
+) -> tuple[list[Tensor], list[Tensor]]:
     """Multiply each expert's output by its gate and the scaling.
 
     Args:
-        expert_out_TNr: Outputs of the down projections.
-        logits_TN: Router logits, in the same dtype.
+        outputs: Outputs of the down projections of each layer, [K, T, N, r].
+        logits: Router logits of all layers, [K, T, G·N], in the same dtype.
         top_k: Experts per token.
         scaling: Factor of all gates.
 
     Returns:
-        The gated outputs, [T, N, r], and the router probabilities, [T, N] in float32 or wider.
+        Of each layer the gated outputs, [K, T, H], and the router probabilities, [K, T, N] in float32 or wider.
     """
-    _, N, r = expert_out_TNr.shape
+    G = len(outputs)
+    N, r = outputs[0].shape[2:]
     H = N * r
     layout = GateLayout(
-        N=N, top_k=top_k, r=r, D=r, z_step=r, z_group=H, l_group=N, logits_at=H, has_p=False, scaling=scaling
+        N=N, top_k=top_k, r=r, D=r, z_step=r, z_group=H, l_group=N, logits_at=G * H, has_p=False, scaling=scaling
     )
-    h, probability = _GateExperts.apply(expert_out_TNr.flatten(1), logits_TN, layout)  # type: ignore[no-untyped-call]
-    return torch.unflatten(h, 1, (N, r)), probability
+    results = _GateExperts.apply(layout, logits, *(output.flatten(2) for output in outputs))  # type: ignore[no-untyped-call]
+    return [*results[:G]], [*results[G:]]
 
 
 class _GateExperts(torch.autograd.Function):
-    """Gate the columns of expert outputs [T, N·r] by router logits [T, N]."""
+    """Gate the columns of the expert outputs of each layer, [K, T, H], by router logits [K, T, G·N]."""
 
     @staticmethod
-    def forward(ctx: Any, expert_out: Tensor, logits: Tensor, layout: GateLayout) -> tuple[Tensor, Tensor]:
-        down_out = torch.cat([expert_out, logits], 1)
-        h = expert_out.new_empty(1, *expert_out.shape)
-        probability = gate(down_out, None, h, layout)
-        ctx.layout = layout
+    def forward(ctx: Any, layout: GateLayout, logits: Tensor, *outputs: Tensor) -> tuple[Tensor, ...]:
+        down_out = torch.cat([*outputs, logits], -1).flatten(0, 1)
+        shape = outputs[0].shape
+        h = logits.new_empty(len(outputs), len(down_out), shape[-1])
+        probabilities = gate(down_out, None, h, layout)
+        ctx.layout, ctx.shape = layout, shape
         ctx.save_for_backward(down_out)
         ctx.set_materialize_grads(False)
-        return h[0], probability[0]
+        return *(one.view(shape) for one in h), *(one.view(*shape[:2], layout.N) for one in probabilities)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dh: Tensor | None, d_probability: Tensor | None) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         (down_out,) = ctx.saved_tensors
         layout: GateLayout = ctx.layout
-        dh = down_out.new_zeros(len(down_out), layout.logits_at) if dh is None else dh
-        if d_probability is not None:
-            d_probability = d_probability.contiguous()[None]
-        gradient = torch.empty_like(down_out)
-        gate_backward(down_out, None, dh.contiguous()[None], d_probability, gradient, layout)
-        return gradient[:, : layout.logits_at], gradient[:, layout.logits_at :], None
+        (K, T, H), G, N = ctx.shape, len(gradients) // 2, layout.N
+        dh = _stack(gradients[:G], (K, T, H), down_out)
+        d_probability = None
+        if any(gradient is not None for gradient in gradients[G:]):
+            wide = down_out.new_empty(0, dtype=torch.promote_types(down_out.dtype, torch.float32))
+            d_probability = _stack(gradients[G:], (K, T, N), wide)
+        d_down_out = torch.empty_like(down_out)
+        gate_backward(down_out, None, dh, d_probability, d_down_out, layout)
+        *d_outputs, d_logits = d_down_out.view(K, T, -1).split([H] * G + [G * N], -1)
+        return None, d_logits, *d_outputs
+
+
+def _stack(gradients: tuple[Tensor | None, ...], shape: tuple[int, int, int], like: Tensor) -> Tensor:
+    """Return the gradients [K, T, C] of all layers as [G, K·T, C]; zeros where there is none."""
+    found = [like.new_zeros(shape) if gradient is None else gradient for gradient in gradients]
+    stacked = torch.stack(found) if len(found) > 1 else found[0].contiguous()[None]
+    return stacked.flatten(1, 2)
