@@ -9,7 +9,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,23 +31,30 @@ class Grouping(NamedTuple):
     rows: dict[str, Index]
     restore: Tensor | None
 
-    def join(self, parts: dict[str, Tensor], like: Tensor) -> Tensor:
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
         """Return the rows of all adapters in the order of the batch, [B, ...].
 
         Args:
-            parts: Rows by adapter, [R, ...] in the dtype of `like`. An adapter without an entry gets zeros.
-            like: Tensor of the shape of the result.
+            parts: All rows in the grouped order, in one or several tensors.
         """
-        grouped = [
-            parts[name] if name in parts else like.new_zeros(_count(index), *like.shape[1:])
-            for name, index in self.rows.items()
-        ]
-        joined = torch.cat(grouped) if len(grouped) > 1 else grouped[0]
+        joined = torch.cat([*parts]) if len(parts) > 1 else parts[0]
         return joined if self.restore is None else joined.index_select(0, self.restore)
 
 
-def _count(index: Index) -> int:
-    return len(index) if isinstance(index, Tensor) else int(index.stop - index.start)
+class Segment(NamedTuple):
+    """Rows that are computed together.
+
+    Attributes:
+        names: Their adapters, in the grouped order.
+        rows: The rows. If there are several adapters, each has equally many.
+        stack: Position of the adapters' stack among those in use, or None.
+        members: The adapters in the stack.
+    """
+
+    names: tuple[str, ...]
+    rows: Index
+    stack: int | None
+    members: slice
 
 
 class AdapterRows:
@@ -60,12 +68,61 @@ class AdapterRows:
     Attributes:
         flattened: Numbers of tokens that a batch has in all rows together. Some models, such as OPT, flatten batch and
             sequence. An input of two dimensions and this length has the tokens of the first row first.
+        weights: Weights of the adapters of each stack in use, by the layer's name. See `malora.adapter_stack`.
+        outputs: What layers have computed for others that read the same input, until those fetch it.
     """
 
     def __init__(self, names: Sequence[str], repeats: int = 1) -> None:
         self.names, self.repeats = tuple(names), repeats
         self.flattened: set[int] = set()
+        self.weights: list[dict[str, Any]] = []
+        self.outputs: dict[Any, Any] = {}
+        self._stacks: list[tuple[str, ...]] = []
         self._groupings: dict[tuple[int, torch.device], Grouping] = {}
+        self._segments: dict[tuple[int, torch.device], list[Segment]] = {}
+
+    def use_stacks(self, stacks: Sequence[Any], dtype: torch.dtype | None) -> None:
+        """Compute adapters of one stack together in this pass.
+
+        Args:
+            stacks: `AdapterStack` objects.
+            dtype: Dtype of the pass's matmuls; None for that of the adapters.
+        """
+        in_use = [stack for stack in stacks if not set(self.names).isdisjoint(stack.names)]
+        self._stacks = [stack.names for stack in in_use]
+        self.weights = [stack.weights(dtype or stack.flat[0].dtype) for stack in in_use]
+        self._segments.clear()
+
+    def segments(self, x: Tensor) -> list[Segment]:
+        """Divide the rows of x among as few segments as possible, in the grouped order."""
+        key = len(x), x.device
+        if key not in self._segments:
+            found: list[Segment] = []
+            for name, index in self.grouping(x).rows.items():
+                segment = self._segment_of(name, index)
+                joined = _join_segments(found[-1], segment) if found else None
+                if joined is not None:
+                    found[-1] = joined
+                else:
+                    found.append(segment)
+            self._segments[key] = found
+        return self._segments[key]
+
+    def split(self, x: Tensor) -> Sequence[Tensor]:
+        """Return the rows of x of each segment."""
+        segments = self.segments(x)
+        if self.grouping(x).restore is not None:
+            return [x[segment.rows] for segment in segments]
+        sizes = [s.rows.stop - s.rows.start for s in segments if isinstance(s.rows, slice)]  # all are
+        # A slice of all rows would cost a copy in the backward pass, and several slices one each.
+        return [x] if len(segments) == 1 else x.split(sizes)
+
+    def _segment_of(self, name: str, index: Index) -> Segment:
+        for number, names in enumerate(self._stacks):
+            if name in names:
+                place = names.index(name)
+                return Segment((name,), index, number, slice(place, place + 1))
+        return Segment((name,), index, None, slice(0))
 
     def grouping(self, x: Tensor) -> Grouping:
         """Return the grouping of the rows of x, [B, ...].
@@ -97,7 +154,27 @@ class AdapterRows:
         )
 
 
-def _group(names: Sequence[str], repeats: int, device: torch.device) -> Grouping:
+def _join_segments(first: Segment, second: Segment) -> Segment | None:
+    """Return a segment of one stack and the next adapter as one; None if they cannot be computed together."""
+    if first.stack is None or first.stack != second.stack or first.members.stop != second.members.start:
+        return None
+    if isinstance(first.rows, Tensor) or isinstance(second.rows, Tensor) or first.rows.stop != second.rows.start:
+        return None
+    count = (first.rows.stop - first.rows.start) // len(first.names)
+    if second.rows.stop - second.rows.start != count:
+        return None
+    return Segment(
+        first.names + second.names,
+        slice(first.rows.start, second.rows.stop),
+        first.stack,
+        slice(first.members.start, second.members.stop),
+    )
+
+
+# A CUDA graph cannot be captured while positions are copied to the GPU. So the pass before the capture makes them. The
+# routing log's snapshot of a captured pass keeps them when they are no longer here.
+@lru_cache(maxsize=64)
+def _group(names: tuple[str, ...], repeats: int, device: torch.device) -> Grouping:
     """Group rows by adapter; each name stands for `repeats` rows, one after the other."""
     positions: dict[str, list[int]] = {}
     for place, name in enumerate(names):

@@ -102,3 +102,27 @@ class Factors(NamedTuple):
         Without a router this is the change of W. With a router the change depends on the token.
         """
         return scaling * (self.up().flatten(0, 1).T @ self.down().flatten(0, 1))
+
+
+class StackedWeights(NamedTuple):
+    """The weights of K adapters of one shape, in G layers that read the same input.
+
+    Attributes:
+        layers: Names of the layers.
+        router: Router weights of all layers, [K, G·N, n]; None if there is one expert.
+        down: A or S of all layers, one below the other, [K, G·R, n].
+        factors: The other matrices of each layer, each with K as its first dimension. A and S are None.
+    """
+
+    layers: tuple[str, ...]
+    router: Tensor | None
+    down: Tensor
+    factors: list[Factors]
+
+    def select(self, members: slice) -> StackedWeights:
+        """Return the weights of some adapters."""
+        if members == slice(0, len(self.down)):
+            return self
+        factors = [Factors(*(None if t is None else t[members] for t in of_layer)) for of_layer in self.factors]
+        router = None if self.router is None else self.router[members]
+        return StackedWeights(self.layers, router, self.down[members], factors)

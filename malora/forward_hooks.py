@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -99,6 +100,10 @@ class ForwardHooks:
             self._prefetched = prefetch_packed_weights(self._groups)
         else:  # no layer is fused
             self._find_token_counts(self.log.rows, model, args, kwargs)
+            device_type = next(model.parameters()).device.type
+            in_autocast = torch.is_autocast_enabled(device_type)
+            dtype = torch.get_autocast_dtype(device_type) if in_autocast else None
+            self.log.rows.use_stacks(self.log.stacks, dtype)
         masks = (_argument(name, model, args, kwargs) for name in ("attention_mask", "decoder_attention_mask"))
         # It may be four-dimensional, or a dictionary by type of layer, and then says nothing of padding.
         self.log.start(*(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None for mask in masks))

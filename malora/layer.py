@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from malora.adapter_layer import AdapterLayer
-from malora.adapter_rows import AdapterRows
+from malora.adapter_rows import AdapterRows, Segment
 from malora.backends import BACKENDS
 from malora.checkpointing import add_gradient
 from malora.config import MaloraConfig, resolve_backend
+from malora.factors import StackedWeights
 from malora.fused.eligibility import find_fused_adapter
 from malora.fused.group import ProjectionGroup
 from malora.routing import Routing, RoutingLog, WeakReference, route
+from malora.stacked_layers import stacked_deltas
 
 LINEAR_TYPES = (nn.Linear, Conv1D)  # GPT-2's Conv1D is a linear layer whose weight is [n, m]
 
@@ -129,14 +131,53 @@ class MaloraLinear(AdapterLayer):
 
     def _add_deltas_of_rows(self, rows: AdapterRows, x: Tensor, y: Tensor) -> Tensor:
         """Add to each row of y what its own adapter computes from that row of x."""
-        grouping = rows.grouping(x)
-        deltas = {
-            adapter: self.delta(adapter, x[index]).to(y.dtype)
-            for adapter, index in grouping.rows.items()
-            if adapter in self.settings
-        }
+        pairs = zip(rows.segments(x), rows.split(x), strict=True)
+        found = [self._delta_of_segment(rows, segment, x, part) for segment, part in pairs]
+        if all(delta is None for delta in found):
+            return y
+        deltas = [
+            torch.zeros_like(part) if delta is None else delta.to(y.dtype)
+            for delta, part in zip(found, rows.split(y), strict=True)
+        ]
         # One sum, because the backward pass of a sum into some rows copies the gradient of all rows.
-        return y + grouping.join(deltas, y) if deltas else y
+        return y + rows.grouping(x).join(deltas)
+
+    def _delta_of_segment(self, rows: AdapterRows, segment: Segment, x: Tensor, part: Tensor) -> Tensor | None:
+        """Return what the adapters of a segment add to its part of x, or None if they do not adapt this layer."""
+        if segment.names[0] not in self.settings:
+            return None
+        if segment.stack is None:
+            return self.delta(segment.names[0], part)
+        weights: StackedWeights = rows.weights[segment.stack][self.name]
+        if len(weights.layers) == 1:
+            return self._stacked_deltas(segment, weights, part)[self.name]
+        # The first layer of a group computes all of them, and the others fetch what they add.
+        key, state = (weights.layers, segment.names), (x._version, torch.is_grad_enabled(), self.training)
+        source, state_before, deltas = rows.outputs.get(key, (None, None, {}))
+        if source is not x or state != state_before or self.name not in deltas:
+            deltas = self._stacked_deltas(segment, weights, part)
+        delta: Tensor = deltas.pop(self.name)
+        rows.outputs[key] = (x, state, deltas) if deltas else (None, None, {})
+        return delta
+
+    def _stacked_deltas(self, segment: Segment, weights: StackedWeights, x: Tensor) -> dict[str, Tensor]:
+        """Return what the stacked adapters of a segment add to its rows x in each layer of the weights' group."""
+        config, K = self.settings[segment.names[0]], len(segment.names)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = self._cast_input_dtype(x, weights.down.dtype)
+        x_KTn = x.reshape(K, -1, self.in_features)
+        dropout = self.malora_dropout[segment.names[0]]
+        found, probabilities = stacked_deltas(x_KTn, weights.select(segment.members), config, dropout)
+        layers = {layer.name: layer for layer in self.group.layers}
+        deltas = {}
+        for i, (name, delta) in enumerate(zip(weights.layers, found, strict=True)):
+            y = delta.reshape(*x.shape[:-1], -1)
+            if probabilities is not None:
+                shape = (len(x) // K, *x.shape[1:-1], config.num_experts)
+                for adapter, probability in zip(segment.names, probabilities[i].unbind(), strict=True):
+                    y = layers[name].record_routing(adapter, Routing(probability.reshape(shape), config.top_k), y)
+            deltas[name] = y
+        return deltas
 
     def _offloaded_factors(self) -> list[Any]:
         """Return the parameters that accelerate loads before a forward pass and offloads after it.

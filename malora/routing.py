@@ -14,7 +14,7 @@ The routing of a model's last forward pass is kept in its `RoutingLog` until the
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -62,8 +62,12 @@ def route(x: Tensor, weight_Nn: Tensor, top_k: int) -> Routing:
 
     The top k experts follow from it. The softmax is computed in float32, or in the dtype of x if that is wider.
     """
-    logits = F.linear(x, weight_Nn)
-    return Routing(logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)), top_k)
+    return Routing(expert_probabilities(F.linear(x, weight_Nn)), top_k)
+
+
+def expert_probabilities(logits: Tensor) -> Tensor:
+    """Compute the softmax over the last dimension in float32, or in the dtype of the logits if that is wider."""
+    return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def top_k_mask(probability: Tensor, top_k: int) -> Tensor:
@@ -129,11 +133,13 @@ class PassSnapshot(NamedTuple):
         routings: Routings of the pass, by the layer's name and the adapter's.
         attention_mask: As in `RoutingLog`.
         decoder_attention_mask: As in `RoutingLog`.
+        rows: The adapter of each row of the batch, if the pass had `adapter_names`.
     """
 
     routings: dict[str, dict[str, Routing]]
     attention_mask: Tensor | None
     decoder_attention_mask: Tensor | None
+    rows: AdapterRows | None
 
 
 class RoutingLog:
@@ -155,6 +161,7 @@ class RoutingLog:
         has_gradients: Whether that pass ran with gradients.
         rows: The adapter of each row of the batch, which layers use now; None if all rows use the active adapters.
         recorded_rows: The same for the last pass.
+        stacks: Stacks of adapters that passes with `rows` use (`malora.adapter_stack`).
     """
 
     def __init__(self) -> None:
@@ -166,6 +173,7 @@ class RoutingLog:
         self.has_gradients = False
         self.rows: AdapterRows | None = None
         self.recorded_rows: AdapterRows | None = None
+        self.stacks: Sequence[Any] = ()
 
     def record_of(self, layer: str) -> LayerRecord:
         """Return the record of the layer of this name."""
@@ -204,12 +212,13 @@ class RoutingLog:
             layer: {adapter: Routing(kept.probability.detach(), kept.top_k) for adapter, kept in of_layer.items()}
             for layer, of_layer in self.routings.items()
         }
-        return PassSnapshot(routings, self.attention_mask, self.decoder_attention_mask)
+        return PassSnapshot(routings, self.attention_mask, self.decoder_attention_mask, self.recorded_rows)
 
     def restore(self, snapshot: PassSnapshot) -> None:
         """Make a pass of earlier the last one, after a replay of it."""
         self.routings = snapshot.routings
         self.attention_mask, self.decoder_attention_mask = snapshot.attention_mask, snapshot.decoder_attention_mask
+        self.recorded_rows = snapshot.rows
         self.has_gradients = False
 
     @contextmanager

@@ -115,12 +115,6 @@ def write_tensors(model: PeftModel, tensors: AdapterTensors, adapter: str = ALON
             tensor.copy_(tensors[layer][kind])
 
 
-def trained_parameters(model: PeftModel, adapter: str) -> list[nn.Parameter]:
-    """Return the parameters that an adapter trains, in the order that they have in a model with it alone."""
-    found = [_tensors_of(module, adapter) for module in model.get_base_model().modules()]
-    return [p for tensors in found for p in tensors.values() if isinstance(p, nn.Parameter) and p.requires_grad]
-
-
 def _tensors_of(layer: nn.Module, adapter: str) -> dict[str, Tensor]:
     """Return the tensors of an adapter in a layer, as they are or as views."""
     if isinstance(layer, malora.MaloraLayer) and adapter in layer.settings:

@@ -8,35 +8,44 @@ run's own, so a run has the loss curve that it has alone, up to rounding. Only d
 A run whose loss or gradient is not finite leaves the batch. The others do not notice: sequences do not influence each
 other in a frozen model, and the gradients of a sum of losses are those of the single losses.
 
-Steps are not captured as CUDA graphs. Every combination of the runs' numbers of sequences would need a graph.
+The micro-batches of a pass are padded to one shape, so that few shapes occur. On a GPU each is captured as a CUDA graph
+(`bench.train.joint_step`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
 import malora
-from bench.models.joint import AdapterTensors, read_tensors, trained_parameters, write_tensors
+from bench.models.joint import AdapterTensors, read_tensors, write_tensors
 from bench.records.provenance import source_hash
 from bench.records.schema import RunConfig
-from bench.runtime.attention import attention_windows, exact_with_masks, masks_for, packed_attention_bias
-from bench.runtime.logits import label_positions_only
 from bench.runtime.processes import make_accelerator
 from bench.runtime.progress import Progress
 from bench.runtime.timer import PhaseTimer
-from bench.train.batching import MAX_TOKENS, PACKED_ROW_LENGTH, Batch, Encoded, collate, shapes_of, shuffled_batches
+from bench.train.batching import (
+    MAX_TOKENS,
+    PACKED_ROW_LENGTH,
+    Batch,
+    Encoded,
+    FixedShapes,
+    collate,
+    shapes_of,
+    shuffled_batches,
+)
 from bench.train.checkpoint import Checkpoint, TrainLog
+from bench.train.joint_step import JointStep, Part, divide_parts
 from bench.train.loop import CHECK_EVERY, ROUTER_EVERY, DivergedError, make_optimizer, router_summary
 from bench.train.tracking import Log
+from malora.adapter_stack import stack_adapters
 
 # Tokens per forward pass of all runs together, by device; more runs take more passes per step. The activations of
 # 65,536 tokens of the small profile's model need 70 GiB.
@@ -122,17 +131,23 @@ def _on_cpu(tensors: AdapterTensors) -> AdapterTensors:
 
 
 class _Run:
-    """The state of one run: batches, optimizer, checkpoint and log."""
+    """The state of one run: batches, optimizer, checkpoint and log.
 
-    def __init__(self, model: PeftModel, run: JointRun) -> None:
+    Args:
+        model: Model with all adapters.
+        run: The run.
+        parameter: All values that it trains.
+    """
+
+    def __init__(self, model: PeftModel, run: JointRun, parameter: nn.Parameter) -> None:
         self.config, self.adapter, self.encoded = run.config, run.adapter, run.encoded
         config = run.config
         self.batches = shuffled_batches(
             len(run.encoded), batch_size=config.batch_size, epochs=config.epochs, seed=config.seed
         )
         self.last_step = min(len(self.batches), config.max_steps or len(self.batches))
-        self.parameters = trained_parameters(model, run.adapter)
-        holder = nn.ParameterList(self.parameters)
+        self.parameter = parameter
+        holder = nn.ParameterList([parameter])
         self.optimizer, self.scheduler = make_optimizer(holder, config, len(self.batches))
         # A run alone computes PEFT's LoRA in other tensors, so it must not continue from here.
         identity = f"{config.hash}{source_hash()} together"
@@ -163,7 +178,7 @@ class _Run:
 
     def update(self) -> None:
         """Clip the gradients and change the weights."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(self.parameter, self.config.max_grad_norm)
         self.optimizer.step()
         self.learning_rate = float(self.scheduler.get_last_lr()[0])  # of this step, before the schedule goes on
         self.scheduler.step()
@@ -204,22 +219,24 @@ class _JointTrainer:
         device_type = runs[0].config.device_type
         self.model, self.pad_id, self.device_type = model, pad_id, device_type
         self.accelerator = make_accelerator("bf16" if device_type == "cuda" else "no")
-        self.wrapped: nn.Module = self.accelerator.prepare(model)
+        wrapped: nn.Module = self.accelerator.prepare(model)
         if device_type == "cuda":
             malora.optimize_backbone(model, loss=False)  # the passes compute their own losses
-        self.windows = attention_windows(model)
-        in_bfloat16 = self.accelerator.mixed_precision == "bf16"
-        self.attention_dtype = torch.bfloat16 if in_bfloat16 else next(model.parameters()).dtype
         torch.manual_seed(runs[0].config.seed)  # of dropout, unless a checkpoint has a later state
-        self.runs = [_Run(model, run) for run in runs]
-        # The balance losses are added here, with a mask for packed sequences, and so not by the model.
-        any_router = any(run.has_router for run in self.runs)
-        self.router_options = {"output_router_logits": False} if any_router else {}
+        stacks = stack_adapters(model, [run.adapter for run in runs])
+        by_name = {run.adapter: run for run in runs}
+        self.runs = [  # those of a stack one after the other, so that passes compute them together
+            _Run(model, by_name[name], parameter)
+            for stack in stacks
+            for name, parameter in zip(stack.names, stack.flat, strict=True)
+        ]
+        self.step = JointStep(model, wrapped, self.accelerator, runs[0].config.balance_factor, stacks)
+        self.last_active: list[str] = []  # adapters that took part in the last step
         self.timer = PhaseTimer(self.accelerator.device)
 
     def train(self, checkpoint_every: int) -> None:
         """Train until every run is done or has diverged."""
-        self.wrapped.train()
+        self.model.train()
         tokens_before = sum(run.log.tokens for run in self.runs)
         first, last = min(run.log.steps for run in self.runs), max(run.last_step for run in self.runs)
         name = f"{len(self.runs)} runs of {self.runs[0].config.mixture}"
@@ -253,85 +270,43 @@ class _JointTrainer:
     def _step(self, active: Sequence[_Run]) -> None:
         """Train each run on its next batch."""
         self.timer.start()
-        batches = [(run, self._collate(run)) for run in active]
+        if (names := [run.adapter for run in active]) != self.last_active:
+            self.step.reset()
+            self.last_active = names
+        batches = self._collate(active)
         self.timer.end_phase("data")
-        for number in range(max(len(micro_batches) for _, micro_batches in batches)):
-            parts = [(run, micro_batches[number]) for run, micro_batches in batches if number < len(micro_batches)]
-            for chunk in _chunks(parts, MAX_JOINT_TOKENS[self.device_type]):
-                mask = self._run_pass(chunk)
-                for run, _ in chunk:
-                    is_last = number == next(len(found) for other, found in batches if other is run) - 1
+        for number in range(max(map(len, batches))):
+            taking_part = [(run, own) for run, own in zip(active, batches, strict=True) if number < len(own)]
+            parts = {run.adapter: Part(run.adapter, run.has_router, own[number]) for run, own in taking_part}
+            runs = {run.adapter: (run, number == len(own) - 1) for run, own in taking_part}
+            for chunk in divide_parts([*parts.values()], MAX_JOINT_TOKENS[self.device_type]):
+                losses, mask = self.step(chunk, self.pad_id)
+                for part, loss in zip(chunk, losses, strict=True):
+                    run, is_last = runs[part.adapter]
+                    run.losses.append(loss)
                     if is_last and run.has_router and (run.log.steps + 1) % ROUTER_EVERY == 0:
                         run.read_router(self.model, mask)
+                self.timer.end_phase("forward_backward")
         for run in active:
             run.update()
         self.timer.end_phase("optimizer")
 
-    def _collate(self, run: _Run) -> list[Batch]:
-        """Make the micro-batches that the run would have alone."""
-        micro_batches = collate(
-            [run.encoded[i] for i in run.chosen],
-            self.pad_id,
-            row_length=PACKED_ROW_LENGTH[self.device_type],
-            max_tokens=MAX_TOKENS[self.device_type],
-            fixed_shapes=run.shapes,
-        )
-        return [batch.to(self.accelerator.device) for batch in micro_batches]
+    def _collate(self, active: Sequence[_Run]) -> list[list[Batch]]:
+        """Make the micro-batches that each run would have alone, on the CPU.
 
-    def _run_pass(self, parts: Sequence[tuple[_Run, Batch]]) -> Tensor:
-        """Run forward and backward for one micro-batch of each run, and return the padding mask of all."""
-        batches = [batch for _, batch in parts]
-        example = _stack([batch.example for batch in batches])
-        ids, position = _stack([batch.ids for batch in batches], self.pad_id), _stack([b.position for b in batches])
-        row, column = _label_positions(batches)
-        masks = masks_for(self.windows, partial(packed_attention_bias, example, self.attention_dtype))
-        at_labels = label_positions_only(self.model, row, column)
-        with exact_with_masks(ids.device), at_labels:
-            logits = self.wrapped(
-                input_ids=ids,
-                position_ids=position,
-                attention_mask=masks,
-                use_cache=False,
-                adapter_names=[run.adapter for run, batch in parts for _ in range(len(batch.ids))],
-                **self.router_options,
-            ).logits
-        total = logits.new_zeros((), dtype=torch.float32)
-        for (run, batch), own in zip(parts, logits.split([len(batch.target) for batch in batches]), strict=True):
-            loss = F.cross_entropy(own.float(), batch.target, reduction="sum") / batch.labels
-            balance = torch.zeros_like(loss)
-            if run.has_router:
-                balance = malora.balance_loss(self.model, example > 0, adapter=run.adapter) * batch.share
-            run.losses.append(torch.stack([loss, balance]).detach())
-            total = total + loss + run.config.balance_factor * balance
-        self.accelerator.backward(total)
-        self.timer.end_phase("forward_backward")
-        return example > 0
-
-
-def _chunks(parts: Sequence[tuple[_Run, Batch]], max_tokens: int) -> Iterator[list[tuple[_Run, Batch]]]:
-    """Divide micro-batches among passes of at most this many tokens, or of one micro-batch."""
-    chunk: list[tuple[_Run, Batch]] = []
-    rows = width = 0
-    for part in parts:
-        more, wide = part[1].ids.shape
-        if chunk and (rows + more) * max(width, wide) > max_tokens:
-            yield chunk
-            chunk, rows, width = [], 0, 0
-        chunk.append(part)
-        rows, width = rows + more, max(width, wide)
-    yield chunk
-
-
-def _stack(tensors: Sequence[Tensor], fill: int = 0) -> Tensor:
-    """Put tensors [R, C] one below the other, and fill the shorter sequences on the right."""
-    width = max(tensor.shape[1] for tensor in tensors)
-    return torch.cat([F.pad(tensor, (0, width - tensor.shape[1]), value=fill) for tensor in tensors])
-
-
-def _label_positions(batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-    """Return row and column of each label token in the stacked sequences, each [L]."""
-    rows, first = [], 0
-    for batch in batches:
-        rows.append(batch.row + first)
-        first += len(batch.ids)
-    return torch.cat(rows), torch.cat([batch.column for batch in batches])
+        Runs of one seed share their batches, which are then made once.
+        """
+        made: dict[tuple[int, tuple[int, ...], FixedShapes | None], list[Batch]] = {}
+        batches = []
+        for run in active:
+            key = id(run.encoded), tuple(run.chosen), run.shapes
+            if key not in made:
+                made[key] = collate(
+                    [run.encoded[i] for i in run.chosen],
+                    self.pad_id,
+                    row_length=PACKED_ROW_LENGTH[self.device_type],
+                    max_tokens=MAX_TOKENS[self.device_type],
+                    fixed_shapes=run.shapes,
+                )
+            batches.append(made[key])
+        return batches

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from malora.config import MaloraConfig, resolve_backend
@@ -73,3 +74,10 @@ def reason_not_fused(layer: FusedLayer, configs: list[MaloraConfig], *, is_shard
     if not (has_triton() if weight.is_cuda else interprets_triton()):
         return f"on {weight.device.type}, with Triton {'' if has_triton() else 'not '}installed"
     return None
+
+
+def can_use_kernels(config: MaloraConfig, device: torch.device) -> bool:
+    """Return whether single kernels of the fused path can compute parts of an adapter, where the path itself cannot."""
+    if resolve_backend(config, device) not in FUSED_BACKENDS or torch.compiler.is_compiling():
+        return False
+    return has_triton() if device.type == "cuda" else interprets_triton()

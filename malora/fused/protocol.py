@@ -17,10 +17,12 @@ class FusedLayer(Protocol):
     """An adapted layer as `malora.fused` sees it; `malora.MaloraLayer` is one.
 
     Attributes:
+        name: its name in the base model.
         base_layer: the frozen linear layer, weight [m, n].
         settings: the config of each adapter, by its name.
     """
 
+    name: str
     base_layer: nn.Linear
     in_features: int
     out_features: int

@@ -9,6 +9,7 @@ from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGe
 import malora
 from malora import METHODS
 from tests.conftest import make_model
+from tests.malora.backbone.fake_graphs import graphs  # noqa: F401  # a fixture
 from tests.malora.test_methods import randomise
 
 # Adapters of different methods, ranks and targets.
@@ -263,3 +264,27 @@ def test_errors(model, batch):
     with model.disable_adapter():  # precedes the names
         disabled = model(ids, adapter_names=["first"] * 5).logits
         torch.testing.assert_close(disabled, model(ids).logits)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the graphs are real")
+def test_a_replay_restores_the_rows_of_its_pass(model, graphs):  # noqa: F811
+    """Router statistics of an adapter after a replay use the mask of its own rows."""
+    model.base_model.set_adapter(list(ADAPTERS))
+    model.train()
+    step = malora.capture_step(model, lambda model, batch: model(**batch, use_cache=False).logits.square().mean())
+    generator = torch.Generator().manual_seed(0)
+
+    def micro_batch(names):
+        ids = torch.randint(0, 61, (len(names), 7), generator=generator)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids).tril(2), "adapter_names": tuple(names)}
+
+    batches = [micro_batch(names) for names in (GROUPED, MIXED)]
+    for batch in batches * 3:
+        step([batch])
+    assert graphs.captures == 2 and step.replayed
+    for batch in batches:
+        step([batch])
+        replayed = malora.router_stats(model, adapter="first")
+        model(**batch, use_cache=False)
+        for name, expected in malora.router_stats(model, adapter="first").items():
+            assert replayed[name].entropy == pytest.approx(expected.entropy)
