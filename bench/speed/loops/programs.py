@@ -3,7 +3,7 @@
 A program gets a frozen base model and batches, and trains an adapter in a loop of its own. It is a generator: it yields
 the loss after each optimizer step, which is where its time is taken. Nothing else is particular to the measurement.
 
-The README shows `malora_captured`.
+The README's program is `malora_captured` with `train_captured`.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from bench.errors import UserError, unknown_name
 from bench.models.quantized import QUANTIZED
+from bench.speed.baselines import has_liger
 from bench.speed.loops import programs
 from bench.speed.loops.programs import Batches
 from bench.speed.variants import CONFIGS
@@ -91,6 +92,8 @@ class LoopRow:
             return programs.peft_quantized(base, config, batches)
         if self.loop == "captured":
             return programs.peft_captured(base, config, batches)
+        if self.liger and not has_liger():
+            raise UserError("liger_kernel is not installed")
         if self.liger:
             return programs.peft_liger(base, config, batches)
         if self.checkpointing != "none":

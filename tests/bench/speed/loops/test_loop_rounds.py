@@ -1,5 +1,6 @@
 """Rounds of training programs: in turns, by the wall clock, with the record written as they go."""
 
+import logging
 from contextlib import contextmanager
 
 import pytest
@@ -50,6 +51,17 @@ def test_rounds_alternate_and_each_result_is_saved_at_once():
     assert a["seconds"]["step"] == [0.5] * 2 * 6 and a["loss"] == 6.0 and a["kernels"] == 3  # 3 s of half a second each
     assert (b["status"], b["reason"]) == ("oom", "Tried to allocate 2 GiB.") and not b["seconds"]
     assert c["peak_bytes"] == {"allocated": 40, "reserved": 20}  # the larger of the rounds
+
+
+def test_what_the_package_warns_of_is_the_rows_reason():
+    class NotCaptured(Fake):
+        def step(self):
+            logging.getLogger("malora.backbone.capture").warning("Passes are not %s.", "captured")
+            return super().step()
+
+    saved = []
+    rounds.measure([NotCaptured("a", [])], 1, CPU, lambda found, _: saved.extend(found))
+    assert saved[0]["reason"] == "Passes are not captured." and saved[0]["status"] == "ok"
 
 
 def test_no_round_is_started_that_would_end_too_late():
