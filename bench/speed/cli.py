@@ -93,7 +93,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--loop",
         metavar="A,B",
-        help=f"measure whole training programs as users write them, in these loops: {', '.join(LOOPS)} (default: single steps)",
+        help=f"measure whole training programs, in these loops: {', '.join(LOOPS)} (default: single steps)",
     )
     parser.add_argument(
         "--checkpointing",
