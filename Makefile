@@ -35,7 +35,8 @@ test: .venv/ready ## run the test suite
 
 test-quantized: .quantization/ready ## run the tests of quantized models: bitsandbytes, torchao, GPTQ
 	PYTHONPATH=$(CURDIR)/.quantization $(BIN)/python -m pytest -q -k "quantiz or bitsandbytes or torchao or qlora" \
-		tests/malora/test_layer.py tests/malora/test_quantized_bases.py tests/examples $(ARGS)
+		tests/malora/test_layer.py tests/malora/test_quantized_bases.py tests/bench/models/test_quantized.py \
+		tests/examples $(ARGS)
 
 # In a folder of their own: Unsloth patches transformers, and wants other versions of some packages.
 .rivals/ready: .venv/ready bench/speed/loops/rivals/requirements.txt

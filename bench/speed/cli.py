@@ -58,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"bench.speed: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; nothing was recorded.", file=sys.stderr)
+        recorded = "the rows that were measured are recorded" if options.loop else "nothing was recorded"
+        print(f"stopped; {recorded}.", file=sys.stderr)
         return 130
 
 
@@ -92,7 +93,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--loop",
         metavar="A,B",
-        help=f"measure whole training programs as users write them, in these loops: {', '.join(LOOPS)}",
+        help=f"measure whole training programs, in these loops: {', '.join(LOOPS)} (default: single steps)",
     )
     parser.add_argument(
         "--checkpointing",

@@ -104,7 +104,7 @@ def test_the_program_to_paste_trains_and_saves(page, tmp_path, monkeypatch):
         lambda name: lambda text, return_tensors: {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
     )
     program = re.search(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)[1]
-    assert len(program.splitlines()) <= 15 or page != "README.md"
+    assert len(list(filter(None, program.splitlines()))) <= 20 or page != "README.md"
     exec(program, {})
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 

@@ -12,6 +12,7 @@ from bench.report.markdown import number, table
 from bench.report.paper import paper
 from bench.report.speed.figure4c import figure4c
 from bench.report.speed.goals import goal_table
+from bench.report.speed.loop_goals import loop_goal_table
 from bench.report.speed.loop_tables import NOTE, loop_table
 from bench.report.speed.summary import (
     COMPILED_BACKBONE,
@@ -50,6 +51,8 @@ def pages(records: list[SpeedRecord]) -> dict[str, str]:
     if not records:
         return {}
     parts = ["# Speed (the paper's Table 10 and Figure 4c)", goal_table(records)]
+    if loop_goals := loop_goal_table(records):
+        parts.append(loop_goals)
     for group in by_work(records):
         in_full = shown(group)
         parts += map(section, in_full)
@@ -115,6 +118,8 @@ def _intro(record: SpeedRecord) -> str:
     ]
     if p.cuda is None:
         lines.append("**Measured on a CPU**: this shows that the command works, and says nothing about a GPU.")
+    if record.complete and o.layers:
+        lines.append(f"**The backbone had {o.layers} layers** (`--layers`), fewer than {record.shape} has.")
     if not record.complete:
         lines.append(f"**The backbone was cut to {o.layers} layers** (`--layers`): the figures mean nothing.")
     return "\n\n".join(lines)

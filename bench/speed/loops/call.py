@@ -16,10 +16,10 @@ from bench.models.backbone import SHAPES, backbone
 from bench.records import store
 from bench.records.provenance import provenance
 from bench.records.speed_schema import PeakRates, SpeedOptions, SpeedRecord, SpeedRow
+from bench.speed.loops.rivals.process import RivalRow, Rivals, rivals_folder
 from bench.speed.loops.rounds import LocalRow, Row, measure
 from bench.speed.loops.rows import BASES, CHECKPOINTING, LOOPS, LoopRow, select_rows
 from bench.speed.profiler import backbone_flops, peak_rates
-from bench.speed.loops.rivals.process import RivalRow, Rivals, rivals_folder
 from bench.speed.rounds import Result
 from bench.speed.steps import Workload
 

@@ -3,7 +3,7 @@
 A program gets a frozen base model and batches, and trains an adapter in a loop of its own. It is a generator: it yields
 the loss after each optimizer step, which is where its time is taken. Nothing else is particular to the measurement.
 
-The README shows `malora_captured`.
+The README's program is `malora_captured` with `train_captured`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ Batches = Iterable[list[MicroBatch]]  # the micro-batches of each optimizer step
 LEARNING_RATE = 1e-5
 
 
-def floor(base: PreTrainedModel, batches: Batches, compiled: bool = False) -> Generator[Tensor]:
+def floor(
+    base: PreTrainedModel, batches: Batches, compiled: bool = False, checkpointed: bool = False
+) -> Generator[Tensor]:
     """Run a frozen model without an adapter: forward, and backward to the activations.
 
     No adapter on the model can be faster.
@@ -33,6 +35,8 @@ def floor(base: PreTrainedModel, batches: Batches, compiled: bool = False) -> Ge
     base.train().enable_input_require_grads()
     if compiled:
         compile_layers(base)
+    if checkpointed:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for micro_batches in batches:
         for micro_batch in micro_batches:
             with torch.autocast(base.device.type, torch.bfloat16):
@@ -62,6 +66,13 @@ def peft(base: PreTrainedModel, config: PeftConfig, batches: Batches, compiled: 
     if compiled:
         compile_layers(model)
     yield from train(model, batches)
+
+
+def peft_captured(base: PreTrainedModel, config: PeftConfig, batches: Batches) -> Generator[Tensor]:
+    """Train PEFT's adapter with compiled decoder layers, and forward and backward captured as CUDA graphs."""
+    model = get_peft_model(base, config).train()
+    compile_layers(model)
+    yield from train_captured(model, batches)
 
 
 def peft_liger(base: PreTrainedModel, config: PeftConfig, batches: Batches) -> Generator[Tensor]:
@@ -102,11 +113,16 @@ def malora_captured(
     model = on_device(base, config)
     malora.optimize_backbone(model)
     malora.set_checkpointing(model, checkpointing)
+    yield from train_captured(model, batches)
+
+
+def train_captured(model: nn.Module, batches: Batches) -> Generator[Tensor]:
+    """Train an adapter with forward and backward captured as CUDA graphs."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
     step = malora.capture_step(model)
     for micro_batches in batches:
-        with torch.autocast(base.device.type, torch.bfloat16):
+        with torch.autocast(parameters[0].device.type, torch.bfloat16):
             losses = step(micro_batches, scale=1 / len(micro_batches))
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

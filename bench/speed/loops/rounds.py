@@ -7,6 +7,7 @@ synchronized before and after each one, so the host's time counts where the devi
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
@@ -21,7 +22,7 @@ from bench.models.backbone import Shape, backbone
 from bench.speed.loops.programs import MicroBatch
 from bench.speed.loops.rows import LoopRow
 from bench.speed.profiler import profile_step, wall_seconds, warm_device
-from bench.speed.rounds import DEVICE_WARM_SECONDS, MAX_STEPS, ROUND_SECONDS, Result, guarded
+from bench.speed.rounds import DEVICE_WARM_SECONDS, MAX_REASON, MAX_STEPS, ROUND_SECONDS, Result, guarded
 from bench.speed.sensors import Sensors
 from bench.speed.steps import Workload
 
@@ -61,8 +62,8 @@ class Row(Protocol):
 class LocalProgram:
     """A program in this process. See `Program`."""
 
-    def __init__(self, losses: Generator[Tensor], device: torch.device) -> None:
-        self.losses, self.device = losses, device
+    def __init__(self, losses: Generator[Tensor], device: torch.device, before: dict[str, int]) -> None:
+        self.losses, self.device, self.before = losses, device, before
         self.last: Tensor | None = None
 
     def step(self) -> float:  # noqa: D102
@@ -77,7 +78,8 @@ class LocalProgram:
     def peak_bytes(self) -> dict[str, int] | None:  # noqa: D102
         if self.device.type != "cuda":
             return None
-        return {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+        peak = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+        return {kind: size - self.before[kind] for kind, size in peak.items()}
 
     def counts(self) -> dict[str, Any]:  # noqa: D102
         return profile_step(lambda _: self._next(), self.device)
@@ -95,8 +97,11 @@ class LocalRow:
 
     @contextmanager
     def opened(self) -> Iterator[Program]:  # noqa: D102
+        before = {}
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+            # What the libraries keep from the rows before, such as workspaces.
+            before = {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}
         # The program alone holds the base model.
         losses = self.row.program(
             backbone(self.shape, self.layers, self.device, self.row.weights),
@@ -104,7 +109,7 @@ class LocalRow:
             self.work.dropout,
         )
         try:
-            yield LocalProgram(losses, self.device)
+            yield LocalProgram(losses, self.device, before)
         finally:
             losses.close()
             torch.compiler.reset()
@@ -148,14 +153,14 @@ def measure(
             if result["status"] != "ok":
                 continue
             guarded(result, device, _turn, row, result, device)
-            result |= row.about  # a rival's version is known once it has started
+            result |= row.about  # the version of another package is known once its worker runs
             print(f"{result['name']}: {_outcome(result)}", file=sys.stderr, flush=True)
             save([results[place] for place in sorted(results)], number + 1)
 
 
 def _turn(row: Row, result: Result, device: torch.device) -> None:
-    """Run a program, and add its samples to the result."""
-    with row.opened() as program:
+    """Run a program, and add its samples to the result. Its reason is what our package warned of."""
+    with _our_warnings() as messages, row.opened() as program:
         start = time.perf_counter()
         program.step()
         result.setdefault("first_seconds", time.perf_counter() - start)  # it makes the adapter, and compiles
@@ -170,8 +175,23 @@ def _turn(row: Row, result: Result, device: torch.device) -> None:
             before = result.get("peak_bytes") or peak
             result["peak_bytes"] = {kind: max(value, before[kind]) for kind, value in peak.items()}
         result["loss"] = program.loss()
+        result["reason"] = " ".join(dict.fromkeys(messages))[:MAX_REASON] or None  # such as: could not be captured
         if "kernels" not in result:  # last, because the profiler takes memory
             result |= program.counts()
+
+
+@contextmanager
+def _our_warnings() -> Iterator[list[str]]:
+    """Collect the warnings that malora logs inside `with`."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("malora")
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
 
 
 def _outcome(result: Result) -> str:
@@ -179,4 +199,5 @@ def _outcome(result: Result) -> str:
         return f"{result['status']}: {result['reason']}"
     peak = result.get("peak_bytes")
     memory = f", {peak['allocated'] / 2**30:.1f} GiB" if peak else ""
-    return f"{min(result['seconds']['step']):.4f} s{memory}"
+    note = f" ({result['reason']})" if result["reason"] else ""
+    return f"{min(result['seconds']['step']):.4f} s{memory}{note}"

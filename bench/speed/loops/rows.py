@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from bench.errors import UserError, unknown_name
 from bench.models.quantized import QUANTIZED
+from bench.speed.baselines import has_liger
 from bench.speed.loops import programs
 from bench.speed.loops.programs import Batches
 from bench.speed.variants import CONFIGS
@@ -79,7 +80,7 @@ class LoopRow:
         assert not self.is_rival, "it runs in a worker"
         compiled = self.loop == "compiled"
         if self.method is None:
-            return programs.floor(base, batches, compiled)
+            return programs.floor(base, batches, compiled, self.checkpointing != "none")
         config = CONFIGS[self.method](
             lora_dropout=dropout, **({"backend": self.backend} if self.backend is not None else {})
         )
@@ -89,6 +90,10 @@ class LoopRow:
             return programs.malora_plain(base, config, batches, self.checkpointing, compiled)
         if self.base in QUANTIZED:
             return programs.peft_quantized(base, config, batches)
+        if self.loop == "captured":
+            return programs.peft_captured(base, config, batches)
+        if self.liger and not has_liger():
+            raise UserError("liger_kernel is not installed")
         if self.liger:
             return programs.peft_liger(base, config, batches)
         if self.checkpointing != "none":
@@ -102,6 +107,8 @@ BASELINES = (
     LoopRow("peft-lora", "peft-lora"),
     LoopRow("peft-lora-liger", "peft-lora", liger=True),
     LoopRow("peft-lora-compiled", "peft-lora", "compiled"),
+    LoopRow("peft-lora-captured", "peft-lora", "captured"),
+    LoopRow("floor-full", None, checkpointing="full"),
     LoopRow("peft-lora-full", "peft-lora", checkpointing="full"),
     LoopRow("peft-lora-nf4-full", "peft-lora", checkpointing="full", base="nf4"),
     LoopRow("peft-lora-int8-full", "peft-lora", checkpointing="full", base="int8"),
@@ -166,7 +173,7 @@ def select_rows(
                 row
                 for row in BASELINES
                 if (row.base in bases and (row.checkpointing != "none") in saves)
-                and not (on_cpu and (row.loop == "compiled" or row.liger))
+                and not (on_cpu and (row.liger or row.loop != "plain"))
             ]
             chosen += found
         else:

@@ -62,9 +62,9 @@ def test_a_worker_trains_the_same_model_and_is_kept_until_the_end(environment):
             assert program.loss() == pytest.approx(first, abs=0.1) and first == pytest.approx(6.24, abs=0.1)  # log 512
         assert row.about["package"] == "unsloth 1.2" and row.worker is not None
         running = row.worker.process
-        with pytest.raises(RuntimeError, match="ValueError: not here"):
-            with RivalRow(all_rows()["unsloth-lora-full"], rivals).opened() as program:
-                program.step()
+        failing = RivalRow(all_rows()["unsloth-lora-full"], rivals)
+        with pytest.raises(RuntimeError, match="ValueError: not here"), failing.opened() as program:
+            program.step()
     assert running.returncode == 0
 
 
