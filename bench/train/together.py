@@ -36,12 +36,12 @@ from bench.train.batching import (
     PACKED_ROW_LENGTH,
     Batch,
     Encoded,
-    FixedShapes,
     collate,
     shapes_of,
     shuffled_batches,
 )
 from bench.train.checkpoint import Checkpoint, TrainLog
+from bench.train.fixed_shapes import FixedShapes
 from bench.train.joint_step import JointStep, Part, divide_parts
 from bench.train.loop import CHECK_EVERY, ROUTER_EVERY, DivergedError, make_optimizer, router_summary
 from bench.train.tracking import Log
