@@ -69,7 +69,7 @@ class SpeedRow(Section):
         base: Precision of the frozen weights: bf16, nf4, int8 or fp8.
         dropout: Dropout of the adapter, if it is another than that of the record's options.
         loss: Loss of the last micro-batch, to see that the rows train the same model.
-        package: Name and version of the package that trained, if it ran in an environment of its own.
+        package: Name and version of the package that trained in an environment of its own, or that quantized the base.
     """
 
     status: Literal["ok", "oom", "failed", "unavailable"]

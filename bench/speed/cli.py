@@ -106,7 +106,10 @@ def make_parser() -> Parser:
         help=f"with --loop: precision of the frozen weights: {', '.join(BASES)} (default: bf16)",
     )
     parser.add_argument(
-        "--rivals", type=folder, metavar="DIR", help="with --loop: folder of `make rivals` (default: .rivals)"
+        "--rivals",
+        type=folder,
+        metavar="DIR",
+        help="with --loop: folder with Unsloth and what it needs (default: the one of the Makefile)",
     )
     parser.add_argument(
         "--batch", type=positive, metavar="B", help="sequences per pass (default: the shape's; decode: 1)"

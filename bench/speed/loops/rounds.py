@@ -13,12 +13,15 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from bench.models.backbone import Shape, backbone
+from bench.models.quantized import QUANTIZED
 from bench.speed.loops.programs import MicroBatch
 from bench.speed.loops.rows import LoopRow
 from bench.speed.profiler import profile_step, wall_seconds, warm_device
@@ -94,6 +97,8 @@ class LocalRow:
     def __init__(self, row: LoopRow, shape: Shape, layers: int | None, work: Workload, device: torch.device) -> None:
         self.row, self.shape, self.layers, self.work, self.device = row, shape, layers, work, device
         self.about = row.about
+        if row.weights in QUANTIZED and find_spec("bitsandbytes"):
+            self.about |= {"package": f"bitsandbytes {version('bitsandbytes')}"}
 
     @contextmanager
     def opened(self) -> Iterator[Program]:  # noqa: D102
