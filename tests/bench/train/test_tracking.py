@@ -66,7 +66,7 @@ def recorders(monkeypatch):
 
 def outcome(record):
     """Everything in a record that does not depend on the time."""
-    train = record.train and record.train.replace(seconds={})
+    train = record.train and record.train.replace(seconds={}, steady_step_seconds=None)
     return record.config, record.parameters, record.data, train, record.validation, record.test, record.items
 
 
