@@ -1,6 +1,11 @@
 """Profiles, the three sizes of every experiment.
 
 tiny takes minutes on a CPU, small takes one GPU, and paper has the paper's own size.
+
+The paper's batches have two examples, or four in mixtures of domains, and there is an optimizer step after each. Steps
+cannot be packed into one pass: each needs the weights that the one before it has written. So a step of the paper
+profile has some 200 to 600 tokens, and a GPU is busy reading the frozen weights. The examples of a batch share one
+sequence, whose length is one of a few (`bench.train.fixed_shapes`), so that few CUDA graphs serve all steps.
 """
 
 from __future__ import annotations

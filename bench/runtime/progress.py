@@ -70,7 +70,7 @@ class Progress:
             self.bar.set_postfix_str(text, refresh=False)
             return
         # By the speed since the last line: the first steps compile kernels.
-        left = since / more * (self.total - done)
+        left = since / max(1, more) * (self.total - done)
         _print_line(f"{self.name}: {self.unit} {done}/{self.total}, {text}, {tqdm.format_interval(left)} left")
 
 

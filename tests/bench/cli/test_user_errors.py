@@ -149,6 +149,7 @@ def test_a_results_folder_that_is_a_file(base_folder, capsys, tmp_path):
         command += ["--profile", "tiny", "--model", base_folder, "--results", tmp_path / "file" / "below"]
         assert "below cannot be a folder of records" in refused(command, capsys, tmp_path)
     assert "because it has no folder runs" in refused(["publish", "--results", tmp_path / "file"], capsys, tmp_path)
+    assert "--trials is for runs" in refused(["publish", "--profile", "speed", "--trials"], capsys, tmp_path)
     assert "'' is not the name of a folder" in refused(["run", "--results", ""], capsys, tmp_path)
 
 
