@@ -5,9 +5,9 @@ import torch
 from peft import get_peft_model
 
 import malora
-import malora.fused.gated_experts
 from malora import METHODS
 from malora.adapter_stack import stack_adapters
+from malora.fused import stacked_group
 from malora.fused.availability import interprets_triton
 from malora.load_balancing import has_router
 from tests.conftest import make_model
@@ -15,6 +15,8 @@ from tests.malora.test_methods import randomise
 
 METHODS_TO_STACK = ("asylora", "molora", "malora", "malora-fixed-s", "malora-unshared-s", "malora-decomposed-b")
 NAMES = ["a", "b", "c"]
+ON_GPU = torch.cuda.is_available()
+needs_triton = pytest.mark.skipif(not (interprets_triton() or ON_GPU), reason="needs Triton")
 
 
 def with_adapters(configs, dtype=torch.float64):
@@ -68,14 +70,38 @@ def test_a_stack_computes_what_its_adapters_do(method, case):
     compare_with_single_adapters(method, case, "dense")
 
 
-@pytest.mark.skipif(not (interprets_triton() or torch.cuda.is_available()), reason="needs Triton")
-@pytest.mark.parametrize("method", ["malora", "molora"])
-def test_a_stack_computes_the_same_by_kernels(method, monkeypatch):
+KERNEL_CASES = [(method, "all") for method in ("malora", "molora", "asylora", "malora-unshared-s", "malora-fixed-s")]
+KERNEL_CASES += [("malora", "without the second"), ("malora", "in reverse")]
+
+
+@needs_triton
+@pytest.mark.parametrize("method, case", KERNEL_CASES)
+def test_a_stack_computes_the_same_together_with_the_frozen_layers(method, case, monkeypatch):
+    calls = count_calls(monkeypatch)
+    compare_with_single_adapters(method, case, "fused")
+    # In each of two decoder layers for Q, K and V; for Gate and Up; and for Down. Each segment is computed by itself.
+    segments = 1 if case == "all" else len(PASSES[case][0])
+    assert len(calls) == (0 if method == "malora-unshared-s" else 2 * 3 * segments)
+
+
+@needs_triton
+def test_stacks_of_several_methods_share_a_pass(monkeypatch):
+    options = {"lora_dropout": 0, "backend": "fused"}
+    configs = {"a": METHODS["malora"](**options), "b": METHODS["malora"](**options), "c": METHODS["molora"](**options)}
+    model, rows = with_adapters(configs), {"a": 2, "b": 2, "c": 1}
+    ids = torch.randint(0, 61, (5, 5), generator=torch.Generator().manual_seed(0))
+    expected = run(model, rows, NAMES, ids)
+    calls = count_calls(monkeypatch)
+    assert len(stack_adapters(model, NAMES)) == 2
+    torch.testing.assert_close(run(model, rows, NAMES, ids), expected)
+    assert len(calls) == 2 * 3 * 2
+
+
+def count_calls(monkeypatch):
     calls = []
-    kernel = malora.fused.gated_experts.gate
-    monkeypatch.setattr(malora.fused.gated_experts, "gate", lambda *args: calls.append(args) or kernel(*args))
-    compare_with_single_adapters(method, "all", "fused")
-    assert len(calls) == 2 * 3  # in each decoder layer for Q, K and V; Gate and Up; Down
+    compute = stacked_group.forward_stacked_group
+    monkeypatch.setattr(stacked_group, "forward_stacked_group", lambda *a: calls.append(a) or compute(*a))
+    return calls
 
 
 def compare_with_single_adapters(method, case, backend):
