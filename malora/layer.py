@@ -6,6 +6,7 @@ and which are trained is a setting. Shapes: n in, m out, N experts, r rank, d ra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -190,6 +191,7 @@ class MaloraLinear(AdapterLayer):
         by_name = {layer.name: layer for layer in self.group.layers}
         layers = [by_name[name] for name in weights.layers]
         weights = weights.select(segment.members)
+        probabilities: Sequence[Tensor]
         if fused:
             from malora.fused.stacked_group import forward_stacked_group  # needs Triton
 

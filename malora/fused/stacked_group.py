@@ -165,7 +165,8 @@ class _StackedGroup(torch.autograd.Function):
             flat = down_out.flatten(0, 1), d_down_out.flatten(0, 1)
             gate_backward(flat[0], None, dh, d_probability, flat[1], sizes.gate)
 
-        dz, dPs = d_down_out[..., : G * H], [None] * G
+        dz = d_down_out[..., : G * H]
+        dPs: list[Tensor | None] = [None] * G
         if sizes.has_P:
             if needed[5 + 2 * G]:
                 pairs = zip(d_expert_out, z.chunk(G, -1), Ps, strict=True)
