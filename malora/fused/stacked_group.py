@@ -32,6 +32,7 @@ from torch.autograd.function import once_differentiable
 from malora.config import MaloraConfig
 from malora.factors import StackedWeights
 from malora.fused.autograd import draw_seed
+from malora.fused.kernels.down_tiling import aligned_rows
 from malora.fused.kernels.dropout import apply_dropout, draw_mask
 from malora.fused.kernels.gate import GateLayout, gate, gate_backward
 from malora.fused.protocol import FusedLayer
@@ -105,7 +106,7 @@ class _StackedGroup(torch.autograd.Function):
         if seed is not None:
             bits = draw_mask(K * T, n, seed, sizes.p)
             dropped = apply_dropout(x.flatten(0, 1), bits, sizes.p).view(x.shape)
-        down_out = x.new_empty(K, T, G * H + (router.shape[1] if router is not None else 0))
+        down_out = _aligned(x, G * H + (0 if router is None else G * sizes.N))
         expert_out, logits = down_out[..., : G * H], down_out[..., G * H :]
         if sizes.has_P:
             z = torch.bmm(dropped, down.mT)
@@ -150,7 +151,7 @@ class _StackedGroup(torch.autograd.Function):
         ]
         hs = down_out.chunk(G, -1) if h is None else h.view(G, K, T, H).unbind()
 
-        d_down_out = torch.empty_like(down_out)
+        d_down_out = _aligned(x, down_out.shape[-1])
         d_expert_out = d_down_out[..., : G * H].chunk(G, -1)
         dh = None if h is None else torch.empty_like(h)
         targets = d_expert_out if dh is None else dh.view(G, K, T, H).unbind()
@@ -188,6 +189,11 @@ class _StackedGroup(torch.autograd.Function):
                 dx.view(K * T, n).addmm_(dy.view(K * T, -1), W)
         adapters = [gradient for pair in zip(dPs, dBs, strict=True) for gradient in pair]
         return None, None, dx, drouter, ddown, *[None] * (2 * G), *adapters
+
+
+def _aligned(x: Tensor, columns: int) -> Tensor:
+    """Return uninitialized memory [K, T, columns] for x [K, T, n], with rows as in `aligned_rows`."""
+    return torch.unflatten(aligned_rows(x.flatten(0, 1), columns), 0, x.shape[:2])
 
 
 def _stack(gradients: tuple[Tensor | None, ...], shape: tuple[int, int, int], like: Tensor) -> Tensor | None:
