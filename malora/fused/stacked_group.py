@@ -32,10 +32,14 @@ from torch.autograd.function import once_differentiable
 from malora.config import MaloraConfig
 from malora.factors import StackedWeights
 from malora.fused.autograd import draw_seed
-from malora.fused.kernels.down_tiling import aligned_rows
+from malora.fused.kernels.down_tiling import aligned_rows, split_count
 from malora.fused.kernels.dropout import apply_dropout, draw_mask
 from malora.fused.kernels.gate import GateLayout, gate, gate_backward
 from malora.fused.protocol import FusedLayer
+from malora.fused.tensor_utils import cdiv
+
+TILE = 128  # rows and columns of a result that one processor computes, about
+MIN_TOKENS_PER_SPLIT = 256  # below, starting a matmul takes as long as its sum
 
 
 class _Sizes(NamedTuple):
@@ -157,10 +161,7 @@ class _StackedGroup(torch.autograd.Function):
         targets = d_expert_out if dh is None else dh.view(G, K, T, H).unbind()
         for dy, B, target in zip(dys, Bs, targets, strict=True):
             torch.baddbmm(target, dy, B.flatten(1, 2).mT, beta=0, alpha=sizes.alpha, out=target)
-        dBs = [
-            torch.baddbmm(B.new_empty(K, H, B.shape[-1]), h_g.mT, dy, beta=0, alpha=sizes.alpha).view(B.shape)
-            for h_g, dy, B in zip(hs, dys, Bs, strict=True)
-        ]
+        dBs = [_matmul_tn(h_g, dy, sizes.alpha).view(B.shape) for h_g, dy, B in zip(hs, dys, Bs, strict=True)]
         if dh is not None:
             d_probability = _stack(gradients[G:], (K, T, N), x)
             flat = down_out.flatten(0, 1), d_down_out.flatten(0, 1)
@@ -171,13 +172,13 @@ class _StackedGroup(torch.autograd.Function):
         if sizes.has_P:
             if needed[5 + 2 * G]:
                 pairs = zip(d_expert_out, z.chunk(G, -1), Ps, strict=True)
-                dPs = [torch.bmm(d.mT, z_g).view(P.shape) for d, z_g, P in pairs]
+                dPs = [_matmul_tn(d, z_g).view(P.shape) for d, z_g, P in pairs]
             dz = torch.empty_like(z)
             for d, P, target in zip(d_expert_out, Ps, dz.chunk(G, -1), strict=True):
                 torch.bmm(d, P.flatten(1, 2), out=target)
         d_logits = d_down_out[..., G * H :]
-        ddown = torch.bmm(dz.mT, dropped) if needed[4] else None
-        drouter = torch.bmm(d_logits.mT, x) if needed[3] else None
+        ddown = _matmul_tn(dz, dropped) if needed[4] else None
+        drouter = _matmul_tn(d_logits, x) if needed[3] else None
         dx = None
         if needed[2]:
             dx = torch.bmm(dz, down)
@@ -189,6 +190,23 @@ class _StackedGroup(torch.autograd.Function):
                 dx.view(K * T, n).addmm_(dy.view(K * T, -1), W)
         adapters = [gradient for pair in zip(dPs, dBs, strict=True) for gradient in pair]
         return None, None, dx, drouter, ddown, *[None] * (2 * G), *adapters
+
+
+def _matmul_tn(left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
+    """Return alpha · leftᵀ @ right, [K, a, b], for left [K, T, a] and right [K, T, b].
+
+    Each result is small, so it occupies few of the GPU's processors while it sums over all tokens. Therefore the tokens
+    are divided among more matmuls, whose results are then added up.
+    """
+    (K, T, a), b = left.shape, right.shape[-1]
+    splits = split_count(K * cdiv(a, TILE) * cdiv(b, TILE), max(1, T // MIN_TOKENS_PER_SPLIT))
+    while T % splits:
+        splits //= 2
+    parts = (torch.unflatten(one, 1, (splits, T // splits)).flatten(0, 1) for one in (left, right))
+    product = torch.bmm(next(parts).mT, next(parts))
+    if splits > 1:
+        product = torch.unflatten(product, 0, (K, splits)).sum(1)
+    return product if alpha == 1 else product * alpha
 
 
 def _aligned(x: Tensor, columns: int) -> Tensor:

@@ -7,7 +7,7 @@ from torch import nn
 from malora import METHODS
 from malora.factors import Factors, StackedWeights
 from malora.fused.availability import interprets_triton
-from malora.fused.stacked_group import forward_stacked_group
+from malora.fused.stacked_group import _matmul_tn, forward_stacked_group
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 K, R, S, n = 2, 1, 3, 8
@@ -73,3 +73,13 @@ def test_a_frozen_factor_gets_no_gradient():
     down.requires_grad_(False)
     sum(y.sum() for y in compute()).backward()
     assert down.grad is None and x.grad is not None and all(B.grad is not None for B in Bs)
+
+
+@pytest.mark.parametrize("T", [768, 1023])
+def test_sums_over_tokens_are_divided(T, monkeypatch):
+    """Also of operands that are columns of wider rows. An odd number of tokens is not divided."""
+    sizes, multiply = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: sizes.append(len(a)) or multiply(a, b))
+    left, right = (torch.randn(K, T, 12, dtype=torch.float64)[..., 2:columns] for columns in (7, 10))
+    torch.testing.assert_close(_matmul_tn(left, right, 0.5), torch.einsum("kta,ktb->kab", left, right) / 2)
+    assert (sizes[0] > K) is (T == 768)
