@@ -39,8 +39,8 @@ from bench.train.tracking import Log
 from malora.adapter_stack import stack_adapters
 
 # Tokens per forward pass of all runs together, by device; more runs take more passes per step. The activations of
-# 49,152 tokens of the small profile's model need some 50 GiB, and twice that while a pass of a new shape runs beside the
-# memory of the captured ones.
+# 49,152 tokens of the small profile's model need some 50 GiB, and twice that while a pass of a new shape runs beside
+# the memory of the captured ones.
 MAX_JOINT_TOKENS = {"cuda": 49_152, "cpu": 16_384}
 
 
