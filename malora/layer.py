@@ -6,6 +6,7 @@ and which are trained is a setting. Shapes: n in, m out, N experts, r rank, d ra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,7 @@ from malora.backends import BACKENDS
 from malora.checkpointing import add_gradient
 from malora.config import MaloraConfig, resolve_backend
 from malora.factors import StackedWeights
-from malora.fused.eligibility import find_fused_adapter
+from malora.fused.eligibility import can_fuse_stack, find_fused_adapter
 from malora.fused.group import ProjectionGroup
 from malora.routing import Routing, RoutingLog, WeakReference, route
 from malora.stacked_layers import stacked_deltas
@@ -113,6 +114,9 @@ class MaloraLinear(AdapterLayer):
         if rows is None and not (args or kwargs) and (fused := self.adapter_for_fused_path()):
             output: Tensor = self.group.output(self, fused, x)
             return output
+        if rows is not None and not (args or kwargs) and self._can_fuse_rows(rows, x):
+            pairs = zip(rows.segments(x), rows.split(x), strict=True)
+            return rows.grouping(x).join([self._stacked_result(rows, segment, x, part) for segment, part in pairs])
         y: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return y
@@ -148,36 +152,64 @@ class MaloraLinear(AdapterLayer):
             return None
         if segment.stack is None:
             return self.delta(segment.names[0], part)
-        weights: StackedWeights = rows.weights[segment.stack][self.name]
-        if len(weights.layers) == 1:
-            return self._stacked_deltas(segment, weights, part)[self.name]
-        # The first layer of a group computes all of them, and the others fetch what they add.
-        key, state = (weights.layers, segment.names), (x._version, torch.is_grad_enabled(), self.training)
-        source, state_before, deltas = rows.outputs.get(key, (None, None, {}))
-        if source is not x or state != state_before or self.name not in deltas:
-            deltas = self._stacked_deltas(segment, weights, part)
-        delta: Tensor = deltas.pop(self.name)
-        rows.outputs[key] = (x, state, deltas) if deltas else (None, None, {})
-        return delta
+        return self._stacked_result(rows, segment, x, part)
 
-    def _stacked_deltas(self, segment: Segment, weights: StackedWeights, x: Tensor) -> dict[str, Tensor]:
-        """Return what the stacked adapters of a segment add to its rows x in each layer of the weights' group."""
+    def _stacked_result(self, rows: AdapterRows, segment: Segment, x: Tensor, part: Tensor) -> Tensor:
+        """Return what the stacked adapters of a segment add to its part of x.
+
+        Where `_can_fuse_rows` holds, it is the frozen layer's output together with that. The first layer of a group
+        computes all of them, and the others fetch theirs.
+        """
+        assert segment.stack is not None
+        weights: StackedWeights = rows.weights[segment.stack][self.name]
+        key, state = (weights.layers, segment.names), (x._version, torch.is_grad_enabled(), self.training)
+        source, state_before, results = rows.outputs.get(key, (None, None, {}))
+        if source is not x or state != state_before or self.name not in results:
+            results = self._stacked_results(segment, weights, part, fused=self._can_fuse_rows(rows, x))
+        result: Tensor = results.pop(self.name)
+        rows.outputs[key] = (x, state, results) if results else (None, None, {})
+        return result
+
+    def _can_fuse_rows(self, rows: AdapterRows, x: Tensor) -> bool:
+        """Return whether the frozen layer and the adapters of all rows of x can be computed together."""
+        return not (self.disable_adapters or self.merged) and all(
+            segment.stack is not None
+            and segment.names[0] in self.settings
+            and all(
+                can_fuse_stack(layer, self.settings[segment.names[0]], rows.weights[segment.stack][self.name], x)
+                for layer in self.group.layers
+                if layer.name in rows.weights[segment.stack][self.name].layers
+            )
+            for segment in rows.segments(x)
+        )
+
+    def _stacked_results(
+        self, segment: Segment, weights: StackedWeights, x: Tensor, *, fused: bool
+    ) -> dict[str, Tensor]:
+        """Compute `_stacked_result` for each layer of the weights' group."""
         config, K = self.settings[segment.names[0]], len(segment.names)
-        if not torch.is_autocast_enabled(x.device.type):
-            x = self._cast_input_dtype(x, weights.down.dtype)
-        x_KTn = x.reshape(K, -1, self.in_features)
-        dropout = self.malora_dropout[segment.names[0]]
-        found, probabilities = stacked_deltas(x_KTn, weights.select(segment.members), config, dropout)
-        layers = {layer.name: layer for layer in self.group.layers}
-        deltas = {}
-        for i, (name, delta) in enumerate(zip(weights.layers, found, strict=True)):
-            y = delta.reshape(*x.shape[:-1], -1)
-            if probabilities is not None:
-                shape = (len(x) // K, *x.shape[1:-1], config.num_experts)
+        by_name = {layer.name: layer for layer in self.group.layers}
+        layers = [by_name[name] for name in weights.layers]
+        weights = weights.select(segment.members)
+        probabilities: Sequence[Tensor]
+        if fused:
+            from malora.fused.stacked_group import forward_stacked_group  # needs Triton
+
+            found, probabilities = forward_stacked_group(layers, weights, config, x)
+        else:
+            if not torch.is_autocast_enabled(x.device.type):
+                x = self._cast_input_dtype(x, weights.down.dtype)
+            x_KTn = x.reshape(K, -1, self.in_features)
+            deltas, probabilities = stacked_deltas(x_KTn, weights, config, self.malora_dropout[segment.names[0]])
+            found = [delta.reshape(*x.shape[:-1], delta.shape[-1]) for delta in deltas]
+        results = {}
+        shape = (len(x) // K, *x.shape[1:-1], config.num_experts)
+        for i, (layer, y) in enumerate(zip(layers, found, strict=True)):
+            if probabilities:
                 for adapter, probability in zip(segment.names, probabilities[i].unbind(), strict=True):
-                    y = layers[name].record_routing(adapter, Routing(probability.reshape(shape), config.top_k), y)
-            deltas[name] = y
-        return deltas
+                    y = layer.record_routing(adapter, Routing(probability.reshape(shape), config.top_k), y)
+            results[layer.name] = y
+        return results
 
     def _offloaded_factors(self) -> list[Any]:
         """Return the parameters that accelerate loads before a forward pass and offloads after it.

@@ -21,7 +21,7 @@ from malora.routing import Routing, expert_probabilities
 
 def stacked_deltas(
     x_KTn: Tensor, weights: StackedWeights, config: MaloraConfig, dropout: nn.Module
-) -> tuple[list[Tensor], Sequence[Tensor] | None]:
+) -> tuple[list[Tensor], Sequence[Tensor]]:
     """Compute what adapters of one shape add to the outputs of a group's layers.
 
     Args:
@@ -32,10 +32,10 @@ def stacked_deltas(
 
     Returns:
         What they add to each layer's output, [K, T, m]; and the router probabilities of each layer, [K, T, N].
-        The latter is None if there is no router.
+        There are none without a router.
     """
     outputs = batched_down_proj(dropout(x_KTn), weights.down, weights.factors, config.num_experts)
-    probabilities: Sequence[Tensor] | None = None
+    probabilities: Sequence[Tensor] = ()
     if weights.router is None:
         gated = [(h_KTNr * config.scaling).flatten(2) for h_KTNr in outputs]
     else:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from malora.config import MaloraConfig, resolve_backend
+from malora.factors import StackedWeights
 from malora.fused.availability import has_triton, interprets_triton, warn_once
 
 if TYPE_CHECKING:
@@ -81,3 +82,19 @@ def can_use_kernels(config: MaloraConfig, device: torch.device) -> bool:
     if resolve_backend(config, device) not in FUSED_BACKENDS or torch.compiler.is_compiling():
         return False
     return has_triton() if device.type == "cuda" else interprets_triton()
+
+
+def can_fuse_stack(layer: FusedLayer, config: MaloraConfig, weights: StackedWeights, x: Tensor) -> bool:
+    """Return whether stacked adapters can be computed together with a frozen layer (`stacked_group.py`).
+
+    Args:
+        layer: The adapted layer.
+        config: Settings of the adapters.
+        weights: Their weights on the layer's group.
+        x: Input of the layer.
+    """
+    if not can_use_kernels(config, x.device) or reason_not_fused(layer, [config], is_sharded=False) is not None:
+        return False
+    if config.down == "P_t S_t":  # each expert reads columns of its own
+        return False
+    return x.dtype == layer.base_layer.weight.dtype == weights.down.dtype

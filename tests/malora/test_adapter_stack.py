@@ -5,9 +5,9 @@ import torch
 from peft import get_peft_model
 
 import malora
-import malora.fused.gated_experts
 from malora import METHODS
 from malora.adapter_stack import stack_adapters
+from malora.fused import stacked_group
 from malora.fused.availability import interprets_triton
 from malora.load_balancing import has_router
 from tests.conftest import make_model
@@ -15,6 +15,9 @@ from tests.malora.test_methods import randomise
 
 METHODS_TO_STACK = ("asylora", "molora", "malora", "malora-fixed-s", "malora-unshared-s", "malora-decomposed-b")
 NAMES = ["a", "b", "c"]
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+needs_triton = pytest.mark.skipif(not (interprets_triton() or ON_GPU), reason="needs Triton")
 
 
 def with_adapters(configs, dtype=torch.float64):
@@ -22,7 +25,7 @@ def with_adapters(configs, dtype=torch.float64):
     model = get_peft_model(make_model(), config, adapter_name=name)
     for name, config in others:
         model.add_adapter(name, config)
-    randomise(model.to(dtype)).train().base_model.set_adapter([*configs])
+    randomise(model.to(dtype)).to(DEVICE).train().base_model.set_adapter([*configs])
     return model
 
 
@@ -68,19 +71,43 @@ def test_a_stack_computes_what_its_adapters_do(method, case):
     compare_with_single_adapters(method, case, "dense")
 
 
-@pytest.mark.skipif(not (interprets_triton() or torch.cuda.is_available()), reason="needs Triton")
-@pytest.mark.parametrize("method", ["malora", "molora"])
-def test_a_stack_computes_the_same_by_kernels(method, monkeypatch):
+KERNEL_CASES = [(method, "all") for method in ("malora", "molora", "asylora", "malora-unshared-s", "malora-fixed-s")]
+KERNEL_CASES += [("malora", "without the second"), ("malora", "in reverse")]
+
+
+@needs_triton
+@pytest.mark.parametrize("method, case", KERNEL_CASES)
+def test_a_stack_computes_the_same_together_with_the_frozen_layers(method, case, monkeypatch):
+    calls = count_calls(monkeypatch)
+    compare_with_single_adapters(method, case, "fused")
+    # In each of two decoder layers for Q, K and V; for Gate and Up; and for Down. Each segment is computed by itself.
+    segments = 1 if case == "all" else len(PASSES[case][0])
+    assert len(calls) == (0 if method == "malora-unshared-s" else 2 * 3 * segments)
+
+
+@needs_triton
+def test_stacks_of_several_methods_share_a_pass(monkeypatch):
+    options = {"lora_dropout": 0, "backend": "fused"}
+    configs = {"a": METHODS["malora"](**options), "b": METHODS["malora"](**options), "c": METHODS["molora"](**options)}
+    model, rows = with_adapters(configs), {"a": 2, "b": 2, "c": 1}
+    ids = torch.randint(0, 61, (5, 5), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    expected = run(model, rows, NAMES, ids)
+    calls = count_calls(monkeypatch)
+    assert len(stack_adapters(model, NAMES)) == 2
+    torch.testing.assert_close(run(model, rows, NAMES, ids), expected)
+    assert len(calls) == 2 * 3 * 2
+
+
+def count_calls(monkeypatch):
     calls = []
-    kernel = malora.fused.gated_experts.gate
-    monkeypatch.setattr(malora.fused.gated_experts, "gate", lambda *args: calls.append(args) or kernel(*args))
-    compare_with_single_adapters(method, "all", "fused")
-    assert len(calls) == 2 * 3  # in each decoder layer for Q, K and V; Gate and Up; Down
+    compute = stacked_group.forward_stacked_group
+    monkeypatch.setattr(stacked_group, "forward_stacked_group", lambda *a: calls.append(a) or compute(*a))
+    return calls
 
 
 def compare_with_single_adapters(method, case, backend):
     names, rows = PASSES[case]
-    ids = torch.randint(0, 61, (6, 5), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 61, (6, 5), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     configs = {name: METHODS[method](lora_dropout=0, backend=backend) for name in NAMES}
     model = with_adapters(configs)
     expected = run(model, rows, names, ids)
@@ -115,7 +142,7 @@ def test_adapters_of_one_shape_are_stacked():
 
 def test_a_change_of_the_flat_parameter_changes_the_adapter():
     """In passes of the one adapter, too, as scoring makes them."""
-    ids = torch.randint(0, 61, (2, 5), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 61, (2, 5), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     model = with_adapters({name: METHODS["molora"](lora_dropout=0) for name in NAMES})
     (stack,) = stack_adapters(model, NAMES)
     with torch.no_grad():
@@ -133,7 +160,7 @@ def test_dropout_differs_between_the_adapters_of_a_stack():
     with torch.no_grad():
         for flat in stack.flat:
             flat.copy_(stack.flat[0])
-    ids = torch.randint(0, 61, (1, 5), generator=torch.Generator().manual_seed(0)).expand(3, 5)
+    ids = torch.randint(0, 61, (1, 5), generator=torch.Generator().manual_seed(0)).to(DEVICE).expand(3, 5)
     logits = model(ids, adapter_names=NAMES).logits
     assert not torch.allclose(logits[0], logits[1]) and not torch.allclose(logits[1], logits[2])
     logits = model.eval()(ids, adapter_names=NAMES).logits
@@ -144,9 +171,39 @@ def test_the_number_of_operations_does_not_grow_with_the_adapters():
     def operations(names):
         model = with_adapters({name: METHODS["malora"](lora_dropout=0) for name in names})
         stack_adapters(model, names)
-        ids = torch.zeros(len(names), 5, dtype=torch.long)
+        ids = torch.zeros(len(names), 5, dtype=torch.long, device=DEVICE)
         with torch.profiler.profile() as profile:
             model(ids, adapter_names=names, use_cache=False)
         return sum(event.name == "aten::bmm" for event in profile.events())
 
     assert operations(NAMES) == operations(NAMES[:2]) > 0
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("method", ["malora", "asylora"])
+def test_captured_passes_of_a_stack_are_the_eager_ones(method):
+    """In bfloat16 under autocast, as `bench` trains; two shapes in turn, and gradients that add up."""
+
+    def trained(max_graphs):
+        model = with_adapters({name: METHODS[method](lora_dropout=0) for name in NAMES}, torch.float32)
+        for parameter in model.parameters():
+            if parameter.requires_grad is False and parameter.dim() > 1:
+                parameter.data = parameter.data.bfloat16()
+        (stack,) = stack_adapters(model, NAMES)
+
+        def loss_of(_, batch):
+            with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+                return sum(run(model, dict.fromkeys(NAMES, 2), NAMES, batch["ids"]).values())
+
+        step = malora.capture_step(torch.nn.ModuleList([model, stack]), loss_of, max_graphs=max_graphs)
+        generator = torch.Generator().manual_seed(0)
+        losses = []
+        for length in (5, 9, 5, 9, 5, 9):
+            losses.append(step.backward({"ids": torch.randint(0, 61, (6, length), generator=generator)}))
+        assert step.replayed is (max_graphs > 0)
+        return torch.stack(losses), [flat.grad.clone() for flat in stack.flat]
+
+    (losses, gradients), (expected, theirs) = trained(4), trained(0)
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
+    for gradient, other in zip(gradients, theirs, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-2, atol=1e-3)
