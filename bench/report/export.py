@@ -46,7 +46,8 @@ COLUMNS: dict[str, dict[str, str]] = {
         "difference": "difference from the reference in points",
         "difference_low": "lower end of its 95% interval",
         "difference_high": "upper end of its 95% interval",
-        "p": "p of the paired test, with Holm's correction for the number of rows",
+        "p": "p of the paired test, with Holm's correction over all pairs of rows, or over the comparisons with a "
+        "reference fixed beforehand",
         "verdict": "`better`, `worse`, `not distinguishable`, and their limits",
     },
     "runs": {

@@ -18,7 +18,7 @@ from bench.report.scores.document import AdapterSection, Section, render_page
 from bench.report.scores.leaderboard import leaderboard
 from bench.report.scores.reproduction import reproduction
 from bench.report.scores.run_tables import options_table, router_table, sweep_table
-from bench.report.scores.selection import Selection, groups_with_runs, spread
+from bench.report.scores.selection import Selection, groups_with_runs, mixture_rows, spread
 from tasks import MIXTURES, TASKS
 
 
@@ -80,7 +80,7 @@ def _sections_at_both_rates(selection: Selection, swept: bool) -> list[Section]:
         sections += ["## Scores by learning rate", sweep_table(selection)]
     if routers := router_table(selection):
         sections += ["## Router statistics", routers]
-    if variations := options_table(selection, spread(selection.rows(tuned, selection.experiment.entries))):
+    if variations := options_table(selection, spread(mixture_rows(selection, tuned))):
         sections += ["## Effect of single options", variations]
     return sections
 

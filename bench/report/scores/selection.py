@@ -374,8 +374,34 @@ def _joined(runs: list[Record]) -> list[Record]:
     return joined
 
 
+def mixture_rows(selection: Selection, rates: Rates) -> list[TableRow]:
+    """Return the rows of all tables of this mixture, each once.
+
+    They differ from the selection's runs only in method, options, learning rate and seed. How runs vary is estimated
+    from them, so that two tables with the same runs use the same estimate.
+
+    Args:
+        selection: The records of one table.
+        rates: Learning rate by tuning group. Groups without one have their own rate.
+    """
+    found = {_key(row): row for row in selection.rows(rates)}
+    if selection.frame.empty:
+        return []
+    like = selection.records[0].config
+    for experiment in EXPERIMENTS.values():
+        if experiment.mixture == selection.experiment.mixture and experiment != selection.experiment:
+            other = select(experiment, selection.profile, selection.folder, like=like)
+            rows = other.rows({**other.at_own_rate, **rates})
+            found = {_key(row): row for row in rows if not row.entry.single_task} | found
+    return list(found.values())
+
+
+def _key(row: TableRow) -> tuple[object, ...]:
+    return row.method, repr(sorted(row.sources[0].config.method_options.items())), row.rate, row.entry.single_task
+
+
 def spread(table: Iterable[TableRow]) -> Spread | None:
-    """Return the variance between seeds, pooled over a table's rows with several.
+    """Return the variance between seeds, pooled over the rows with several.
 
     Single-task rows do not count: their means are over separate runs.
     """

@@ -9,14 +9,19 @@ from bench.records import scorer_versions, store
 from bench.report import readme
 from bench.report.claims import claims
 from bench.report.scores.experiment_page import experiment_page
+from bench.report.scores.leaderboard import compare_rows
 from bench.report.scores.selection import (
     LearningRates,
     choose_rates,
+    difference,
+    mixture_rows,
     records_frame,
     select,
     select_comparable,
+    spread,
     tuned_rates,
 )
+from bench.report.stats import Spread
 from tests.bench.records.test_store import make
 
 TABLE2 = EXPERIMENTS["table2"]
@@ -151,7 +156,35 @@ def test_one_seed_with_rows_of_several_is_a_statement_about_methods():
     for seed, right in enumerate((0.45, 0.5, 0.55)):
         runs.append(make(seed, method="dora", right=right))
     text = page_at({"lora": 2e-3, "molora": 2e-3, "dora": 2e-3}, runs)
-    assert "worse: " in line(text, "MoLoRA ") and "takes it from the rows with several" in text
+    assert "worse: " in line(text, "MoLoRA ") and "takes it from all rows of this mixture" in text
+
+
+def test_the_best_row_is_corrected_for_all_pairs_and_a_fixed_reference_for_its_own():
+    """Of three rows, two comparisons are with the reference and three are pairs: the smallest p counts 2 or 3 times."""
+    rights = {"lora": (0.60, 0.66, 0.72), "molora": (0.55, 0.59, 0.6), "dora": (0.5, 0.6, 0.7)}
+    runs = [
+        make(seed, method=method, right=right) for method, three in rights.items() for seed, right in enumerate(three)
+    ]
+    rates = dict.fromkeys(rights, 2e-3)
+    lora, *others = select(TABLE2, "tiny", records_frame(runs), rates=LearningRates(rates, TABLE2)).rows(rates)
+    p = min(difference(lora, row, None).p for row in others)
+    of_pairs, of_fixed = (
+        min(v.p for v in compare_rows([lora, *others], lora, None, is_fixed=fixed).values()) for fixed in (False, True)
+    )
+    assert of_pairs == pytest.approx(3 * p) and of_fixed == pytest.approx(2 * p)
+    assert "all pairs of rows" in page_at(rates, runs)
+
+
+def test_single_runs_take_their_spread_from_all_tables_of_the_mixture():
+    runs = [make(seed, method="lora", rate=2e-3, right=right) for seed, right in enumerate((0.4, 0.5, 0.6))]
+    runs += [make(0, method="lora", rate=1e-3, right=0.1), make(0, method="malora", right=0.5)]
+    selection = select(
+        EXPERIMENTS["table12"], "tiny", records_frame(runs), rates=LearningRates({"malora": 2e-3}, TABLE2)
+    )
+    assert [row.title for row in selection.rows(selection.rates.tuned)] == ["MALoRA r=12 d=32 β=1.25"]
+    rows = mixture_rows(selection, selection.rates.tuned)
+    assert sorted(row.title for row in rows) == ["LoRA", "MALoRA r=12 d=32 β=1.25"]
+    assert spread(rows) == Spread(pytest.approx(0.01), 2)  # of 0.4, 0.5 and 0.6
 
 
 def test_rows_without_two_common_seeds_are_compared_over_all_their_seeds():
