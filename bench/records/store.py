@@ -2,18 +2,20 @@
 
 Only this package reads or writes the records below `results/`. A folder of results has `runs/<id>.json` and, for each
 run, `runs/<id>.items.csv.gz` with the outcome of every test item. A record is written once: first the items, then the
-JSON file.
+JSON file. It has hashes of itself and of its items file, so that a later edit of either is found.
 """
 
 from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import itertools
 import json
 import math
 import os
+import re
 import time
 import zlib
 from collections.abc import Iterable, Mapping
@@ -29,19 +31,29 @@ from bench.records.schema import SCHEMA, Number, Record, RunConfig, RunSections,
 from bench.records.speed_schema import SPEED_SCHEMA, SpeedRecord
 
 RESULTS = ROOT / "results"
-LATER_FIELDS = {"inside"}  # records of the first weeks lack it
+# Earlier records lack them. Of those without hashes only what the items give can be checked.
+LATER_FIELDS = {"inside", "items_sha256", "content_sha256"}
+FAILED = re.compile(r"\.failed-\d{8}T\d{6}$")  # ends the name of a failed run's record
 # A score is the mean of its items, which lm-eval sums in another order: double precision differs in the last digits.
 SCORE_TOLERANCE = 1e-9
 ITEM_COLUMNS = ("task", "item", "correct")
 
 
 class _RunFile(RunSections):
-    """Contents of `runs/<id>.json`: sections, and fields that must agree with them."""
+    """Contents of `runs/<id>.json`: sections, and fields that must agree with them.
+
+    Attributes:
+        items: Name of the items file.
+        items_sha256: Hash of the items file's bytes; None without items, and in older records.
+        content_sha256: Hash of all other fields, see `_hash_content`; None in older records.
+    """
 
     schema_version: Literal[2] = Field(alias="schema")
     id: str
     config_hash: str
     items: str | None
+    items_sha256: str | None = None
+    content_sha256: str | None = None
 
     def sections(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in RunSections.model_fields}
@@ -108,14 +120,23 @@ def write(record: Record, folder: Path) -> Path:
     open_folder(folder)
     runs = folder / "runs"
     name = record.config.id + (f".failed-{time.strftime('%Y%m%dT%H%M%S')}" if record.status == "failed" else "")
-    if record.items:
-        write_atomically(runs / f"{name}.items.csv.gz", _items_to_bytes(record.items))
+    items = _items_to_bytes(record.items) if record.items else None
+    if items is not None:
+        write_atomically(runs / f"{name}.items.csv.gz", items)
     content = {"schema": SCHEMA, "id": record.config.id, "status": record.status, "config_hash": record.config.hash}
     content |= {section: _to_json(getattr(record, section)) for section in RunSections.model_fields}
-    content["items"] = f"{name}.items.csv.gz" if record.items else None
+    content["items"] = None if items is None else f"{name}.items.csv.gz"
+    content["items_sha256"] = None if items is None else hashlib.sha256(items).hexdigest()
+    content["content_sha256"] = _hash_content(content)
     record.path = runs / f"{name}.json"
     write_atomically(record.path, json.dumps(content, indent=1) + "\n")
     return record.path
+
+
+def _hash_content(content: Mapping[str, Any]) -> str:
+    """Return the hex sha256 of a record's fields as sorted JSON, without the field that has the hash."""
+    fields = {name: value for name, value in content.items() if name != "content_sha256"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _to_json(section: Any) -> Any:
@@ -126,7 +147,7 @@ def _to_json(section: Any) -> Any:
 
 
 def read(path: Path) -> Record:
-    """Read a record; check that its file name, configuration, scores and items agree.
+    """Read a record; check that its file name, configuration, scores, items and hashes agree.
 
     Raises:
         UserError: the file or its items file is broken, of another schema, or contradicts itself.
@@ -138,18 +159,31 @@ def read(path: Path) -> Record:
         _require_sections(content)
     except (OSError, ValueError) as error:
         raise _broken(path, error) from error
-    _require_equal(path, "file name", path.stem.partition(".failed-")[0], content.config.id)
+    mark = FAILED.search(path.stem)
+    suffix = (mark.group() if mark else ".failed-TIME") if content.status == "failed" else ""
+    _require_equal(path, "file name", path.stem, content.config.id + suffix)
     _require_equal(path, "id", content.id, content.config.id)
     _require_equal(path, "config_hash", content.config_hash, content.config.hash)
     _require_equal(path, "items file", content.items, f"{path.stem}.items.csv.gz" if content.test else None)
-    try:
-        items = _items_from_bytes((path.parent / content.items).read_bytes()) if content.items else None
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise _broken(path, error) from error
-    if items is not None:
-        _require_scores_of(path, content.test or {}, items)
+    items = _read_items(path, content) if content.items else None
+    if content.content_sha256 is not None:  # last, because the checks above say what differs
+        _require_equal(path, "content_sha256", content.content_sha256, _hash_content(json.loads(text)))
     # The sections and the items have been validated above.
     return Record.model_construct(**content.sections(), items=items, path=path)
+
+
+def _read_items(path: Path, content: _RunFile) -> dict[str, list[Number]]:
+    """Read the items of a record; check that its test scores follow from them, and their hash."""
+    assert content.items is not None
+    try:
+        stored = (path.parent / content.items).read_bytes()
+        items = _items_from_bytes(stored)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise _broken(path, error) from error
+    _require_scores_of(path, content.test or {}, items)
+    if content.items_sha256 is not None:
+        _require_equal(path, "items_sha256", content.items_sha256, hashlib.sha256(stored).hexdigest())
+    return items
 
 
 def _require_schema(path: Path, text: str, schema: int) -> None:
@@ -199,7 +233,7 @@ def _require_equal(path: Path, what: str, found: object, expected: object) -> No
 
 
 def _require_scores_of(path: Path, scores: Mapping[str, TaskScore], items: Mapping[str, list[Number]]) -> None:
-    """Check that each test score is the mean of the task's items."""
+    """Check that each test score is the mean of the task's items, with the standard error of that mean."""
     _require_equal(path, "items file's list of tasks", sorted(items), sorted(scores))
     for task, score in scores.items():
         outcomes = items[task]
@@ -207,6 +241,15 @@ def _require_scores_of(path: Path, scores: Mapping[str, TaskScore], items: Mappi
         mean = math.fsum(outcomes) / len(outcomes)
         if abs(mean - score.value) > SCORE_TOLERANCE:
             _require_equal(path, f"score of {task}", score.value, mean)
+        stderr = _standard_error(outcomes, mean)
+        if score.stderr is None or stderr is None or abs(stderr - score.stderr) > SCORE_TOLERANCE:
+            _require_equal(path, f"standard error of {task}", score.stderr, stderr)
+
+
+def _standard_error(outcomes: list[Number], mean: float) -> float | None:
+    """Return the standard error of a mean, or None for a single outcome."""
+    n = len(outcomes)
+    return math.sqrt(math.fsum((outcome - mean) ** 2 for outcome in outcomes) / (n - 1) / n) if n > 1 else None
 
 
 def read_all(folder: Path) -> list[Record]:
@@ -215,7 +258,7 @@ def read_all(folder: Path) -> list[Record]:
     Raises:
         UserError: a record is broken.
     """
-    return [read(path) for path in sorted((folder / "runs").glob("*.json")) if ".failed-" not in path.name]
+    return [read(path) for path in sorted((folder / "runs").glob("*.json")) if not FAILED.search(path.stem)]
 
 
 def find(config: RunConfig, folder: Path) -> Record | None:

@@ -30,7 +30,7 @@ from bench.runtime.attention import require_packing
 from bench.runtime.processes import processes
 from bench.runtime.progress import timed_phase
 from bench.train.batching import Encoded, encode, label_tokens
-from bench.train.checkpoint import TrainLog
+from bench.train.checkpoint import TrainLog, remove_checkpoints
 from bench.train.loop import DivergedError, train
 from bench.train.together import Trained
 from bench.train.tracking import Log, tracked
@@ -80,7 +80,7 @@ def run(config: RunConfig, setting: RunSettings, jobs: int = 1, trained: Trained
         raise  # the user's to solve, so not a result of the run
     except torch.OutOfMemoryError as error:
         if jobs > 1:
-            checkpoint.unlink(missing_ok=True)  # its times are those of crowded runs, so nothing may resume from it
+            remove_checkpoints(checkpoint)  # its times are those of crowded runs, so nothing may resume from it
             raise
         if state.num_processes > 1:
             raise  # as below
@@ -92,7 +92,7 @@ def run(config: RunConfig, setting: RunSettings, jobs: int = 1, trained: Trained
     if state.is_main_process:
         records.write(record, setting.results)
         if record.status != "failed":
-            checkpoint.unlink(missing_ok=True)
+            remove_checkpoints(checkpoint)
     state.wait_for_everyone()
     if not state.is_main_process:
         written = records.find(config, setting.results)

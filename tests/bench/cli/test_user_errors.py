@@ -127,6 +127,21 @@ def test_an_adapter_trained_on_another_base(method, base_folder, capsys, tmp_pat
     assert "it was trained on another base" in refused(good, capsys, tmp_path)
 
 
+def copy_record(path):
+    path.with_name(f"{path.stem} (1).json").write_bytes(path.read_bytes())
+
+
+def edit_score(path):
+    path.write_text(path.read_text(encoding="utf-8").replace('"value": 0.5', '"value": 0.99'), encoding="utf-8")
+
+
+@pytest.mark.parametrize("spoil, message", [(copy_record, "its file name is"), (edit_score, "its score of")])
+@pytest.mark.parametrize("command", ["run", "table2", "export"])
+def test_a_results_folder_with_a_copied_or_edited_record(command, spoil, message, capsys, tmp_path):
+    spoil(store.write(make(), tmp_path / "results"))
+    assert message in refused([command, "--results", tmp_path / "results"], capsys, tmp_path)
+
+
 def test_a_results_folder_with_a_truncated_record(base_folder, capsys, tmp_path):
     results = tmp_path / "results"
     path = store.write(make(), results)

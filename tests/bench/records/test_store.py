@@ -5,7 +5,10 @@ They are read back unchanged, and published only if they can be run again.
 
 import gzip
 import hashlib
+import itertools
 import json
+import math
+import random
 import re
 import subprocess
 
@@ -42,11 +45,21 @@ CONFIG = RunConfig(
 )
 
 
+HASHES = ("items_sha256", "content_sha256")  # of later records
+
+
+def score(outcomes, metric="acc"):
+    """Return the score that follows from outcomes."""
+    n, mean = len(outcomes), sum(outcomes) / len(outcomes)
+    stderr = math.sqrt(sum((x - mean) ** 2 for x in outcomes) / (n - 1) / n) if n > 1 else None
+    return {"metric": metric, "value": mean, "stderr": stderr, "n": n, "version": 1}
+
+
 def make(seed=0, status="ok", method="lora", rate=2e-3, right=0.5, n=40, **options) -> Record:
     usual = {} if method == BASE else method_options(method, PROFILES["tiny"], CONFIG.mixture, {})
     config = CONFIG.replace(seed=seed, method=method, learning_rate=rate, method_options=usual)
     items = {task: [int(i < right * n) for i in range(n)] for task in ("lexicon", "majority")}
-    scores = {t: {"metric": "acc", "value": sum(v) / n, "stderr": 0.01, "n": n, "version": 1} for t, v in items.items()}
+    scores = {task: score(outcomes) for task, outcomes in items.items()}
     ok = status == "ok"
     return Record(
         **{
@@ -125,6 +138,7 @@ def test_a_broken_record_says_which_and_what_to_do(tmp_path, spoil):
         ('"config_hash": "', '"config_hash": "0', "its config_hash is 0"),
         ('"seed": 0', '"seed": 1', "its file name is procedural-letters-lora-lr0.002-s0-"),
         ('"value": 0.5', '"value": 0.6', "its score of lexicon is 0.6, but its contents give 0.5"),
+        ('"stderr": 0.08', '"stderr": 0.01', "its standard error of lexicon is 0.01"),
         ('"n": 40', '"n": 41', "its number of items of lexicon is 40, but its contents give 41"),
         ('"seed": 0', '"seed": "0"', r"config.seed: Input should be a valid integer"),
         ('"status": "ok"', '"status": "fine"', "status: Input should be"),
@@ -212,11 +226,81 @@ def test_a_score_is_from_0_to_1(tmp_path, value):
         store.read(path)
 
 
-def test_a_copy_of_a_record_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "name", ["{} (1)", "{} copy", "Copy of {}", "{}.sync-conflict-20260101-120000-ABCDEFG", "{}~", "{}.failed-1 (1)"]
+)
+def test_a_copy_of_a_record_is_refused(tmp_path, name):
+    """Backups and synchronisation make them; each would count as one more seed."""
     path = store.write(make(), tmp_path)
-    path.with_name(f"{path.stem} (1).json").write_bytes(path.read_bytes())
-    with pytest.raises(UserError, match=r"\(1\).json: its file name is"):
+    for file in path.parent.iterdir():
+        stem = file.name.removesuffix(".json").removesuffix(".items.csv.gz")
+        copy = file.with_name(name.format(stem) + file.name.removeprefix(stem))
+        copy.write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match=rf"{re.escape(name.format(path.stem))}\.json: its file name is") as error:
         store.read_all(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_failed_run_is_no_result_under_the_name_of_one(tmp_path):
+    path = store.write(make(status="failed", error="an error"), tmp_path)
+    assert store.read(path).status == "failed" and store.read_all(tmp_path) == []
+    path.rename(path.with_name(f"{CONFIG.id}.json"))
+    with pytest.raises(UserError, match=r"its file name is .*but its contents give .*\.failed-TIME"):
+        store.find(store.read_all(tmp_path)[0].config, tmp_path)
+
+
+def leaves(value, where=()):
+    """Return the places of all plain values in a record."""
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return itertools.chain.from_iterable(leaves(one, (*where, key)) for key, one in pairs)
+    return iter([where])
+
+
+def test_a_record_with_any_value_changed_is_refused(tmp_path):
+    """Validation scores too, whose items are not stored."""
+    written = make()
+    path = store.write(written, tmp_path)
+    text = path.read_text(encoding="utf-8")
+    places = list(leaves(json.loads(text)))
+    assert ("validation", "lexicon", "value") in places and ("train", "curve", 0, "loss") in places
+    for where in places:
+        content = json.loads(text)
+        section = content
+        for key in where[:-1]:
+            section = section[key]
+        old = section[where[-1]]
+        section[where[-1]] = {bool: not old, int: 0 if old else 1, float: 0.25}.get(type(old), "another")
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        with pytest.raises(UserError, match=r"\.json"):
+            store.read(path)
+            pytest.fail(f"{where} was changed")
+    path.write_text(text, encoding="utf-8")
+    assert store.read(path) == written
+
+
+def test_items_that_give_the_same_score_in_another_order_are_refused(tmp_path):
+    """Paired tests between methods need the order."""
+    path = store.write(make(right=0.4), tmp_path)
+    items = path.with_name(f"{path.stem}.items.csv.gz")
+    for seed in range(50):
+        outcomes = make(right=0.4).items
+        random.Random(seed).shuffle(outcomes["majority"])
+        items.write_bytes(store._items_to_bytes(outcomes))
+        with pytest.raises(UserError, match=rf"{re.escape(str(path))}: its items_sha256 is"):
+            store.read(path)
+
+
+def test_an_older_record_is_checked_by_what_its_items_give(tmp_path):
+    path = store.write(make(), tmp_path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    older = {name: value for name, value in content.items() if name not in HASHES}
+    path.write_text(json.dumps(older), encoding="utf-8")
+    assert store.read(path).test == make().test
+    older["test"]["lexicon"]["value"] = 0.99
+    path.write_text(json.dumps(older), encoding="utf-8")
+    with pytest.raises(UserError, match=r"its score of lexicon is 0\.99, but its contents give 0\.5"):
+        store.read(path)
 
 
 def test_fields_that_were_never_set_are_not_written(tmp_path):
@@ -249,13 +333,15 @@ def test_the_hash_of_a_configuration_is_that_of_its_plain_values():
 
 
 def test_published_records_are_written_again_byte_for_byte(tmp_path):
-    """The first records of each profile, and all of speed; reading checks all of them."""
+    """The first records of each profile, and all of speed; reading checks all of them. Older ones gain hashes."""
     for profile in ("tiny", "small"):
         for path in sorted((store.RESULTS / profile / "runs").glob("*.json"))[:5]:
             written = store.write(store.read(path), tmp_path / profile)
-            for suffix in (".json", ".items.csv.gz"):
-                name = f"{path.stem}{suffix}"
-                assert written.with_name(name).read_bytes() == path.with_name(name).read_bytes()
+            content = json.loads(written.read_text(encoding="utf-8"))
+            content = {name: value for name, value in content.items() if name not in HASHES or name in path.read_text()}
+            assert json.dumps(content, indent=1) + "\n" == path.read_text(encoding="utf-8")
+            items = f"{path.stem}.items.csv.gz"
+            assert written.with_name(items).read_bytes() == path.with_name(items).read_bytes()
     for record in store.read_speed(store.RESULTS / "speed"):
         written = store.write_speed(record, tmp_path / "speed")
         assert written.read_bytes() == (store.RESULTS / "speed" / "runs" / written.name).read_bytes()
@@ -332,10 +418,7 @@ def test_a_commit_has_the_hash_of_its_sources():
 
 def test_outcomes_between_right_and_wrong_are_read_back_as_they_were(tmp_path):
     items = {"lexicon": [1, 0, 1], "report": [2 / 3, 1e-9, 1.0, 0.1 + 0.2]}
-    scores = {
-        task: {"metric": "rougeL", "value": sum(v) / len(v), "stderr": None, "n": len(v), "version": 1}
-        for task, v in items.items()
-    }
+    scores = {task: score(outcomes, "rougeL") for task, outcomes in items.items()}
     written = store.write(make(items=items, test=scores), tmp_path)
     assert store.read(written).items == items
 

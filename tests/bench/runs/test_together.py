@@ -90,7 +90,9 @@ def test_a_run_that_diverges_leaves_the_others_alone(base_folder, tmp_path):
     torch.testing.assert_close(points(calm, "loss"), points(alone, "loss"), **CLOSE)
 
 
-def test_training_together_continues_from_checkpoints(base_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_training_together_continues_from_checkpoints(damaged, base_folder, tmp_path, monkeypatch, capsys):
+    """If the checkpoint of one run is damaged, that run starts anew, and the other continues."""
     whole, broken = (
         without_dropout(base_folder, tmp_path / name, max_items=2, max_steps=8) for name in ("whole", "broken")
     )
@@ -108,8 +110,12 @@ def test_training_together_continues_from_checkpoints(base_folder, tmp_path, mon
         patched.setattr(bench.train.together._Run, "update", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(run_together(plan(broken, *runs), 2))
-    assert len(list((tmp_path / "broken" / "checkpoints").iterdir())) == 2  # of step 5
+    checkpoints = sorted((tmp_path / "broken" / "checkpoints").iterdir())
+    assert len(checkpoints) == 2  # of step 5
+    if damaged:
+        checkpoints[1].write_bytes(checkpoints[1].read_bytes()[:-1])
     continued = list(run_together(plan(broken, *runs), 2))
+    assert capsys.readouterr().err.count("training starts anew.") == damaged
     for made, one in zip(continued, expected, strict=True):
         torch.testing.assert_close(points(made, "loss"), points(one, "loss"), **CLOSE)
     assert not list((tmp_path / "broken" / "checkpoints").iterdir())

@@ -7,7 +7,7 @@ from torch.optim.lr_scheduler import ConstantLR
 
 from bench.runs.run import run
 from bench.runs.setting import make_run_config
-from bench.train.checkpoint import Checkpoint, TrainLog
+from bench.train.checkpoint import Checkpoint, TrainLog, previous_checkpoint
 from bench.train.step import TrainStep
 from tests.bench.conftest import make_setting
 
@@ -18,11 +18,13 @@ class KilledError(BaseException):
     """Stands for a signal: no `except Exception` catches it."""
 
 
-@pytest.mark.parametrize("method", ["lora", "malora"])
-def test_a_killed_run_that_is_resumed_ends_bitwise_like_an_unbroken_one(method, base_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method, damaged", [("lora", False), ("malora", False), ("malora", True)])
+def test_a_killed_run_that_is_resumed_ends_bitwise_like_an_unbroken_one(
+    method, damaged, base_folder, tmp_path, monkeypatch, capsys
+):
     """Kill a run at step 8, after the checkpoint at step 5, and resume it.
 
-    With dropout the generator's state is tested as well.
+    With dropout the generator's state is tested as well. If the only checkpoint is damaged, the run starts anew.
     """
 
     def train_adapter(folder):
@@ -43,11 +45,15 @@ def test_a_killed_run_that_is_resumed_ends_bitwise_like_an_unbroken_one(method, 
         patched.setattr(TrainStep, "__call__", killed_at_step_8)
         with pytest.raises(KilledError):
             train_adapter("killed")
-    assert list((tmp_path / "killed" / "checkpoints").glob("*.pt")) and not (tmp_path / "killed" / "runs").exists()
+    (checkpoint,) = (tmp_path / "killed" / "checkpoints").glob("*.pt")
+    assert not (tmp_path / "killed" / "runs").exists()
+    if damaged:
+        checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
     resumed, result = train_adapter("killed")
     assert resumed == unbroken
     assert result.train.curve == expected.train.curve and result.items == expected.items
-    assert not list((tmp_path / "killed" / "checkpoints").glob("*.pt"))
+    assert ("training starts anew." in capsys.readouterr().err) == damaged
+    assert not list((tmp_path / "killed" / "checkpoints").iterdir())
 
 
 def test_every_process_gets_its_own_random_numbers_back(tmp_path, monkeypatch):
@@ -55,7 +61,11 @@ def test_every_process_gets_its_own_random_numbers_back(tmp_path, monkeypatch):
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters())
     states = [(torch.Generator().manual_seed(seed).get_state(), None) for seed in range(2)]
-    monkeypatch.setattr("bench.train.checkpoint.gather_object", lambda mine: states)
+
+    def gather(mine):
+        return states if isinstance(mine[0][0], torch.Tensor) else mine
+
+    monkeypatch.setattr("bench.train.checkpoint.gather_object", gather)
 
     def checkpoint(process_index):
         path = tmp_path / "checkpoint.pt"
@@ -71,3 +81,19 @@ def test_every_process_gets_its_own_random_numbers_back(tmp_path, monkeypatch):
     before = torch.get_rng_state()
     checkpoint(2).load()  # fewer processes wrote it
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_no_process_continues_from_a_file_that_another_could_not_read(tmp_path, monkeypatch, capsys):
+    """Otherwise they would train from different steps."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    path = tmp_path / "checkpoint.pt"
+    checkpoint = Checkpoint(path, "id", model, optimizer, ConstantLR(optimizer))
+    checkpoint.save(TrainLog(steps=1))
+    checkpoint.save(TrainLog(steps=2))
+    others = iter([("is damaged", False), (None, True)])
+    monkeypatch.setattr("bench.train.checkpoint.gather_object", lambda mine: [*mine, next(others)])
+    assert checkpoint.load() == TrainLog(steps=1)
+    assert "checkpoint.pt is damaged: the file was renamed" in capsys.readouterr().err
+    monkeypatch.setattr("bench.train.checkpoint.gather_object", lambda mine: [*mine, (None, False)])
+    assert checkpoint.load() is None and previous_checkpoint(path).exists()  # on a disk that the other lacks
