@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -161,14 +162,15 @@ def _count_cores() -> int:
 def _run_and_print(runs: Runs, jobs: int, title: str, together: int) -> list[schema.Record]:
     """Make the runs and print a line per run to the standard error."""
     records = []
-    for number, one in enumerate(run_all(runs, jobs, together), 1):
-        records.append(one)
-        if not processes().is_main_process:
-            continue
-        result = (
-            f"mean {one.mean():.1f}" if one.status == "ok" else f"{one.status}: {(one.error or '').splitlines()[0]}"
-        )
-        print(f"{title} {number}/{len(runs)} {one.config.id}: {result}", file=sys.stderr, flush=True)
+    with closing(run_all(runs, jobs, together)) as made:  # an exception here ends the workers before it is reported
+        for number, one in enumerate(made, 1):
+            records.append(one)
+            if not processes().is_main_process:
+                continue
+            result = (
+                f"mean {one.mean():.1f}" if one.status == "ok" else f"{one.status}: {(one.error or '').splitlines()[0]}"
+            )
+            print(f"{title} {number}/{len(runs)} {one.config.id}: {result}", file=sys.stderr, flush=True)
     return records
 
 
