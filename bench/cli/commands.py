@@ -265,8 +265,8 @@ def write_leaderboards(options: argparse.Namespace) -> int:
     pages = {store.RESULTS / name: text for name, text in readme.published_pages(records, tested).items()}
     pages |= {store.RESULTS / SPEED / name: text for name, text in tables.pages(speeds).items()}
     front = provenance.ROOT / "README.md"
-    pages[front] = readme.fill_readme(front.read_text(encoding="utf-8"), records, speeds, tested)
-    stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    pages[front] = readme.fill_readme(readme.read_readme(front), records, speeds, tested)
+    stale = [path for path, text in pages.items() if not path.is_file() or path.read_bytes() != text.encode()]
     for path in stale:
         if not options.check:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 import warnings
@@ -43,6 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code: 0 if all went well, 1 if a run failed or a page is out of date, 2 if the user asked for
         something impossible, 130 if they interrupted it.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal's encoding may lack ± and names of the user
     options = make_parser().parse_args(arguments)
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries address these to developers
     try:
