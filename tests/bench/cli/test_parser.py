@@ -17,7 +17,7 @@ def commands():
 
 
 def test_every_command_and_option_has_a_help_line_and_a_default():
-    others = {"list", "run", "score", "leaderboard", "report", "export", "export-task", "publish"}
+    others = {"list", "run", "score", "leaderboard", "report", "export", "export-task", "publish", "clean"}
     assert set(commands()) == {*EXPERIMENTS, *others}
     for name, command in commands().items():
         assert command.text.endswith("."), name
