@@ -47,6 +47,7 @@ rivals: .rivals/ready ## install what bench.speed --loop compares with in a work
 
 lint: .venv/ready ## check style, formatting, types, spelling and which package imports which
 	$(BIN)/ruff check .
+	$(BIN)/ruff check --preview --select PLW1514 .  # text files are UTF-8, whatever the locale
 	$(BIN)/ruff format --check .
 	$(BIN)/typos
 	$(BIN)/lint-imports --no-logo

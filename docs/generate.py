@@ -34,7 +34,7 @@ def _result_pages() -> dict[str, str | bytes]:
         name = path.relative_to(ROOT / "results").as_posix()
         if path.suffix not in (".md", ".svg") or name.startswith("local/"):
             continue
-        pages[f"{RESULTS}/{name}"] = path.read_text() if path.suffix == ".md" else path.read_bytes()
+        pages[f"{RESULTS}/{name}"] = path.read_text(encoding="utf-8") if path.suffix == ".md" else path.read_bytes()
     return pages
 
 

@@ -49,6 +49,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def on_pre_build(config: MkDocsConfig, **_: Any) -> None:
     """Check the README, which is not part of the site."""
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for problem in [*plain_english.problems(readme), *plain_english.readme_problems(readme)]:
         logger.warning("README.md: %s", problem)

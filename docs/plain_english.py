@@ -84,6 +84,8 @@ def _prose(markdown: str, tables: bool = True) -> list[tuple[int, str]]:
 
 
 if __name__ == "__main__":
-    failures = [f"{name}: {problem}" for name in sys.argv[1:] for problem in problems(Path(name).read_text())]
+    failures = [
+        f"{name}: {problem}" for name in sys.argv[1:] for problem in problems(Path(name).read_text(encoding="utf-8"))
+    ]
     print("\n".join(failures) or "no banned word")
     sys.exit(bool(failures))

@@ -87,8 +87,8 @@ def _content(path: str) -> str | bytes:
     Markdown and records stay as they are, and other files become a listing.
     """
     if path.startswith("results/"):
-        return (ROOT / path).read_bytes() if not path.endswith(".md") else (ROOT / path).read_text()
-    text = (ROOT / path).read_text()
+        return (ROOT / path).read_bytes() if not path.endswith(".md") else (ROOT / path).read_text(encoding="utf-8")
+    text = (ROOT / path).read_text(encoding="utf-8")
     if path.endswith(".md"):
         return text
     language = {"py": "python", "toml": "toml", "yml": "yaml"}.get(path.rpartition(".")[2], "text")

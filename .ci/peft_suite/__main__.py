@@ -104,7 +104,9 @@ def run_pytest(folder: Path, arguments: list[str], expression: str | None) -> di
         )
         if process.returncode not in (0, 1) or not file.exists():  # 1: some tests failed
             sys.exit(f"{process.stdout}\npytest could not run PEFT's tests (exit code {process.returncode}).")
-        return {name: expected.Outcome(**outcome) for name, outcome in json.loads(file.read_text()).items()}
+        return {
+            name: expected.Outcome(**outcome) for name, outcome in json.loads(file.read_text(encoding="utf-8")).items()
+        }
 
 
 if __name__ == "__main__":

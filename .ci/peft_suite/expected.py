@@ -54,7 +54,7 @@ def read(file: Path) -> list[Difference]:
     Raises:
         ValueError: An entry is incomplete, or names a kind of methods that does not exist.
     """
-    entries = [Difference(**entry) for entry in tomllib.loads(file.read_text())["differs"]]
+    entries = [Difference(**entry) for entry in tomllib.loads(file.read_text(encoding="utf-8"))["differs"]]
     for entry in entries:
         if entry.methods not in KINDS:
             raise ValueError(f"{file}: methods = {entry.methods!r} is unknown; choose from {', '.join(KINDS)}.")

@@ -25,7 +25,7 @@ from peft import LoraConfig
 import malora  # also registers the tuner
 
 HERE = Path(__file__).parent
-SELECTION = tomllib.loads((HERE / "selection.toml").read_text())
+SELECTION = tomllib.loads((HERE / "selection.toml").read_text(encoding="utf-8"))
 TABLES = our_configs.tables(is_all=os.environ.get("PEFT_SUITE_ALL") == "1")
 
 
@@ -160,7 +160,7 @@ class Outcomes:
 
     def pytest_sessionfinish(self) -> None:
         """Write the file."""
-        self.file.write_text(json.dumps(self.tests, indent=1))
+        self.file.write_text(json.dumps(self.tests, indent=1), encoding="utf-8")
 
 
 @pytest.hookimpl(trylast=True)

@@ -163,7 +163,7 @@ def _snapshot(cache: Path, name: str, revision: str = "main") -> Iterator[Path |
     folder.mkdir(parents=True, exist_ok=True)
     yield folder
     reference.parent.mkdir(parents=True, exist_ok=True)
-    reference.write_text(COMMIT)  # last, so that a repository with a reference is complete
+    reference.write_text(COMMIT, encoding="utf-8")  # last, so that a repository with a reference is complete
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:

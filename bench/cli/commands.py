@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from bench.experiments.registry import Experiment, open_data_mixture, tuning_gro
 from bench.models.adapters import check_adapter
 from bench.models.base import prepare
 from bench.records import provenance, schema, speed_schema, store
-from bench.records.files import write_atomically
+from bench.records.files import stale_files, write_atomically
+from bench.records.leftovers import remove_temporary_files
 from bench.records.schema import TaskScore
 from bench.report import readme
 from bench.report.claims import claims
@@ -100,7 +102,7 @@ def make_table(options: argparse.Namespace) -> int:
         rates = tuned_rates(experiment, records_that_lend_rates(records_frame(published or mine), like))
         expected = rates.tuned
     if not options.dry_run:
-        store.open_folder(setting.results)
+        _open_results(setting.results)
     if processes().is_main_process:
         planned = [run for batch in plan_runs(setting, experiment, entries, options.seeds, expected) for run in batch]
         announce(
@@ -128,6 +130,13 @@ def make_table(options: argparse.Namespace) -> int:
         write_atomically(page, text)
         print(f"\n{text}\nwritten to {page}")
     return int(any(r.status == "failed" for r in runs))
+
+
+def _open_results(folder: Path) -> None:
+    """Create a folder of results, or remove what killed processes have left half-written in it."""
+    store.open_folder(folder)
+    if processes().is_main_process:
+        remove_temporary_files(folder)
 
 
 def _count_jobs(options: argparse.Namespace, setting: RunSettings) -> int:
@@ -161,14 +170,15 @@ def _count_cores() -> int:
 def _run_and_print(runs: Runs, jobs: int, title: str, together: int) -> list[schema.Record]:
     """Make the runs and print a line per run to the standard error."""
     records = []
-    for number, one in enumerate(run_all(runs, jobs, together), 1):
-        records.append(one)
-        if not processes().is_main_process:
-            continue
-        result = (
-            f"mean {one.mean():.1f}" if one.status == "ok" else f"{one.status}: {(one.error or '').splitlines()[0]}"
-        )
-        print(f"{title} {number}/{len(runs)} {one.config.id}: {result}", file=sys.stderr, flush=True)
+    with closing(run_all(runs, jobs, together)) as made:  # an exception here ends the workers before it is reported
+        for number, one in enumerate(made, 1):
+            records.append(one)
+            if not processes().is_main_process:
+                continue
+            result = (
+                f"mean {one.mean():.1f}" if one.status == "ok" else f"{one.status}: {(one.error or '').splitlines()[0]}"
+            )
+            print(f"{title} {number}/{len(runs)} {one.config.id}: {result}", file=sys.stderr, flush=True)
     return records
 
 
@@ -188,7 +198,7 @@ def make_run(options: argparse.Namespace) -> int:
             "trains it; give another folder as --results to make the run again."
         )
     if not options.dry_run:
-        store.open_folder(setting.results)
+        _open_results(setting.results)
     if processes().is_main_process:
         announce("run", [(config, setting)], _records_of(setting), 1, dry_run=options.dry_run)
     if options.dry_run:
@@ -226,7 +236,7 @@ def score_adapter(options: argparse.Namespace) -> int:
     check_adapter(options.adapter)
     require_scoring(MIXTURES[setting.mixture_name].tasks, options.unsafe_code)
     if options.record:
-        store.open_folder(setting.results)
+        _open_results(setting.results)
     config = elsewhere_config(setting, options.adapter)
     one = store.find(config, setting.results) if options.record else None
     if one is None:
@@ -263,8 +273,11 @@ def write_leaderboards(options: argparse.Namespace) -> int:
     pages = {store.RESULTS / name: text for name, text in readme.published_pages(records, tested).items()}
     pages |= {store.RESULTS / SPEED / name: text for name, text in tables.pages(speeds).items()}
     front = provenance.ROOT / "README.md"
-    pages[front] = readme.fill_readme(front.read_text(encoding="utf-8"), records, speeds, tested)
-    stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    pages[front] = readme.fill_readme(readme.read_readme(front), records, speeds, tested)
+    stale = [path for path, text in pages.items() if not path.is_file() or path.read_bytes() != text.encode()]
+    if not options.check:
+        for interrupted in {found for page in pages for found in stale_files(page.parent)}:
+            interrupted.unlink(missing_ok=True)
     for path in stale:
         if not options.check:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -288,6 +301,8 @@ def write_report(options: argparse.Namespace) -> int:
     speeds = store.read_speed(store.RESULTS / SPEED)
     text = page(records, speeds, claims(records, speeds))
     path.parent.mkdir(parents=True, exist_ok=True)
+    for interrupted in stale_files(path.parent):
+        interrupted.unlink(missing_ok=True)
     write_atomically(path, text)
     print(f"written to {path}")
     return 0
@@ -306,6 +321,7 @@ def publish_records(options: argparse.Namespace) -> int:
         raise UserError(f"{source} has no records, because it has no folder runs; name another folder as --results.")
     records: Sequence[schema.Record | speed_schema.SpeedRecord]
     records = store.read_speed(source) if options.profile == SPEED else store.read_all(source)
+    remove_temporary_files(published)
     paths, refused = store.publish(records, published, cut_short=options.trials)
     for reason in refused:
         print(f"not published: {reason}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 import warnings
@@ -11,6 +12,7 @@ from typing import Any
 
 import malora
 from bench.cli import own_tasks
+from bench.cli.clean import add_clean_options
 from bench.cli.commands import (
     SPEED,
     make_run,
@@ -26,6 +28,7 @@ from bench.command_line import Parser, folder, one_of, positive
 from bench.errors import UserError
 from bench.experiments.profiles import PROFILES, default_profile
 from bench.experiments.registry import EXPERIMENTS, Experiment
+from bench.records.leftovers import is_disk_full
 from bench.train.tracking import TRACKERS
 from tasks import FORMATS
 
@@ -40,9 +43,12 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: Command and options; None for those of the process.
 
     Returns:
-        The exit code: 0 if all went well, 1 if a run failed or a page is out of date, 2 if the user asked for
-        something impossible, 130 if they interrupted it.
+        The exit code: 0 if all went well, 1 if a run failed, a page is out of date or the disk is full, 2 if the user
+        asked for something impossible, 130 if they interrupted it.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal's encoding may lack ± and names of the user
     options = make_parser().parse_args(arguments)
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries address these to developers
     try:
@@ -50,6 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        reason = " ".join(str(error).split())
+        print(f"bench: the disk is full ({reason}); free some space, then run the same command again.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped; run the same command again to continue.", file=sys.stderr)
         return 130
@@ -102,6 +114,9 @@ def make_parser() -> Parser:
         )
     )
     _add_publish_options(add("publish", "Copy complete records of committed code to results/.", "--profile small"))
+    add_clean_options(
+        add("clean", "Show files that no run needs any more, such as those of killed runs.", "--profile tiny --yes")
+    )
     return parser
 
 

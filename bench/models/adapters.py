@@ -62,7 +62,9 @@ def save_adapter(model: PeftModel, base: BaseModel, folder: Path) -> None:
     for config in model.peft_config.values():
         config.base_model_name_or_path, config.revision = base.location, base.commit
     model.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / BASE_FILE).write_text(json.dumps({"name": base.name, "hash": base.hash}, indent=1) + "\n")
+    (folder / BASE_FILE).write_text(
+        json.dumps({"name": base.name, "hash": base.hash}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def load_adapter(model: PreTrainedModel, base: BaseModel, folder: Path) -> PeftModel:

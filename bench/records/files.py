@@ -2,15 +2,54 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
+import re
 from pathlib import Path
+
+# This machine, in names of temporary files: folders may be shared, and a process id says nothing about another machine.
+_MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+_TEMPORARY = re.compile(rf"\..+\.(?:{_MACHINE}-)?(\d+)")  # former versions, and checkpoints, have the process id only
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file under a temporary name in the same folder, then rename it.
 
-    A reader never sees half of a file, and an interrupted write leaves the old one as it was. Text is UTF-8.
+    A reader never sees half of a file, and an interrupted write leaves the old one as it was, also if the machine
+    loses power. Text is UTF-8. If the write fails, the temporary file is removed. If the process is killed meanwhile,
+    the file stays, and `stale_files` finds it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{_MACHINE}-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def stale_files(folder: Path) -> list[Path]:
+    """Return temporary files in a folder whose process has ended, or is this one.
+
+    Call it only while this process writes no file there.
+    """
+    found = []
+    for path in folder.glob(".*"):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and path.is_file() and (int(match[1]) == os.getpid() or not _is_running(int(match[1]))):
+            found.append(path)
+    return sorted(found)
+
+
+def _is_running(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        return True
+    return True

@@ -80,7 +80,7 @@ def page(records: dict[str, list[Record]], speeds: list[SpeedRecord], claims: li
         goals=_markdown(goal_table(speeds)),
         speeds=[_speed(record) for record in measured],
         records={handle(record.id): _embedded(record) for record in embedded},
-        datatables=Path(itables.options.dt_bundle).read_text(),
+        datatables=Path(itables.options.dt_bundle).read_text(encoding="utf-8"),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from bench.errors import UserError
 from bench.experiments.registry import EXPERIMENTS, Experiment
@@ -19,6 +20,8 @@ from bench.report.speed.goals import front_page_goals
 
 MARKER = re.compile(r"<!-- ([\w ]+) -->")
 END = "end"
+# The last line of the README. Without it the file was cut off, by an editor or a full disk.
+LAST_LINE = "<!-- end of the README -->"
 
 
 def published_pages(records: Mapping[str, Sequence[Record]], claims: Sequence[Claim]) -> dict[str, str]:
@@ -70,12 +73,14 @@ def fill_readme(
     `<!-- EXPERIMENT PROFILE -->`. Other comments stay.
 
     Raises:
-        UserError: a marker has no end.
+        UserError: a marker has no end, or an end has no marker.
     """
     filled, position = [], 0
     while start := MARKER.search(readme, position):
         filled.append(readme[position : start.end()])
         position = start.end()
+        if start[1] == END:
+            raise UserError(f"the README has a <!-- {END} --> without a marker before it; restore the marker.")
         text = _block(start[1], records, speeds, claims)
         if text is None:
             continue
@@ -85,6 +90,22 @@ def fill_readme(
         filled.append(f"\n\n{text}\n\n{end[0]}")
         position = end.end()
     return "".join([*filled, readme[position:]])
+
+
+def read_readme(path: Path) -> str:
+    """Return the text of the README.
+
+    Raises:
+        UserError: It is missing, not UTF-8, or incomplete.
+    """
+    restore = "restore it (git checkout README.md)"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {restore}.") from error
+    if not text.endswith(f"{LAST_LINE}\n"):
+        raise UserError(f"{path} is incomplete: its last line is not {LAST_LINE}; {restore}.")
+    return text
 
 
 def _block(

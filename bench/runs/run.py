@@ -24,6 +24,7 @@ from bench.models.adapters import add_adapter, count_parameters, save_adapter
 from bench.models.base import load, prepare, targets
 from bench.records import provenance
 from bench.records import store as records
+from bench.records.leftovers import is_disk_full, remove_failures, temporary_files_removed
 from bench.records.schema import DataSection, InsideSection, Parameters, Record, RunConfig, TaskScore, TrainSection
 from bench.runs.setting import RunSettings, blend_seed, load_data
 from bench.runtime.attention import require_packing
@@ -56,6 +57,7 @@ def run(config: RunConfig, setting: RunSettings, jobs: int = 1, trained: Trained
         UserError: The run cannot be made as the user asked for it.
         torch.OutOfMemoryError: One of several `jobs` found too little memory. By itself it may have enough, so
             nothing is recorded.
+        Exception: The disk is full (`bench.records.leftovers.is_disk_full`). Nothing is recorded.
     """
     state = processes()
     if setting.profile.threads:
@@ -63,6 +65,7 @@ def run(config: RunConfig, setting: RunSettings, jobs: int = 1, trained: Trained
     found = find_record(config, setting)
     state.wait_for_everyone()  # a slower process would find the record that a faster one has written meanwhile
     if found:
+        remove_checkpoints(checkpoint_of(config, setting))  # there is one if the run was killed after its record
         return found
     require_scoring(MIXTURES[config.mixture].tasks, setting.unsafe_code)
     checkpoint = checkpoint_of(config, setting)
@@ -70,9 +73,28 @@ def run(config: RunConfig, setting: RunSettings, jobs: int = 1, trained: Trained
     if trained:
         made_by = made_by.replace(trained_together=trained.together)
     record = Record(config=config, status="ok", provenance=made_by)
+    with temporary_files_removed(setting.results):
+        _make(record, setting, checkpoint, trained, jobs)
+        if state.is_main_process:
+            records.write(record, setting.results)
+            if record.status != "failed":
+                remove_checkpoints(checkpoint)
+                remove_failures(config.id, setting.results)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        written = records.find(config, setting.results)
+        assert written is not None, "the first process wrote it"
+        record = written
+    clear_device_cache(garbage_collection=True)
+    return record
+
+
+def _make(record: Record, setting: RunSettings, checkpoint: Path, trained: Trained | None, jobs: int) -> None:
+    """Train and score; a failure becomes the record's status and error, unless it is not one of the run itself."""
+    state = processes()
     try:
         names = setting.track if state.is_main_process else ()
-        with tracked(names, config, setting.results / "tracking") as track:
+        with tracked(names, record.config, setting.results / "tracking") as track:
             _train_and_score(record, setting, checkpoint, track, trained)
     except DivergedError as error:
         record.status, record.error, record.train = "diverged", str(error), _train_section(error.log)
@@ -88,18 +110,9 @@ def run(config: RunConfig, setting: RunSettings, jobs: int = 1, trained: Trained
     except Exception as error:
         if state.num_processes > 1:
             raise  # the other processes wait for this one in the middle of a step; the launcher ends them
+        if is_disk_full(error):
+            raise  # its record would find no space either
         record.status, record.error = "failed", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-    if state.is_main_process:
-        records.write(record, setting.results)
-        if record.status != "failed":
-            remove_checkpoints(checkpoint)
-    state.wait_for_everyone()
-    if not state.is_main_process:
-        written = records.find(config, setting.results)
-        assert written is not None, "the first process wrote it"
-        record = written
-    clear_device_cache(garbage_collection=True)
-    return record
 
 
 def checkpoint_of(config: RunConfig, setting: RunSettings) -> Path:

@@ -42,7 +42,7 @@ MAX_FOLDER_BYTES = 16 << 20  # for the working folder, and for a single file
 MAX_REPORT_BYTES = 4096
 MAX_THREADS = 64  # the kernel does not apply this limit to root, whose threads are bounded by memory and time only
 MAX_OPEN_FILES = 64
-RUNNER = Path(runner.__file__).read_text()
+RUNNER = Path(runner.__file__).read_text(encoding="utf-8")
 
 
 class Outcome(NamedTuple):

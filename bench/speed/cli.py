@@ -24,6 +24,8 @@ from bench.command_line import Parser, folder, fraction, one_of, positive
 from bench.errors import UserError, unknown_name
 from bench.models.backbone import SHAPES, backbone
 from bench.records import store
+from bench.records.files import write_atomically
+from bench.records.leftovers import remove_temporary_files
 from bench.records.provenance import provenance
 from bench.records.speed_schema import PeakRates, SpeedOptions, SpeedRecord, SpeedRow
 from bench.report.speed import tables
@@ -148,6 +150,7 @@ def _benchmark(options: argparse.Namespace) -> int:
             return _report(measure_loops(options, work, device), known, options.results)
     rows, flops = _rows(options, work, device, dtype)
     store.open_folder(options.results)
+    remove_temporary_files(options.results)
     before = peak_rates(device, dtype)
     with torch._dynamo.config.patch(COMPILE_OPTIONS):
         found, rounds = measure(rows, options.rounds, device, 60 * (options.minutes or math.inf))
@@ -176,7 +179,7 @@ def _benchmark(options: argparse.Namespace) -> int:
 def _report(record: SpeedRecord, known: list[SpeedRecord], results: Path) -> int:
     """Write the pages of a folder with a new record, print the record's table, and return the exit status."""
     for name, page in tables.pages([*known, record]).items():
-        (results / name).write_text(page)
+        write_atomically(results / name, page)
     print(tables.section(record))
     print(f"recorded in {results / 'runs' / record.id}.json; tables and figure in {results}")
     return 0

@@ -1,7 +1,9 @@
 """The help of every command: what it does, an example that parses, its options and their defaults."""
 
 import argparse
+import io
 import shlex
+import sys
 
 import pytest
 
@@ -15,7 +17,7 @@ def commands():
 
 
 def test_every_command_and_option_has_a_help_line_and_a_default():
-    others = {"list", "run", "score", "leaderboard", "report", "export", "export-task", "publish"}
+    others = {"list", "run", "score", "leaderboard", "report", "export", "export-task", "publish", "clean"}
     assert set(commands()) == {*EXPERIMENTS, *others}
     for name, command in commands().items():
         assert command.text.endswith("."), name
@@ -45,3 +47,12 @@ def test_a_mistyped_command_gets_the_nearest_one(capsys):
         with pytest.raises(SystemExit, match="2"):
             main([wrong])
         assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_terminal_without_all_letters_is_no_obstacle(monkeypatch, capsys, tmp_path):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "--method", "mälora", "--results", str(tmp_path)])
+    sys.stderr.flush()
+    assert rb"unknown method 'm\xe4lora'" in sys.stderr.buffer.getvalue()

@@ -2,9 +2,12 @@
 
 import pytest
 
+from bench.cli.parser import main
 from bench.errors import UserError
+from bench.records import provenance, store
 from bench.report.claims import claims
 from bench.report.readme import fill_readme
+from tests.bench.cli.helpers import refused
 from tests.bench.report.scores.test_experiment_page import records
 
 CLAIMS = claims({}, [])
@@ -41,3 +44,21 @@ def test_the_short_leaderboard_has_a_line_per_method_and_a_short_verdict():
 def test_a_marker_without_its_end_is_an_error(text):
     with pytest.raises(UserError, match="<!-- claims --> has no <!-- end -->"):
         fill(text)
+
+
+def test_an_end_without_its_marker_is_an_error():
+    with pytest.raises(UserError, match="<!-- end --> without a marker"):
+        fill("<!-- claims -->\n<!-- end -->\n<!-- end -->")
+
+
+@pytest.mark.parametrize("size", [20, 3000, -5])
+def test_an_incomplete_readme_is_refused_and_stays_as_it_is(size, monkeypatch, capsys, tmp_path):
+    text = (provenance.ROOT / "README.md").read_bytes()
+    readme = tmp_path / "README.md"
+    readme.write_bytes(text[:size])
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    monkeypatch.setattr(store, "RESULTS", tmp_path / "results")
+    for options in ([], ["--check"]):
+        assert "README.md is incomplete" in refused(["leaderboard", *options], capsys, tmp_path)
+    readme.write_bytes(text)
+    assert main(["leaderboard"]) == 0 and main(["leaderboard", "--check"]) == 0

@@ -1,16 +1,21 @@
 """One run from its configuration to its record, and records of failed runs."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
 
 import bench.runs.run
+from bench.cli.parser import main
 from bench.experiments.methods import BASE
 from bench.records import store
-from bench.runs.run import run
+from bench.runs.pool import run_all
+from bench.runs.run import checkpoint_of, run
 from bench.runs.setting import make_run_config
 from bench.train.step import TrainStep
+from tests.bench.cli.helpers import snapshot
 from tests.bench.conftest import make_setting
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -88,3 +93,46 @@ def test_out_of_memory_is_recorded_as_such(setting, monkeypatch):
 
     monkeypatch.setattr(bench.runs.run, "train", out_of_memory)
     assert run(make_run_config(setting, "lora", seed=0), setting).status == "oom"
+
+
+def test_a_recorded_run_leaves_neither_failures_nor_a_checkpoint(base_folder, tmp_path, monkeypatch):
+    setting = make_setting(base_folder, tmp_path, max_steps=5, max_items=2)
+    config = make_run_config(setting, "lora", seed=0)
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.runs.run, "score", lambda *a, **k: 1 / 0)
+        assert run(config, setting).status == "failed"
+    checkpoint = checkpoint_of(config, setting)
+    assert checkpoint.is_file()
+    kept = checkpoint.read_bytes()
+    recorded = run(config, setting)
+    files = {recorded.path, recorded.path.with_suffix(".items.csv.gz")}
+    assert set(snapshot(tmp_path)) == files
+    checkpoint.write_bytes(kept)  # as if the process had been killed after it wrote the record
+    assert run(config, setting).items == recorded.items and set(snapshot(tmp_path)) == files
+    checkpoint.write_bytes(kept)
+    assert [one.items for one in run_all([(config, setting)], jobs=1)] == [recorded.items]
+    assert set(snapshot(tmp_path)) == files
+
+
+@pytest.mark.parametrize("file", ["checkpoint", "record"])
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(file, base_folder, tmp_path, monkeypatch, capsys):
+    command = [*"run --profile tiny --max-steps 2 --max-items 2 --results".split(), tmp_path, "--model", base_folder]
+    before = snapshot(tmp_path)
+
+    def save(state, path, **options):
+        path.write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/4")
+
+    def flush(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        if file == "checkpoint":
+            patched.setattr(torch, "save", save)
+        else:
+            patched.setattr(os, "fsync", flush)
+        assert main([str(a) for a in command]) == 1
+    assert "the disk is full" in capsys.readouterr().err.splitlines()[-1]
+    assert {path for path in snapshot(tmp_path) if "checkpoints" not in path.parts} == before.keys()
+    assert not list(tmp_path.rglob(".*"))
+    assert main([str(a) for a in command]) == 0  # with space again
