@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 import malora
 from bench.errors import UserError
 from bench.models.base import BaseModel
+from bench.models.patterns import PATTERN_FIELDS, require_fast_patterns
 
 BASE_FILE = "base_model.json"  # next to a saved adapter: name and hash of its base
 FORMER_BASE = re.compile(r"@[0-9a-f]{12}$")
@@ -39,8 +40,13 @@ def add_adapter(model: PreTrainedModel, method: str, options: dict[str, Any], se
     """
     torch.manual_seed(seed)
     try:
-        adapted = get_peft_model(model, malora.make_config(method, **options))
-    except ValueError as error:
+        config = malora.make_config(method, **options)
+        if options.keys() & PATTERN_FIELDS:
+            require_fast_patterns(config, model)
+        adapted = get_peft_model(model, config)
+    except (ValueError, TypeError, AttributeError, LookupError, re.error) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{method} does not fit {model.name_or_path}: {error}") from error
     _pad_weights(adapted)
     return adapted
@@ -81,11 +87,14 @@ def load_adapter(model: PreTrainedModel, base: BaseModel, folder: Path) -> PeftM
     check_adapter(folder)
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # PEFT passes on any exception that a damaged config causes
         raise UserError(f"{folder / 'adapter_config.json'} is not a PEFT config ({error!r}); save it again.") from error
     if config.is_prompt_learning:
         raise UserError(f"{folder} has virtual tokens ({config.peft_type}), which cannot be scored here.")
-    _require_base(base, folder, config.base_model_name_or_path or "")
+    if getattr(config, "megatron_config", None):
+        raise UserError(f"{folder} names a module for PEFT to import (megatron_core), which could run any code.")
+    _require_base(base, folder, str(config.base_model_name_or_path or ""))
+    require_fast_patterns(config, model)
     adapted = _load_all_tensors(model, folder)
     _pad_weights(adapted)
     return adapted
@@ -114,8 +123,8 @@ def _require_base(base: BaseModel, folder: Path, trained_on: str) -> None:
     if (folder / BASE_FILE).is_file():
         try:
             content = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
-            name, found = content["name"], content["hash"]
-        except (ValueError, TypeError, KeyError) as error:
+            name, found = str(content["name"]), str(content["hash"])
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{folder / BASE_FILE} is broken ({error!r}); save the adapter again.") from error
         if found != base.hash:
             raise UserError(f"{folder} was trained on {name} ({found[:12]}), not on {here}; give its base as --model.")
@@ -141,8 +150,8 @@ def _load_all_tensors(model: PreTrainedModel, folder: Path) -> PeftModel:
     except SafetensorError as error:
         raise UserError(f"{weights} is broken ({error}); save it again.") from error
     except KeyError as error:  # of a module that is saved as a whole
-        raise UserError(f"{weights} lacks {error.args[0]}; save the adapter again.") from error
-    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{weights} lacks {''.join(map(str, error.args))}; save the adapter again.") from error
+    except Exception as error:  # PEFT checks the sizes of tensors, but hardly a value of the config
         details = " ".join(str(error).split())[:MAX_DETAILS]
         raise UserError(
             f"{folder} does not fit {model.name_or_path}: it was trained on another base, or its config was changed "

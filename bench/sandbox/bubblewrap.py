@@ -71,18 +71,36 @@ def _find_files() -> tuple[Path, list[str]]:
 
 # Refused system calls, by machine (Linux, asm/unistd.h): new processes; signals to other processes; sockets, since not
 # all families have namespaces (AF_VSOCK), and io_uring, which could open sockets past this filter; keyrings and the
-# kernel's log, which have no namespaces either; and memory that the limit of the address space does not count.
+# kernel's log, which have no namespaces either; memory that the limit of the address space does not count; and what
+# reads or changes another process, because the sandbox's own init runs as the same user.
 _SYSTEM_CALLS = {
     "x86_64": {
         "fork": 57, "vfork": 58, "kill": 62, "unshare": 272, "socket": 41, "add_key": 248, "request_key": 249,
         "keyctl": 250, "syslog": 103, "shmget": 29, "msgget": 68, "memfd_create": 319,
+        "ptrace": 101, "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297, "perf_event_open": 298,
+        "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312, "bpf": 321, "userfaultfd": 323,
     },
     "aarch64": {
         "kill": 129, "unshare": 97, "socket": 198, "add_key": 217, "request_key": 218,
         "keyctl": 219, "syslog": 116, "shmget": 194, "msgget": 186, "memfd_create": 279,
+        "ptrace": 117, "rt_sigqueueinfo": 138, "rt_tgsigqueueinfo": 240, "perf_event_open": 241,
+        "process_vm_readv": 270, "process_vm_writev": 271, "kcmp": 272, "bpf": 280, "userfaultfd": 282,
     },
 }  # fmt: skip
-_ON_ALL_MACHINES = {"pidfd_send_signal": 424, "io_uring_setup": 425, "memfd_secret": 447}
+_ON_ALL_MACHINES = {
+    "pidfd_send_signal": 424,
+    "io_uring_setup": 425,
+    "pidfd_open": 434,
+    "pidfd_getfd": 438,
+    "memfd_secret": 447,
+}
+# System calls whose first argument is a process or thread: those that a process makes for itself are allowed. The C
+# library uses them for `raise` and `setrlimit`.
+_OF_A_PROCESS = {
+    "x86_64": {"tkill": 200, "tgkill": 234, "prlimit64": 302},
+    "aarch64": {"tkill": 130, "tgkill": 131, "prlimit64": 261},
+}
+_INIT = 1  # process id of bubblewrap in the sandbox; the program is the only other process
 _CLONE = {"x86_64": 56, "aarch64": 220}
 _CLONE3 = 435
 _CLONE_THREAD = 0x10000
@@ -111,6 +129,11 @@ def one_process_filter() -> bytes:
     program += [(load, 0, 0, 0), (if_at_least, 0, 1, 0x40000000), (answer, 0, 0, not_permitted)]  # x32's calls
     for number in refused:
         program += [(if_equal, 0, 1, number), (answer, 0, 0, not_permitted)]
+    for name, number in _OF_A_PROCESS[machine].items():
+        # prlimit64 of process 0 is the caller's own. Bubblewrap's init is the only one that signals could hurt.
+        test = (if_equal, 1, 0, 0) if name == "prlimit64" else (if_equal, 0, 1, _INIT)
+        program += [(if_equal, 0, 4, number), (load, 0, 0, 16), test, (answer, 0, 0, not_permitted)]
+        program += [(answer, 0, 0, allow)]
     program += [
         (if_equal, 0, 1, _CLONE3),
         (answer, 0, 0, not_implemented),

@@ -5,12 +5,21 @@ no environment and no host files except the interpreter, its standard library an
 read-only. The working folder is an empty tmpfs. Installed packages are missing, so results are the same everywhere.
 The program cannot start processes: the limits on its one process are limits on the program, and nothing outlives it.
 
-A program passes if it returns a secret. The secret of the run lies in a pipe, and the runner reads and reports it only
-after the tests have ended. Exiting early, printing, writing to every descriptor or replacing `check` does not help.
+A program passes if the secret of its run appears in a memory that it shares with the harness. The runner writes it
+there after the tests have ended. Tests are compiled before the program runs and have builtins of their own. So exiting
+early, printing, reading or writing every descriptor, and replacing `check`, `exec`, `compile` or `abs` do not help, and
+neither do the variables of frames, the garbage collector or a tracer. A right program may close all descriptors.
 
-Known limits: program and tests share one interpreter. A program written against this file could find the pipe and
-forge the report, and one whose values compare equal to everything passes. Every pass@1 harness shares this. The sandbox
-does not protect from faults in the host's kernel, and it does not hide timing.
+Known limits: program and tests share one interpreter. These wrong programs pass, as in every pass@1 harness:
+
+- one whose values compare equal to everything, or that replaces a function of a module that the tests use, such as
+  `math.isclose`
+- one that looks at the frame of its tests when they call it, to read the expected answers or to set a tracer that jumps
+  over an assertion
+- one that searches the process's memory with `ctypes`, or makes a second `gc` module to find the runner's objects
+
+The sandbox does not protect from faults in the host's kernel, and it does not hide timing. The number of files is
+checked every POLL_SECONDS, so a program may exceed MAX_FILES for that long.
 """
 
 from __future__ import annotations
@@ -18,7 +27,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import mmap
 import os
+import re
 import resource
 import secrets
 import selectors
@@ -26,7 +37,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -39,6 +50,7 @@ START_SECONDS = 60  # to start sandbox and interpreter on a busy machine; the pr
 POLL_SECONDS = 0.02  # other processes may keep the pipes of an ended process open, so its end is polled
 MAX_SECONDS = 10.0
 MAX_FOLDER_BYTES = 16 << 20  # for the working folder, and for a single file
+MAX_FILES = 2048  # files and folders in the working folder; a file of no size takes a kilobyte of the kernel's memory
 MAX_REPORT_BYTES = 4096
 MAX_THREADS = 64  # the kernel does not apply this limit to root, whose threads are bounded by memory and time only
 MAX_OPEN_FILES = 64
@@ -120,19 +132,27 @@ def run_program(
     Raises:
         UserError: Bubblewrap is missing or cannot make a sandbox on this machine.
     """
-    job = json.dumps({"program": program, "tests": tests, "limits": _limits(seconds, memory_bytes)}).encode()
-    secret = secrets.token_hex(SECRET_BYTES // 2).encode()
+    secret = secrets.token_hex(SECRET_BYTES // 2)
+    limits = _limits(seconds, memory_bytes)
+    job = json.dumps({"program": program, "tests": tests, "limits": limits, "secret": secret}).encode()
     with contextlib.ExitStack() as stack:
-        secret_end = _make_pipe_with(secret, stack)
+        proof_file = os.memfd_create("proof")
+        stack.callback(os.close, proof_file)
+        os.truncate(proof_file, SECRET_BYTES)
+        proof = stack.enter_context(mmap.mmap(proof_file, SECRET_BYTES, access=mmap.ACCESS_READ))
         report, report_end = os.pipe()
         stack.callback(os.close, report)
         with open(report_end, "wb"):  # closed here once the program has it, so that its end is noticed
-            process = _start(report_end, secret_end, unsafe, stack)
+            process, count_files = _start(report_end, proof_file, unsafe, stack)
         stack.callback(_stop, process)
         assert process.stdin is not None, "started with a pipe"
         with contextlib.suppress(BrokenPipeError), process.stdin:
             process.stdin.write(job)
-        return _watch(process, report, READY + secret, seconds, output_bytes)
+
+        def has_passed() -> bool:
+            return proof[:] == secret.encode()
+
+        return _watch(process, report, has_passed, count_files, seconds, output_bytes)
 
 
 def _limits(seconds: float, memory_bytes: int) -> list[tuple[int, tuple[int, int]]]:
@@ -148,21 +168,32 @@ def _limits(seconds: float, memory_bytes: int) -> list[tuple[int, tuple[int, int
     ]
 
 
-def _start(report_end: int, secret_end: int, unsafe: bool, stack: contextlib.ExitStack) -> subprocess.Popen[bytes]:
+def _start(
+    report_end: int, proof_file: int, unsafe: bool, stack: contextlib.ExitStack
+) -> tuple[subprocess.Popen[bytes], Callable[[], int]]:
     """Start an interpreter that waits for a job.
 
     `stack` cleans up its folder and pipes.
+
+    Returns:
+        The process, and a function that counts the files in the program's folder.
     """
-    inherited = [report_end, secret_end]
+    inherited = [report_end, proof_file]
     wrapper: list[str] = []
     folder = "/"
+    information: int | None = None
     if unsafe:
         folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
     else:
         inherited.append(_make_pipe_with(bubblewrap.one_process_filter(), stack))
-        wrapper = [*bubblewrap.command(MAX_FOLDER_BYTES), "--seccomp", str(inherited[-1])]
-    arguments = [*"-I -S -X utf8 -c".split(), RUNNER, str(report_end), str(secret_end)]
-    return subprocess.Popen(
+        information, information_end = os.pipe()
+        for end in (information, information_end):
+            stack.callback(os.close, end)
+        inherited.append(information_end)
+        wrapper = [*bubblewrap.command(MAX_FOLDER_BYTES), "--seccomp", str(inherited[-2])]
+        wrapper += ["--info-fd", str(information_end)]
+    arguments = [*"-I -S -X utf8 -c".split(), RUNNER, str(report_end), str(proof_file)]
+    process = subprocess.Popen(
         [*wrapper, bubblewrap.interpreter(), *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -172,6 +203,30 @@ def _start(report_end: int, secret_end: int, unsafe: bool, stack: contextlib.Exi
         cwd=folder,
         start_new_session=True,
     )
+    return process, _FileCount(information) if information is not None else lambda: 0
+
+
+class _FileCount:
+    """Count the files in the working folder of a sandbox. Bubblewrap cannot limit them, and their size may be 0.
+
+    Args:
+        information: Pipe with what bubblewrap writes about the sandbox. It writes before the
+            program starts.
+    """
+
+    def __init__(self, information: int) -> None:
+        self.information = information
+        self.folder: str | None = None
+
+    def __call__(self) -> int:
+        if self.folder is None:
+            found = re.search(rb'"child-pid": *(\d+)', os.read(self.information, 4096))
+            self.folder = f"/proc/{int(found[1])}/root/tmp" if found else ""
+        try:
+            system = os.statvfs(self.folder)
+        except OSError:  # ended, or this user may not look into its namespaces
+            return 0
+        return system.f_files - system.f_ffree
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -186,7 +241,14 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     process.stdout.close()
 
 
-def _watch(process: subprocess.Popen[bytes], report: int, proof: bytes, seconds: float, output_bytes: int) -> Outcome:
+def _watch(
+    process: subprocess.Popen[bytes],
+    report: int,
+    has_passed: Callable[[], bool],
+    count_files: Callable[[], int],
+    seconds: float,
+    output_bytes: int,
+) -> Outcome:
     """Read a program's output and report until it passes, ends or exceeds a limit."""
     assert process.stdout is not None, "started with a pipe"
     output = process.stdout.fileno()
@@ -204,8 +266,10 @@ def _watch(process: subprocess.Popen[bytes], report: int, proof: bytes, seconds:
                     selector.unregister(key.fd)
             if not started and received[report].startswith(READY):
                 deadline, started = time.monotonic() + seconds, True
-            if received[report] == proof:
+            if has_passed():
                 return Outcome("passed")
+            if started and count_files() > MAX_FILES:
+                return Outcome("output", f"more than {MAX_FILES} files")
             if len(received[output]) > output_bytes or len(received[report]) > MAX_REPORT_BYTES:
                 return Outcome("output", f"more than {output_bytes} bytes")
             if (ended and not readable) or time.monotonic() > deadline:

@@ -8,6 +8,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from bench.errors import UserError
+from bench.models import patterns
 from bench.models.adapters import add_adapter, load_adapter
 from bench.models.base import load, prepare
 
@@ -135,4 +136,51 @@ def test_virtual_tokens_are_refused(base, identity, tmp_path):
     model = get_peft_model(base(), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     with pytest.raises(UserError, match="virtual tokens"):
+        load_adapter(base(), identity, tmp_path)
+
+
+def change_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("target_modules", "(.*_?)*(.*_?)*q_proj!"),
+        ("rank_pattern", {"([a-z_.0-9]+)+!": 4}),
+        ("target_modules", "(q_proj"),
+    ],
+)
+def test_a_regular_expression_cannot_hang(field, value, base, identity, tmp_path, monkeypatch):
+    monkeypatch.setattr(patterns, "MAX_CPU_SECONDS", 0.2)
+    save(add_adapter(base(), "lora", {}, seed=0), tmp_path)
+    change_config(tmp_path, **{field: value})
+    with pytest.raises(UserError, match=f"{field} of the adapter's config: (matching|'.q_proj' is no reg).*simpler"):
+        load_adapter(base(), identity, tmp_path)
+
+
+def test_patterns_of_users_are_fast(base, identity, tmp_path):
+    options = {"target_modules": r".*layers\.[01]\..*(q|v)_proj", "rank_pattern": {r"layers\.1\..*": 4}}
+    save(add_adapter(base(), "lora", options, seed=0), tmp_path)
+    load_adapter(base(), identity, tmp_path)
+
+
+def test_a_config_imports_no_module(base, identity, tmp_path):
+    save(add_adapter(base(), "lora", {}, seed=0), tmp_path)
+    change_config(tmp_path, megatron_config={}, megatron_core="this")
+    load_adapter(base(), identity, tmp_path)  # PEFT does not import it without settings
+    change_config(tmp_path, megatron_config={"a": 1}, megatron_core="this")
+    with pytest.raises(UserError, match="names a module for PEFT to import"):
+        load_adapter(base(), identity, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"r": "8"}, {"r": -1}, {"lora_alpha": None}, {"target_modules": {"a": [1]}}, {"use_dora": [[]]},
+                {"rank_pattern": [1]}, {"base_model_name_or_path": 7, "bias": 3}, {"peft_type": "XLORA"}]
+)  # fmt: skip
+def test_a_damaged_config_is_refused(changes, base, identity, tmp_path):
+    save(add_adapter(base(), "lora", {}, seed=0), tmp_path)
+    change_config(tmp_path, **changes)
+    with pytest.raises(UserError):
         load_adapter(base(), identity, tmp_path)

@@ -9,7 +9,7 @@ import torch
 
 from bench.errors import UserError
 from bench.experiments.profiles import PROFILES
-from bench.models import base, tiny
+from bench.models import base, smollm2, tiny
 from bench.models.base import load, prepare
 from bench.records import store
 from bench.runs.run import find_record, run
@@ -144,3 +144,32 @@ def test_a_config_that_is_not_json_is_refused(folder):
     prepare.cache_clear()
     with pytest.raises(UserError, match=r"config\.json is not a JSON object"):
         prepare(str(folder))
+
+
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        ("config.json", '{"model_type": "llama", "hidden_size": "x"}'),
+        ("config.json", '{"model_type": ["llama"]}'),
+        ("config.json", '{"model_type": "llama", "num_hidden_layers": null}'),
+        ("config.json", '{"model_type": "llama", "rope_parameters": [1]}'),
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", "[" * 5000),
+        ("tokenizer_config.json", '{"tokenizer_class": 3}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": 1}}'),
+    ],
+)
+def test_damaged_files_are_one_error(file, content, folder):
+    (folder / file).write_text(content)
+    prepare.cache_clear()
+    with pytest.raises(UserError, match="is not a complete causal language model") as caught:
+        load(prepare(str(folder)), torch.device("cpu"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + bytes(100), bytes(range(256))])
+def test_a_damaged_gguf_is_one_error(content, monkeypatch, tmp_path):
+    monkeypatch.setenv("MALORA_CACHE", str(tmp_path))
+    (tmp_path / smollm2.SMOLLM2_GGUF).write_bytes(content)
+    with pytest.raises(UserError, match="could not be converted"):
+        smollm2.make_smollm2()

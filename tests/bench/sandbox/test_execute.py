@@ -5,6 +5,7 @@ Harmless attacks are also run without the sandbox, where they succeed. This show
 """
 
 import os
+import platform
 import socket
 import subprocess
 import sysconfig
@@ -105,10 +106,12 @@ EARLY = {
     "replaces check": "def check(candidate):\n    pass\ndef add(a, b):\n    pass",
     "prints success": "import os\nprint('ready\\npassed\\nOK', flush=True)\nos._exit(0)",
     "writes success everywhere": "import os\nfor fd in range(256):\n    try: os.write(fd, b'passed ' + b'0' * 64)\n"
-    "    except OSError: pass\ndef add(a, b):\n    return 3",
+    "    except OSError: pass\ndef add(a, b):\n    return 0",
     "floods everything": "import os\nfor fd in range(256):\n    try: os.write(fd, bytes(50_000))\n"
     "    except OSError: pass\nos._exit(0)",
-    "closes everything": "import os\nos.closerange(0, 256)\ndef add(a, b):\n    return 3",
+    "copies everything to everything": "import os\nfor source in range(256):\n    try: text = os.read(source, 64)\n"
+    "    except OSError: continue\n"
+    "    for to in range(256):\n        try: os.write(to, text)\n        except OSError: pass\nos._exit(0)",
 }
 
 
@@ -116,6 +119,98 @@ EARLY = {
 def test_a_program_that_ends_before_its_tests_fails(name, unsafe):
     outcome = run_program(EARLY[name], TESTS, unsafe=unsafe)
     assert outcome.reason in ("failed", "output"), outcome
+
+
+WRONG = "def add(a, b):\n    return 0\n"
+BELOW = (
+    WRONG
+    + """
+def frames():
+    try:
+        1 / 0
+    except ZeroDivisionError as error:
+        frame = error.__traceback__.tb_frame
+    while frame:
+        yield frame
+        frame = frame.f_back
+"""
+)
+CHEATS = {
+    "exec": WRONG + "import builtins\nbuiltins.exec = print",
+    "compile": WRONG
+    + "import builtins\nbuiltins.compile = lambda *a, **k: real('0', '<tests>', 'exec')\nreal = compile",
+    "abs": WRONG + "import builtins\nbuiltins.abs = lambda x: 0",
+    "all builtins": WRONG
+    + "import builtins\nvars(builtins).update({n: print for n in ('exec', 'eval', 'compile', 'abs', 'any')})",
+    "exec of the runner": WRONG + "import __main__\n__main__.exec = __main__.compile = print",
+    "functions of the runner": WRONG
+    + "import __main__\nfor name in ('_exit', 'write', 'deque', 'traceback', 'operator', "
+    "'itertools'):\n    setattr(__main__, name, print)\nraise ValueError",
+    "variables of frames": BELOW + "for f in frames():\n    for name, value in [*f.f_locals.items()]:\n"
+    "        if f.f_code.co_name in ('main', '_make_steps', '<module>') and f.f_globals is not globals():\n"
+    "            if isinstance(value, dict) and 'tests' in value: value['tests'] = ''\n"
+    "            if hasattr(value, '__next__'): next(value)",
+    "the next step": BELOW + "import gc\nfor found in [*gc.get_objects(), *gc.get_referrers(exec)]:\n"
+    "    if type(found).__name__ in ('starmap', 'tuple_iterator', 'map'):\n        for _ in range(9): next(found, 0)",
+    "what frames refer to": BELOW + "import gc\nfor f in frames():\n    for found in gc.get_referents(f):\n"
+    "        if hasattr(found, '__next__'):\n            for _ in range(9): next(found, 0)",
+    "shared memory": WRONG + "import gc, mmap\nfor found in gc.get_objects():\n"
+    "    if isinstance(found, mmap.mmap): print(found[:])\n    if isinstance(found, dict) and 'secret' in found: 1 / 0",
+    "a tracer": WRONG
+    + "import sys\ndef skip(frame, event, argument):\n    if event == 'line' and frame.f_code.co_name == "
+    "'check':\n        frame.f_lineno += 1\n    return skip\nsys.settrace(skip)\nsys.setprofile(skip)",
+    "check": WRONG + "def check(candidate): pass",
+    "AssertionError": WRONG + "import builtins\nbuiltins.AssertionError = print",
+}
+CHECKED = "def check(candidate):\n    assert abs(candidate(1, 2) - 3) < 1e-6\n    return 0\n\ncheck(add)\n"
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_a_wrong_program_that_changes_what_runs_it_fails(name, unsafe):
+    outcome = run_program(CHEATS[name], CHECKED, unsafe=unsafe)
+    assert outcome.reason == "failed", outcome
+    if "raise ValueError" not in CHEATS[name]:  # the same in a right program changes nothing
+        assert run_program(CHEATS[name].replace("return 0", "return a + b"), CHECKED, unsafe=unsafe).passed
+
+
+@pytest.mark.parametrize("close", ["os.closerange(0, 4096)", "[os.close(fd) for fd in (0, 1, 2)]"])
+def test_a_right_program_may_close_its_descriptors(close, unsafe):
+    assert run_program(f"import os\n{close}\n{RIGHT}", TESTS, unsafe=unsafe) == Outcome("passed")
+
+
+@pytest.mark.parametrize("make", ["os.mkdir(name)", "os.symlink('x', name)", "open(name, 'w').close()"])
+def test_the_number_of_files_is_limited(make, sandboxed):
+    began = time.monotonic()
+    outcome = run_program(f"import os, itertools\nfor i in itertools.count():\n    name = str(i)\n    {make}", "")
+    assert outcome == Outcome("output", f"more than {execute.MAX_FILES} files")
+    assert time.monotonic() - began < 5
+    assert run_program("import os\nfor i in range(1000): os.mkdir(str(i))", "").passed
+
+
+INIT = {
+    "ptrace": "libc.ptrace(16, 1, 0, 0)",
+    "ptrace of itself": "libc.ptrace(0, 0, 0, 0)",
+    "tgkill": "libc.syscall({tgkill}, 1, 1, 9)",
+    "tkill": "libc.syscall({tkill}, 1, 9)",
+    "prlimit": "libc.prlimit(1, 7, (ctypes.c_ulong * 2)(0, 0), None)",
+    "prlimit by number": "libc.prlimit(2, 7, (ctypes.c_ulong * 2)(0, 0), None)",
+    "process_vm_readv": "libc.process_vm_readv(1, None, 0, None, 0, 0)",
+    "pidfd_open": "libc.syscall(434, 1, 0)",
+}
+
+
+@pytest.mark.parametrize("name", INIT)
+def test_the_init_of_the_sandbox_cannot_be_touched(name, sandboxed):
+    numbers = bubblewrap._OF_A_PROCESS[platform.machine()]
+    call = INIT[name].format(**numbers)
+    program = f"import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nfound = {call}, ctypes.get_errno()"
+    assert run_program(program, "assert found == (-1, 1), found").passed
+
+
+def test_a_program_may_limit_and_signal_itself(sandboxed):
+    program = "import resource, signal\nresource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))\nseen = []\n"
+    program += "signal.signal(10, lambda *a: seen.append(a[0]))\nsignal.raise_signal(10)"
+    assert run_program(program, "assert seen == [10], seen").passed
 
 
 @pytest.mark.parametrize(
