@@ -15,10 +15,13 @@ NEEDED = (
     "runs/done.items.csv.gz",
     "runs/broken.failed-20260101T000000.json",
     "checkpoints/going.pt",
+    "checkpoints/going.previous.pt",
     "table2.md",
 )
 UNNEEDED = {
     "checkpoints/done.pt": "checkpoint of a run that is recorded",
+    "checkpoints/done.previous.pt": "checkpoint of a run that is recorded",
+    "checkpoints/going.pt.damaged": "damaged checkpoint",
     "runs/done.failed-20260101T000000.json": "failure of a run that is recorded",
     "runs/done.failed-20260101T000000.items.csv.gz": "failure of a run that is recorded",
     "runs/lost.items.csv.gz": "items without a record",
