@@ -15,7 +15,14 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import malora
 from bench.errors import UserError
@@ -24,14 +31,17 @@ from bench.models.cache import make_once
 from bench.models.smollm2 import make_smollm2
 
 WEIGHTS = "*.safetensors"  # the only format that is loaded
+ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"  # the second names the files of sharded weights
 CHUNK = 16 << 20  # bytes read at a time
 MAX_DETAILS = 400  # characters of an error of transformers, which can be a line per tensor
 SECONDS_PER_UPDATE = 5.0  # of a bar, and before it is shown at all
 # Files that transformers reads for a config or a tokenizer. A generation config is not among them: decoding is ours.
 LOADED_FILES = (
-    "config.json", "adapter_config.json", "*.safetensors.index.json", "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
+    "config.json", "config.*.json", "*.safetensors.index.json", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "vocab*", "*_vocab.json", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "*.spm",
+    "*.codes", "*.tokenizer", "dict.txt", "emoji.json", "byte_maps.json",
 )  # fmt: skip
+ADAPTER_CONFIG = "adapter_config.json"  # with it, transformers adds an adapter, or loads another model
 # Keys that say what wrote a file, and the template of chats, which no prompt here uses.
 IGNORED_KEYS = {
     "transformers_version", "_name_or_path", "name_or_path", "is_local", "local_files_only", "chat_template",
@@ -88,6 +98,8 @@ def prepare(model: str) -> BaseModel:
         for what, pattern in (("weights", "*.safetensors"), ("config", "config.json"), ("tokenizer", "tokenizer*")):
             if not list(path.glob(pattern)):
                 raise UserError(f"{path} has no {what} ({pattern}); --model takes what save_pretrained wrote.")
+        _require_no_adapter(path)
+        loaded_weights(path)
         return BaseModel(path, path.resolve().name, *_hashes(path))
     return _fetch_from_hub(model)
 
@@ -96,7 +108,7 @@ def _fetch_from_hub(model: str) -> BaseModel:
     from huggingface_hub import snapshot_download
 
     try:
-        path = snapshot_download(model, allow_patterns=[WEIGHTS, *LOADED_FILES])
+        path = snapshot_download(model, allow_patterns=[WEIGHTS, *LOADED_FILES, ADAPTER_CONFIG])
     except Exception as error:  # the hub client passes on any exception of its HTTP client
         first_line = str(error).partition("\n")[0]
         raise UserError(
@@ -104,8 +116,77 @@ def _fetch_from_hub(model: str) -> BaseModel:
             f"the Hugging Face hub ({type(error).__name__}: {first_line}); check the name, or give "
             "a folder that save_pretrained wrote."
         ) from error
+    _require_no_adapter(Path(path))
     commit = Path(path).name
     return BaseModel(Path(path), model, commit, former_hash=commit, commit=commit)
+
+
+def _require_no_adapter(folder: Path) -> None:
+    """Check that transformers loads the model of this folder, and no adapter with it.
+
+    Raises:
+        UserError: It has an adapter.
+    """
+    if (folder / ADAPTER_CONFIG).exists():
+        raise UserError(
+            f"{folder} has an adapter ({ADAPTER_CONFIG}), which would be loaded with the model; give its base as "
+            "--model, or merge the adapter and save the model."
+        )
+
+
+def loaded_weights(folder: Path) -> list[Path]:
+    """Return the files of a folder that transformers loads weights from.
+
+    The config may name a file, then comes `ONE_FILE`, and last the files that `INDEX` names. The identity of a base
+    covers the safetensors files that lie directly in its folder, so all of them must be among these.
+
+    Raises:
+        UserError: A file is missing, or is not one of these.
+    """
+    config = _read_object(folder / "config.json")
+    if "configuration_files" in config:  # names of other configs, by version of transformers
+        try:
+            config, _ = PreTrainedConfig.get_config_dict(folder)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder} has no config that can be loaded ({error}); save the model again.") from error
+    named = config.get("transformers_weights")
+    first = str(named or (ONE_FILE if (folder / ONE_FILE).is_file() else INDEX))
+    source, names = "config.json", [first]
+    if first.endswith(".index.json"):
+        _require_beside(folder, source, first)
+        weight_map = _read_object(folder / first).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{folder / first} names no weights; save the model again.")
+        source, names = first, sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        _require_beside(folder, source, name)
+        if not name.endswith(".safetensors"):
+            raise UserError(f"{folder / source} names {name}, but only safetensors are loaded; save the model again.")
+    return [folder / name for name in names]
+
+
+def _require_beside(folder: Path, source: str, name: str) -> None:
+    """Check that a file that another one names lies in the same folder."""
+    if Path(name).name != name or not (folder / name).is_file():
+        raise UserError(
+            f"{folder / name} is no file directly in {folder} ({source} asks for it); "
+            "restore it, or save the model again with save_pretrained."
+        )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        UserError: The file cannot be read, or is something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not a JSON object ({error}); save the model again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object; save the model again.")
+    return content
 
 
 def load(base: BaseModel, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -144,7 +225,7 @@ def count_weights(base: BaseModel) -> int:
         UserError: A file is broken.
     """
     count = 0
-    for path in base.path.glob(WEIGHTS):
+    for path in loaded_weights(base.path):
         try:
             with safe_open(path, framework="pt") as file:
                 count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
@@ -188,7 +269,7 @@ def _hashes(folder: Path) -> tuple[str, str]:
 def _hash_weights(folder: Path) -> str:
     """Return the hash of all weights. It shows its progress, because those of a 7B model take many seconds."""
     digest = hashlib.sha256()
-    paths = sorted(folder.glob(WEIGHTS))
+    paths = sorted(path for path in folder.glob(WEIGHTS) if path.is_file())
     total = sum(path.stat().st_size for path in paths)
     options: dict[str, Any] = {"unit": "B", "unit_scale": True, "mininterval": SECONDS_PER_UPDATE, "leave": False}
     with tqdm(total=total, desc=f"hash of {folder.name}", delay=SECONDS_PER_UPDATE, **options) as bar:
@@ -208,12 +289,10 @@ def hash_files(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     for path in sorted({path for pattern in LOADED_FILES for path in folder.glob(pattern) if path.is_file()}):
-        content = path.read_bytes()
         if path.name in ("config.json", "tokenizer_config.json"):
-            try:
-                fields = {key: value for key, value in json.loads(content).items() if key not in IGNORED_KEYS}
-            except (ValueError, AttributeError, RecursionError) as error:
-                raise UserError(f"{path} is not a JSON object ({error}); save the model again.") from error
+            fields = {key: value for key, value in _read_object(path).items() if key not in IGNORED_KEYS}
             content = json.dumps(fields, sort_keys=True).encode()
+        else:
+            content = path.read_bytes()
         digest.update(f"{path.name} {len(content)} ".encode() + content)
     return digest.hexdigest()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import malora
@@ -88,6 +89,67 @@ def test_the_base_is_checked_by_its_hash(saved, base_folder, tmp_path, capsys):
     assert "was trained on another (ffffffffffff), not on random-llama" in refused(command, capsys, tmp_path)
     (folder / BASE_FILE).write_text("[]")
     assert "base_model.json is broken" in refused(command, capsys, tmp_path)
+
+
+def with_tensors(change):
+    """Replace the tensors of a saved adapter by others."""
+
+    def spoil(folder):
+        weights = folder / "adapter_model.safetensors"
+        save_file(dict(filter(None, (change(*pair) for pair in load_file(weights).items()))), weights)
+
+    return spoil
+
+
+def as_bin(folder):
+    weights = folder / "adapter_model.safetensors"
+    torch.save(load_file(weights), folder / "adapter_model.bin")
+    weights.unlink()
+
+
+LAYER = "model.layers.1."
+INCOMPLETE = {
+    "no file": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
+    "another format": (as_bin, "has no adapter_model.safetensors"),
+    "a link to nothing": (
+        lambda folder: (as_bin(folder), (folder / "adapter_model.safetensors").symlink_to("nothing")),
+        "has no adapter_model.safetensors",
+    ),
+    "no tensor": (with_tensors(lambda name, tensor: None), "lacks 48 tensors of the adapter (base_model.model."),
+    "no layer": (
+        with_tensors(lambda name, tensor: None if LAYER in name else (name, tensor)),
+        "lacks 24 tensors of the adapter (base_model.model.model.layers.1.",
+    ),
+    "renamed layer": (
+        with_tensors(lambda name, tensor: (name.replace(LAYER, "model.layers.9."), tensor)),
+        "and has 24 that are none of it (base_model.model.model.layers.9.",
+    ),
+    "renamed factor": (
+        with_tensors(lambda name, tensor: (name.replace("malora_S", "malora_T"), tensor)),
+        "and has 12 that are none of it",
+    ),
+    "NaN": (
+        with_tensors(lambda name, tensor: (name, tensor * float("nan"))),
+        "has values that are not finite in 48 of 48 tensors (base_model.model.",
+    ),
+    "one NaN": (
+        with_tensors(lambda name, tensor: (name, tensor.index_fill(-1, torch.tensor([0]), float("nan")))),
+        "has values that are not finite in 48 of 48 tensors",
+    ),
+    "another shape": (
+        with_tensors(lambda name, tensor: (name, tensor[..., :1].clone())), "it was trained on another base"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", INCOMPLETE)
+def test_an_incomplete_adapter_is_not_scored(kind, saved, base_folder, tmp_path, capsys):
+    """PEFT would leave what is missing at its random start, and the scores would look like any others."""
+    folder = shutil.copytree(saved[0], tmp_path / "adapter")
+    spoil, message = INCOMPLETE[kind]
+    spoil(folder)
+    command = ["score", "--profile", "tiny", "--model", base_folder, "--adapter", folder, "--record"]
+    assert message in refused([*command, "--results", tmp_path / "results"], capsys, tmp_path)
 
 
 @pytest.mark.parametrize("changed", [False, True])

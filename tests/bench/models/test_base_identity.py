@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from bench.errors import UserError
 from bench.experiments.profiles import PROFILES
 from bench.models import base, smollm2, tiny
-from bench.models.base import load, prepare
+from bench.models.base import count_weights, load, prepare
 from bench.records import store
 from bench.runs.run import find_record, run
 from bench.runs.setting import RunSettings, make_run_config
@@ -125,6 +126,121 @@ def test_a_published_record_is_found_again_today(tiny_folder, monkeypatch, tmp_p
     edit(tiny_folder / "tokenizer.json", swap_tokens)
     prepare.cache_clear()
     assert store.find(make_run_config(setting, "base", 0), store.RESULTS / "tiny") is None
+
+
+def save_sharded(folder):
+    """Save the weights in three files that an index names."""
+    model, _ = load(prepare(str(folder)), torch.device("cpu"))
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("model-0*.safetensors"))) > 2
+    prepare.cache_clear()
+
+
+def logits(folder):
+    prepare.cache_clear()
+    model, _ = load(prepare(str(folder)), torch.device("cpu"))
+    return model(torch.arange(3, 19)[None]).logits
+
+
+def other_weights(folder, source, target):
+    """Write weights that give other scores than those of another file."""
+    tensors = {name: tensor * 1.5 for name, tensor in load_file(folder / source).items()}
+    save_file(tensors, folder / target, metadata={"format": "pt"})
+
+
+def test_the_weights_that_are_hashed_are_those_that_are_loaded(folder):
+    """Each file whose change alters the outputs alters the identity, wherever transformers finds it."""
+    before, expected = identity(folder), logits(folder)
+    torch.save({}, folder / "pytorch_model.bin")  # beside safetensors it is not loaded
+    assert identity(folder) == before and torch.equal(logits(folder), expected)
+
+    elsewhere = folder.parent / "elsewhere.safetensors"
+    (folder / "model.safetensors").rename(elsewhere)
+    (folder / "model.safetensors").symlink_to(elsewhere)
+    assert identity(folder) == before and torch.equal(logits(folder), expected)
+    other_weights(folder.parent, elsewhere.name, elsewhere.name)
+    assert identity(folder) != before and not torch.equal(logits(folder), expected)
+
+
+def test_every_shard_counts(folder):
+    expected, weights = logits(folder), count_weights(prepare(str(folder)))
+    save_sharded(folder)
+    hashes = {identity(folder)}
+    assert torch.equal(logits(folder), expected) and count_weights(prepare(str(folder))) == weights
+    shards = sorted(folder.glob("model-0*.safetensors"))
+    for shard in shards:
+        other_weights(folder, shard.name, shard.name)
+        hashes.add(identity(folder))
+    assert len(hashes) == 1 + len(shards)
+
+
+def move_shard(folder, name):
+    """Let the index name a shard elsewhere."""
+    save_sharded(folder)
+    index = folder / "model.safetensors.index.json"
+    shard = sorted(folder.glob("model-0*.safetensors"))[0]
+    (folder / name).parent.mkdir(exist_ok=True)
+    shard.rename(folder / name)
+    index.write_text(index.read_text().replace(shard.name, name))
+
+
+def move_weights(folder, name):
+    """Let the config name the weights elsewhere."""
+    (folder / name).parent.mkdir(exist_ok=True)
+    other_weights(folder, "model.safetensors", name)
+    edit(folder / "config.json", lambda content: content.update(transformers_weights=name))
+
+
+def move_weights_by_version(folder, name):
+    """Let the config for this version of transformers name the weights elsewhere."""
+    plain = (folder / "config.json").read_text()
+    move_weights(folder, name)
+    (folder / "config.json").rename(folder / "config.4.0.0.json")
+    (folder / "config.json").write_text(plain)
+    edit(folder / "config.json", lambda content: content.update(configuration_files=["config.4.0.0.json"]))
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda f: move_shard(f, "sub/x.safetensors"), r"sub/x\.safetensors is no file directly in"),
+        (lambda f: move_shard(f, "../x.safetensors"), r"x\.safetensors is no file directly in"),
+        (lambda f: move_shard(f, "x.bin"), r"names x\.bin, but only safetensors are loaded"),
+        (lambda f: move_weights(f, "sub/x.safetensors"), r"sub/x\.safetensors is no file directly in"),
+        (lambda f: move_weights_by_version(f, "sub/x.safetensors"), r"sub/x\.safetensors is no file directly in"),
+        (lambda f: move_weights(f, "x.bin"), r"names x\.bin, but only safetensors are loaded"),
+        (lambda f: (save_sharded(f), sorted(f.glob("model-0*"))[0].unlink()), r"model-0\S+ is no file directly in"),
+        (lambda f: (save_sharded(f), (f / "model.safetensors.index.json").unlink()), r"index\.json is no file"),
+        (lambda f: (f / "model.safetensors").rename(f / "weights.safetensors"), r"index\.json is no file"),
+        (lambda f: (f / "adapter_config.json").write_text("{}"), r"has an adapter \(adapter_config\.json\)"),
+    ],
+)
+def test_weights_that_the_identity_does_not_cover_are_refused(spoil, message, folder):
+    spoil(folder)
+    prepare.cache_clear()
+    with pytest.raises(UserError, match=message) as error:
+        prepare(str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_the_config_names_count(folder):
+    before, expected = identity(folder), logits(folder)
+    move_weights(folder, "x.safetensors")
+    named = identity(folder)
+    assert named != before and not torch.equal(logits(folder), expected)
+    other_weights(folder, "x.safetensors", "x.safetensors")
+    assert identity(folder) != named
+
+
+def test_a_config_for_this_version_of_transformers_counts(folder):
+    """The config may name others, by version of transformers."""
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.4.0.0.json").write_text(json.dumps(content))
+    edit(folder / "config.json", lambda content: content.update(configuration_files=["config.4.0.0.json"]))
+    before, expected = identity(folder), logits(folder)
+    edit(folder / "config.4.0.0.json", lambda content: content.update(rms_norm_eps=0.5))
+    assert identity(folder) != before and not torch.equal(logits(folder), expected)
 
 
 def test_only_safetensors_are_loaded_and_no_code_of_the_folder_runs(folder):
