@@ -14,6 +14,7 @@ from bench.records.files import stale_files
 
 FAILED = ".failed-"  # in the name of a failed run's record, before the time
 ITEMS = ".items.csv.gz"
+_CHECKPOINT = re.compile(r"(.+?)(?:\.previous)?\.pt(?:\.damaged)?")  # its run's id; older and damaged ones count too
 # An items file is written just before its record. One that is younger may be about to get it.
 MIN_SECONDS_WITHOUT_RECORD = 60.0
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -38,8 +39,8 @@ def find_leftovers(folder: Path) -> list[Leftover]:
     ]
     found += [
         Leftover(path, "checkpoint of a run that is recorded")
-        for path in sorted(checkpoints.glob("[!.]*.pt"))
-        if (runs / f"{path.stem}.json").is_file()
+        for path in sorted(checkpoints.glob("[!.]*.pt*"))
+        if (match := _CHECKPOINT.fullmatch(path.name)) and (runs / f"{match[1]}.json").is_file()
     ]
     found += [
         Leftover(path, "failure of a run that is recorded")
