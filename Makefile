@@ -13,7 +13,7 @@ QUANTIZATION := bitsandbytes==0.50.2 torchao==0.18.0
 QUANTIZATION += gptqmodel==7.7.0 optimum==2.3.0 defuser==0.0.28 device-smi==0.5.7 logbar==0.4.15 pypcre==0.6.4 \
 	threadpoolctl==3.8.0 tokenicer==0.0.14
 
-.PHONY: help test test-quantized rivals lint docs peft-suite examples lock leaderboard report check-tables reproduce-table10 reproduce-fig4 clean
+.PHONY: help test test-kills test-quantized rivals lint docs peft-suite examples lock leaderboard report check-tables reproduce-table10 reproduce-fig4 clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -32,6 +32,9 @@ test: .venv/ready ## run the test suite
 .quantization/ready: .venv/ready
 	$(PIP) install --no-deps --upgrade --target .quantization $(QUANTIZATION)
 	touch $@
+
+test-kills: .venv/ready ## kill commands at 100 random moments, and check what they leave (nightly; takes minutes)
+	MALORA_KILLS=100 $(BIN)/python -m pytest -q tests/bench/cli/test_kills.py $(ARGS)
 
 test-quantized: .quantization/ready ## run the tests of quantized models: bitsandbytes, torchao, GPTQ
 	PYTHONPATH=$(CURDIR)/.quantization $(BIN)/python -m pytest -q -k "quantiz or bitsandbytes or torchao or qlora" \

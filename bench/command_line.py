@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from bench.errors import unknown_name
+from bench.errors import UserError, unknown_name
+
+MAX_NAME = 255  # bytes of a file's name, on all usual file systems
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -74,6 +77,26 @@ def folder(value: str) -> Path:
     if not value:
         raise argparse.ArgumentTypeError("'' is not the name of a folder; write . for the current folder")
     return Path(value)
+
+
+def require_folder(option: str, path: Path) -> None:
+    """Check that a path is a folder to write to, or that one can be made there. Nothing is made.
+
+    Args:
+        option: The option that named it, for the message.
+        path: The path.
+
+    Raises:
+        UserError: It is a file, is below one, may not be written to, or is no name for a folder.
+    """
+    if long := next((part for part in path.parts if len(os.fsencode(part)) > MAX_NAME), None):
+        raise UserError(f"{option}: the name {long[:20]}... has over {MAX_NAME} bytes; name another folder.")
+    first = next(one for one in (path, *path.absolute().parents) if one.exists() or one.is_symlink())
+    if not first.is_dir():
+        what = "a file" if first == path else f"below {first}, which is a file"
+        raise UserError(f"{option} {path} is {what}; name a folder.")
+    if not os.access(first, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {path} cannot be written to; name another folder.")
 
 
 def fraction(value: str) -> float:

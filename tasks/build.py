@@ -45,10 +45,13 @@ def build(mixture: Mixture, source: Source, *, format: str, seed: int) -> Mixtur
         seed: Seed of an even blend. Validation and test do not depend on it.
 
     Raises:
-        DataError: A file is missing or broken, or no training item of a task is left.
+        DataError: A file is missing or broken, a task has no test item, or no training item of a task is left.
     """
     splits = _load(mixture, source)
     test = _select("test", splits)
+    for name in mixture.tasks:
+        if not test.get(name):
+            raise DataError(f"{name} of {mixture.name} has no test item, so nothing can be scored; mend the file.")
     test_keys = _keys(test)
     validation, dropped_validation = _drop(test_keys, _select("validation", splits))
     train, dropped = _drop(test_keys | _keys(validation), _select("train", splits))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bench.cli import own_tasks
 from bench.cli.estimates import announce, announce_scoring
+from bench.command_line import require_folder
 from bench.errors import UserError
 from bench.evaluate.score import require_scoring
 from bench.experiments.methods import BASE
@@ -190,8 +191,8 @@ def make_run(options: argparse.Namespace) -> int:
     """
     setting = make_setting_from(options, options.mixture)
     config = make_run_config(setting, options.method, options.seed, options.learning_rate)
-    if setting.save and setting.save.is_file():
-        raise UserError(f"--save {setting.save} is a file; give a folder for the adapter.")
+    if setting.save:
+        require_folder("--save", setting.save)
     if setting.save and store.find(config, setting.results):
         raise UserError(
             f"{config.id} is already recorded in {setting.results}, and an adapter can be saved only by the run that "

@@ -17,6 +17,7 @@ import malora
 from bench.errors import UserError
 from bench.models.base import BaseModel
 from bench.models.patterns import PATTERN_FIELDS, require_fast_patterns
+from bench.models.size import require_memory
 
 BASE_FILE = "base_model.json"  # next to a saved adapter: name and hash of its base
 FORMER_BASE = re.compile(r"@[0-9a-f]{12}$")
@@ -36,18 +37,21 @@ def add_adapter(model: PreTrainedModel, method: str, options: dict[str, Any], se
         seed: Seed of the adapter's initialization.
 
     Raises:
-        UserError: The method does not fit the base model.
+        UserError: The method does not fit the base model or the machine, or nothing of the adapter is trained.
     """
     torch.manual_seed(seed)
     try:
         config = malora.make_config(method, **options)
         if options.keys() & PATTERN_FIELDS:
             require_fast_patterns(config, model)
+        require_memory(model, method, config)
         adapted = get_peft_model(model, config)
     except (ValueError, TypeError, AttributeError, LookupError, re.error) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{method} does not fit {model.name_or_path}: {error}") from error
+    if not any(parameter.requires_grad for parameter in adapted.parameters()):
+        raise UserError(f"{method} with these options has nothing to train; leave out inference_mode.")
     _pad_weights(adapted)
     return adapted
 

@@ -8,8 +8,18 @@ import platform
 import re
 from pathlib import Path
 
-# This machine, in names of temporary files: folders may be shared, and a process id says nothing about another machine.
-_MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+
+def _machine() -> str:
+    """Return a name of this machine, or of this container, which counts its processes by itself.
+
+    Folders may be shared, and a process id says nothing about another machine.
+    """
+    namespace = Path("/proc/self/ns/pid")  # on Linux
+    name = platform.node() + (os.readlink(namespace) if namespace.is_symlink() else "")
+    return hashlib.sha256(name.encode()).hexdigest()[:6]
+
+
+_MACHINE = _machine()
 _TEMPORARY = re.compile(rf"\..+\.(?:{_MACHINE}-)?(\d+)")  # former versions, and checkpoints, have the process id only
 
 

@@ -14,9 +14,9 @@ from bench.records.files import stale_files
 
 FAILED = ".failed-"  # in the name of a failed run's record, before the time
 ITEMS = ".items.csv.gz"
+_CHECKPOINT = re.compile(r"(.+?)(?:\.previous)?\.pt(?:\.damaged)?")  # its run's id; older and damaged ones count too
 # An items file is written just before its record. One that is younger may be about to get it.
 MIN_SECONDS_WITHOUT_RECORD = 60.0
-_CHECKPOINT = re.compile(r"(?P<run>.+?)(\.previous)?\.pt(?P<damaged>\.damaged)?")  # the two of a run, or one set aside
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 # PyTorch and safetensors report a full disk without its number; torch.save does so in one of two ways.
 _FULL_TEXT = re.compile(r"No space left on device|StreamWriter failed writing|inline_container.*unexpected pos \d+ vs")
@@ -37,13 +37,11 @@ def find_leftovers(folder: Path) -> list[Leftover]:
         for place in (folder, runs, checkpoints)
         for path in stale_files(place)
     ]
-    for path in sorted(checkpoints.glob("[!.]*")):
-        if (name := _CHECKPOINT.fullmatch(path.name)) is None:
-            continue
-        if name["damaged"]:
-            found.append(Leftover(path, "damaged checkpoint"))
-        elif (runs / f"{name['run']}.json").is_file():
-            found.append(Leftover(path, "checkpoint of a run that is recorded"))
+    found += [
+        Leftover(path, "checkpoint of a run that is recorded")
+        for path in sorted(checkpoints.glob("[!.]*.pt*"))
+        if (match := _CHECKPOINT.fullmatch(path.name)) and (runs / f"{match[1]}.json").is_file()
+    ]
     found += [
         Leftover(path, "failure of a run that is recorded")
         for path in sorted(runs.glob(f"[!.]*{FAILED}*"))

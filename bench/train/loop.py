@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -31,6 +32,8 @@ from malora.backbone.model_state import can_capture
 # curve.
 CHECK_EVERY = 10
 ROUTER_EVERY = 50  # steps between router statistics
+# Besides those by steps, so that a slow run loses no more than this if it is killed.
+SECONDS_PER_CHECKPOINT = 60.0
 
 
 class DivergedError(ArithmeticError):
@@ -66,7 +69,7 @@ def train(
         pad_id: Token id of padding.
         checkpoint: File of the checkpoint.
         checkpoint_every: Steps between checkpoints. One is also written after the last step, so that a failure in
-            scoring costs no training.
+            scoring costs no training, and in a single process every `SECONDS_PER_CHECKPOINT`.
         track: Gets every point of the curve and all router statistics, with the step.
 
     Raises:
@@ -104,6 +107,7 @@ class _Trainer:
         self.step = self._make_step()
         self.has_router = malora.has_router(model)
         self.learning_rate = 0.0  # of the last step
+        self.last_saved = time.monotonic()
         self.pending: list[Tensor] = []  # losses and gradient norms that are still on the device, each [3]
 
     def run(self, checkpoint_every: int) -> None:
@@ -124,7 +128,7 @@ class _Trainer:
                 self._train_step()
                 if log.steps % CHECK_EVERY == 0 or log.steps == self.last_step:
                     self._read_pending()
-                if log.steps % checkpoint_every == 0 or log.steps == self.last_step:
+                if log.steps % checkpoint_every == 0 or log.steps == self.last_step or self._is_checkpoint_due():
                     self._save_checkpoint()
                 progress.update(log.steps, status)
         if on_gpu:
@@ -209,10 +213,23 @@ class _Trainer:
         assert isinstance(total, Tensor)
         return total
 
+    def _is_checkpoint_due(self) -> bool:
+        """Return whether the last checkpoint is old.
+
+        A checkpoint ends a mean of the curve, so it is due only where one ends anyway: the curve must not depend on the
+        speed of the machine. Processes that share a run save together, and their clocks may differ.
+        """
+        return (
+            not self.pending
+            and self.accelerator.num_processes == 1
+            and time.monotonic() - self.last_saved >= SECONDS_PER_CHECKPOINT
+        )
+
     def _save_checkpoint(self) -> None:
         if self.pending:
             self._read_pending()
         self.checkpoint.save(self.log)
+        self.last_saved = time.monotonic()
 
 
 def make_optimizer(model: nn.Module, config: RunConfig, steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:

@@ -15,6 +15,7 @@ The micro-batches of a pass are padded to one shape, so that few shapes occur. O
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,7 +44,14 @@ from bench.train.batching import (
 from bench.train.checkpoint import Checkpoint, TrainLog
 from bench.train.fixed_shapes import FixedShapes
 from bench.train.joint_step import JointStep, Part, divide_parts
-from bench.train.loop import CHECK_EVERY, ROUTER_EVERY, DivergedError, make_optimizer, router_summary
+from bench.train.loop import (
+    CHECK_EVERY,
+    ROUTER_EVERY,
+    SECONDS_PER_CHECKPOINT,
+    DivergedError,
+    make_optimizer,
+    router_summary,
+)
 from bench.train.tracking import Log
 from malora.adapter_stack import stack_adapters
 
@@ -117,7 +125,7 @@ def train_together(
         model: Model with all adapters, of `bench.models.joint.join_adapters`, on its device.
         runs: The runs; one per adapter. They agree in all settings that concern the batch.
         pad_id: Token id of padding.
-        checkpoint_every: Steps between checkpoints.
+        checkpoint_every: Steps between checkpoints, which are also written every `SECONDS_PER_CHECKPOINT`.
 
     Returns:
         The outcomes by the name of the adapter.
@@ -241,17 +249,20 @@ class _JointTrainer:
         tokens_before = sum(run.log.tokens for run in self.runs)
         first, last = min(run.log.steps for run in self.runs), max(run.last_step for run in self.runs)
         name = f"{len(self.runs)} runs of {self.runs[0].config.mixture}"
+        last_saved = {run.config.id: time.monotonic() for run in self.runs}
         with Progress(name, "step", last, first, self.accelerator.is_main_process) as progress:
             while active := [run for run in self.runs if run.is_training]:
                 self._step(active)
                 for run in active:
                     steps, is_last = run.log.steps, run.log.steps == run.last_step
-                    saves = steps % checkpoint_every == 0 or is_last
+                    is_due = time.monotonic() - last_saved[run.config.id] >= SECONDS_PER_CHECKPOINT
+                    saves = steps % checkpoint_every == 0 or is_last or (is_due and steps % CHECK_EVERY == 0)
                     if steps % CHECK_EVERY == 0 or saves:
                         self._add_seconds(active)
                         run.read_pending()
                     if saves and not run.has_diverged:
                         run.checkpoint.save(run.log)
+                        last_saved[run.config.id] = time.monotonic()
                 progress.update(min(run.log.steps for run in active), partial(self._status, tokens_before))
 
     def _status(self, tokens_before: int, seconds: float) -> str:

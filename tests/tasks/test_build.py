@@ -146,3 +146,10 @@ def test_examples_of_exercises_have_what_their_metrics_need(open_folder):
     assert test["gsm8k"][0].label == " 500*4 = 2,000 legs.\n#### 2,000"  # without the calculator annotation
     assert len(test["e2e"]) == 12  # meaning representations, from 13 records
     assert test["e2e"][0].references == ("The Mill serves Thai food.", "Thai!")
+
+
+def test_a_task_without_test_items_is_an_error(intra_folder, monkeypatch):
+    load = type(TASKS["piqa"]).load
+    monkeypatch.setattr(type(TASKS["piqa"]), "load", lambda task, source: load(task, source) | {"test": []})
+    with pytest.raises(DataError, match="piqa of intra has no test item"):
+        build_intra(intra_folder)

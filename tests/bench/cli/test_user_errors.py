@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+import bench.runs.run
 from bench.cli.parser import main
 from bench.models.adapters import add_adapter
 from bench.models.base import load, prepare
@@ -166,6 +167,21 @@ def test_a_results_folder_that_is_a_file(base_folder, capsys, tmp_path):
     assert "because it has no folder runs" in refused(["publish", "--results", tmp_path / "file"], capsys, tmp_path)
     assert "--trials is for runs" in refused(["publish", "--profile", "speed", "--trials"], capsys, tmp_path)
     assert "'' is not the name of a folder" in refused(["run", "--results", ""], capsys, tmp_path)
+
+
+def test_what_cannot_work_is_found_before_training(base_folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.runs.run, "train", lambda *a, **k: pytest.fail("trained"))
+    (tmp_path / "file").touch()
+    command = ["run", "--profile", "tiny", "--model", base_folder, "--results", tmp_path / "results"]
+    for options, message in (
+        (["--save", tmp_path / "file"], "file is a file; name a folder"),
+        (["--save", tmp_path / "file" / "adapter"], f"is below {tmp_path / 'file'}, which is a file"),
+        (["--save", tmp_path / ("a" * 256)], "has over 255 bytes"),
+        (["--set", "inference_mode=true"], "malora with these options has nothing to train"),
+        (["--set", "num_experts=1000000000"], "malora with r=3, num_experts=1000000000, d=8 needs at least "),
+        (["--method", "lora", "--set", "r=10000000000"], "choose smaller ones"),
+    ):
+        assert message in refused([*command, *options], capsys, tmp_path)
 
 
 def test_humaneval_without_bubblewrap_is_refused_before_any_work(base_folder, capsys, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 import malora
 from bench.runs.run import run
 from bench.runs.setting import make_run_config
+from bench.train.checkpoint import Checkpoint
 from bench.train.fixed_shapes import MAX_WIDTHS
 from bench.train.loop import keep_input_dtype
 from tests.bench.conftest import make_setting
@@ -70,3 +71,21 @@ def test_lora_computes_the_same_without_casting_its_inputs(method, active, ids):
     (_, expected), (casts, got) = computed("cpu"), computed("cuda")
     assert all(enabled is not active for enabled in casts)
     assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_a_slow_run_is_saved_by_time_too_and_learns_the_same(base_folder, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(
+        Checkpoint, "save", lambda self, log, save=Checkpoint.save: (saved.append(log.steps), save(self, log))
+    )
+
+    def curve(folder):
+        setting = make_setting(base_folder, tmp_path / folder, max_items=2, max_steps=23)
+        setting = replace(setting, profile=replace(setting.profile, checkpoint_every=100))
+        return run(make_run_config(setting, "malora", seed=0), setting).train.curve
+
+    fast = curve("fast")
+    assert saved == [23]
+    monkeypatch.setattr("bench.train.loop.SECONDS_PER_CHECKPOINT", 0.0)
+    assert curve("slow") == fast and saved == [23, 10, 20, 23]
