@@ -44,9 +44,9 @@ def add_adapter(model: PreTrainedModel, method: str, options: dict[str, Any], se
         if options.keys() & PATTERN_FIELDS:
             require_fast_patterns(config, model)
         adapted = get_peft_model(model, config)
-    except (ValueError, TypeError, AttributeError, LookupError, re.error) as error:
-        if isinstance(error, UserError):
-            raise
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError, re.error) as error:
         raise UserError(f"{method} does not fit {model.name_or_path}: {error}") from error
     _pad_weights(adapted)
     return adapted
