@@ -6,8 +6,13 @@ from bench.errors import UserError
 from bench.report.claims import claims
 from bench.report.readme import fill_readme
 from tests.bench.report.scores.test_experiment_page import records
+from tests.bench.report.speed import speed_records
 
 CLAIMS = claims({}, [])
+HOSTILE = (
+    "a <!-- end --> b", "`<!-- end -->`", "a | b", "a\nb\r\nc\u2028d", "`", "<img src=x onerror=alert(1)>",
+    "[x](javascript:alert(1))", "\\| x", "**b** <script>", "&lt;script&gt; <b>",
+)  # fmt: skip
 
 
 def fill(text, profiles=None):
@@ -41,3 +46,16 @@ def test_the_short_leaderboard_has_a_line_per_method_and_a_short_verdict():
 def test_a_marker_without_its_end_is_an_error(text):
     with pytest.raises(UserError, match="<!-- claims --> has no <!-- end -->"):
         fill(text)
+
+
+def gpu_records(device):
+    return [speed_records.made_at(record, device=device) for record in speed_records.records()]
+
+
+@pytest.mark.parametrize("device", HOSTILE)
+def test_the_readme_settles_whatever_a_record_holds(device):
+    speeds = gpu_records(device)
+    text = "<!-- speed -->\n<!-- end -->\n\n<!-- claims -->\n<!-- end -->\nthe rest\n"
+    once = fill_readme(text, {}, speeds, CLAIMS)
+    assert once.count("<!--") == 4 and once.endswith("the rest\n")
+    assert fill_readme(once, {}, speeds, CLAIMS) == once
