@@ -89,6 +89,8 @@ def load_adapter(model: PreTrainedModel, base: BaseModel, folder: Path) -> PeftM
         raise UserError(f"{folder / 'adapter_config.json'} is not a PEFT config ({error!r}); save it again.") from error
     if config.is_prompt_learning:
         raise UserError(f"{folder} has virtual tokens ({config.peft_type}), which cannot be scored here.")
+    if getattr(config, "adapters", None):
+        raise UserError(f"{folder} names other adapters for PEFT to read ({config.peft_type}); score them one by one.")
     if getattr(config, "megatron_config", None):
         raise UserError(f"{folder} names a module for PEFT to import (megatron_core), which could run any code.")
     _require_base(base, folder, str(config.base_model_name_or_path or ""))
