@@ -13,7 +13,7 @@ QUANTIZATION := bitsandbytes==0.50.2 torchao==0.18.0
 QUANTIZATION += gptqmodel==7.7.0 optimum==2.3.0 defuser==0.0.28 device-smi==0.5.7 logbar==0.4.15 pypcre==0.6.4 \
 	threadpoolctl==3.8.0 tokenicer==0.0.14
 
-.PHONY: help test test-kills test-quantized rivals lint docs peft-suite examples lock leaderboard report check-tables reproduce-table10 reproduce-fig4 clean
+.PHONY: help test test-kills test-malformed test-quantized rivals lint docs peft-suite examples lock leaderboard report check-tables reproduce-table10 reproduce-fig4 clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -27,6 +27,9 @@ help: ## this list
 
 test: .venv/ready ## run the test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(ARGS)
+
+test-malformed: .venv/ready ## run the tests of malformed input with 20,000 inputs instead of 2,000
+	MALORA_MALFORMED=20000 $(BIN)/python -m pytest -q tests/bench/cli/test_malformed.py $(ARGS)
 
 # In a folder of their own: PEFT imports them wherever it finds them, which slows down every other command.
 .quantization/ready: .venv/ready

@@ -12,6 +12,12 @@ from bench.errors import UserError, unknown_name
 
 MAX_NAME = 255  # bytes of a file's name, on all usual file systems
 
+MAX_COUNT = 1_000_000_000
+MAX_SEED = 10**18 - 1
+MAX_NAME_BYTES = 255  # of a file, on all common file systems
+MAX_PATH_BYTES = 4000  # Linux has 4,096, and names of files are added
+MAX_SHOWN = 60
+
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """A help formatter that adds an option's default, and keeps the lines of descriptions.
@@ -66,17 +72,52 @@ def one_of(what: str, choices: Collection[str]) -> Callable[[str], str]:
 
 
 def positive(value: str) -> int:
-    """Parse a whole number from 1."""
-    if not (value.isdecimal() and int(value) > 0):
-        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number from 1")
-    return int(value)
+    """Parse a whole number from 1 to MAX_COUNT."""
+    number = int(value) if value.isdecimal() and len(value) <= len(str(MAX_COUNT)) else 0
+    if not 1 <= number <= MAX_COUNT:
+        raise argparse.ArgumentTypeError(f"{short(value)} is not a whole number from 1 to {MAX_COUNT:,}")
+    return number
+
+
+def seed_number(value: str) -> int:
+    """Parse a seed, which PyTorch stores in 64 bits."""
+    try:
+        number = int(value)
+    except ValueError:
+        number = MAX_SEED + 1
+    if abs(number) > MAX_SEED:
+        raise argparse.ArgumentTypeError(f"{short(value)} is not a whole number of at most 18 digits")
+    return number
+
+
+def file_path(value: str) -> Path:
+    """Parse the path of a file or folder that a file system can have."""
+    if "\0" in value or any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in value.split("/")):
+        raise argparse.ArgumentTypeError(
+            f"{short(value)} is not the name of a file, which has at most {MAX_NAME_BYTES} bytes and no null"
+        )
+    if len(os.fsencode(value)) > MAX_PATH_BYTES:
+        raise argparse.ArgumentTypeError(f"{short(value)} is longer than {MAX_PATH_BYTES} bytes")
+    return Path(value)
+
+
+def file_name(value: str) -> str:
+    """Parse a name that may be that of a file; see `file_path`."""
+    file_path(value)
+    return value
 
 
 def folder(value: str) -> Path:
     """Parse the path of a folder."""
     if not value:
         raise argparse.ArgumentTypeError("'' is not the name of a folder; write . for the current folder")
-    return Path(value)
+    return file_path(value)
+
+
+def short(value: str) -> str:
+    """Return a value as Python writes it, at most 60 characters of it."""
+    text = ascii(value) if not value.isprintable() else repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(value)} characters)"
 
 
 def require_folder(option: str, path: Path) -> None:
@@ -106,5 +147,5 @@ def fraction(value: str) -> float:
     except ValueError:
         number = -1.0
     if not 0 <= number < 1:
-        raise argparse.ArgumentTypeError(f"{value!r} must be at least 0 and below 1")
+        raise argparse.ArgumentTypeError(f"{short(value)} must be at least 0 and below 1")
     return number

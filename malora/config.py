@@ -53,6 +53,8 @@ ALIASES: dict[str, dict[str, str]] = {
 # up to the largest N·r measured, which was 2,048 (docs/notes/2026-11-speed.md).
 DISPATCH_COST_IN_RANKS = 2048
 
+_MAX_FLOAT32 = torch.finfo(torch.float32).max
+
 
 @dataclass
 class MaloraConfig(PeftConfig):
@@ -223,18 +225,18 @@ class MaloraConfig(PeftConfig):
             _check_count(f"rank_pattern[{module!r}]", r)
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} is more than num_experts={self.num_experts}; choose at most all.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout} must be in [0, 1).")
+        if not (_is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1):
+            raise ValueError(f"lora_dropout={self.lora_dropout!r} must be in [0, 1).")
         _check_positive("lora_alpha", self.lora_alpha)
         for module, alpha in (self.alpha_pattern or {}).items():
             _check_positive(f"alpha_pattern[{module!r}]", alpha)
-        if not (isinstance(self.router_aux_loss_coef, int | float) and self.router_aux_loss_coef >= 0):
+        if not (_is_number(self.router_aux_loss_coef) and self.router_aux_loss_coef >= 0):
             raise ValueError(
                 f"router_aux_loss_coef={self.router_aux_loss_coef!r} must be a number, at least 0; 0 leaves the "
                 "load-balancing loss out."
             )
-        if self.beta <= 0:
-            raise ValueError(f"beta={self.beta} must be positive: S is scaled by it and P_t by its inverse.")
+        if not (_is_number(self.beta) and self.beta > 0):
+            raise ValueError(f"beta={self.beta!r} must be a positive number: S is scaled by it and P_t by its inverse.")
 
     def _check_subspace(self) -> None:
         if self.down == "A_t" and self.up == "B_t":
@@ -335,13 +337,18 @@ def resolve_backend(config: MaloraConfig, device: torch.device) -> str:
     return "sorted" if is_sparse and torch.cuda.get_device_properties(device).major >= 9 else "fused"
 
 
+def _is_number(value: Any) -> bool:
+    """Return True for a number that float32 can hold; True and False are no numbers."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_FLOAT32
+
+
 def _check_count(name: str, value: Any) -> None:
-    if not (isinstance(value, int) and value >= 1):
+    if not (isinstance(value, int) and _is_number(value) and value >= 1):
         raise ValueError(f"{name}={value!r} must be a whole number, at least 1.")
 
 
 def _check_positive(name: str, value: Any) -> None:
-    if not (isinstance(value, int | float) and value > 0):
+    if not (_is_number(value) and value > 0):
         raise ValueError(f"{name}={value!r} must be a positive number.")
 
 

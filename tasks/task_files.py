@@ -34,7 +34,8 @@ DATA_SUFFIXES = (".jsonl", ".jsonl.gz")
 DESCRIPTION_SUFFIXES = (".toml", ".yaml", ".yml")
 SPLITS = ("train", "validation", "test")
 FIELDS = ("question", "choices", "prompt", "answer", "references", "context")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+MAX_NEW_TOKENS = 100_000  # more than models can read
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
 class _Description(BaseModel):
@@ -71,7 +72,7 @@ class TaskDescription(_Description):
     fields: dict[Literal["question", "choices", "prompt", "answer", "references", "context"], str] = {}
     split: SplitDescription | None = None
     metric: Literal["rougeL", "exact_match"] = ROUGE_L  # type: ignore[assignment]  # a plain string there
-    max_new_tokens: int = Field(default=64, gt=0)
+    max_new_tokens: int = Field(default=64, gt=0, le=MAX_NEW_TOKENS)
     stop: list[str] = list(Writing("", 0).stop)
 
 
@@ -180,15 +181,15 @@ def _read_description(path: Path, kind: type[_D]) -> _D:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise DataError(f"{path}: {where}: {first['msg']}; settings are {', '.join(kind.model_fields)}.") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise DataError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
+    except Exception as error:  # PyYAML passes on any exception that a wrong tag (`!!int ''`) or deep nesting causes
+        raise DataError(f"{path} cannot be read: {' '.join((str(error) or repr(error)).split())}.") from error
 
 
 def _name(name: str | None, path: Path) -> str:
     name = path.name.partition(".")[0] if name is None else name
     if not _NAME.fullmatch(name):
         raise DataError(
-            f"{path}: {name!r} cannot be a name, which has letters, digits, '_', '-' and '.'; "
+            f"{path}: {name!r} cannot be a name, which has at most 100 letters, digits, '_', '-' and '.'; "
             "rename the file, or set name in a description."
         )
     return name

@@ -6,7 +6,7 @@ import argparse
 import itertools
 from pathlib import Path
 
-from bench.command_line import one_of
+from bench.command_line import file_name, file_path, one_of
 from bench.errors import UserError, unknown_name
 from bench.evaluate.export_task import export_task
 from bench.experiments.profiles import Profile
@@ -35,7 +35,7 @@ def add_mixture_options(parser: argparse.ArgumentParser, text: str) -> None:
     )
     parser.add_argument(
         "--task",
-        type=Path,
+        type=file_path,
         action="append",
         default=[],
         metavar="FILE",
@@ -46,21 +46,25 @@ def add_mixture_options(parser: argparse.ArgumentParser, text: str) -> None:
 
 def add_export_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `export-task`."""
-    parser.add_argument("task", metavar="TASK", help="name of a task, or the file of one of your own")
+    parser.add_argument("task", type=file_name, metavar="TASK", help="name of a task, or the file of one of your own")
     parser.add_argument(
-        "--output", type=Path, default=Path("lm_eval_tasks"), metavar="DIR", help="folder for lm_eval --include_path"
+        "--output",
+        type=file_path,
+        default=Path("lm_eval_tasks"),
+        metavar="DIR",
+        help="folder for lm_eval --include_path",
     )
     parser.add_argument(
         "--format", type=one_of("format", FORMATS), default="letters", metavar="F", help="prompt format of choices"
     )
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="folder of *.jsonl.gz files (default: the Hugging Face hub)"
+        "--data", type=file_path, metavar="DIR", help="folder of *.jsonl.gz files (default: the Hugging Face hub)"
     )
     parser.set_defaults(command=export)
 
 
 def _mixture(value: str) -> str:
-    return value if value.endswith(DESCRIPTION_SUFFIXES) else one_of("mixture", MIXTURES)(value)
+    return file_name(value) if value.endswith(DESCRIPTION_SUFFIXES) else one_of("mixture", MIXTURES)(value)
 
 
 def resolve(options: argparse.Namespace, mixture: str | None, profile: Profile) -> str:

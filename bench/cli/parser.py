@@ -7,7 +7,6 @@ import io
 import json
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import malora
@@ -24,7 +23,7 @@ from bench.cli.commands import (
 )
 from bench.cli.exports import export_records
 from bench.cli.lists import LISTS, print_list
-from bench.command_line import Parser, folder, one_of, positive
+from bench.command_line import Parser, file_name, file_path, folder, one_of, positive, seed_number, short
 from bench.errors import UserError
 from bench.experiments.profiles import PROFILES, default_profile
 from bench.experiments.registry import EXPERIMENTS, Experiment
@@ -34,6 +33,11 @@ from tasks import FORMATS
 
 DESCRIPTION = "Train adapters on mixtures of tasks, score them, and write leaderboards from the records."
 EXAMPLES = "python -m bench table2 --dry-run"
+
+MAX_SEEDS = 1000  # planning takes a moment per run
+MAX_LEARNING_RATE = 1e6  # far above it the optimizer's numbers exceed float32
+MAX_OPTION_LENGTH = 10_000
+MAX_BRACKETS = 200  # Python's JSON ends at a depth of about 1,000
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,11 +61,17 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     except Exception as error:
-        if not is_disk_full(error):
-            raise
         reason = " ".join(str(error).split())
-        print(f"bench: the disk is full ({reason}); free some space, then run the same command again.", file=sys.stderr)
-        return 1
+        if is_disk_full(error):
+            print(
+                f"bench: the disk is full ({reason}); free some space, then run the same command again.",
+                file=sys.stderr,
+            )
+            return 1
+        if isinstance(error, OSError):  # a folder without permission
+            print(f"bench: {reason}", file=sys.stderr)
+            return 2
+        raise
     except KeyboardInterrupt:
         print("stopped; run the same command again to continue.", file=sys.stderr)
         return 130
@@ -101,7 +111,7 @@ def make_parser() -> Parser:
     )
     report = add("report", "Write one HTML page about all published records.", "--output report.html")
     report.add_argument(
-        "--output", type=Path, metavar="FILE", help="the page's file (default: results/local/report.html)"
+        "--output", type=file_path, metavar="FILE", help="the page's file (default: results/local/report.html)"
     )
     report.set_defaults(command=write_report)
     _add_export_options(add("export", "Write leaderboards and runs as CSV and JSON files.", "--output export"))
@@ -146,7 +156,7 @@ def _add_table_options(parser: argparse.ArgumentParser, experiment: Experiment) 
         "any other method becomes a row of its own",
     )
     parser.add_argument(
-        "--seeds", type=positive, metavar="K", help="runs per table row (default: that of the row or the profile)"
+        "--seeds", type=_seeds, metavar="K", help="runs per table row (default: that of the row or the profile)"
     )
     parser.add_argument(
         "--sweep",
@@ -179,7 +189,11 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "the tiny profile trains on generated tasks instead",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="seed of initialisation, order of the examples and dropout"
+        "--seed",
+        type=seed_number,
+        default=0,
+        metavar="S",
+        help="seed of initialisation, order of the examples and dropout",
     )
     parser.add_argument("--learning-rate", type=_learning_rate, metavar="R", help="(default: the paper's)")
     parser.add_argument(
@@ -191,7 +205,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         help="option of the method's config, with a value in JSON; may be repeated: "
         "beta=2, backend=dispatch, 'freeze=[\"router\"]'",
     )
-    parser.add_argument("--save", type=Path, metavar="DIR", help="save the trained adapter in this folder")
+    parser.add_argument("--save", type=file_path, metavar="DIR", help="save the trained adapter in this folder")
     _add_making(parser)
     parser.set_defaults(command=make_run)
 
@@ -213,7 +227,7 @@ def _add_making(parser: argparse.ArgumentParser) -> None:
 def _add_score_options(parser: argparse.ArgumentParser) -> None:
     _add_settings(parser)
     parser.add_argument(
-        "--adapter", type=Path, required=True, metavar="DIR", help="folder that PEFT's save_pretrained wrote"
+        "--adapter", type=file_path, required=True, metavar="DIR", help="folder that PEFT's save_pretrained wrote"
     )
     own_tasks.add_mixture_options(parser, "mixture whose test sets are used")
     parser.add_argument(
@@ -262,12 +276,15 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--data",
-        type=Path,
+        type=file_path,
         metavar="DIR",
         help="folder of *.jsonl.gz files (default: generated for tiny, else from the Hugging Face hub)",
     )
     parser.add_argument(
-        "--model", metavar="M", help="base model: built-in name, folder or hub id (default: the profile's)"
+        "--model",
+        type=file_name,
+        metavar="M",
+        help="base model: built-in name, folder or hub id (default: the profile's)",
     )
     parser.add_argument(
         "--format",
@@ -304,22 +321,35 @@ def _trackers(value: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_tracker(name) for name in value.split(",")))
 
 
+def _seeds(value: str) -> int:
+    if (number := positive(value)) > MAX_SEEDS:
+        raise argparse.ArgumentTypeError(f"{number} runs per row are more than {MAX_SEEDS}")
+    return number
+
+
 def _learning_rate(value: str) -> float:
     try:
         rate = float(value)
     except ValueError:
         rate = 0.0
-    if not 0 < rate < float("inf"):
-        raise argparse.ArgumentTypeError(f"{value!r} must be a number above 0")
+    if not 0 < rate <= MAX_LEARNING_RATE:
+        raise argparse.ArgumentTypeError(f"{short(value)} must be a number above 0, and at most {MAX_LEARNING_RATE:g}")
     return rate
 
 
 def _option(text: str) -> tuple[str, Any]:
     """Split NAME=VALUE; a value that is not JSON is a string."""
-    name, equals, value = text.partition("=")
-    if not (name and equals):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    option, equals, value = text.partition("=")
+    if not (option and equals):
+        raise argparse.ArgumentTypeError(f"{short(text)} is not NAME=VALUE")
+    if len(value) > MAX_OPTION_LENGTH or value.count("[") + value.count("{") > MAX_BRACKETS:
+        raise argparse.ArgumentTypeError(f"{short(text)} is too long, or nested too deeply")
     try:
-        return name, json.loads(value)
+        value.encode()
+        parsed = json.loads(value)
+        json.dumps(parsed, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{short(text)} has half of a surrogate pair, which is no character") from None
     except ValueError:
-        return name, value
+        return option, value
+    return option, parsed

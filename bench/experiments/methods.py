@@ -14,6 +14,7 @@ from malora.config import stored_value
 
 BASE = "base"  # the method that trains nothing
 ELSEWHERE = "elsewhere-"  # begins the method of an adapter that was trained elsewhere and is only scored
+MAX_DETAILS = 1000  # characters of an error, which may hold a value that the user gave
 TITLES = {
     "lora": "LoRA",
     "asylora": "AsyLoRA",
@@ -69,6 +70,7 @@ def method_options(method: str, profile: Profile, mixture: str, changes: dict[st
         )
     try:
         malora.make_config(method, **options)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{method}: {error}") from error
+    except Exception as error:  # PEFT checks few values, and passes on any exception that another causes
+        problem = error if isinstance(error, TypeError | ValueError) else repr(error)
+        raise UserError(f"{method}: {' '.join(str(problem).split())[:MAX_DETAILS]}") from error
     return options

@@ -46,9 +46,9 @@ def add_adapter(model: PreTrainedModel, method: str, options: dict[str, Any], se
             require_fast_patterns(config, model)
         require_memory(model, method, config)
         adapted = get_peft_model(model, config)
-    except (ValueError, TypeError, AttributeError, LookupError, re.error) as error:
-        if isinstance(error, UserError):
-            raise
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError, re.error) as error:
         raise UserError(f"{method} does not fit {model.name_or_path}: {error}") from error
     if not any(parameter.requires_grad for parameter in adapted.parameters()):
         raise UserError(f"{method} with these options has nothing to train; leave out inference_mode.")
@@ -95,6 +95,8 @@ def load_adapter(model: PreTrainedModel, base: BaseModel, folder: Path) -> PeftM
         raise UserError(f"{folder / 'adapter_config.json'} is not a PEFT config ({error!r}); save it again.") from error
     if config.is_prompt_learning:
         raise UserError(f"{folder} has virtual tokens ({config.peft_type}), which cannot be scored here.")
+    if getattr(config, "adapters", None):
+        raise UserError(f"{folder} names other adapters for PEFT to read ({config.peft_type}); score them one by one.")
     if getattr(config, "megatron_config", None):
         raise UserError(f"{folder} names a module for PEFT to import (megatron_core), which could run any code.")
     _require_base(base, folder, str(config.base_model_name_or_path or ""))

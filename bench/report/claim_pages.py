@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench.report.claims import NOTES, Claim, Evidence
-from bench.report.markdown import table
+from bench.report.markdown import inline, table
 
 # The most important ones. The list is fixed; it does not depend on the results.
 FRONT_PAGE = (
@@ -62,7 +62,7 @@ def claim_page(claim: Claim) -> str:
     parts = [
         title,
         f"{facts} Ours{_INTERVAL if '[' in claim.ours else ''}: {claim.ours}. Verdict: **{claim.verdict}**.",
-        f"Measured on: {evidence.setting}.",
+        f"Measured on: {inline(evidence.setting)}.",
         "## Test",
         evidence.test,
     ]

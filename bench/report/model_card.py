@@ -111,7 +111,7 @@ def _settings(record: Record) -> str:
             f"{name} {versions[name]}" for name in ("torch", "transformers", "peft") if name in versions
         ),
     }
-    rows = [[name, f"`{value}`"] for name, value in values.items() if value is not None]
+    rows = [[name, markdown.code(value)] for name, value in values.items() if value is not None]
     if not record.complete:
         rows.insert(0, ["**cut short**", "`max_steps` or `max_items`: the scores measure nothing"])
     return markdown.table(rows, ["setting", "value"], ["left", "left"])

@@ -12,6 +12,7 @@ from bench.records.schema import Record
 from bench.records.speed_schema import SpeedRecord
 from bench.report.claim_pages import claim_files, front_page_claims
 from bench.report.claims import Claim
+from bench.report.markdown import without_comments
 from bench.report.scores.document import Section, render_page
 from bench.report.scores.experiment_page import experiment_sections
 from bench.report.scores.leaderboard import short_leaderboard
@@ -87,7 +88,7 @@ def fill_readme(
         end = MARKER.search(readme, position)
         if end is None or end[1] != END:
             raise UserError(f"the README's {start[0]} has no <!-- {END} --> after it; add one.")
-        filled.append(f"\n\n{text}\n\n{end[0]}")
+        filled.append(f"\n\n{without_comments(text)}\n\n{end[0]}")
         position = end.end()
     return "".join([*filled, readme[position:]])
 

@@ -13,6 +13,7 @@ import pandas as pd
 from bench.experiments.methods import title_of
 from bench.records.schema import Record
 from bench.records.scorer_versions import changes_since
+from bench.report.markdown import code, text
 from bench.report.scores import adapter_tables
 from bench.report.scores.document import AdapterSection, Section, render_page
 from bench.report.scores.leaderboard import leaderboard
@@ -121,8 +122,9 @@ def _intro(selection: Selection) -> str:
     config = records[0].config
     devices = sorted({record.provenance.device for record in records})
     lines = [
-        f"Base `{config.model}` (`{config.model_hash[:12]}`), mixture `{config.mixture}`, format `{config.format}`, "
-        f"{config.epochs} epochs, {config.batch_size} examples per batch, on {', '.join(devices)}. "
+        f"Base {code(config.model)} (`{config.model_hash[:12]}`), mixture {code(config.mixture)}, "
+        f"format {code(config.format)}, "
+        f"{config.epochs} epochs, {config.batch_size} examples per batch, on {', '.join(map(text, devices))}. "
         f"Scores are {_metrics(records)} in percent by lm-eval. {len(records)} records."
     ]
     if note := MIXTURES[config.mixture].note:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench.records.speed_schema import SpeedRecord, SpeedRow
-from bench.report.markdown import number, table
+from bench.report.markdown import code, number, table, text
 from bench.report.speed.summary import (
     COMPILED_BACKBONE,
     PEFT_LORA,
@@ -242,7 +242,7 @@ def _goals_by_device(
         cells = [cell(goal, values) if values else UNKNOWN for values in of_devices]
         every = [value for values in of_devices for value in values]
         body.append([goal.figure, f"{goal.relation} {goal.goal:g}", *cells, verdict(goal, every)])
-    return table(body, ["figure", "goal", *devices, "reached"])
+    return table(body, ["figure", "goal", *map(text, devices), "reached"])
 
 
 def _cell(goal: Goal, value: float, digits: int = 4) -> str:
@@ -257,6 +257,6 @@ def _source_table(records: list[SpeedRecord]) -> str:
         for record in (r for by_device in found for group in by_device.get(device, []) for r in group):
             row = malora_row(record)
             assert row is not None, "RecordFilter accepts records with MALoRA only"
-            body.append([device, f"`{record.id}`", f"`{row.name}`", len(row.seconds["step"])])
+            body.append([text(device), code(record.id), code(row.name), len(row.seconds["step"])])
     head = ["device", "record", "MALoRA's row", "steps timed"]
     return table(body, head, ["left", "left", "left", "right"])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bench.records.speed_schema import SpeedRecord, SpeedRow
-from bench.report.markdown import number, table
+from bench.report.markdown import number, table, text
 from bench.report.speed.goals import RELATIONS, UNKNOWN
 from bench.report.speed.summary import COMPILED_BACKBONE, age, fastest, named, ratio, seconds
 
@@ -152,7 +152,7 @@ def loop_goal_table(records: list[SpeedRecord]) -> str | None:
         cells = [_cell(goal, by_device[device][0]) if device in by_device else UNKNOWN for device in devices]
         sources = ", ".join(f"`{record.id}`" for _, record in by_device.values())
         body.append([goal.figure, f"{goal.relation} {goal.goal:g}", *cells, _verdict(goal, by_device), sources])
-    goals = table(body, ["figure", "goal", *devices, "reached", "record"])
+    goals = table(body, ["figure", "goal", *map(text, devices), "reached", "record"])
     return "\n\n".join(["## Goals for training as users run it", goals, _NOTE])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from bench.records.speed_schema import SpeedRecord, SpeedRow
-from bench.report.markdown import number, table
+from bench.report.markdown import code, number, table, text
 from bench.report.speed.summary import (
     COMPILED_BACKBONE,
     PEFT_LORA,
@@ -37,9 +37,9 @@ def loop_table(record: SpeedRecord) -> str:
             "reserved, GiB", "kernels", "launches", "host syncs", "W", "loss", "note"]  # fmt: skip
     body = []
     for row in record.rows:
-        about = [f"`{row.name}`", row.loop or "", row.checkpointing or "", row.base or ""]
+        about = [code(row.name), text(row.loop or ""), text(row.checkpointing or ""), text(row.base or "")]
         if seconds(row) is None:
-            body.append([*about, *[""] * (len(head) - 5), f"{row.status}: {row.reason}"])
+            body.append([*about, *[""] * (len(head) - 5), text(f"{row.status}: {row.reason}")])
         else:
             body.append([*about, *_cells(record, row, [*others.values()])])
     return table(body, head, ["left"] * 4 + ["right"] * (len(head) - 5) + ["left"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 
 from bench.records.speed_schema import SpeedRecord, SpeedRow
-from bench.report.markdown import number, table
+from bench.report.markdown import code, number, table, text
 from bench.report.paper import paper
 from bench.report.speed.figure4c import figure4c
 from bench.report.speed.goals import goal_table
@@ -86,7 +86,7 @@ def section(record: SpeedRecord) -> str:
     sweep = record.mode == "layer"
     names = {"layer": f"one linear layer, {record.options.sweep}", "loop": "whole training programs"}
     work = names.get(record.mode, record.mode)
-    title = f"## {record.shape}, {work}, {record.provenance.device}"
+    title = f"## {text(record.shape)}, {work}, {text(record.provenance.device)}"
     if sweep:
         parts = [title, _intro(record), _sweep_table(record), _SWEEP_NOTE, *_crossovers(record)]
     elif record.mode == "loop":
@@ -110,9 +110,9 @@ def _intro(record: SpeedRecord) -> str:
     matmul = [rates.matrix_flops_per_second / 1e12 for rates in (before, after)]
     copy = [rates.copy_bytes_per_second / 1e12 for rates in (before, after)]
     rounds = "1 round" if o.rounds == 1 else f"{o.rounds} rounds"
-    versions = ", ".join(f"{name} {p.packages[name]}" for name in ("torch", "transformers", "peft"))
+    versions = ", ".join(f"{name} {text(p.packages[name])}" for name in ("torch", "transformers", "peft"))
     lines = [
-        f"{work[0].upper()}{work[1:]}, on {p.device}; {versions}; commit `{(p.commit or 'unknown')[:12]}`. "
+        f"{work[0].upper()}{work[1:]}, on {text(p.device)}; {versions}; commit {code((p.commit or 'unknown')[:12])}. "
         f"Random weights, dropout {o.dropout:g}, {rounds}. The device's peak rates before and after: "
         f"matmul {matmul[0]:.3g} and {matmul[1]:.3g} TFLOP/s, copy {copy[0]:.3g} and {copy[1]:.3g} TB/s."
     ]
@@ -139,7 +139,7 @@ def _model_table(record: SpeedRecord) -> str:
     body = []
     for row in record.rows:
         if seconds(row) is None:
-            body.append([row.name, *[""] * (len(head) - 2), f"{row.status}: {row.reason}"])
+            body.append([text(row.name), *[""] * (len(head) - 2), text(f"{row.status}: {row.reason}")])
         else:
             body.append(_model_cells(record, row, [*backbones.values(), seconds(named(record, PEFT_LORA))]))
     if train:
@@ -159,7 +159,7 @@ def _model_cells(record: SpeedRecord, row: SpeedRow, others: list[float | None])
     peak_bytes, sensors = row.peak_bytes, row.sensors
     counts = [getattr(row, name) for name in ("kernels", "launches", "synchronisations")]
     return [
-        row.name,
+        text(row.name),
         *([number(seconds(row, phase), DIGITS) for phase in _PHASES] if record.mode == "train" else []),
         number(step, DIGITS),
         number(median_and_iqr(row.seconds["step"])[1], 2),
@@ -170,7 +170,7 @@ def _model_cells(record: SpeedRecord, row: SpeedRow, others: list[float | None])
         *(f"{statistics.median(sensors[name]):.0f}" if name in sensors else "" for name in ("clock_mhz", "watts")),
         *("" if count is None else f"{count:,}" for count in counts),
         f"{row.trainable:,}",
-        row.reason or "",
+        text(row.reason or ""),
     ]
 
 
@@ -212,9 +212,9 @@ def _longest_kernels(record: SpeedRecord) -> list[str]:
         if row is None or not row.where:
             continue
         busy = sum(taken for _, _, taken in row.where)
-        body = [[f"`{name[:MAX_KERNEL_NAME]}`", f"{calls:,}", f"{1e3 * taken:.1f}"] for name, calls, taken in row.where]
+        body = [[code(name[:MAX_KERNEL_NAME]), f"{calls:,}", f"{1e3 * taken:.1f}"] for name, calls, taken in row.where]
         listed = table(body, ["kernel", "calls", "ms"], ["left", "right", "right"])
-        parts.append(f"The longest kernels of a step of `{row.name}`, which take {busy:.3g} s:\n\n{listed}")
+        parts.append(f"The longest kernels of a step of {code(row.name)}, which take {busy:.3g} s:\n\n{listed}")
     return parts
 
 
@@ -233,8 +233,8 @@ def _sweep_table(record: SpeedRecord) -> str:
             step = seconds(rows.get(name))
             cell = rows[name].status if step is None else f"{1e3 * step:.3g}"
             cells.append(f"**{cell}**" if step is not None and step == best else cell)
-        body.append([str(value), *cells])
-    head = [record.options.sweep or "", *names]
+        body.append([text(value), *cells])
+    head = [text(record.options.sweep or ""), *map(text, names)]
     return table(body, head, ["right"] * len(head))
 
 

@@ -166,6 +166,13 @@ def test_patterns_of_users_are_fast(base, identity, tmp_path):
     load_adapter(base(), identity, tmp_path)
 
 
+def test_a_config_reads_no_other_adapters(base, identity, tmp_path):
+    save(add_adapter(base(), "lora", {}, seed=0), tmp_path)
+    change_config(tmp_path, peft_type="XLORA", hidden_size=32, adapters={"0": "someone/else"})
+    with pytest.raises(UserError, match="names other adapters"):
+        load_adapter(base(), identity, tmp_path)
+
+
 def test_a_config_imports_no_module(base, identity, tmp_path):
     save(add_adapter(base(), "lora", {}, seed=0), tmp_path)
     change_config(tmp_path, megatron_config={}, megatron_core="this")

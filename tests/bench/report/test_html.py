@@ -21,6 +21,7 @@ from bench.records import speed_schema, store
 from bench.report.claims import Claim
 from tests.bench.conftest import CLEAN
 from tests.bench.records.test_store import make
+from tests.bench.report.speed import speed_records
 
 pytest.importorskip("itables", reason="the extra 'report' is not installed")
 from bench.report import claims as bench_claims
@@ -295,3 +296,15 @@ def test_a_phone_scrolls_tables_and_not_the_page(open_page, published_page):
     wide.evaluate("box => box.scrollTo(0, 0)")
     tab.locator(".leaderboard tbody a").first.click()
     assert tab.locator("dialog[open]").bounding_box()["width"] <= 390
+
+
+def test_a_page_escapes_what_records_hold():
+    """Without a browser: names of devices and rows, options and errors are text."""
+    value = "</script><img src=x onerror=alert(1)><!-- end -->`|\n[x](javascript:alert(1))"
+    record = speed_records.made_at(speed_records.make_speed(rows=[speed_records.row(value, 1.0)]), device=value)
+    run = make(0, "diverged", "malora", 4e-4)
+    run.error, run.provenance = value, CLEAN.replace(device=value)
+    claims = [Claim(value, value, value, value, f"{bench_claims.HOLDS}, {value}", [], "tiny")]
+    html, plain = page({"tiny": [*runs()[:-1], run]}, [record], claims), page({"tiny": runs()}, [], [])
+    assert "<img" not in html and "&lt;img src=x onerror=alert(1)&gt;" in html
+    assert html.count("</script>") == plain.count("</script>") and 'href="javascript' not in html

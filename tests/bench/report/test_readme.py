@@ -9,8 +9,13 @@ from bench.report.claims import claims
 from bench.report.readme import fill_readme
 from tests.bench.cli.helpers import refused
 from tests.bench.report.scores.test_experiment_page import records
+from tests.bench.report.speed import speed_records
 
 CLAIMS = claims({}, [])
+HOSTILE = (
+    "a <!-- end --> b", "`<!-- end -->`", "a | b", "a\nb\r\nc\u2028d", "`", "<img src=x onerror=alert(1)>",
+    "[x](javascript:alert(1))", "\\| x", "**b** <script>", "&lt;script&gt; <b>",
+)  # fmt: skip
 
 
 def fill(text, profiles=None):
@@ -62,3 +67,16 @@ def test_an_incomplete_readme_is_refused_and_stays_as_it_is(size, monkeypatch, c
         assert "README.md is incomplete" in refused(["leaderboard", *options], capsys, tmp_path)
     readme.write_bytes(text)
     assert main(["leaderboard"]) == 0 and main(["leaderboard", "--check"]) == 0
+
+
+def gpu_records(device):
+    return [speed_records.made_at(record, device=device) for record in speed_records.records()]
+
+
+@pytest.mark.parametrize("device", HOSTILE)
+def test_the_readme_settles_whatever_a_record_holds(device):
+    speeds = gpu_records(device)
+    text = "<!-- speed -->\n<!-- end -->\n\n<!-- claims -->\n<!-- end -->\nthe rest\n"
+    once = fill_readme(text, {}, speeds, CLAIMS)
+    assert once.count("<!--") == 4 and once.endswith("the rest\n")
+    assert fill_readme(once, {}, speeds, CLAIMS) == once
