@@ -241,6 +241,15 @@ def test_a_copy_of_a_record_is_refused(tmp_path, name):
     assert "\n" not in str(error.value)
 
 
+def test_a_copy_of_a_speed_record_is_refused(tmp_path):
+    original = next((store.RESULTS / "speed" / "runs").glob("*.json"))
+    (tmp_path / "runs").mkdir()
+    for name in (original.name, f"{original.stem} (1).json"):
+        (tmp_path / "runs" / name).write_bytes(original.read_bytes())
+    with pytest.raises(UserError, match=r" \(1\)\.json: its file name is"):
+        store.read_speed(tmp_path)
+
+
 def test_a_failed_run_is_no_result_under_the_name_of_one(tmp_path):
     path = store.write(make(status="failed", error="an error"), tmp_path)
     assert store.read(path).status == "failed" and store.read_all(tmp_path) == []
