@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.report.claims import NOTES, Claim, Evidence
+from bench.report.claims import NOTES
 from bench.report.markdown import inline, table
+from bench.report.verdicts import Claim, Evidence
 
 # The most important ones. The list is fixed; it does not depend on the results.
 FRONT_PAGE = (
@@ -67,7 +68,12 @@ def claim_page(claim: Claim) -> str:
         evidence.test,
     ]
     if claim.p is not None and evidence.p is not None:
-        parts.append(f"p = {evidence.p:.2g}, and {claim.p:.2g} with Holm's correction over all tested claims.")
+        parts.append(f"p = {evidence.p:.2g}, and {claim.p:.2g} with Holm's correction over the {claim.family} claims.")
+    if evidence.paper_p is not None:
+        parts.append(
+            f"That the true difference is the paper's has p = {evidence.paper_p:.2g}, with Holm's correction over the "
+            f"{claim.family} claims."
+        )
     parts += [f"## By {evidence.unit}", _values(evidence)]
     if claim.records:
         links = (f"- [{id}](../{claim.profile}/runs/{id}.json)" for id in claim.records)

@@ -12,23 +12,26 @@ from bench.experiments.methods import TITLES
 from bench.experiments.profiles import PROFILES
 from bench.experiments.registry import EXPERIMENTS, Experiment
 from bench.records.speed_schema import SpeedRecord
-from bench.report.claims import EVIDENCE, FAILS, HOLDS, NOT_RUN, UNDECIDED, Claim
+from bench.report.claims import EVIDENCE
 from bench.report.markdown import number
 from bench.report.scores.document import Leaderboard, Section
 from bench.report.speed.goals import GOALS, count_reached, measured
+from bench.report.verdicts import EXCLUDED, FAILS, HOLDS, NOT_RUN, NOT_TESTABLE, UNDECIDED, Claim
 
 # A verdict begins with one of these words; here with its verb after the number 1 and after other numbers.
 VERBS = {
     HOLDS: ("holds", "hold"),
     FAILS: ("fails", "fail"),
+    EXCLUDED: ("excludes the paper's figure", "exclude the paper's figure"),
     UNDECIDED: ("is undecided", "are undecided"),
+    NOT_TESTABLE: ("is not testable", "are not testable"),
     NOT_RUN: ("is not run", "are not run"),
 }
 SUMMARIZED = EXPERIMENTS["table2"]  # the experiment with all methods, each at its own learning rate
 
 
 def verdict_word(verdict: str) -> str:
-    """Return the word that a verdict begins with: holds, fails, undecided or not run."""
+    """Return the words that a verdict begins with, one of the keys of `VERBS`."""
     return next(word for word in VERBS if verdict.startswith(word))
 
 

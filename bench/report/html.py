@@ -26,7 +26,7 @@ from bench.experiments.profiles import PROFILES
 from bench.experiments.registry import Experiment
 from bench.records.schema import Record
 from bench.records.speed_schema import SpeedRecord
-from bench.report.claims import NOTES, Claim
+from bench.report.claims import NOTES
 from bench.report.conclusions import conclusions, verdict_word
 from bench.report.experiment_figures import adapter_figures, score_figures
 from bench.report.figures import handle, link
@@ -37,6 +37,7 @@ from bench.report.speed.figure4c import step_figure
 from bench.report.speed.goals import goal_table
 from bench.report.speed.summary import shown
 from bench.report.speed.tables import section
+from bench.report.verdicts import Claim
 
 _RANGE = Markup('<span class="range" style="color: {}; --from: {:.1f}%; --at: {:.1f}%; --to: {:.1f}%"></span>')
 _VERDICT = Markup('<span data-verdict="{}">{}</span>')

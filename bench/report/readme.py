@@ -11,13 +11,13 @@ from bench.experiments.registry import EXPERIMENTS, Experiment
 from bench.records.schema import Record
 from bench.records.speed_schema import SpeedRecord
 from bench.report.claim_pages import claim_files, front_page_claims
-from bench.report.claims import Claim
 from bench.report.markdown import without_comments
 from bench.report.scores.document import Section, render_page
 from bench.report.scores.experiment_page import experiment_sections
 from bench.report.scores.leaderboard import short_leaderboard
 from bench.report.scores.selection import Selection, records_frame, runs_of, select
 from bench.report.speed.goals import front_page_goals
+from bench.report.verdicts import Claim
 
 MARKER = re.compile(r"<!-- ([\w ]+) -->")
 END = "end"

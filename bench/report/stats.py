@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import norm
+from scipy.stats import nct, norm
 from scipy.stats import t as student
 
 Outcomes = Mapping[str, Sequence[float]]  # by task, in the test's order: 1 right, 0 wrong, or in between
@@ -134,6 +134,17 @@ class Difference:
         effect (t(0.975, ν) + t(0.8, ν)) · standard error (Bloom 1995).
         """
         return self.error * float(student.ppf((1 + LEVEL) / 2, self.freedom) + student.ppf(POWER, self.freedom))
+
+    def power_at(self, effect: float, bound: float = 0.0) -> float:
+        """Return how often a test against `bound` decides if the true difference is `effect`, both in points.
+
+        The test is two-sided at 5%. Its statistic has the noncentral t distribution.
+        """
+        if not self.error:
+            return float(effect != bound)
+        limit = float(student.ppf((1 + LEVEL) / 2, self.freedom))
+        shift = (effect - bound) / self.error
+        return float(nct.sf(limit, self.freedom, shift) + nct.cdf(-limit, self.freedom, shift))
 
     def p_against(self, bound: float) -> float:
         """Return the two-sided p of the difference being `bound` points.

@@ -16,7 +16,9 @@ from bench.report import markdown
 from bench.report.paper import paper
 from bench.report.scores.document import Leaderboard
 from bench.report.scores.selection import Rates, Selection, TableRow, difference, mixture_rows, spread
+from bench.report.scores.training_loss import LAST_STEPS, loss_cell
 from bench.report.stats import LEVEL, POWER, Difference, Spread, holm
+from bench.report.two_groups import smaller_group
 from tasks import TASKS
 
 
@@ -121,13 +123,16 @@ def leaderboard(selection: Selection, rates: Rates, mark_partial_sweeps: bool = 
         notes = [_name(selection, best) if row is best else "", _broken(row), partly.get(row.method, "")]
         if row.title in verdicts:
             notes[0] = verdicts[row.title].in_full(detailed=not experiment.both_rates)
-        lines.append((row, _cells(row, tasks, notes if row.records else [_broken(row)])))
+        notes.append(_apart(row))
+        lines.append((row, _cells(row, tasks, best, notes if row.records else [_broken(row)])))
         if row.records and row.title in figures:
             theirs = figures[row.title]
             cells = [f"*{theirs[title]:.1f}*" if title in theirs else "" for title in titles]
-            lines.append((None, [f"*{row.title}, the paper's*", "", "", *cells, f"*{theirs['AVG']:.1f}*", "*1*", ""]))
+            lines.append(
+                (None, [f"*{row.title}, the paper's*", "", "", *cells, f"*{theirs['AVG']:.1f}*", "", "*1*", ""])
+            )
     against = "against the best" if experiment.reference is None else f"against {experiment.reference}"
-    head = ["method", "rate", "trainable", *titles, "mean", "seeds", against]
+    head = ["method", "rate", "trainable", *titles, "mean", "training loss", "seeds", against]
     return Leaderboard(head, lines, _notes(selection, found, rates, against))
 
 
@@ -181,22 +186,24 @@ def _name(selection: Selection, reference: TableRow | None) -> str:
     return "reference" if _is_fixed(selection, reference) else "best"
 
 
-def _cells(row: TableRow, tasks: Sequence[str], notes: Sequence[str]) -> list[str]:
+def _cells(row: TableRow, tasks: Sequence[str], reference: TableRow | None, notes: Sequence[str]) -> list[str]:
     rate = "" if row.rate is None else f"{row.rate:g}"
     if not row.records:
-        return [row.title, rate, *[""] * (len(tasks) + 3), *notes]
+        return [row.title, rate, *[""] * (len(tasks) + 4), *notes]
     return [
         row.title,
         rate,
         "" if row.trainable is None else f"{row.trainable:,}",
         *(f"{row.task_mean(task):.1f}" for task in tasks),
         str(row.mean),
+        loss_cell(row, reference),
         str(len(row.records)),
         ". ".join(filter(None, notes)),
     ]
 
 
 def _notes(selection: Selection, found: Standings, rates: Rates, against: str) -> str:
+    is_fixed = _is_fixed(selection, found.reference)
     overs = {row.mean.over for row in found.scored}
     notes = [f"± is half a {LEVEL:.0%} interval over {' or '.join(sorted(overs))}."] if overs else []
     if "items" in overs:
@@ -209,7 +216,7 @@ def _notes(selection: Selection, found: Standings, rates: Rates, against: str) -
         )
     compared = (
         "all comparisons with it"
-        if _is_fixed(selection, found.reference)
+        if is_fixed
         else "all pairs of rows, because the best row is known only after its score is seen"
     )
     notes.append(
@@ -217,12 +224,33 @@ def _notes(selection: Selection, found: Standings, rates: Rates, against: str) -
         f"over seeds and items; p has Holm's correction over {compared}. *Italics* are the paper's own figures "
         f"({paper()['source']}), from another, larger model."
     )
+    if any(loss_cell(row, None) for row in found.scored):
+        notes.append(
+            f"Training loss: nats per label token, mean over the last {LAST_STEPS} steps and over seeds, without the "
+            f"balance loss. After the comma: less that of {'the reference' if is_fixed else 'the best row'}, paired "
+            f"over seeds, with half a {LEVEL:.0%} interval that is not corrected. It tells how well the training data "
+            "are fitted, not how well the method answers."
+        )
+    if any(_apart(row) for row in found.scored):
+        notes.append(
+            "Runs of a row are in two groups if one normal sample would not split so far in 95% of cases. The interval "
+            "and the tests of such a row assume one group, and are too certain: with one run in five 2.5 standard "
+            "deviations low, a 95% interval of five covers the mean in 77% of cases."
+        )
     if not selection.experiment.both_rates:
         notes.append(
             "h is Cohen's effect size. ≥ is the smallest difference that this many seeds and items show in "
             f"{POWER:.0%} of such experiments, before Holm's correction."
         )
     return " ".join(notes)
+
+
+def _apart(row: TableRow) -> str:
+    """Name the runs that are a group of their own."""
+    seeds = [row.records[i].config.seed for i in smaller_group([record.mean() or 0.0 for record in row.records])]
+    if not seeds:
+        return ""
+    return f"Two groups of runs: seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))} apart"
 
 
 def _partial_sweeps(selection: Selection) -> dict[str, str]:

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 from bench.experiments.registry import EXPERIMENTS
 from bench.report import conclusions
-from bench.report.claims import FAILS, HOLDS, NOT_RUN, UNDECIDED, Claim
 from bench.report.scores.document import Leaderboard
+from bench.report.verdicts import EXCLUDED, FAILS, HOLDS, NOT_RUN, NOT_TESTABLE, UNDECIDED, Claim
 from tests.bench.report.speed.speed_records import make_speed, records
 
 
@@ -38,6 +38,8 @@ def test_claims_are_counted_by_verdict():
     verdicts = (HOLDS, f"{HOLDS}, on these items (one seed)", FAILS, UNDECIDED, UNDECIDED, NOT_RUN)
     sentence = "Of the paper's 6 claims that we test, 2 hold, 1 fails, 2 are undecided and 1 is not run."
     assert conclusions.claims_sentence(claims(*verdicts)) == sentence
+    others = conclusions.claims_sentence(claims(EXCLUDED, NOT_TESTABLE))
+    assert others == "Of the paper's 2 claims that we test, 1 excludes the paper's figure and 1 is not testable."
     assert conclusions.claims_sentence(claims(HOLDS)) == "Of the paper's one claim that we test, 1 holds."
     assert "yet" in conclusions.claims_sentence([])
 

@@ -18,7 +18,7 @@ from bench.experiments.methods import method_options
 from bench.experiments.profiles import PROFILES
 from bench.experiments.registry import EXPERIMENTS
 from bench.records import speed_schema, store
-from bench.report.claims import Claim
+from bench.report.verdicts import Claim
 from tests.bench.conftest import CLEAN
 from tests.bench.records.test_store import make
 from tests.bench.report.speed import speed_records

@@ -126,6 +126,15 @@ def test_no_worse_than_a_margin_is_wrongly_shown_in_at_most_one_of_forty_cases()
     assert all(d.p_against(0.0) == pytest.approx(d.p) for d in found)
 
 
+def test_the_power_is_that_of_a_noncentral_t():
+    """At the smallest difference the power is close to 80%, and at the bound it is the level."""
+    rng = np.random.default_rng(5)
+    d = compare(*([outcomes(rng, 0.5 + gain + 0.03 * rng.standard_normal()) for _ in range(4)] for gain in (0, 0.05)))
+    assert d.power_at(d.smallest) == pytest.approx(0.8, abs=0.02)
+    assert d.power_at(0) == pytest.approx(0.05) == pytest.approx(d.power_at(-1, bound=-1))
+    assert d.power_at(d.smallest - 1, bound=-1) == pytest.approx(d.power_at(d.smallest))
+
+
 def test_the_effect_size_is_cohens():
     """Cohen (1988), table 6.2.1: h of 0.50 and 0.60 is 0.20."""
     d = compare([{"t": [1] * 50 + [0] * 50}], [{"t": [1] * 60 + [0] * 40}])
