@@ -10,6 +10,7 @@ from bench.errors import UserError
 from bench.experiments.profiles import PROFILES
 from bench.records import store
 from bench.records.files import write_atomically
+from bench.records.leftovers import remove_temporary_files
 from bench.records.schema import Record
 from bench.report.export import export_frames
 
@@ -25,6 +26,7 @@ def export_records(options: argparse.Namespace) -> int:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {output} cannot be a folder ({error.strerror}); name another.") from error
+    remove_temporary_files(output)
     for name, frame in frames.items():
         text = frame.to_json(orient="records", indent=1, double_precision=JSON_DIGITS, force_ascii=False)
         write_atomically(output / f"{name}.csv", frame.to_csv(index=False))
