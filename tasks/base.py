@@ -309,7 +309,7 @@ class Task:
                 if isinstance(item, Exercise) and not item.references and published_split == self.published.get("test"):
                     raise ValueError("the item has no reference to score an answer with")
             except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-                problem = error if isinstance(error, ValueError) else repr(error)
+                problem = " ".join((str(error) if isinstance(error, ValueError) else repr(error)).split())
                 raise DataError(
                     f"{source.locate(self.data, published_split, number)}: not a {self.title} item ({problem}); "
                     "mend the record or fetch the file again. The fields are in tasks/ and docs/guides/add-a-task.md."

@@ -22,6 +22,7 @@ PATTERN_FIELDS = {
     "target_parameters", "feedforward_modules",
 }  # fmt: skip
 MAX_CPU_SECONDS = 1.0  # patterns that people write take milliseconds
+MAX_REASON = 200  # characters of the message of `re`
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
 # PEFT matches some expressions with whole names, and others with the end of a name or a part between dots.
 _SCRIPT = """
@@ -54,9 +55,11 @@ def require_fast_patterns(config: Any, model: nn.Module) -> None:
         return
     names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
     job = json.dumps([MAX_CPU_SECONDS, [pattern for patterns in found.values() for pattern in patterns], names])
-    child = subprocess.run([sys.executable, "-I", "-S", "-c", _SCRIPT], input=job, capture_output=True, text=True)
+    child = subprocess.run(
+        [sys.executable, "-I", "-S", "-W", "ignore", "-c", _SCRIPT], input=job, capture_output=True, text=True
+    )
     if child.returncode:
-        reason = child.stderr.strip() if child.returncode == 1 else "matching it takes too long"
+        reason = " ".join(child.stderr.split())[:MAX_REASON] if child.returncode == 1 else "matching it takes too long"
         raise UserError(f"{', '.join(found)} of the adapter's config: {reason}; write a simpler pattern.")
 
 

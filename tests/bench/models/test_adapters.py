@@ -150,13 +150,14 @@ def change_config(folder, **changes):
         ("target_modules", "(.*_?)*(.*_?)*q_proj!"),
         ("rank_pattern", {"([a-z_.0-9]+)+!": 4}),
         ("target_modules", "(q_proj"),
+        ("exclude_modules", "[" * 2000),
     ],
 )
 def test_a_regular_expression_cannot_hang(field, value, base, identity, tmp_path, monkeypatch):
     monkeypatch.setattr(patterns, "MAX_CPU_SECONDS", 0.2)
     save(add_adapter(base(), "lora", {}, seed=0), tmp_path)
     change_config(tmp_path, **{field: value})
-    with pytest.raises(UserError, match=f"{field} of the adapter's config: (matching|'.q_proj' is no reg).*simpler"):
+    with pytest.raises(UserError, match=f"{field} of the adapter's config: (matching|'.* is no reg).*simpler"):
         load_adapter(base(), identity, tmp_path)
 
 
