@@ -55,7 +55,7 @@ NOTES = (
     "the paper's are on the same tasks. A claim's page names them, the power of its test, and the sweep that chose the "
     "learning rates. Figure 2 has mean correlations; their chance levels are on the claims' pages. p is against the "
     "claim's bound, with Holm's correction over the claims of one kind: scores, similarity or speed. ≥ and “no worse” "
-    f"allow {MARGIN:g} point. These kinds and the [rule for tasks](../docs/benchmark/claims.md#tasks-that-count) were "
+    f"allow {MARGIN:g} point. These kinds and the rule for tasks were "
     "fixed on 1 December 2026, when the scores of all records made until then were known."
 )
 
