@@ -269,7 +269,7 @@ def test_a_target_that_is_not_linear_is_refused():
     ({"down": "P_t S_t", "d": 12}, "12 / 8"),
     ({"r": 0}, "r=0 must be a whole number"),
     ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
-    ({"beta": 0.0}, "beta=0.0 must be positive"),
+    ({"beta": 0.0}, "beta=0.0 must be a positive number"),
     ({"lora_alpha": "16"}, "lora_alpha='16' must be a positive number"),
 ])  # fmt: skip
 def test_an_option_that_is_wrong_or_without_effect_is_an_error(options, message):

@@ -16,7 +16,7 @@ from bench.records import provenance, store
 from tests import processes
 
 PROGRAM = Path(__file__).with_name("killed_program.py")
-KILLS = int(os.environ.get("MALORA_KILLS", "20"))
+KILLS = int(os.environ.get("MALORA_KILLS", "10"))
 SEED = int(os.environ.get("MALORA_KILLS_SEED", "0"))
 MAX_IN_A_ROW = 5  # kills of one run, before it may end
 

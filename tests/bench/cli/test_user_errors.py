@@ -176,7 +176,7 @@ def test_what_cannot_work_is_found_before_training(base_folder, capsys, tmp_path
     for options, message in (
         (["--save", tmp_path / "file"], "file is a file; name a folder"),
         (["--save", tmp_path / "file" / "adapter"], f"is below {tmp_path / 'file'}, which is a file"),
-        (["--save", tmp_path / ("a" * 256)], "has over 255 bytes"),
+        (["--save", tmp_path / ("a" * 256)], "at most 255 bytes"),
         (["--set", "inference_mode=true"], "malora with these options has nothing to train"),
         (["--set", "num_experts=1000000000"], "malora with r=3, num_experts=1000000000, d=8 needs at least "),
         (["--method", "lora", "--set", "r=10000000000"], "choose smaller ones"),
