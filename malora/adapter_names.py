@@ -49,8 +49,8 @@ def make_rows(model: nn.Module, names: Any, generation: dict[str, Any]) -> Adapt
         )
     if any(isinstance(module, ParamWrapper) for module in model.modules()):
         raise ValueError(
-            "adapter_names cannot be used with target_parameters: all rows of a batch read the same weights. Run the "
-            "rows of each adapter by themselves."
+            "malora.ParamWrapper does not support mixed adapter batches yet. All rows of a batch read the same weights, so "
+            "adapter_names cannot be used with target_parameters. Run the rows of each adapter by themselves."
         )
     config = generation.get("generation_config")
     found = (generation.get(name) or getattr(config, name, None) for name in ("num_beams", "num_return_sequences"))
