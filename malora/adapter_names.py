@@ -36,6 +36,11 @@ def make_rows(model: nn.Module, names: Any, generation: dict[str, Any]) -> Adapt
     """
     if not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
         raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str, one per row of the batch.")
+    if any(isinstance(module, ParamWrapper) for module in model.modules()):
+        raise ValueError(
+            "malora.ParamWrapper does not support mixed adapter batches yet. All rows of a batch read the same "
+            "weights, so adapter_names cannot be used with target_parameters. Run each adapter's rows by themselves."
+        )
     layers = [module for module in model.modules() if isinstance(module, MaloraLayer)]
     known = {name for layer in layers for name in layer.settings}
     if unknown := sorted(set(names) - known - {NO_ADAPTER}):
@@ -46,11 +51,6 @@ def make_rows(model: nn.Module, names: Any, generation: dict[str, Any]) -> Adapt
     if any(layer.merged for layer in layers):
         raise ValueError(
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-        )
-    if any(isinstance(module, ParamWrapper) for module in model.modules()):
-        raise ValueError(
-            "malora.ParamWrapper does not support mixed adapter batches yet. All rows of a batch read the same weights, so "
-            "adapter_names cannot be used with target_parameters. Run the rows of each adapter by themselves."
         )
     config = generation.get("generation_config")
     found = (generation.get(name) or getattr(config, name, None) for name in ("num_beams", "num_return_sequences"))
