@@ -13,7 +13,7 @@ QUANTIZATION := bitsandbytes==0.50.2 torchao==0.18.0
 QUANTIZATION += gptqmodel==7.7.0 optimum==2.3.0 defuser==0.0.28 device-smi==0.5.7 logbar==0.4.15 pypcre==0.6.4 \
 	threadpoolctl==3.8.0 tokenicer==0.0.14
 
-.PHONY: help test test-kills test-malformed test-quantized rivals lint docs peft-suite examples lock leaderboard report check-tables reproduce-table10 reproduce-fig4 clean
+.PHONY: help test test-kills test-malformed test-quantized baselines lint docs peft-suite examples lock leaderboard report check-tables reproduce-table10 reproduce-fig4 clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -45,11 +45,11 @@ test-quantized: .quantization/ready ## run the tests of quantized models: bitsan
 		tests/examples $(ARGS)
 
 # In a folder of their own: Unsloth patches transformers, and wants other versions of some packages.
-.rivals/ready: .venv/ready bench/speed/loops/rivals/requirements.txt
-	$(PIP) install --no-deps --upgrade --target .rivals --requirement bench/speed/loops/rivals/requirements.txt
+.baselines/ready: .venv/ready bench/speed/loops/external/requirements.txt
+	$(PIP) install --no-deps --upgrade --target .baselines --requirement bench/speed/loops/external/requirements.txt
 	touch $@
 
-rivals: .rivals/ready ## install what bench.speed --loop compares with in a worker process: Unsloth
+baselines: .baselines/ready ## install what bench.speed --loop compares with in a worker process: Unsloth
 
 lint: .venv/ready ## check style, formatting, types, spelling and which package imports which
 	$(BIN)/ruff check .
@@ -93,4 +93,4 @@ lock: ## resolve requirements.lock again, with the newest versions that pyprojec
 	rm -rf .venv-lock
 
 clean: ## remove the virtual environment and this machine's results
-	rm -rf .venv .venv-lock .quantization .rivals results/local site
+	rm -rf .venv .venv-lock .quantization .baselines results/local site

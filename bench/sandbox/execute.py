@@ -221,7 +221,7 @@ class _FileCount:
     def __call__(self) -> int:
         if self.folder is None:
             found = re.search(rb'"child-pid": *(\d+)', os.read(self.information, 4096))
-            self.folder = f"/proc/{int(found[1])}/root/tmp" if found else ""
+            self.folder = os.path.join("/proc", str(int(found[1])), "root", "tmp") if found else ""
         try:
             system = os.statvfs(self.folder)
         except OSError:  # ended, or this user may not look into its namespaces

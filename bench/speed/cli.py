@@ -108,7 +108,7 @@ def make_parser() -> Parser:
         help=f"with --loop: precision of the frozen weights: {', '.join(BASES)} (default: bf16)",
     )
     parser.add_argument(
-        "--rivals",
+        "--baselines",
         type=folder,
         metavar="DIR",
         help="with --loop: folder with Unsloth and what it needs (default: the one of the Makefile)",
@@ -211,7 +211,7 @@ def _check_nothing_is_ignored(options: argparse.Namespace) -> None:
     Raises:
         UserError: If an option would be ignored.
     """
-    for name in () if options.loop else ("checkpointing", "base", "rivals"):
+    for name in () if options.loop else ("checkpointing", "base", "baselines"):
         if getattr(options, name):
             raise UserError(f"--{name} is for whole training programs; add --loop, or leave it out.")
     if options.loop and (options.sweep or options.mode != "train"):

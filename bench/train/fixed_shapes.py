@@ -29,7 +29,7 @@ class FixedShapes:
     """The shapes of a run's micro-batches.
 
     Attributes:
-        widths: Lengths in tokens, ascending. A batch becomes one sequence of the shortest length that has room for it.
+        widths: Lengths in tokens, ascending. A batch becomes one sequence of the shortest length that holds it.
             If there are none, batches are packed into several sequences of equal length.
         labels: Label tokens of a micro-batch after padding. None: as many as it has input tokens.
     """

@@ -76,3 +76,15 @@ def numbers(*shape: int) -> Tensor:
 def is_close(a: Any, b: Tensor) -> bool:
     """Return whether a result is the tensor that is expected."""
     return isinstance(a, Tensor) and a.shape == b.shape and torch.allclose(a.float(), b, rtol=1e-4, atol=1e-5)
+
+
+class FixedLinear(nn.Module):
+    """A stand-in for a linear layer, with a given weight [m, n]."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__()
+        self.matrix = matrix
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x @ matrixᵀ."""
+        return x @ self.matrix.T

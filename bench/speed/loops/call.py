@@ -16,7 +16,7 @@ from bench.models.backbone import SHAPES, backbone
 from bench.records import store
 from bench.records.provenance import provenance
 from bench.records.speed_schema import PeakRates, SpeedOptions, SpeedRecord, SpeedRow
-from bench.speed.loops.rivals.process import RivalRow, Rivals, rivals_folder
+from bench.speed.loops.external.process import ExternalBaselines, ExternalRow, external_folder
 from bench.speed.loops.rounds import LocalRow, Row, measure
 from bench.speed.loops.rows import BASES, CHECKPOINTING, LOOPS, LoopRow, select_rows
 from bench.speed.profiler import backbone_flops, peak_rates
@@ -55,30 +55,32 @@ def measure_loops(options: argparse.Namespace, work: Workload, device: torch.dev
     """
     asked = chosen(options)
     found = select_rows(options.variant.split(","), *asked, on_cpu=device.type == "cpu")
-    folder = rivals_folder(options.rivals) if any(row.is_rival for row in found) else None
+    folder = external_folder(options.baselines) if any(row.is_external for row in found) else None
     if folder is None:
-        found = _without_rivals(found)
+        found = _without_external(found)
     store.open_folder(options.results)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     journal = _Journal(options, work, device, peak_rates(device, dtype))
     setting = SHAPES[options.shape], options.layers, work, device
-    with Rivals(folder, *setting) if folder else nullcontext() as rivals:
+    with ExternalBaselines(folder, *setting) if folder else nullcontext() as external:
         rows: list[Row] = [
-            RivalRow(row, rivals) if rivals and row.is_rival else LocalRow(row, *setting) for row in found
+            ExternalRow(row, external) if external and row.is_external else LocalRow(row, *setting) for row in found
         ]
         measure(rows, options.rounds, device, journal.save, 60 * (options.minutes or math.inf))
     journal.rates["after"] = PeakRates(**peak_rates(device, dtype))
     return journal.save(journal.rows, journal.rounds)
 
 
-def _without_rivals(rows: list[LoopRow]) -> list[LoopRow]:
+def _without_external(rows: list[LoopRow]) -> list[LoopRow]:
     """Leave out the rows that need an environment which is not there, and say so."""
     for row in rows:
-        if row.is_rival:
-            print(f"{row.name}: not measured, because unsloth is not in .rivals; `make rivals`", file=sys.stderr)
-    if all(row.is_rival for row in rows):
-        raise UserError("no row is left to measure; `make rivals` installs what these need, or give --rivals DIR.")
-    return [row for row in rows if not row.is_rival]
+        if row.is_external:
+            print(f"{row.name}: not measured, because unsloth is not in .baselines; `make baselines`", file=sys.stderr)
+    if all(row.is_external for row in rows):
+        raise UserError(
+            "no row is left to measure; `make baselines` installs what these need, or give --baselines DIR."
+        )
+    return [row for row in rows if not row.is_external]
 
 
 class _Journal:

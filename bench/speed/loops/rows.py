@@ -49,7 +49,7 @@ class LoopRow:
     dropout: float | None = None
 
     @property
-    def is_rival(self) -> bool:
+    def is_external(self) -> bool:
         """True if another package trains it, in a worker process."""
         return self.method == UNSLOTH
 
@@ -77,7 +77,7 @@ class LoopRow:
 
     def program(self, base: PreTrainedModel, batches: Batches, dropout: float) -> Generator[Tensor]:
         """Return the program, which yields the loss after each optimizer step."""
-        assert not self.is_rival, "it runs in a worker"
+        assert not self.is_external, "it runs in a worker"
         compiled = self.loop == "compiled"
         if self.method is None:
             return programs.floor(base, batches, compiled, self.checkpointing != "none")

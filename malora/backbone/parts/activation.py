@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from malora.backbone.probe import bare_copy, can_run, is_close, numbers, result_of
+from malora.backbone.probe import FixedLinear, bare_copy, can_run, is_close, numbers, result_of
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 _SEPARATE, _PACKED = {"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"}
@@ -45,7 +45,9 @@ def settings(module: nn.Module) -> GluSettings | None:
     is_packed = layers == _PACKED
     down, gate, up = numbers(2, 3), 3 * numbers(3, 4), 2 * numbers(3, 4).flip(0)
     weights = {"gate_up_proj": torch.cat([gate, up])} if is_packed else {"gate_proj": gate, "up_proj": up}
-    children: dict[str, nn.Module] = {name: _Fixed(weight) for name, weight in {**weights, "down_proj": down}.items()}
+    children: dict[str, nn.Module] = {
+        name: FixedLinear(weight) for name, weight in {**weights, "down_proj": down}.items()
+    }
     for name in names:
         if isinstance(child := module._modules.get(name), nn.Module):
             children[name] = child
@@ -55,17 +57,6 @@ def settings(module: nn.Module) -> GluSettings | None:
         if is_close(probed, (function(x @ gate.T) * (x @ up.T)) @ down.T):
             return GluSettings(activation, is_packed, names[0])
     return None
-
-
-class _Fixed(nn.Module):
-    """A linear layer with a given weight."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.matrix = weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.matrix.T
 
 
 def make_forward(base: type[nn.Module]) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from malora.backbone.linear_cross_entropy import LabelPositions, linear_cross_entropy
-from malora.backbone.probe import bare_copy, has_own_forward, is_close, numbers, result_of
+from malora.backbone.probe import FixedLinear, bare_copy, has_own_forward, is_close, numbers, result_of
 
 
 @dataclass
@@ -47,17 +47,6 @@ class _Backbone(nn.Module):
         return BaseModelOutputWithPast(last_hidden_state=self.hidden)
 
 
-class _Head(nn.Module):
-    """A stand-in for the head."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        super().__init__()
-        self.matrix = matrix
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.matrix.T
-
-
 def settings(module: nn.Module) -> LossSettings | None:
     """Return the settings of a causal language model; None if its loss is something else."""
     name = _name_of_head(module)
@@ -66,7 +55,7 @@ def settings(module: nn.Module) -> LossSettings | None:
     config = module.config.get_text_config()
     hidden, labels = 30 * numbers(1, 4, 2), torch.tensor([[0, 1, 0, 1]])
     matrix = numbers(config.vocab_size, 2)
-    children = {name: _Head(matrix), module.base_model_prefix: _Backbone(hidden)}
+    children = {name: FixedLinear(matrix), module.base_model_prefix: _Backbone(hidden)}
     outputs = result_of(lambda: bare_copy(module, children).forward(input_ids=labels, labels=labels))
     if type(outputs) is not CausalLMOutputWithPast:
         return None

@@ -54,7 +54,8 @@ def test_config_card_and_hash_name_the_commit_of_the_base(uploaded):
     assert "import malora" in config["requires"]
     assert json.loads(files[BASE_FILE]) == {"name": "someone/base", "hash": commit}
     card = ModelCard(files["README.md"].decode())
-    assert card.data.base_model == "someone/base" and card.data.library_name == "peft"
+    about = card.data.to_dict()
+    assert about["base_model"] == "someone/base" and about["library_name"] == "peft"
     assert f'from_pretrained("someone/base", revision="{commit}")' in card.content
 
 

@@ -107,7 +107,7 @@ def test_a_call_that_is_cut_off_leaves_what_it_has(tmp_path, monkeypatch):
         (["--loop", "plain", "--base", "int4"], "--base int4 is unknown; there are bf16, nf4, int8, fp8"),
         (["--checkpointing", "lean"], "--checkpointing is for whole training programs; add --loop"),
         (["--loop", "plain", "--mode", "decode"], "leave --sweep and --mode out"),
-        (["--loop", "plain", "--rivals", "nowhere"], "--rivals nowhere has no package unsloth"),
+        (["--loop", "plain", "--baselines", "nowhere"], "--baselines nowhere has no package unsloth"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys, tmp_path):

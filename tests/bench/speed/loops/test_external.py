@@ -10,8 +10,8 @@ from bench.errors import UserError
 from bench.models.backbone import SHAPES
 from bench.records import store
 from bench.speed import cli
-from bench.speed.loops.rivals import process
-from bench.speed.loops.rivals.process import RivalRow, Rivals, rivals_folder
+from bench.speed.loops.external import process
+from bench.speed.loops.external.process import ExternalBaselines, ExternalRow, external_folder
 from bench.speed.loops.rows import all_rows
 from bench.speed.steps import Workload
 
@@ -44,7 +44,7 @@ class FastLanguageModel:
 
 @pytest.fixture
 def environment(tmp_path):
-    package = tmp_path / "rivals" / "unsloth"
+    package = tmp_path / "baselines" / "unsloth"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(STAND_IN)
     return package.parent
@@ -52,8 +52,8 @@ def environment(tmp_path):
 
 def test_a_worker_trains_the_same_model_and_is_kept_until_the_end(environment):
     work = Workload("train", batch=2, length=16, tokens=64, dropout=0.0, vocab_size=512)
-    with Rivals(environment, SHAPES["toy"], 1, work, torch.device("cpu")) as rivals:
-        row = RivalRow(all_rows()["unsloth-lora"], rivals)
+    with ExternalBaselines(environment, SHAPES["toy"], 1, work, torch.device("cpu")) as external:
+        row = ExternalRow(all_rows()["unsloth-lora"], external)
         with row.opened() as program:
             assert program.step() > 0 and program.peak_bytes() is None
             first = program.loss()
@@ -62,7 +62,7 @@ def test_a_worker_trains_the_same_model_and_is_kept_until_the_end(environment):
             assert program.loss() == pytest.approx(first, abs=0.1) and first == pytest.approx(6.24, abs=0.1)  # log 512
         assert row.about["package"] == "unsloth 1.2" and row.worker is not None
         running = row.worker.process
-        failing = RivalRow(all_rows()["unsloth-lora-full"], rivals)
+        failing = ExternalRow(all_rows()["unsloth-lora-full"], external)
         with pytest.raises(RuntimeError, match="ValueError: not here"), failing.opened() as program:
             program.step()
     assert running.returncode == 0
@@ -81,10 +81,10 @@ def test_a_worker_that_ends_gives_its_last_words(environment, tmp_path):
 def test_a_folder_that_was_named_must_have_the_package(environment, tmp_path, monkeypatch):
     monkeypatch.delenv(process.FOLDER_VARIABLE, raising=False)
     monkeypatch.setattr(process, "DEFAULT_FOLDER", tmp_path / "nothing")
-    assert rivals_folder(environment) == environment and rivals_folder(None) is None
+    assert external_folder(environment) == environment and external_folder(None) is None
     monkeypatch.setenv(process.FOLDER_VARIABLE, str(tmp_path))
-    with pytest.raises(UserError, match="has no package unsloth; `make rivals`"):
-        rivals_folder(None)
+    with pytest.raises(UserError, match="has no package unsloth; `make baselines`"):
+        external_folder(None)
 
 
 def test_rows_without_their_environment_are_left_out_and_named(tmp_path, capsys, monkeypatch):
@@ -93,5 +93,5 @@ def test_rows_without_their_environment_are_left_out_and_named(tmp_path, capsys,
     arguments = ["--loop", "plain", "--layers", "1", "--rounds", "1", "--length", "16", "--tokens", "64"]
     assert cli.main([*arguments, "--variant", "unsloth-lora,floor", "--results", str(tmp_path)]) == 0
     assert [row.name for row in store.read_speed(tmp_path)[0].rows] == ["floor"]
-    assert "unsloth-lora: not measured, because unsloth is not in .rivals" in capsys.readouterr().err
+    assert "unsloth-lora: not measured, because unsloth is not in .baselines" in capsys.readouterr().err
     assert cli.main([*arguments, "--variant", "unsloth-lora", "--results", str(tmp_path / "none")]) == 2

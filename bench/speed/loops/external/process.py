@@ -22,8 +22,8 @@ from bench.speed.loops.rows import LoopRow
 from bench.speed.steps import Workload
 
 WORKER = Path(__file__).parent / "unsloth_worker.py"
-FOLDER_VARIABLE = "MALORA_RIVALS"  # names the folder of the environment
-DEFAULT_FOLDER = ROOT / ".rivals"  # where `make rivals` installs
+FOLDER_VARIABLE = "MALORA_BASELINES"  # names the folder of the environment
+DEFAULT_FOLDER = ROOT / ".baselines"  # where `make baselines` installs
 # A worker keeps its model between its turns only if this share of the GPU's memory is left for the other rows.
 MIN_FREE_SHARE = 0.6
 MAX_LOG = 2000  # characters of a worker's output that are searched for a reason
@@ -36,7 +36,7 @@ SETTINGS = {
 }
 
 
-def rivals_folder(given: Path | None) -> Path | None:
+def external_folder(given: Path | None) -> Path | None:
     """Return the folder of the workers' environment, or None if nothing is installed.
 
     Args:
@@ -50,11 +50,11 @@ def rivals_folder(given: Path | None) -> Path | None:
     if (folder / "unsloth").is_dir():
         return folder
     if named is not None:
-        raise UserError(f"--rivals {named} has no package unsloth; `make rivals` installs it into .rivals.")
+        raise UserError(f"--baselines {named} has no package unsloth; `make baselines` installs it into .baselines.")
     return None
 
 
-class Rivals:
+class ExternalBaselines:
     """What the workers of a call share: their environment, and a folder with the base model.
 
     Use it as a context manager, which ends the workers.
@@ -65,7 +65,7 @@ class Rivals:
         self.stack = ExitStack()
         self._model: Path | None = None
 
-    def __enter__(self) -> Rivals:
+    def __enter__(self) -> ExternalBaselines:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -148,11 +148,11 @@ class Worker:
         return lines[-1] if lines else f"exit status {self.process.wait(STOP_SECONDS)}"
 
 
-class RivalRow:
+class ExternalRow:
     """A row whose program runs in a worker. See `bench.speed.loops.rounds.Row`."""
 
-    def __init__(self, row: LoopRow, rivals: Rivals) -> None:
-        self.row, self.rivals = row, rivals
+    def __init__(self, row: LoopRow, external: ExternalBaselines) -> None:
+        self.row, self.external = row, external
         self.about = row.about
         self.worker: Worker | None = None
 
@@ -160,10 +160,10 @@ class RivalRow:
     def opened(self) -> Iterator[Program]:
         """Start the worker, or wake the one of the round before. End it if others need its memory, or if it fails."""
         if self.worker is None:
-            folder = self.rivals.model_folder()
-            cache = self.rivals.stack.enter_context(tempfile.TemporaryDirectory(prefix="malora-rival-"))
-            self.worker = Worker(self.rivals.folder, cache)
-            self.rivals.stack.callback(self._close)
+            folder = self.external.model_folder()
+            cache = self.external.stack.enter_context(tempfile.TemporaryDirectory(prefix="malora-baseline-"))
+            self.worker = Worker(self.external.folder, cache)
+            self.external.stack.callback(self._close)
             self.about |= self._prepare(self.worker, folder)
         try:
             yield self.worker
@@ -175,7 +175,7 @@ class RivalRow:
             self._close()
 
     def _prepare(self, worker: Worker, folder: str) -> dict[str, Any]:
-        work, row = self.rivals.work, self.row
+        work, row = self.external.work, self.row
         ids = work.ids(work.batch, torch.device("cpu")).tolist()
         dropout = work.dropout if row.dropout is None else row.dropout
         saves, in_4_bits = row.checkpointing != "none", row.base == "nf4"
@@ -188,9 +188,9 @@ class RivalRow:
             raise
 
     def _is_crowded(self) -> bool:
-        if self.rivals.device.type != "cuda":
+        if self.external.device.type != "cuda":
             return False
-        free, total = torch.cuda.mem_get_info(self.rivals.device)
+        free, total = torch.cuda.mem_get_info(self.external.device)
         return free < MIN_FREE_SHARE * total
 
     def _close(self) -> None:
