@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from malora.backbone.checkpointed_layer import CheckpointedLayer
 from malora.backends import BACKENDS
@@ -62,9 +63,15 @@ def _why_no_pass(model: nn.Module) -> str | None:
 
 
 def _reads_random_state(module: nn.Module) -> bool:
-    """Return whether a layer of transformers runs under a checkpoint that keeps the random state."""
+    """Return whether a module of transformers runs its layers under a checkpoint that keeps the random state.
+
+    A model whose layers checkpoint themselves has the switch and the function too, and does not use them.
+    """
     function: Any = getattr(module, "_gradient_checkpointing_func", None)
     if not getattr(module, "gradient_checkpointing", False) or function is None:
+        return False
+    inner = (part for part in module.modules() if part is not module)
+    if any(isinstance(part, GradientCheckpointingLayer) for part in inner):
         return False
     if isinstance(function, CheckpointedLayer):
         return function.has_other_dropout()

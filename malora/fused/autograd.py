@@ -27,7 +27,7 @@ x without dropout.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from malora.fused.bases import Base, WithoutOutputs, choose_base
+from malora.fused.four_bit_weights import matmul_dtype_of
 from malora.fused.kernels import down_forward, dropout, gate, up_backward
 from malora.fused.kernels.down_backward import down_proj_backward
 from malora.fused.kernels.down_tiling import aligned_rows, matmul_tn_fp32
@@ -56,6 +57,8 @@ def forward_group(adapter: GroupAdapter, x: Tensor) -> list[Tensor]:
     has_dropout = config.lora_dropout > 0 and layers[0].training
     seed = draw_seed(x.device) if has_dropout else None
     x_Tn, parameters, run = flatten_tokens(x), adapter.parameters(), current_run()
+    dtype = x_Tn.dtype
+    x_Tn = x_Tn.to(matmul_dtype_of((layer.base_layer for layer in layers), dtype))
     pack = partial(adapter.packed_for, x_Tn, parameters)
     packed = pack() if run is None else run.packed(id(adapter), pack)
     base = choose_base(adapter, packed, x_Tn, has_dropout=has_dropout)
@@ -68,7 +71,7 @@ def forward_group(adapter: GroupAdapter, x: Tensor) -> list[Tensor]:
     )
     if run is not None:
         run.end_group()
-    ys = [y.view(*x.shape[:-1], y.shape[1]) for y in results[: layout.G]]
+    ys = [y.view(*x.shape[:-1], y.shape[1]).to(dtype) for y in results[: layout.G]]
     for i, probability in enumerate(results[layout.G :]):  # none without a router
         routing = Routing(probability.view(*x.shape[:-1], config.num_experts), config.top_k)
         ys[i] = layers[i].record_routing(adapter.adapter, routing, ys[i])
@@ -115,7 +118,8 @@ class FusedExperts(torch.autograd.Function):
         """Return the gradients of x and of the parameters."""
         layout: PackedLayout = ctx.layout
         x, bits, down_out, h, down, P, flat, *rest = ctx.saved_tensors
-        packed, weights = PackedWeights(down, P, rest[: layout.G], flat), rest[layout.G :]
+        packed = PackedWeights(down, P, rest[: layout.G], flat)
+        weights = ctx.base.weights_for_backward(rest[layout.G :])
         h = layout.by_projection(down_out) if h is None else h
         wanted = ctx.needs_input_grad[7:]
         trained = {kind for i, kind in enumerate(layout.kinds) if any(wanted[i :: len(layout.kinds)])}
@@ -185,7 +189,7 @@ def compute_outputs(
 
 def compute_gradients(
     layout: PackedLayout, gradients: list[Tensor | None], d_probability: Tensor | None, x: Tensor, bits: Tensor | None,
-    p: float, down_out: Tensor, h: Tensor, packed: PackedWeights, base: Base, weights: list[Tensor],
+    p: float, down_out: Tensor, h: Tensor, packed: PackedWeights, base: Base, weights: Iterable[Tensor],
     trained: Set[str], *, needs_dx: bool, counters: Tensor | None,
 ) -> GroupGradients:  # fmt: skip
     """Compute a group's gradients.

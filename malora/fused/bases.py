@@ -6,6 +6,7 @@ There are three ways to compute x Wᵀ + h B, and their gradients:
 | --- | --- | --- |
 | `PlainBase` | two GEMMs per projection | dh by its own GEMMs, dx by one GEMM per projection |
 | `AugmentedBase` | one GEMM per projection over [x h] and [W Bᵀ] | as `PlainBase` |
+| `FourBitBase` | as `PlainBase`, with W dequantized | as `PlainBase`, with W dequantized again |
 | `Float8Base` | one float8 GEMM per projection over [x h·u] and [W (B/u)ᵀ] | [dx dh] by one float8 GEMM |
 
 Shapes: T tokens, n in, m out, G projections, H total rank of a projection's experts.
@@ -13,14 +14,16 @@ Shapes: T tokens, n in, m out, G projections, H total rank of a projection's exp
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from malora.fused.augmented_weights import augmented_weights
+from malora.fused.four_bit_weights import FourBitWeight, has_four_bits
 from malora.fused.fp8_weights import Float8Weights, Task, quantized_weights
 from malora.fused.kernels.down_tiling import aligned_rows
 from malora.fused.kernels.quantize_fp8 import UpOperand
@@ -38,6 +41,15 @@ class Base(Protocol):
 
     def for_backward(self) -> Base:
         """Return this base without the weights that autograd saves."""
+
+    def weights_for_backward(self, saved: Sequence[Tensor]) -> Iterable[Tensor]:
+        """Yield the weights [m, n] for the gradient of x, where `joint_gradients` does not compute it.
+
+        Each is used before the next one is asked for.
+
+        Args:
+            saved: what `saved` returned in the forward pass.
+        """
 
     def allocate_x_and_h(self, x: Tensor) -> Tensor | None:
         """Allocate memory for x and h of all projections next to each other.
@@ -71,6 +83,10 @@ class PlainBase:
     def for_backward(self) -> Base:
         """See `Base`."""
         return PlainBase([], [])
+
+    def weights_for_backward(self, saved: Sequence[Tensor]) -> Iterable[Tensor]:
+        """See `Base`."""
+        return saved
 
     def allocate_x_and_h(self, x: Tensor) -> Tensor | None:
         """See `Base`."""
@@ -127,6 +143,40 @@ class AugmentedBase(PlainBase):
         return run_on_parallel_streams(x, [partial(output, *of_each) for of_each in operands])
 
 
+class FourBitBase(PlainBase):
+    """Frozen weights in 4 bits, some of them or all.
+
+    Args:
+        frozen: the weights. Of those that are not in 4 bits, the dtype is that of the pass.
+        biases: the biases.
+        dtype: dtype of the pass.
+    """
+
+    def __init__(self, frozen: list[Tensor | FourBitWeight], biases: list[Tensor | None], dtype: torch.dtype) -> None:
+        super().__init__([], biases)
+        self.frozen, self.dtype = frozen, dtype
+
+    def for_backward(self) -> Base:
+        """See `Base`."""
+        return self
+
+    def weights_for_backward(self, saved: Sequence[Tensor]) -> Iterable[Tensor]:
+        """See `Base`."""
+        return map(self._dequantized, self.frozen)
+
+    def outputs(self, x: Tensor, h: Tensor, Bs: list[Tensor], alpha: float) -> list[Tensor]:
+        """See `Base`."""
+
+        def output(W: Tensor | FourBitWeight, bias: Tensor | None, h_g: Tensor, B: Tensor) -> Tensor:
+            return _two_matmuls(x, self._dequantized(W), bias, h_g, B, alpha)
+
+        operands = zip(self.frozen, self.biases, h, Bs, strict=True)
+        return run_on_parallel_streams(x, [partial(output, *of_each) for of_each in operands])
+
+    def _dequantized(self, W: Tensor | FourBitWeight) -> Tensor:
+        return W.dequantized(self.dtype) if isinstance(W, FourBitWeight) else W
+
+
 class Float8Base:
     """The frozen weights in float8."""
 
@@ -143,6 +193,10 @@ class Float8Base:
     def for_backward(self) -> Base:
         """See `Base`."""
         return self
+
+    def weights_for_backward(self, saved: Sequence[Tensor]) -> Iterable[Tensor]:
+        """See `Base`."""
+        return saved
 
     def allocate_x_and_h(self, x: Tensor) -> Tensor | None:
         """See `Base`."""
@@ -182,6 +236,10 @@ class WithoutOutputs:
         """See `Base`."""
         return self.base.for_backward()
 
+    def weights_for_backward(self, saved: Sequence[Tensor]) -> Iterable[Tensor]:
+        """See `Base`."""
+        return self.base.weights_for_backward(saved)
+
     def allocate_x_and_h(self, x: Tensor) -> Tensor | None:
         """See `Base`."""
         return None
@@ -211,11 +269,19 @@ def choose_base(adapter: GroupAdapter, packed: PackedWeights, x: Tensor, *, has_
     loaded = cache.loaded_for(packed, float8)
     if float8 is not None:
         return Float8Base(float8, biases, cache, loaded)
+    if any(map(has_four_bits, linears)):
+        return FourBitBase([_frozen(linear, x.dtype) for linear in linears], biases, x.dtype)
     weights = [linear.weight.to(x.dtype) for linear in linears]
     augmented = augmented_weights(adapter.layers, cache, adapter.layout.H8) if has_dropout else None
     if augmented is not None and augmented[0].dtype == x.dtype:
         return AugmentedBase(weights, biases, augmented, adapter.layout.H8, loaded is not None)
     return PlainBase(weights, biases)
+
+
+def _frozen(linear: nn.Module, dtype: torch.dtype) -> Tensor | FourBitWeight:
+    """Return a weight [m, n] in a dtype, or in 4 bits if it is so."""
+    weight: Any = linear.weight
+    return FourBitWeight(weight.data, weight.quant_state) if has_four_bits(linear) else weight.to(dtype)
 
 
 def float8_weights(adapter: GroupAdapter, *, backward: bool) -> Float8Weights | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from malora.config import MaloraConfig, resolve_backend
 from malora.factors import StackedWeights
 from malora.fused.availability import has_triton, interprets_triton, warn_once
+from malora.fused.four_bit_weights import has_four_bits, reason_not_dequantized
 
 if TYPE_CHECKING:
     from malora.fused.protocol import FusedLayer
@@ -55,7 +56,12 @@ def reason_not_fused(layer: FusedLayer, configs: list[MaloraConfig], *, is_shard
     base, config = layer.base_layer, configs[0]
     if len(configs) > 1:
         return "several adapters at once"
-    if type(base) is not nn.Linear:
+    if has_four_bits(base):
+        if config.backend == "fp8":
+            return "weights in 4 bits"
+        if reason := reason_not_dequantized(base):
+            return reason
+    elif type(base) is not nn.Linear:
         return f"a {type(base).__name__}"
     if is_sharded:  # such weights come and go: copies of them would be stale
         return "weights that FSDP has sharded"
@@ -64,7 +70,7 @@ def reason_not_fused(layer: FusedLayer, configs: list[MaloraConfig], *, is_shard
     if "forward" in vars(base) or any(vars(base)[hooks] for hooks in _HOOKS):  # nobody calls the frozen layer
         return "a frozen layer with hooks"
     weight, bias = base.weight, base.bias
-    if type(weight) not in (nn.Parameter, Tensor):  # torchao quantizes so, and leaves the nn.Linear
+    if type(weight) not in (nn.Parameter, Tensor) and not has_four_bits(base):  # torchao leaves the nn.Linear
         return f"a weight of type {type(weight).__name__}"
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return "a base that is trained too"

@@ -1,5 +1,7 @@
 """Adapters on quantized bases: torchao's int8 weights, 8 and 4 bits of bitsandbytes, and GPTQ's 4 bits."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -114,6 +116,61 @@ def test_one_expert_on_gptq_computes_as_lora_of_peft(backend, ids, tmp_path):
         weight = lora.get_submodule(f"{name}.default").weight
         weight.data = factor if weight.shape == factor.shape else factor.T
     torch.testing.assert_close(lora(input_ids=ids).logits, expected)
+
+
+def dequantized(base):
+    """Replace the 4-bit layers of bitsandbytes by plain ones with the same weights."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    for module in list(base.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__ == "Linear4bit":
+                weight = functional.dequantize_4bit(child.weight.data, child.weight.quant_state).float()
+                plain = nn.Linear(child.in_features, child.out_features, bias=False)
+                plain.weight = nn.Parameter(weight, requires_grad=False)
+                setattr(module, name, plain)
+    return base
+
+
+def adapted_alike(base, method, **options):
+    torch.manual_seed(1)
+    options = {"lora_dropout": 0.25, "backend": "fused", "init_weights": False} | SIZES[method] | options
+    return get_peft_model(base, METHODS[method](**options)).train()
+
+
+def loss_and_gradients(model, ids):
+    torch.manual_seed(2)  # of dropout
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(("method", "checkpointing"), [("malora", "none"), ("asylora", "none"), ("molora", "full")])
+def test_4_bits_of_bitsandbytes_are_fused(method, checkpointing, ids, tmp_path, caplog):
+    base = bitsandbytes_base(tmp_path, load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    plain = adapted_alike(dequantized(copy.deepcopy(base)), method)
+    model = adapted_alike(base, method)
+    malora.set_checkpointing(model, checkpointing)
+    found = model.base_model.model.model.layers[0].self_attn.q_proj.adapter_for_fused_path()
+    assert found == "default"
+    expected_loss, expected = loss_and_gradients(plain, ids)
+    loss, gradients = loss_and_gradients(model, ids)
+    torch.testing.assert_close(loss, expected_loss)
+    torch.testing.assert_close(gradients, expected)
+    assert not [record for record in caplog.records if "cannot compute" in record.message]
+
+
+@pytest.mark.parametrize("own", [torch.float32, torch.float16])  # Triton's interpreter has no bfloat16
+def test_4_bits_are_multiplied_in_their_own_16_bits(own, ids, tmp_path):
+    """As in bitsandbytes, which takes the dtype of the input if that of the layer has 32 bits."""
+    base = bitsandbytes_base(tmp_path, load_in_4bit=True, bnb_4bit_compute_dtype=own)
+    model = adapted_alike(base, "malora", target_modules=["q_proj"], lora_dropout=0.0)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    x = torch.randn(2, 3, 64)
+    y = layer(x)
+    assert y.dtype == torch.float32
+    assert y.equal(y.half().float()) is (own == torch.float16)
+    expected = layer.base_layer(x) + layer.delta("default", x)
+    torch.testing.assert_close(y, expected, atol=0.05, rtol=0)
 
 
 class QuantLinear(nn.Module):

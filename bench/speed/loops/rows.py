@@ -63,7 +63,7 @@ class LoopRow:
         """The backend of malora; None for others."""
         if not self.is_ours:
             return None
-        return "fp8" if self.base == "fp8" else "dense" if self.base in QUANTIZED else "auto"
+        return "fp8" if self.base == "fp8" else "auto"
 
     @property
     def weights(self) -> str:

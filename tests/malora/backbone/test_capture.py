@@ -300,6 +300,12 @@ class TestReasons:
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         assert why_not_captured(model) is None
 
+    @pytest.mark.parametrize("mode", ["full", "offload", "lean"])
+    def test_our_checkpointing_does_not(self, mode):
+        model = adapted(backend="fused", dropout=0.1)
+        malora.set_checkpointing(model, mode)
+        assert why_not_captured(model) is None
+
 
 @on_cpu
 @pytest.mark.parametrize("captured_before", [False, True])
