@@ -99,7 +99,7 @@ def malora_plain(
 ) -> Generator[Tensor]:
     """Train our adapter in a plain loop, with its decoder layers compiled or not."""
     model = on_device(base, config)
-    malora.optimize_backbone(model)
+    malora.optimize_backbone(model, padding=checkpointing in ("none", "lean"))
     malora.set_checkpointing(model, checkpointing)
     if compiled:
         compile_layers(model)
@@ -111,7 +111,7 @@ def malora_captured(
 ) -> Generator[Tensor]:
     """Train our adapter with forward and backward captured as CUDA graphs."""
     model = on_device(base, config)
-    malora.optimize_backbone(model)
+    malora.optimize_backbone(model, padding=checkpointing in ("none", "lean"))
     malora.set_checkpointing(model, checkpointing)
     yield from train_captured(model, batches)
 
