@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,17 +18,24 @@ from malora.routing import RoutingLog
 # Forward and backward of a micro-batch, with a factor of the loss; returns the outputs.
 Pass = Callable[[Any, "Tensor | float | None"], Any]
 
+MAX_WAITING_BYTES = 1 << 26  # of gradients of a pass that are not yet added to those of the passes before
+
 
 class Gradients:
     """The memory to which all graphs of a model add their gradients.
 
     Args:
-        model: Its trainable parameters have the gradients.
+        model: Its trainable parameters have the gradients. Those that are there move into this memory.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.sums = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.sums: list[Tensor] = []
+        for parameter in self.parameters:  # one after the other, so that there are never two of all gradients
+            total = torch.zeros_like(parameter)
+            if parameter.grad is not None:
+                parameter.grad = total.copy_(parameter.grad)
+            self.sums.append(total)
 
     def prepare(self, chosen: list[int]) -> None:
         """Put the sums into the `.grad` of some parameters, with the value that was there."""
@@ -48,21 +56,42 @@ class Gradients:
     def add_pass(self, run: Callable[[], Any]) -> tuple[Any, list[int]]:
         """Run a pass and add its gradients to the sums.
 
+        Gradients are added many at a time, because a launch for each takes longer than the sums, and are freed then.
+
         Returns:
             What `run` returns, and the indices of the parameters that got a gradient.
         """
         before = [parameter.grad for parameter in self.parameters]
+        waiting: list[tuple[Tensor, Tensor]] = []  # sums, and what is to be added to them
+        trained: dict[int, None] = {}
+
+        def add_waiting() -> None:
+            if waiting:
+                sums, gradients = zip(*waiting, strict=True)
+                torch._foreach_add_(sums, gradients)
+                waiting.clear()
+
+        def take(index: int, parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            if any(total is self.sums[index] for total, _ in waiting):  # one launch adds to each sum once
+                add_waiting()
+            waiting.append((self.sums[index], parameter.grad))
+            parameter.grad = None
+            trained[index] = None
+            if sum(gradient.nbytes for _, gradient in waiting) >= MAX_WAITING_BYTES:
+                add_waiting()
+
+        hooks = [p.register_post_accumulate_grad_hook(partial(take, i)) for i, p in enumerate(self.parameters)]
         for parameter in self.parameters:
             parameter.grad = None  # so that the gradients are those of this pass alone
         try:
             outputs = run()
-            gradients = {i: p.grad for i, p in enumerate(self.parameters) if p.grad is not None}
-            if gradients:
-                torch._foreach_add_([self.sums[i] for i in gradients], list(gradients.values()))
+            add_waiting()
         finally:
-            for parameter, gradient in zip(self.parameters, before, strict=True):
+            for parameter, gradient, hook in zip(self.parameters, before, hooks, strict=True):
                 parameter.grad = gradient
-        return outputs, list(gradients)
+                hook.remove()
+        return outputs, sorted(trained)
 
 
 class CapturedPass:
