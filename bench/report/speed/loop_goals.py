@@ -64,16 +64,26 @@ class LoopGoal:
 
 
 def _row(name: str) -> Select:
-    return lambda record: named(record, name)
+    return lambda record: _if_in_rounds(named(record, name))
+
+
+def _if_in_rounds(row: SpeedRow | None) -> SpeedRow | None:
+    """Return a row if enough rounds measured it; a call that was cut off has a last round without some rows."""
+    if row is None:
+        return None
+    readings = max(map(len, row.sensors.values()), default=MIN_ROUNDS)  # one of each round
+    return row if readings >= MIN_ROUNDS else None
 
 
 def _ours(*, loops: tuple[str, ...], checkpointing: tuple[str, ...] = ("none",), base: str = "bf16") -> Select:
     """Select MALoRA's fastest row of some loops and modes of checkpointing."""
-    return lambda record: fastest(
-        record,
-        lambda row: (
-            row.method == "malora" and row.loop in loops and row.checkpointing in checkpointing and row.base == base
-        ),
+    return lambda record: _if_in_rounds(
+        fastest(
+            record,
+            lambda row: (
+                row.method == "malora" and row.loop in loops and row.checkpointing in checkpointing and row.base == base
+            ),
+        )
     )
 
 

@@ -104,6 +104,7 @@ class LocalRow:
     def opened(self) -> Iterator[Program]:  # noqa: D102
         before = {}
         if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what a row before has freed would count as reserved
             torch.cuda.reset_peak_memory_stats()
             # What the libraries keep from the rows before, such as workspaces.
             before = {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}

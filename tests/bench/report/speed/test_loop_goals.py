@@ -53,6 +53,14 @@ def test_one_round_a_cpu_and_fewer_layers_reach_no_goal():
     assert not figures(make_record(rounds=1), make_record(layers=2), made_at(make_record(), cuda=None))
 
 
+def test_a_row_that_a_last_round_lacks_reaches_no_goal():
+    record = make_record()
+    cut = next(row for row in record.rows if row.name == "unsloth-lora-full")
+    cut.sensors["clock_mhz"], cut.sensors["watts"] = [1500.0], [690.0]
+    assert not [figure for figure in figures(record) if figure.startswith("checkpointed")]
+    assert "lean: peak memory / 31 GiB" in figures(record)
+
+
 def test_the_page_shows_the_goals_once_training_programs_are_measured():
     page = tables.pages([*records(), make_record()])["table10.md"]
     line = next(line for line in page.splitlines() if "Unsloth checkpointed, seconds" in line)
