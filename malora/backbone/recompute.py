@@ -153,7 +153,7 @@ class LeanPass:
         self._num_offloaded, self._memory = num_offloaded, memory
         self._layer = -1  # the one that runs
         self._layer_backward = num_layers  # the last one whose backward pass has begun
-        self._resident: set[int] = set()
+        self._resident: dict[int, StorageWeakRef] = {}
         self.keep_on_device(*resident)
         self._notes: dict[int, tuple[_Known, _Recipe]] = {}
         self._copies: dict[int, tuple[_Known, HostCopy]] = {}
@@ -168,7 +168,8 @@ class LeanPass:
     def keep_on_device(self, *tensors: Tensor) -> None:
         """Do not offload these tensors, because they outlive the pass."""
         if self._num_offloaded:
-            self._resident.update(tensor.untyped_storage()._cdata for tensor in tensors if _is_plain(tensor))
+            storages = [tensor.untyped_storage() for tensor in tensors if _is_plain(tensor)]
+            self._resident |= {storage._cdata: StorageWeakRef(storage) for storage in storages}
 
     def enter_layer(self, layer: int, tensors: Iterable[Tensor]) -> None:
         """Begin a layer.
