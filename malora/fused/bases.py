@@ -150,11 +150,14 @@ class FourBitBase(PlainBase):
         frozen: the weights. Of those that are not in 4 bits, the dtype is that of the pass.
         biases: the biases.
         dtype: dtype of the pass.
+        trains: whether a backward pass may follow.
     """
 
-    def __init__(self, frozen: list[Tensor | FourBitWeight], biases: list[Tensor | None], dtype: torch.dtype) -> None:
+    def __init__(
+        self, frozen: list[Tensor | FourBitWeight], biases: list[Tensor | None], dtype: torch.dtype, *, trains: bool
+    ) -> None:
         super().__init__([], biases)
-        self.frozen, self.dtype = frozen, dtype
+        self.frozen, self.dtype, self.trains = frozen, dtype, trains
 
     def for_backward(self) -> Base:
         """See `Base`."""
@@ -168,6 +171,8 @@ class FourBitBase(PlainBase):
         """See `Base`."""
 
         def output(W: Tensor | FourBitWeight, bias: Tensor | None, h_g: Tensor, B: Tensor) -> Tensor:
+            if isinstance(W, FourBitWeight) and not self.trains:
+                return W.product(x, bias).addmm_(h_g, B, alpha=alpha)
             return _two_matmuls(x, self._dequantized(W), bias, h_g, B, alpha)
 
         operands = zip(self.frozen, self.biases, h, Bs, strict=True)
@@ -270,7 +275,8 @@ def choose_base(adapter: GroupAdapter, packed: PackedWeights, x: Tensor, *, has_
     if float8 is not None:
         return Float8Base(float8, biases, cache, loaded)
     if any(map(has_four_bits, linears)):
-        return FourBitBase([_frozen(linear, x.dtype) for linear in linears], biases, x.dtype)
+        frozen = [_frozen(linear, x.dtype) for linear in linears]
+        return FourBitBase(frozen, biases, x.dtype, trains=torch.is_grad_enabled())
     weights = [linear.weight.to(x.dtype) for linear in linears]
     augmented = augmented_weights(adapter.layers, cache, adapter.layout.H8) if has_dropout else None
     if augmented is not None and augmented[0].dtype == x.dtype:

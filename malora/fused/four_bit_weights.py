@@ -1,7 +1,7 @@
 """Frozen weights that bitsandbytes keeps in 4 bits.
 
-The fused path dequantizes a weight for each GEMM that reads it, as bitsandbytes itself does for more than one token. It
-frees the copy afterwards.
+In training, the fused path dequantizes a weight for each GEMM that reads it, as bitsandbytes itself does, and frees the
+copy afterwards. In inference bitsandbytes multiplies: for few tokens it has a kernel that writes no such copy.
 """
 
 from __future__ import annotations
@@ -33,6 +33,14 @@ class FourBitWeight(NamedTuple):
 
         weight: Tensor = dequantize_4bit(self.data, self.state)
         return weight.to(dtype)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x Wᵀ + bias, [T, m] for x [T, n], by a kernel for few tokens where that is faster."""
+        from bitsandbytes import matmul_4bit
+
+        with torch.no_grad():  # bitsandbytes asks for it
+            y: Tensor = matmul_4bit(x, self.data.t(), self.state, bias=None if bias is None else bias.to(x.dtype))
+        return y
 
 
 def has_four_bits(linear: nn.Module) -> bool:

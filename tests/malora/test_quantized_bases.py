@@ -156,7 +156,12 @@ def test_4_bits_of_bitsandbytes_are_fused(method, checkpointing, ids, tmp_path, 
     loss, gradients = loss_and_gradients(model, ids)
     torch.testing.assert_close(loss, expected_loss)
     torch.testing.assert_close(gradients, expected)
-    assert not [record for record in caplog.records if "cannot compute" in record.message]
+    # In training mode: in evaluation bitsandbytes packs its weights anew on some CPUs.
+    with torch.no_grad():
+        torch.manual_seed(3)
+        logits = model(input_ids=ids).logits
+        torch.manual_seed(3)
+        torch.testing.assert_close(logits, plain(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("own", [torch.float32, torch.float16])  # Triton's interpreter has no bfloat16
