@@ -1,7 +1,7 @@
 """Make runs, publish them, write the leaderboards and the report, and be killed on the way.
 
-Arguments: `run`, or `jobs` for two runs in worker processes; a folder for everything that is written; folder of the base
-model; when to be killed:
+Arguments: `run`, or `jobs` for two runs in worker processes; a folder for everything that is written; folder of the
+base model; when to be killed:
 
 - `never`;
 - `event N`: before the N-th time that a file in the folder is opened, renamed or removed by this process;

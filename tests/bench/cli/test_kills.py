@@ -71,7 +71,7 @@ def outcome(folder):
 
 @pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="finds processes in Linux's /proc")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="forks programs, and a forked process cannot use CUDA")
-@pytest.mark.timeout(60 + 10 * KILLS)
+@pytest.mark.timeout(100 + 40 * KILLS)  # on a busy machine
 def test_killed_commands_end_in_the_unbroken_record_and_leave_no_file(command, tmp_path):
     rng = random.Random(SEED)
     where = Counter()
@@ -94,7 +94,8 @@ def test_killed_commands_end_in_the_unbroken_record_and_leave_no_file(command, t
                 if done.returncode == 0:
                     break
                 where[runs + " " + (done.stdout.splitlines() or ["start"])[-1]] += 1
-            done = command(runs, folder, "never")
+            if done.returncode != 0:
+                done = command(runs, folder, "never")
             assert done.returncode == 0, (times, done.stderr)
             assert outcome(folder) == expected, times
             number += 1
