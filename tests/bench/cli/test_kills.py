@@ -18,7 +18,7 @@ from bench.records import provenance, store
 from tests import processes
 
 PROGRAM = Path(__file__).with_name("killed_program.py")
-KILLS = int(os.environ.get("MALORA_KILLS", "10"))
+KILLS = int(os.environ.get("MALORA_KILLS", "6"))
 SEED = int(os.environ.get("MALORA_KILLS_SEED", "0"))
 MAX_IN_A_ROW = 5  # kills of one run, before it may end
 SHARE_OF_JOBS = 0.2  # of the kills, those of the parent of two workers
