@@ -11,6 +11,10 @@ from typing import Any
 from tasks.errors import DataError
 from tasks.fields import Record
 
+# Text packs to a third or a thirtieth of its size. A small file that unpacks to gigabytes is made to take memory.
+MAX_RATIO = 100
+MIN_LIMIT = 64 << 20  # bytes of unpacked text that are read from any file
+_CHUNK = 1 << 20  # bytes
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -24,7 +28,7 @@ def read_json_lines(path: Path) -> list[tuple[int, Record]]:
             keys and finite numbers.
     """
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        content = _unpack(path) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is broken ({error}); fetch it again.") from error
     lines = content.removeprefix(_BYTE_ORDER_MARK).split(b"\n")
@@ -32,6 +36,27 @@ def read_json_lines(path: Path) -> list[tuple[int, Record]]:
     if not records:
         raise DataError(f"{path} is empty: it has no record; fetch it again.")
     return records
+
+
+def _unpack(path: Path) -> bytes:
+    """Unpack a gzipped file.
+
+    Raises:
+        DataError: It unpacks to more than `MAX_RATIO` times its size, and more than `MIN_LIMIT`.
+    """
+    limit = max(MIN_LIMIT, MAX_RATIO * path.stat().st_size)
+    chunks: list[bytes] = []
+    size = 0
+    with gzip.open(path) as file:
+        while chunk := file.read(_CHUNK):
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > limit:
+                raise DataError(
+                    f"{path} unpacks to more than {limit / 1e6:,.0f} MB, over {MAX_RATIO} times its size, as no text "
+                    "does; fetch it again."
+                )
+    return b"".join(chunks)
 
 
 def _parse_line(path: Path, number: int, line: bytes) -> Record:

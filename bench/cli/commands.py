@@ -36,7 +36,7 @@ from bench.report.speed import tables
 from bench.runs.elsewhere import elsewhere_config, score_elsewhere
 from bench.runs.plan import Runs, plan_runs, rates_before_sweep, sweep
 from bench.runs.pool import run_all
-from bench.runs.run import find_record, run
+from bench.runs.run import find_record, remove_unfinished, run
 from bench.runs.setting import RunSettings, make_run_config
 from bench.runtime.processes import processes
 from bench.train.tracking import require_trackers
@@ -242,10 +242,11 @@ def score_adapter(options: argparse.Namespace) -> int:
     one = store.find(config, setting.results) if options.record else None
     if one is None:
         announce_scoring(config, setting, _records_of(setting))
-        one = score_elsewhere(config, setting, options.adapter)
+        one = score_elsewhere(config, setting, options.adapter, keep=options.record)
     _print_scores(one.test or {})
     if options.record:
         print(f"recorded in {one.path or store.write(one, setting.results)}")
+        remove_unfinished(config, setting)
     return 0
 
 

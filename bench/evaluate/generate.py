@@ -17,6 +17,7 @@ Shapes:
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ from bench.runtime.attention import attention_windows, masks_for
 from bench.runtime.logits import label_positions_only
 from malora.backbone.cuda_graphs import capture
 from malora.backbone.model_state import can_capture
+
+Texts = list[list[int]]  # token ids of each
 
 CHECK_EVERY = 16  # steps between two looks at the tokens
 WIDTH_MULTIPLE = 64  # prompts are padded to a multiple of it, so that batches share a cache and its CUDA graph
@@ -41,7 +44,7 @@ def generate(
     batch_size: int,
     end: Collection[int],
     stopped: Callable[[list[int]], bool] = lambda tokens: False,
-    generated_more: Callable[[int], None] = lambda count: None,
+    around_batch: Callable[[Texts, Callable[[], Texts]], Texts] = lambda prompts, decode: decode(),
 ) -> list[list[int]]:
     """Continue each prompt with the most probable token, one after the other.
 
@@ -53,7 +56,7 @@ def generate(
             `max_new_tokens`.
         end: Token ids that end a text. They are not part of the result.
         stopped: Tells from the tokens so far if the text needs no more. The result may have further tokens.
-        generated_more: Called after each batch with its number of prompts.
+        around_batch: Gets the prompts of each batch and a function that decodes them, and returns their texts.
 
     Returns:
         Generated token ids, in the order of the prompts.
@@ -64,17 +67,21 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     generated: list[list[int]] = [[]] * len(prompts)
     decoder: _Decoder | None = None
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        longest = len(prompts[chosen[-1]])
-        shape = (len(chosen), longest + -longest % WIDTH_MULTIPLE, max_new_tokens)
+
+    def decode(batch: Texts) -> Texts:
+        nonlocal decoder
+        longest = len(batch[-1])
+        shape = (len(batch), longest + -longest % WIDTH_MULTIPLE, max_new_tokens)
         if decoder is None or decoder.shape != shape:
             decoder = None  # frees its cache before the next one is allocated
             decoder = _Decoder(model, shape)
-        texts = _decode_batch(decoder, [prompts[i] for i in chosen], end, stopped)
-        for i, text in zip(chosen, texts, strict=True):
+        return _decode_batch(decoder, batch, end, stopped)
+
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = [prompts[i] for i in chosen]
+        for i, text in zip(chosen, around_batch(batch, partial(decode, batch)), strict=True):
             generated[i] = text
-        generated_more(len(chosen))
     return generated
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from bench.evaluate.generate import generate
+from bench.evaluate.answer_journal import Recall, compute_always
+from bench.evaluate.generate import Texts, generate
 from bench.runtime.logits import label_positions_only
 from bench.runtime.tokens import encode_texts, split_label
 
@@ -34,15 +35,19 @@ class LabelPositionLM(HFLM):  # type: ignore[misc, unused-ignore]  # lm_eval has
 
     Attributes:
         generation_batch_size: Answers generated at a time.
-        answered_more: Called after each batch with the number of requests that it answers.
+        recall: Returns the answers to a batch, from its inputs and a function that computes them.
+        answered_more: Called after each batch with the number of requests that it answers, and whether they were
+            computed now.
     """
 
     generation_batch_size = 64
-    answered_more: Callable[[int], None]
+    recall: Recall
+    answered_more: Callable[[int, bool], None]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.answered_more = lambda count: None
+        self.recall = compute_always
+        self.answered_more = lambda count, is_new: None
         self.token_cache = _token_cache(self.tokenizer.backend_tokenizer.to_str())
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
@@ -92,23 +97,51 @@ class LabelPositionLM(HFLM):  # type: ignore[misc, unused-ignore]  # lm_eval has
         inputs = sorted(continuations, key=len)
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         for chunk in self._chunks(inputs, lambda ids: sum(len(tokens) for _, tokens in continuations[ids])):
-            width = len(chunk[-1])
-            places = [
+            labels = [
                 (number, row, len(ids) - len(continuation) + place, token)
                 for row, ids in enumerate(chunk)
                 for number, continuation in continuations[ids]
                 for place, token in enumerate(continuation)
             ]
-            number, row, column, target = torch.tensor(places).T.contiguous().to(self.device)
-            padded = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in chunk], device=self.device)
-            with label_positions_only(self.model, row, column, in_float32=True):
-                logits = self._model_call(padded)
-            log_probability = -F.cross_entropy(logits, target, reduction="none")
-            is_greedy = logits.argmax(-1) == target
-            for n, value, greedy in zip(number.tolist(), log_probability.tolist(), is_greedy.tolist(), strict=True):
-                answers[n] = (answers[n][0] + value, answers[n][1] and greedy)
-            self.answered_more(sum(len(continuations[ids]) for ids in chunk))
+            numbers = [number for number, *_ in labels]
+            places = [place for _, *place in labels]
+            compute = partial(self._label_likelihoods, chunk, places)
+            count = sum(len(continuations[ids]) for ids in chunk)
+            values, greedy = self._answer(["likelihood", chunk, places], count, compute)
+            for n, value, is_greedy in zip(numbers, values, greedy, strict=True):
+                answers[n] = (answers[n][0] + value, answers[n][1] and is_greedy)
         return answers
+
+    def _answer(self, inputs: Any, count: int, compute: Callable[[], Any]) -> Any:
+        """Recall or compute the answers to a batch of `count` requests, and say so to `answered_more`."""
+        is_new = False
+
+        def compute_and_note() -> Any:
+            nonlocal is_new
+            is_new = True
+            return compute()
+
+        answers = self.recall(inputs, compute_and_note)
+        self.answered_more(count, is_new)
+        return answers
+
+    def _label_likelihoods(self, chunk: list[Tokens], places: list[list[int]]) -> tuple[list[float], list[bool]]:
+        """Compute the log-probabilities of tokens in one forward pass.
+
+        Args:
+            chunk: Inputs, the longest one last.
+            places: Per token its input's number, its position there, and the token.
+
+        Returns:
+            Per token its log-probability, and if it is the most probable one.
+        """
+        width = len(chunk[-1])
+        row, column, target = torch.tensor(places).T.contiguous().to(self.device)
+        padded = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in chunk], device=self.device)
+        with label_positions_only(self.model, row, column, in_float32=True):
+            logits = self._model_call(padded)
+        log_probability = -F.cross_entropy(logits, target, reduction="none")
+        return log_probability.tolist(), (logits.argmax(-1) == target).tolist()
 
     def _chunks(self, inputs: list[Tokens], count_labels: Callable[[Tokens], int]) -> Iterator[list[Tokens]]:
         """Split the inputs into chunks of at most a batch.
@@ -147,11 +180,15 @@ class LabelPositionLM(HFLM):  # type: ignore[misc, unused-ignore]  # lm_eval has
                 batch_size=self.generation_batch_size,
                 end=[self.eot_token_id],
                 stopped=self._has_any(stop),
-                generated_more=self.answered_more,
+                around_batch=partial(self._answer_batch, [list(stop), max_new_tokens]),
             )
             for n, tokens in zip(numbers, generated, strict=True):
                 answers[n] = _until(stop, self.tok_decode(tokens))
         return answers
+
+    def _answer_batch(self, options: list[Any], prompts: Texts, decode: Callable[[], Texts]) -> Texts:
+        texts: Texts = self._answer(["generation", options, prompts], len(prompts), decode)
+        return texts
 
     def _has_any(self, stop: tuple[str, ...]) -> Callable[[list[int]], bool]:
         """Return a test of tokens for any of the stop strings."""

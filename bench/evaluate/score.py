@@ -16,6 +16,7 @@ from lm_eval.tasks import TaskManager
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from bench.evaluate.answer_journal import Recall, compute_always
 from bench.evaluate.lm_eval_model import LabelPositionLM
 from bench.evaluate.lm_eval_tasks import choice_config, generation_config, likelihood_config, quiet_lm_eval
 from bench.records.scorer_versions import scorer_version
@@ -59,6 +60,7 @@ def score(
     generation_batch_size: int = 64,
     unsafe_code: bool = False,
     progress_of: str | None = None,
+    recall: Recall = compute_always,
 ) -> tuple[Scores, Outcomes]:
     """Score the model on all tasks. On a GPU it runs in bfloat16, as in training.
 
@@ -72,6 +74,7 @@ def score(
         unsafe_code: Run generated programs without a sandbox.
         progress_of: Name of the run to show progress of, in answers: choices that are compared, and texts that are
             generated. None shows nothing.
+        recall: Returns the model's answers to a batch; `AnswerJournal.recall` keeps them for a run that is killed.
 
     Returns:
         Scores by task: metric, value, stderr, n, version.
@@ -89,6 +92,7 @@ def score(
             mixed_precision_dtype="bfloat16" if on_gpu else None,
         )
         language_model.generation_batch_size = generation_batch_size
+        language_model.recall = recall
 
         def config(name: str, items: list[Example]) -> dict[str, Any]:
             if metrics[name] == LIKELIHOOD:
@@ -124,13 +128,14 @@ def _show_progress(
         for task, items in examples.items()
         for item in items
     )
-    done = 0
+    done = new = 0
     with Progress(name, "answer", total) as progress:
 
-        def show(count: int) -> None:
-            nonlocal done
+        def show(count: int, is_new: bool) -> None:
+            nonlocal done, new
             done += count
-            progress.update(done, lambda seconds: f"{done / seconds:,.1f} answers/s")
+            new += count if is_new else 0
+            progress.update(done, lambda seconds: f"{new / seconds:,.1f} answers/s")
 
         language_model.answered_more = show
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import warnings
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedModel
 
 import malora
@@ -178,6 +180,16 @@ def _load_all_tensors(model: PreTrainedModel, folder: Path) -> PeftModel:
             "its training diverged, so train it again."
         )
     return adapted
+
+
+def hash_adapter(model: nn.Module) -> str:
+    """Return the hex sha256 of an adapter's tensors with their names; that of nothing for a model without one."""
+    digest = hashlib.sha256()
+    if isinstance(model, PeftModel):
+        for name, tensor in sorted(get_peft_model_state_dict(model, save_embedding_layers=False).items()):
+            digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _some(names: list[str]) -> str:

@@ -28,6 +28,13 @@ import malora
 from bench.errors import UserError
 from bench.models import tiny
 from bench.models.cache import make_once
+from bench.models.complete import (
+    IncompleteError,
+    require_all_weights,
+    require_plausible_config,
+    require_working_model,
+    require_working_tokenizer,
+)
 from bench.models.smollm2 import make_smollm2
 
 WEIGHTS = "*.safetensors"  # the only format that is loaded
@@ -201,20 +208,32 @@ def load(base: BaseModel, device: torch.device) -> tuple[PreTrainedModel, PreTra
     disable_progress_bar()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            base.path, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
+        require_plausible_config(base.path, count_weights(base))
+        options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype, **options)
+        model, found = loaded
+        require_all_weights(found["missing_keys"])
         tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
+        require_working_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0])
+    except UserError:
+        raise
     except Exception as error:  # transformers passes on any exception that a damaged config or tokenizer causes
         raise _incomplete(base, error) from error
     model.config._name_or_path = model.name_or_path = base.location  # PEFT writes it into an adapter's config
-    frozen = model.requires_grad_(False)
-    return frozen.to(device), tokenizer  # type: ignore[arg-type]  # transformers wraps `to`, which hides its signature
+    frozen: PreTrainedModel = model.requires_grad_(False).to(device)
+    try:
+        require_working_model(frozen, tokenizer)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of any layer
+        raise _incomplete(base, error) from error
+    return frozen, tokenizer
 
 
 def _incomplete(base: BaseModel, error: Exception) -> UserError:
     """Return the error for a base model that transformers cannot load."""
-    details = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_DETAILS]
+    kind = "" if isinstance(error, IncompleteError) else f"{type(error).__name__}: "
+    details = " ".join(f"{kind}{error}".split())[:MAX_DETAILS]
     return UserError(f"{base.path} is not a complete causal language model ({details}); save or fetch it again.")
 
 

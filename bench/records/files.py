@@ -20,7 +20,15 @@ def _machine() -> str:
 
 
 _MACHINE = _machine()
-_TEMPORARY = re.compile(rf"\..+\.(?:{_MACHINE}-)?(\d+)")  # former versions, and checkpoints, have the process id only
+_TEMPORARY = re.compile(rf"\..+\.(?:{_MACHINE}-)?(\d+)")  # former versions have the process id only
+
+
+def temporary_path(path: Path) -> Path:
+    """Return the name under which this process writes a file before it renames it, in the same folder.
+
+    No other process has it, also of another machine that shares the folder. `stale_files` finds it.
+    """
+    return path.with_name(f".{path.name}.{_MACHINE}-{os.getpid()}")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -30,7 +38,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     loses power. Text is UTF-8. If the write fails, the temporary file is removed. If the process is killed meanwhile,
     the file stays, and `stale_files` finds it.
     """
-    temporary = path.with_name(f".{path.name}.{_MACHINE}-{os.getpid()}")
+    temporary = temporary_path(path)
     try:
         with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

@@ -9,14 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 SCHEMA = 2  # schema 1 grouped examples of similar length into a batch
 
 # JSON has both; a record that is written again has the same bytes only if an integer stays an integer.
-Number = int | float
+# Larger integers cannot become floats.
+Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Number = Integer | float
 Split = Literal["validation", "test"]
 Projection = Literal["A", "B"]
 
@@ -24,7 +26,7 @@ Projection = Literal["A", "B"]
 class _Model(BaseModel):
     """A set of fields that is validated and has no others."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     def replace(self, **changes: Any) -> Self:
         """Return a validated copy with these fields changed."""
@@ -62,19 +64,19 @@ class RunConfig(Section):
     mixture: str
     format: str
     data_hash: str
-    seed: int
+    seed: Integer
     learning_rate: Number | None
-    epochs: int
-    batch_size: int
+    epochs: Integer
+    batch_size: Integer
     warmup_ratio: Number
     weight_decay: Number
     balance_factor: Number
     max_grad_norm: Number
-    max_length: int
+    max_length: Integer
     device_type: str
-    max_steps: int | None = None
-    max_items: int | None = None
-    scorer_versions: dict[str, int] | None = None
+    max_steps: Integer | None = None
+    max_items: Integer | None = None
+    scorer_versions: dict[str, Integer] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields: the hash covers the defaults too.
@@ -127,24 +129,24 @@ class Provenance(Section):
     device: str
     cuda: str | None
     driver: str | None
-    concurrent_runs: int
-    trained_together: int | None = None
+    concurrent_runs: Integer
+    trained_together: Integer | None = None
 
 
 class Parameters(Section):
     """Numbers of parameters, and the size of the saved adapter in bytes."""
 
-    trainable: int
-    total: int
-    adapter_bytes: int
+    trainable: Integer
+    total: Integer
+    adapter_bytes: Integer
 
 
 class TaskData(Section):
     """The training data of one task in one epoch."""
 
-    examples: int
-    tokens: int
-    label_tokens: int
+    examples: Integer
+    tokens: Integer
+    label_tokens: Integer
 
 
 class DataSection(Section):
@@ -158,9 +160,16 @@ class DataSection(Section):
     """
 
     sha256: dict[str, str]
-    dropped: dict[str, int]
-    dropped_validation: dict[str, int] | None = None
+    dropped: dict[str, Integer]
+    dropped_validation: dict[str, Integer] | None = None
     train: dict[str, TaskData] | None = None
+
+    @field_validator("sha256")
+    @classmethod
+    def _has_test(cls, value: dict[str, str]) -> dict[str, str]:
+        if "test" not in value:
+            raise ValueError("there is no hash of the split test, by which tables compare records")
+        return value
 
 
 class CurvePoint(Section):
@@ -169,7 +178,7 @@ class CurvePoint(Section):
     They are None where they were not finite.
     """
 
-    step: int
+    step: Integer
     loss: Number | None
     balance_loss: Number | None
     grad_norm: Number | None
@@ -185,11 +194,11 @@ class RouterPoint(Section):
         unused_experts: Experts without a token in this batch, over all layers.
     """
 
-    step: int
+    step: Integer
     entropy: Number | None
     gate_sum: Number | None
     largest_share: Number | None
-    unused_experts: int
+    unused_experts: Integer
 
 
 class TrainSection(Section):
@@ -203,14 +212,14 @@ class TrainSection(Section):
         captures: CUDA graphs captured, one per shape of a micro-batch; None if there were none, and in older records.
     """
 
-    steps: int
-    tokens: int
+    steps: Integer
+    tokens: Integer
     seconds: dict[str, Number]
     curve: list[CurvePoint]
     router: list[RouterPoint]
-    peak_bytes: int | None
+    peak_bytes: Integer | None
     steady_step_seconds: Number | None = None
-    captures: int | None = None
+    captures: Integer | None = None
 
     @property
     def training_seconds(self) -> float:
@@ -231,8 +240,8 @@ class TaskScore(Section):
     metric: str
     value: Number = Field(ge=0, le=1)
     stderr: Number | None
-    n: int
-    version: int
+    n: Integer
+    version: Integer
 
 
 # By projection, the mean over expert pairs and the chance level.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Literal
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, field_validator
 
-from bench.records.schema import Number, Provenance, Section
+from bench.records.schema import Integer, Number, Provenance, Section
 
 SPEED_SCHEMA = 1
 CUT_SHAPES = ("llama3-70b",)  # more than one GPU holds: a record of training programs says how many layers it had
@@ -17,8 +18,8 @@ CUT_SHAPES = ("llama3-70b",)  # more than one GPU holds: a record of training pr
 class PeakRates(Section):
     """Highest rates measured on a device by a large matmul and a large copy."""
 
-    matrix_flops_per_second: Number
-    copy_bytes_per_second: Number
+    matrix_flops_per_second: Number = Field(gt=0)
+    copy_bytes_per_second: Number = Field(gt=0)
 
 
 class SpeedOptions(Section):
@@ -37,14 +38,14 @@ class SpeedOptions(Section):
 
     variant: str
     sweep: str | None
-    batch: int
-    length: int
-    tokens: int
+    batch: Integer
+    length: Integer
+    tokens: Integer
     dropout: Number
-    rounds: int
-    layers: int | None
-    flops: int | None
-    world: int | None = None
+    rounds: Integer
+    layers: Integer | None
+    flops: Integer | None
+    world: Integer | None = None
 
 
 class PeakBytes(Section):
@@ -68,7 +69,7 @@ class SpeedRow(Section):
         checkpointing: What is kept for the backward pass: none (everything), full, offload or lean.
         base: Precision of the frozen weights: bf16, nf4, int8 or fp8.
         dropout: Dropout of the adapter, if it is another than that of the record's options.
-        loss: Loss of the last micro-batch, to see that the rows train the same model.
+        loss: Loss of the last micro-batch, to see that the rows train the same model; None if it was not finite.
         package: Name and version of the package that trained in an environment of its own, or that quantized the base.
     """
 
@@ -79,10 +80,10 @@ class SpeedRow(Section):
     peak_bytes: PeakBytes | None = None
     first_seconds: Number | None = None
     warm_seconds: Number | None = None
-    kernels: int | None = None
-    launches: int | None = None
-    synchronisations: int | None = None
-    where: list[tuple[str, int, Number]] | None = None
+    kernels: Integer | None = None
+    launches: Integer | None = None
+    synchronisations: Integer | None = None
+    where: list[tuple[str, Integer, Number]] | None = None
     build_seconds: Number | None = None
     name: str
     method: str | None = None
@@ -90,16 +91,21 @@ class SpeedRow(Section):
     run: str | None = None
     plain: bool | None = None
     liger: bool | None = None
-    value: int | None = None
-    trainable: int | None = None
+    value: Integer | None = None
+    trainable: Integer | None = None
     autocast: bool | None = None
-    batch: int | None = None
+    batch: Integer | None = None
     loop: Literal["plain", "compiled", "captured"] | None = None
     checkpointing: str | None = None
     base: str | None = None
     dropout: Number | None = None
     loss: Number | None = None
     package: str | None = None
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _finite(cls, value: object) -> object:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class SpeedRecord(Section):
@@ -113,13 +119,20 @@ class SpeedRecord(Section):
     """
 
     shape: str
-    mode: str
+    mode: Literal["train", "prefill", "decode", "layer", "loop"]
     options: SpeedOptions
     provenance: Provenance
     peak_rates: dict[Literal["before", "after"], PeakRates] = Field(
         validation_alias=AliasChoices("peak_rates", "ceilings"), serialization_alias="ceilings"
     )
     rows: list[SpeedRow]
+
+    @field_validator("peak_rates")
+    @classmethod
+    def _has_both(cls, value: dict[str, PeakRates]) -> dict[str, PeakRates]:
+        if len(value) < 2:
+            raise ValueError("the rates before and after the measurement are needed")
+        return value
 
     @property
     def id(self) -> str:

@@ -36,6 +36,7 @@ LATER_FIELDS = {"inside", "items_sha256", "content_sha256"}
 FAILED = re.compile(r"\.failed-\d{8}T\d{6}$")  # ends the name of a failed run's record
 # A score is the mean of its items, which lm-eval sums in another order: double precision differs in the last digits.
 SCORE_TOLERANCE = 1e-9
+MAX_ITEMS_BYTES = 32 << 20  # of an unpacked items file, more than a million items; a small file can unpack to gigabytes
 ITEM_COLUMNS = ("task", "item", "correct")
 
 
@@ -314,7 +315,11 @@ def _items_from_bytes(content: bytes) -> dict[str, list[Number]]:
     A folder of results has a million of them, and `csv.reader` takes six times as long. So the text is split at once,
     since no task's name has a comma, and each distinct outcome is parsed once.
     """
-    header, _, text = gzip.decompress(content).decode().partition("\n")
+    with gzip.open(io.BytesIO(content)) as file:
+        unpacked = file.read(MAX_ITEMS_BYTES + 1)
+    if len(unpacked) > MAX_ITEMS_BYTES:
+        raise ValueError(f"the items file unpacks to more than {MAX_ITEMS_BYTES / 1e6:,.0f} MB")
+    header, _, text = unpacked.decode().partition("\n")
     if header != ",".join(ITEM_COLUMNS):
         raise ValueError(f"the items file has the columns {header}")
     *cells, end = text.replace("\n", ",").split(",")

@@ -14,11 +14,11 @@ from bench.models.adapters import load_adapter
 from bench.models.base import load, prepare
 from bench.records import provenance
 from bench.records.schema import DataSection, Record, RunConfig, TaskScore
-from bench.runs.run import score_options
+from bench.runs.run import open_journal, score_options
 from bench.runs.setting import RunSettings, load_data, make_run_config
 
 
-def score_elsewhere(config: RunConfig, setting: RunSettings, folder: Path) -> Record:
+def score_elsewhere(config: RunConfig, setting: RunSettings, folder: Path, *, keep: bool = False) -> Record:
     """Score a saved adapter of any PEFT type, and return its record, which is not written.
 
     How the adapter was trained is unknown, and so is whether it has seen items of the test sets.
@@ -27,6 +27,8 @@ def score_elsewhere(config: RunConfig, setting: RunSettings, folder: Path) -> Re
         config: The adapter's configuration, of `elsewhere_config`.
         setting: Settings of the scoring.
         folder: Folder of the adapter.
+        keep: Keep the model's answers in the folder of results, so that scoring goes on after a kill. Remove them with
+            `bench.runs.run.remove_unfinished`.
 
     Raises:
         UserError: The adapter is incomplete, or of another base model.
@@ -38,11 +40,15 @@ def score_elsewhere(config: RunConfig, setting: RunSettings, folder: Path) -> Re
     model, tokenizer = load(base, setting.device)
     adapted = load_adapter(model, base, folder)
     tests = {task: items[: setting.max_items] for task, items in data.test.items()}
-    results, items = score(adapted, tokenizer, tests, **score_options(setting), progress_of=config.id)
+    made_by = provenance.provenance(setting.device, jobs=1)
+    options = score_options(setting)
+    if keep:
+        options["recall"] = open_journal(config, setting, made_by, adapted).recall
+    results, items = score(adapted, tokenizer, tests, **options, progress_of=config.id)
     return Record(
         config=config,
         status="ok",
-        provenance=provenance.provenance(setting.device, jobs=1),
+        provenance=made_by,
         data=DataSection(sha256=data.sha256, dropped=data.dropped, dropped_validation=data.dropped_validation),
         test={task: TaskScore(**result) for task, result in results.items()},
         items=items,

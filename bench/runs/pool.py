@@ -17,7 +17,7 @@ from accelerate.utils.memory import clear_device_cache
 from bench.errors import UserError
 from bench.records.schema import Record, RunConfig
 from bench.runs.plan import Runs
-from bench.runs.run import checkpoint_of, find_record, run
+from bench.runs.run import find_record, remove_unfinished, run
 from bench.runs.setting import RunSettings
 from bench.runs.together import run_together
 from bench.runs.workers import follow_parent, sigint_blocked, stopped_at_the_end, work
@@ -46,7 +46,7 @@ def run_all(runs: Runs, jobs: int, together: int = 1) -> Generator[Record]:
     processes().wait_for_everyone()  # they must agree on the runs that are missing
     for config, setting in runs:
         if config.id in done:  # killed between its record and this
-            checkpoint_of(config, setting).unlink(missing_ok=True)
+            remove_unfinished(config, setting)
     yield from done.values()
     missing = [(config, setting) for config, setting in runs if config.id not in done]
     if together > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 import traceback
@@ -18,14 +19,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import malora
 from bench.errors import UserError
 from bench.evaluate.adapter_analysis import analyze_adapter
+from bench.evaluate.answer_journal import AnswerJournal
 from bench.evaluate.score import require_scoring, score
 from bench.experiments.methods import BASE
-from bench.models.adapters import add_adapter, count_parameters, save_adapter
+from bench.models.adapters import add_adapter, count_parameters, hash_adapter, save_adapter
 from bench.models.base import load, prepare, targets
 from bench.records import provenance
 from bench.records import store as records
-from bench.records.leftovers import is_disk_full, remove_failures, temporary_files_removed
-from bench.records.schema import DataSection, InsideSection, Parameters, Record, RunConfig, TaskScore, TrainSection
+from bench.records.leftovers import JOURNAL, is_disk_full, remove_failures, temporary_files_removed
+from bench.records.schema import (
+    DataSection,
+    InsideSection,
+    Parameters,
+    Provenance,
+    Record,
+    RunConfig,
+    TaskScore,
+    TrainSection,
+)
 from bench.runs.setting import RunSettings, blend_seed, load_data
 from bench.runtime.attention import require_packing
 from bench.runtime.processes import processes
@@ -65,7 +76,7 @@ def run(config: RunConfig, setting: RunSettings, jobs: int = 1, trained: Trained
     found = find_record(config, setting)
     state.wait_for_everyone()  # a slower process would find the record that a faster one has written meanwhile
     if found:
-        remove_checkpoints(checkpoint_of(config, setting))  # there is one if the run was killed after its record
+        remove_unfinished(config, setting)  # there is something if the run was killed after its record
         return found
     require_scoring(MIXTURES[config.mixture].tasks, setting.unsafe_code)
     checkpoint = checkpoint_of(config, setting)
@@ -78,7 +89,7 @@ def run(config: RunConfig, setting: RunSettings, jobs: int = 1, trained: Trained
         if state.is_main_process:
             records.write(record, setting.results)
             if record.status != "failed":
-                remove_checkpoints(checkpoint)
+                remove_unfinished(config, setting)
                 remove_failures(config.id, setting.results)
     state.wait_for_everyone()
     if not state.is_main_process:
@@ -102,7 +113,9 @@ def _make(record: Record, setting: RunSettings, checkpoint: Path, trained: Train
         raise  # the user's to solve, so not a result of the run
     except torch.OutOfMemoryError as error:
         if jobs > 1:
-            remove_checkpoints(checkpoint)  # its times are those of crowded runs, so nothing may resume from it
+            remove_unfinished(
+                record.config, setting
+            )  # its times are those of crowded runs, so nothing may resume from it
             raise
         if state.num_processes > 1:
             raise  # as below
@@ -118,6 +131,33 @@ def _make(record: Record, setting: RunSettings, checkpoint: Path, trained: Train
 def checkpoint_of(config: RunConfig, setting: RunSettings) -> Path:
     """Return the file of a run's checkpoint."""
     return setting.results / "checkpoints" / f"{config.id}.pt"
+
+
+def remove_unfinished(config: RunConfig, setting: RunSettings) -> None:
+    """Remove what a run keeps to go on after a kill: its checkpoints and its journal of answers."""
+    remove_checkpoints(checkpoint_of(config, setting))
+    _journal_path(config, setting).unlink(missing_ok=True)
+
+
+def _journal_path(config: RunConfig, setting: RunSettings) -> Path:
+    return checkpoint_of(config, setting).with_suffix(JOURNAL)
+
+
+def open_journal(
+    config: RunConfig, setting: RunSettings, made_by: Provenance, model: PreTrainedModel | PeftModel
+) -> AnswerJournal:
+    """Open the journal of a model's answers, next to the run's checkpoint.
+
+    Answers in it count for the same configuration, adapter, code, packages and device only.
+
+    Args:
+        config: Configuration of the run.
+        setting: Settings that it shares with others.
+        made_by: Code, packages and device of this process.
+        model: Model that is scored.
+    """
+    code = made_by.source_sha256, made_by.packages, made_by.device, made_by.cuda
+    return AnswerJournal(_journal_path(config, setting), json.dumps([config.hash, hash_adapter(model), *code]))
 
 
 def _train_and_score(
@@ -172,7 +212,8 @@ def _train_and_score(
             inside = analyze_adapter(model, tokenizer, fresh, prompts, setting.peers)
         record.inside = InsideSection(**_rounded(inside))
     start = time.perf_counter()
-    score_with = score_options(setting)
+    journal = open_journal(config, setting, record.provenance, model)
+    score_with = score_options(setting) | {"recall": journal.recall}
     if config.method != BASE:
         items = _limited(data.validation, config)
         validation, _ = score(model, tokenizer, items, **score_with, progress_of=f"{config.id} validation")
@@ -181,7 +222,7 @@ def _train_and_score(
     test, record.items = score(model, tokenizer, items, **score_with, progress_of=f"{config.id} test")
     record.test = {task: TaskScore(**one) for task, one in test.items()}
     if record.train:
-        record.train.seconds["evaluation"] = time.perf_counter() - start
+        record.train.seconds["evaluation"] = time.perf_counter() - start + journal.recalled_seconds
     track(_final_scores(record), record.train.steps if record.train else 0)
 
 

@@ -97,7 +97,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_
         max_length: Maximum tokens of an encoded example, prompt and label.
 
     Raises:
-        UserError: There are written answers, and the tokenizer has no end-of-text token.
+        UserError: There are written answers, and the tokenizer has no end-of-text token. Or the tokenizer does not
+            tell texts apart.
     """
     is_written = [isinstance(example, WrittenExample) for example in examples]
     if any(is_written) and tokenizer.eos_token_id is None:
@@ -110,6 +111,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_
         label = label + [tokenizer.eos_token_id] * ends
         label = label[: max_length - min(len(context), max_length // 2)]
         encoded.append(Encoded((context + label)[-max_length:], len(label)))
+    if encoded and (min(len(e.ids) for e in encoded) < 2 or not any(e.label_length for e in encoded)):
+        raise UserError(
+            "the base model's tokenizer gives whole texts one token or none, and nothing to learn; save it again."
+        )
     return encoded
 
 

@@ -12,12 +12,12 @@ under another name, and training continues from the one before it.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -25,6 +25,8 @@ from typing import IO, Any, Protocol
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+
+from bench.records.files import stale_files, temporary_path
 
 MAGIC = b"malora checkpoint 1\n"
 HASH_LENGTH = 64  # characters of a hex SHA-256
@@ -112,10 +114,10 @@ class Checkpoint:
             "random_states": random_states,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        temporary = temporary_path(self.path)
         try:
             write_state(temporary, state)
-            if self.path.exists():
+            with suppress(FileNotFoundError):  # of the first one
                 os.replace(self.path, previous_checkpoint(self.path))
             os.replace(temporary, self.path)
         finally:
@@ -238,12 +240,16 @@ def previous_checkpoint(path: Path) -> Path:
 
 
 def remove_checkpoints(path: Path) -> None:
-    """Remove the checkpoints of a run, those that were set aside, and what interrupted writes left."""
+    """Remove the checkpoints of a run, those that were set aside, and what interrupted writes left.
+
+    What another process is writing stays: two machines that share a folder may make the same run.
+    """
     for name in (path.name, previous_checkpoint(path).name):
         for file in (path.with_name(name), path.with_name(f"{name}.damaged")):
             file.unlink(missing_ok=True)
-    for file in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        file.unlink(missing_ok=True)
+    for file in stale_files(path.parent):
+        if file.name.startswith(f".{path.name}."):
+            file.unlink(missing_ok=True)
 
 
 def write_state(path: Path, state: object) -> None:

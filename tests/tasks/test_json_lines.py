@@ -4,7 +4,7 @@ import gzip
 
 import pytest
 
-from tasks import DataError
+from tasks import DataError, json_lines
 from tasks.json_lines import read_json_lines
 
 GOOD = b"\n".join(b'{"goal": "reach goal %d", "label": %d}' % (i, i % 2) for i in range(600)) + b"\n"
@@ -57,3 +57,24 @@ def test_a_line_that_is_not_one_object_is_named(tmp_path, line, problem):
 def test_line_separators_within_a_text_do_not_end_a_line(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"a": "x\u2028y\x85z"}\n', encoding="utf-8")
     assert read_json_lines(tmp_path / "a.jsonl") == [(1, {"a": "x\u2028y\x85z"})]
+
+
+def test_a_small_file_that_unpacks_to_gigabytes_is_refused_before_it_takes_memory(tmp_path, monkeypatch):
+    path = tmp_path / "piqa_train.jsonl.gz"
+    line = b'{"a": "' + b" " * (1 << 20) + b'"}\n'
+    path.write_bytes(gzip.compress(line) * 4000)  # four gigabytes
+    assert path.stat().st_size < 5 << 20
+    read, sizes = gzip.GzipFile.read, []
+
+    def count(self, size):
+        sizes.append(size)
+        return read(self, size)
+
+    monkeypatch.setattr(gzip.GzipFile, "read", count)
+    monkeypatch.setattr(json_lines, "MIN_LIMIT", 1 << 20)
+    monkeypatch.setattr(json_lines, "MAX_RATIO", 2)
+    with pytest.raises(DataError, match=r"piqa_train.jsonl.gz unpacks to more than \d+ MB, over 2 times its size"):
+        read_json_lines(path)
+    assert sum(sizes) < 20 << 20
+    path.write_bytes(gzip.compress(GOOD))
+    assert len(read_json_lines(path)) == 600

@@ -57,7 +57,7 @@ def _cells(record: SpeedRecord, row: SpeedRow, others: list[float | None]) -> li
         *(number(ratio(step, other), 3) for other in others),
         *(f"{getattr(peak, kind) / 2**30:.1f}" if peak else "" for kind in ("allocated", "reserved")),
         *("" if count is None else f"{count:,}" for count in counts),
-        f"{statistics.median(row.sensors['watts']):.0f}" if "watts" in row.sensors else "",
+        f"{statistics.median(row.sensors['watts']):.0f}" if row.sensors.get("watts") else "",
         "" if row.loss is None else number(row.loss, DIGITS),
         "; ".join(filter(None, [row.package, row.reason])),
     ]

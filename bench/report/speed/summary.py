@@ -62,8 +62,8 @@ def tokens_per_second(record: SpeedRecord, row: SpeedRow | None) -> float | None
 
 
 def ratio(above: float | None, below: float | None) -> float | None:
-    """Return above / below, or None if one is unknown."""
-    return None if above is None or below is None else above / below
+    """Return above / below, or None if one is unknown, or `below` is 0."""
+    return None if above is None or not below else above / below
 
 
 def named(record: SpeedRecord, name: str) -> SpeedRow | None:

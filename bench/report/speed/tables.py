@@ -110,7 +110,8 @@ def _intro(record: SpeedRecord) -> str:
     matmul = [rates.matrix_flops_per_second / 1e12 for rates in (before, after)]
     copy = [rates.copy_bytes_per_second / 1e12 for rates in (before, after)]
     rounds = "1 round" if o.rounds == 1 else f"{o.rounds} rounds"
-    versions = ", ".join(f"{name} {text(p.packages[name])}" for name in ("torch", "transformers", "peft"))
+    packages = {name: p.packages.get(name) or "unknown" for name in ("torch", "transformers", "peft")}
+    versions = ", ".join(f"{name} {text(version)}" for name, version in packages.items())
     lines = [
         f"{work[0].upper()}{work[1:]}, on {text(p.device)}; {versions}; commit {code((p.commit or 'unknown')[:12])}. "
         f"Random weights, dropout {o.dropout:g}, {rounds}. The device's peak rates before and after: "
@@ -167,9 +168,9 @@ def _model_cells(record: SpeedRecord, row: SpeedRow, others: list[float | None])
         *(number(ratio(step, other), 3) for other in others),
         "" if share is None else f"{share:.1%}",
         *(f"{getattr(peak_bytes, kind) / 2**30:.1f}" if peak_bytes else "" for kind in ("allocated", "reserved")),
-        *(f"{statistics.median(sensors[name]):.0f}" if name in sensors else "" for name in ("clock_mhz", "watts")),
+        *(f"{statistics.median(sensors[name]):.0f}" if sensors.get(name) else "" for name in ("clock_mhz", "watts")),
         *("" if count is None else f"{count:,}" for count in counts),
-        f"{row.trainable:,}",
+        "" if row.trainable is None else f"{row.trainable:,}",
         text(row.reason or ""),
     ]
 

@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM
 
 import malora
 from bench.cli.parser import main
+from bench.evaluate.lm_eval_model import LabelPositionLM
 from bench.experiments.profiles import PROFILES
 from bench.models.adapters import BASE_FILE, add_adapter, save_adapter
 from bench.models.base import BaseModel, load, prepare
 from bench.records import store
 from bench.report.model_card import model_card
-from tests.bench.cli.helpers import refused
+from tests.bench.cli.helpers import refused, snapshot
 from tests.bench.records.test_store import make
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -175,8 +176,12 @@ def test_a_hub_model_is_named_with_its_commit(base_folder, tmp_path):
     assert (config.base_model_name_or_path, config.revision) == ("someone/model", "c" * 40)
 
 
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("method", ["lora", "malora"])
-def test_an_adapter_from_elsewhere_enters_the_leaderboard(method, base_folder, tmp_path, capsys):
+def test_an_adapter_from_elsewhere_enters_the_leaderboard(method, base_folder, tmp_path, capsys, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(base_folder)
     options = {"target_modules": ["q_proj", "lm_head"], "task_type": "CAUSAL_LM"}
     config = LoraConfig(r=4, **options) if method == "lora" else malora.METHODS["malora"](r=4, d=8, **options)
@@ -186,7 +191,14 @@ def test_an_adapter_from_elsewhere_enters_the_leaderboard(method, base_folder, t
     command = ["score", "--adapter", tmp_path / "mine", *options]
     assert call(*command) == 0
     assert not (tmp_path / "results").exists()
-    assert call(*command, "--record") == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "write", interrupt)
+        assert call(*command, "--record") == 130
+    (answers,) = (path for path in snapshot(tmp_path / "results") if path.suffix == ".answers")
+    with monkeypatch.context() as patched:
+        patched.setattr(LabelPositionLM, "_label_likelihoods", lambda *a: pytest.fail("scored again"))
+        assert call(*command, "--record") == 0
+    assert not answers.exists()
     assert "recorded in" in capsys.readouterr().out
     (record,) = store.read_all(tmp_path / "results")
     assert record.config.method.startswith("elsewhere-mine-") and record.config.learning_rate is None

@@ -16,11 +16,13 @@ NEEDED = (
     "runs/broken.failed-20260101T000000.json",
     "checkpoints/going.pt",
     "checkpoints/going.pt.damaged",
+    "checkpoints/going.answers",
     "table2.md",
 )
 UNNEEDED = {
     "checkpoints/done.pt": "checkpoint of a run that is recorded",
     "checkpoints/done.previous.pt": "checkpoint of a run that is recorded",
+    "checkpoints/done.answers": "answers of a run that is recorded",
     "runs/done.failed-20260101T000000.json": "failure of a run that is recorded",
     "runs/done.failed-20260101T000000.items.csv.gz": "failure of a run that is recorded",
     "runs/lost.items.csv.gz": "items without a record",
@@ -50,7 +52,7 @@ def test_clean_shows_what_no_run_needs_and_removes_it_with_yes(folder, capsys):
     before = snapshot(results)
     assert main(["clean", "--results", str(results)]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in unneeded) and "8 files in" in out and "--yes removes them" in out
+    assert all(name in out for name in unneeded) and "9 files in" in out and "--yes removes them" in out
     assert snapshot(results) == before
     assert main(["clean", "--results", str(results), "--yes"]) == 0
     assert snapshot(results).keys() == before.keys() - {results / name for name in unneeded}

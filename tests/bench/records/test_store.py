@@ -222,7 +222,7 @@ def test_a_run_that_ended_well_has_all_sections(tmp_path, section):
 def test_a_score_is_from_0_to_1(tmp_path, value):
     path = store.write(make(), tmp_path)
     path.write_text(path.read_text(encoding="utf-8").replace('"value": 0.5', f'"value": {value}'), encoding="utf-8")
-    with pytest.raises(UserError, match=rf"{re.escape(str(path))}.*value: Input should be"):
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))}.*value.*: Input should be"):
         store.read(path)
 
 
@@ -436,3 +436,24 @@ def test_the_mixture_of_a_single_domain_names_a_file(tmp_path):
     one = make()
     path = store.write(one.replace(config=one.config.replace(mixture="inter/code")), tmp_path)
     assert path.parent == tmp_path / "runs" and store.read(path).config.mixture == "inter/code"
+
+
+def test_an_items_file_that_unpacks_to_gigabytes_is_refused(tmp_path, monkeypatch):
+    path = store.write(make(), tmp_path)
+    monkeypatch.setattr(store, "MAX_ITEMS_BYTES", 100)
+    with pytest.raises(UserError, match="the items file unpacks to more than"):
+        store.read(path)
+
+
+@pytest.mark.parametrize("change", [
+    lambda content: content["data"]["sha256"].pop("test"),
+    lambda content: content["train"].update(tokens=10**400),
+    lambda content: content["train"]["seconds"].update(data=math.nan),
+])  # fmt: skip
+def test_a_record_that_would_break_its_page_is_refused(change, tmp_path):
+    path = store.write(make(), tmp_path)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="is not a complete record"):
+        store.read(path)

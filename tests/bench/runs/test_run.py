@@ -3,12 +3,14 @@
 import errno
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
 import bench.runs.run
 from bench.cli.parser import main
+from bench.evaluate.answer_journal import AnswerJournal
 from bench.experiments.methods import BASE
 from bench.records import store
 from bench.runs.pool import run_all
@@ -17,6 +19,7 @@ from bench.runs.setting import make_run_config
 from bench.train.step import TrainStep
 from tests.bench.cli.helpers import snapshot
 from tests.bench.conftest import make_setting
+from tests.bench.train.test_checkpoint import KilledError
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -85,6 +88,45 @@ def test_a_run_that_breaks_is_recorded_as_failed_and_made_again(setting, monkeyp
     assert broken.status == "failed" and "ZeroDivisionError" in broken.error
     assert store.read_all(setting.results) == []
     assert run(config, setting).status == "ok"
+
+
+def test_scoring_goes_on_where_it_was_killed(base_folder, tmp_path, monkeypatch):
+    """Kill a run after every third batch that it scores: inside tasks, between them and between the splits."""
+    computed, kills, kills_at = [], 0, 1000
+    append = AnswerJournal._append
+
+    def count(self, content):
+        append(self, content)
+        computed.append(json.loads(content)[0])
+        if len(computed) % kills_at == 0:
+            raise KilledError
+
+    monkeypatch.setattr(AnswerJournal, "_append", count)
+
+    def outcome(folder):
+        nonlocal kills
+        setting = make_setting(base_folder, tmp_path / folder, max_steps=5, max_items=3)
+        profile = replace(setting.profile, eval_batch_size=4, generation_batch_size=2)
+        setting = replace(setting, mixture="inter", profile=profile)
+        config = make_run_config(setting, "malora", seed=0, learning_rate=1e-2)
+        computed.clear()
+        while True:
+            try:
+                result = run(config, setting)
+                break
+            except KilledError:
+                kills += 1
+                assert not store.read_all(setting.results)
+        assert result.status == "ok", result.error
+        assert {path.suffix for path in snapshot(setting.results)} == {".json", ".gz"}
+        assert result.train.seconds["evaluation"] > 0
+        return result.items, result.test, result.validation, result.train.curve, [*computed]
+
+    expected = outcome("unbroken")
+    assert kills == 0 and len({*expected[-1]}) == len(expected[-1])
+    kills_at = 3
+    assert outcome("killed") == expected  # so no batch was computed twice
+    assert kills == len(expected[-1]) // 3 > 2
 
 
 def test_out_of_memory_is_recorded_as_such(setting, monkeypatch):

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ConstantLR
 
+from bench.records import files
 from bench.runs.run import run
 from bench.runs.setting import make_run_config
-from bench.train.checkpoint import Checkpoint, TrainLog, previous_checkpoint
+from bench.train.checkpoint import Checkpoint, TrainLog, previous_checkpoint, remove_checkpoints
 from bench.train.step import TrainStep
 from tests.bench.conftest import make_setting
 
@@ -97,3 +98,23 @@ def test_no_process_continues_from_a_file_that_another_could_not_read(tmp_path, 
     assert "checkpoint.pt is damaged: the file was renamed" in capsys.readouterr().err
     monkeypatch.setattr("bench.train.checkpoint.gather_object", lambda mine: [*mine, (None, False)])
     assert checkpoint.load() is None and previous_checkpoint(path).exists()  # on a disk that the other lacks
+
+
+def test_two_machines_that_share_a_folder_do_not_share_temporary_files(tmp_path, monkeypatch):
+    """Their processes may have the same id, and make the same run."""
+    path = tmp_path / "run.pt"
+    mine = files.temporary_path(path)
+    with monkeypatch.context() as other_machine:
+        other_machine.setattr(files, "_MACHINE", "abcdef")
+        theirs = files.temporary_path(path)
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    written = []
+    monkeypatch.setattr("bench.train.checkpoint.write_state", lambda path, state: written.append(path) or path.touch())
+    for _ in range(2):
+        Checkpoint(path, "id", model, optimizer, ConstantLR(optimizer)).save(TrainLog())
+    assert written == [mine, mine] and theirs != mine
+    for file in (mine, theirs):
+        file.touch()
+    remove_checkpoints(path)
+    assert list(tmp_path.iterdir()) == [theirs]
