@@ -17,6 +17,8 @@ import torch
 
 from tasks import MIXTURES, Generator, Hub, Source
 
+OF_CLASSES = ("classify", "clinc", "procedural-classify")  # mixtures of texts to classify
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -34,6 +36,7 @@ class Profile:
         seeds: Runs per table row.
         mixtures: Substitutes for mixtures that the source does not have.
         inter: Fields with other values for mixtures of domains; see `on`.
+        of_classes: Fields with other values for mixtures of texts to classify, and for each of their tasks.
         format: Prompt format, a name in `tasks.FORMATS`.
         rank_divisor: The paper's ranks are divided by it, for models much smaller than the paper's.
         paper_rate: The paper's learning rate.
@@ -57,6 +60,7 @@ class Profile:
     seeds: int
     mixtures: dict[str, str] = field(default_factory=dict)
     inter: dict[str, Any] = field(default_factory=dict)
+    of_classes: dict[str, Any] = field(default_factory=dict)
     format: str = "letters"
     rank_divisor: int = 1
     paper_rate: float = 4e-4
@@ -73,8 +77,11 @@ class Profile:
     def on(self, mixture: str) -> Profile:
         """Return the profile for a mixture.
 
-        The paper trains longer on domains, with another learning rate.
+        The paper trains longer on domains, with another learning rate. Labels of texts to classify are asked for as
+        words.
         """
+        if mixture.partition("/")[0].partition("+")[0] in OF_CLASSES:
+            return replace(self, **self.of_classes)
         return replace(self, **self.inter) if MIXTURES[mixture].domains else self
 
 
@@ -90,7 +97,9 @@ PROFILES: dict[str, Profile] = {
                 "inter": "procedural-inter",
                 "inter-open": "procedural-inter",
                 "inter/mathematics": "procedural-inter/counting_train",
+                "classify": "procedural-classify",
             },
+            of_classes={"format": "cloze"},
             inter={"paper_rate": 5e-4, "rates": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)},
             rank_divisor=4,  # LoRA of rank 16 on a hidden size of 128
             epochs=1,
@@ -114,6 +123,7 @@ PROFILES: dict[str, Profile] = {
                 # Batches of 128 were bound by kernel launches, and scoring took a third of a run's time.
                 "eval_batch_size": 512,
             },
+            of_classes={"format": "cloze", "epochs": 3, "eval_batch_size": 512},
             seeds=3,
             eval_batch_size=128,
             generation_batch_size=512,
@@ -126,6 +136,7 @@ PROFILES: dict[str, Profile] = {
             batch_size=2,
             rates=(1e-4, 2e-4, 4e-4, 8e-4),
             inter={"epochs": 3, "batch_size": 4, "paper_rate": 5e-4, "rates": (1.25e-4, 2.5e-4, 5e-4, 1e-3)},
+            of_classes={"format": "cloze", "epochs": 3},
             seeds=1,
             eval_batch_size=16,
             generation_batch_size=32,

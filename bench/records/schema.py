@@ -9,37 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict
+
+from bench.records.section import Model, Section
+from bench.records.section import Number as Number
+from bench.records.task_scores import GoldAnswers as GoldAnswers
+from bench.records.task_scores import TaskScore as TaskScore
 
 SCHEMA = 2  # schema 1 grouped examples of similar length into a batch
 
-# JSON has both; a record that is written again has the same bytes only if an integer stays an integer.
-Number = int | float
 Split = Literal["validation", "test"]
 Projection = Literal["A", "B"]
-
-
-class _Model(BaseModel):
-    """A set of fields that is validated and has no others."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    def replace(self, **changes: Any) -> Self:
-        """Return a validated copy with these fields changed."""
-        fields = {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
-        return type(self).model_validate(fields | changes)
-
-
-class Section(_Model):
-    """A section of a record, or a group of values in one. It cannot be changed."""
-
-    model_config = ConfigDict(frozen=True)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the plain values to store, without the fields that were never set."""
-        return self.model_dump(by_alias=True, exclude_unset=True)
 
 
 class RunConfig(Section):
@@ -140,11 +122,17 @@ class Parameters(Section):
 
 
 class TaskData(Section):
-    """The training data of one task in one epoch."""
+    """The training data of one task in one epoch.
+
+    Attributes:
+        largest_class: Share of the examples that are of the largest class; None for a task without classes, and in
+            older records.
+    """
 
     examples: int
     tokens: int
     label_tokens: int
+    largest_class: Number | None = None
 
 
 class DataSection(Section):
@@ -218,23 +206,6 @@ class TrainSection(Section):
         return sum(seconds for phase, seconds in self.seconds.items() if phase != "evaluation")
 
 
-class TaskScore(Section):
-    """A task's score.
-
-    Attributes:
-        value: Mean of the items, from 0 to 1.
-        stderr: Standard error of the mean; None for a single item.
-        n: Number of items.
-        version: Version of the scorer.
-    """
-
-    metric: str
-    value: Number = Field(ge=0, le=1)
-    stderr: Number | None
-    n: int
-    version: int
-
-
 # By projection, the mean over expert pairs and the chance level.
 Similarity = dict[Projection, tuple[Number, Number] | None]
 
@@ -298,7 +269,7 @@ class InsideSection(Section):
 Status = Literal["ok", "diverged", "oom", "failed"]
 
 
-class RunSections(_Model):
+class RunSections(Model):
     """The sections of a run's record as its file has them.
 
     Attributes:
@@ -329,10 +300,12 @@ class Record(RunSections):
     Attributes:
         items: By task, the outcome of every test item in order: 1 right, 0 wrong, in between for some metrics. They are
             stored in a file of their own.
+        gold: By task, losses and classes of the correct answers, in the same file; None in older records.
         path: File that the record was read from or written to.
     """
 
     items: dict[str, list[Number]] | None = None
+    gold: dict[str, GoldAnswers] | None = None
     path: Path | None = None
 
     @property

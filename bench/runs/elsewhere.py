@@ -38,7 +38,7 @@ def score_elsewhere(config: RunConfig, setting: RunSettings, folder: Path) -> Re
     model, tokenizer = load(base, setting.device)
     adapted = load_adapter(model, base, folder)
     tests = {task: items[: setting.max_items] for task, items in data.test.items()}
-    results, items = score(adapted, tokenizer, tests, **score_options(setting), progress_of=config.id)
+    results, items, gold = score(adapted, tokenizer, tests, **score_options(setting), progress_of=config.id)
     return Record(
         config=config,
         status="ok",
@@ -46,6 +46,7 @@ def score_elsewhere(config: RunConfig, setting: RunSettings, folder: Path) -> Re
         data=DataSection(sha256=data.sha256, dropped=data.dropped, dropped_validation=data.dropped_validation),
         test={task: TaskScore(**result) for task, result in results.items()},
         items=items,
+        gold=gold,
     )
 
 

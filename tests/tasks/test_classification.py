@@ -36,7 +36,8 @@ def splits_of(task, folder):
 
 
 def test_labels_are_words_and_the_prompt_ends_with_their_name():
-    assert [in_words(label) for label in ("AddToPlaylist", "card_arrival", "visual-studio", "Refund_not_showing_up")] == [
+    labels = ("AddToPlaylist", "card_arrival", "visual-studio", "Refund_not_showing_up")
+    assert [in_words(label) for label in labels] == [
         "add to playlist", "card arrival", "visual-studio", "refund not showing up"]  # fmt: skip
     record = {"text": " play it \n", "label": "RateBook"}
     question = TASKS["snips"].parse_record(record)
