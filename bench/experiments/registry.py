@@ -20,7 +20,6 @@ from bench.records.schema import RunConfig
 from tasks import MIXTURES
 
 SWEPT = ("lora", "asylora", "dora", "molora", "malora")
-SWEEP_SEED = 0
 # Mixtures of the Hugging Face hub, and the mixtures of freely licensed data that replace them with --data.
 OPEN = {"inter": "inter-open"}
 RANKS = ("r", "lora_alpha", "d")  # options that the profile divides

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -325,3 +327,15 @@ class Record(RunSections):
         """
         scores = self.test if split == "test" else self.validation
         return 100 * sum(score.value for score in scores.values()) / len(scores) if scores else None
+
+    def validation_loss(self, without: Collection[str] = ()) -> float:
+        """Return the mean over tasks of the validation loss in nats per label token.
+
+        It is infinite for a run that did not end well, and for a record without losses.
+
+        Args:
+            without: Tasks that do not count.
+        """
+        losses = [score.loss for task, score in (self.validation or {}).items() if task not in without]
+        known = [loss for loss in losses if loss is not None]
+        return sum(known) / len(known) if self.status == "ok" and known and len(known) == len(losses) else math.inf

@@ -8,7 +8,8 @@ from typing import Literal
 
 from pydantic import AliasChoices, Field
 
-from bench.records.schema import Number, Provenance, Section
+from bench.records.schema import Provenance
+from bench.records.section import Number, Section
 
 SPEED_SCHEMA = 1
 CUT_SHAPES = ("llama3-70b",)  # more than one GPU holds: a record of training programs says how many layers it had

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from bench.experiments.methods import BASE
-from bench.experiments.registry import SWEEP_SEED, TableEntry
+from bench.experiments.profiles import SWEEP_SEED, TUNING_SEED
+from bench.experiments.registry import TableEntry
 from bench.report import markdown
 from bench.report.paper import paper
 from bench.report.scores.document import Leaderboard
@@ -256,6 +257,8 @@ def _apart(row: TableRow) -> str:
 def _partial_sweeps(selection: Selection) -> dict[str, str]:
     """Return a note per method that was tried at fewer learning rates than another."""
     frame = selection.frame
+    if (frame["seed"] == TUNING_SEED).any():
+        return {}  # a search tries as many rates as it needs
     sweep = frame[frame["learning_rate"].notna() & (frame["seed"] == SWEEP_SEED)]
     every = sweep["learning_rate"].nunique()
     tried = sweep.groupby("method")["learning_rate"].nunique()

@@ -9,14 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import pandas as pd
 
+from bench.experiments.floors import tasks_at_floor
 from bench.experiments.methods import BASE, ELSEWHERE
-from bench.experiments.profiles import PROFILES, Profile
+from bench.experiments.profiles import PROFILES, TUNING_SEED, Profile
 from bench.experiments.registry import (
     EXPERIMENTS,
-    SWEEP_SEED,
     Experiment,
     TableEntry,
     single_task_mixtures,
@@ -24,6 +23,7 @@ from bench.experiments.registry import (
 )
 from bench.records.schema import Record, RunConfig
 from bench.report.scores.comparable import same_scorer, same_test
+from bench.report.scores.rates import choose_rates
 from bench.report.stats import (
     Difference,
     Mean,
@@ -40,7 +40,8 @@ Rates = Mapping[str, float | None]  # by tuning group
 # Fields in which the rows and the seeds of one table differ. The data's hash covers the order of training, which
 # depends on the seed. The scorer's versions depend on the tasks of the mixture; see `bench.report.scores.comparable`.
 FREE_IN_A_TABLE = ("method", "method_options", "learning_rate", "seed", "data_hash", "mixture", "scorer_versions")
-FREE_FOR_RATES = (*FREE_IN_A_TABLE, "model_hash", "max_steps", "max_items", "epochs", "batch_size", "format")
+FREE_FOR_RATES = (*FREE_IN_A_TABLE, "model_hash", "max_steps", "max_items", "epochs", "batch_size", "format",
+                  "warmup_ratio")  # fmt: skip
 COLUMNS = (*RunConfig.model_fields, "setting", "variant", "id", "status", "validation", "test", "time", "test_hash",
            "record")  # fmt: skip
 
@@ -201,6 +202,11 @@ class Selection:
         return PROFILES[self.profile].on(self.experiment.mixture)
 
     @property
+    def at_floor(self) -> set[str]:
+        """The tasks that a LoRA trained on them alone does not learn."""
+        return _tasks_at_floor(self.folder, self.frame)
+
+    @property
     def entries(self) -> list[TableEntry]:
         """The rows of the table."""
         return entries_of(self.experiment, self.frame)
@@ -222,9 +228,10 @@ class Selection:
     def rows(self, rates: Rates, entries: Sequence[TableEntry] | None = None) -> list[TableRow]:
         """Return a row per table entry that has runs at the rate of its tuning group."""
         found = []
+        reported = self.frame[self.frame["seed"] != TUNING_SEED]
         for entry in self.entries if entries is None else entries:
             rate = rates.get(entry.tuning_group)
-            runs = _at_rate(runs_of(self.frame, self.experiment, entry), rate).sort_values("seed", kind="stable")
+            runs = _at_rate(runs_of(reported, self.experiment, entry), rate).sort_values("seed", kind="stable")
             if len(runs):
                 records = records_of(runs)
                 complete = _joined(records) if entry.single_task else records
@@ -315,26 +322,6 @@ def records_that_lend_rates(frame: pd.DataFrame, like: RunConfig) -> pd.DataFram
     return same[same_format]
 
 
-def choose_rates(frame: pd.DataFrame) -> dict[str, float]:
-    """Return by method the learning rate with the best validation mean.
-
-    The mean is that of the sweep's seed. The records are of one mixture. Runs with other options than the paper's do
-    not count. A method with a single rate was not tuned and is left out. Of equal means the lower rate is taken.
-    """
-    sweep = frame[(frame["seed"] == SWEEP_SEED) & frame["learning_rate"].notna()]
-    examples = sweep.drop_duplicates("variant")
-    usual = {
-        variant: TableEntry(record.config.method).matches(record.config)
-        for variant, record in zip(examples["variant"], examples["record"], strict=True)
-    }
-    sweep = sweep[sweep["variant"].map(usual).astype(bool)]
-    scores = sweep["validation"].where(sweep["status"] == "ok").astype(float).fillna(-np.inf)
-    tried = sweep.assign(score=scores).drop_duplicates(["method", "learning_rate"], keep="last")
-    best = tried.sort_values(["score", "learning_rate"], ascending=[False, True]).groupby("method").first()
-    counts = tried.groupby("method", sort=False).size()
-    return {method: float(best.loc[method, "learning_rate"]) for method in counts[counts > 1].index}
-
-
 def tuned_rates(experiment: Experiment, frame: pd.DataFrame) -> LearningRates:
     """Return each tuning group's learning rate.
 
@@ -343,14 +330,18 @@ def tuned_rates(experiment: Experiment, frame: pd.DataFrame) -> LearningRates:
     """
     own, _ = select_comparable(frame, experiment)
     own = own[own["mixture"].isin(experiment.mixtures)]
-    rates = choose_rates(own)
+    rates = choose_rates(own, _tasks_at_floor(frame, own))
     table2 = EXPERIMENTS["table2"]
     if experiment == table2 or (rates and rates.keys() >= set(groups_with_runs(experiment, own))):
         return LearningRates(rates, experiment, frozenset(own["format"]))
     lent, _ = select_comparable(frame, table2)
-    rates = choose_rates(lent)
+    rates = choose_rates(lent, _tasks_at_floor(frame, lent))
     rates = {group: rates[group] for group in experiment.tuning_groups if group in rates}
     return LearningRates(rates, table2, frozenset(lent["format"]))
+
+
+def _tasks_at_floor(folder: pd.DataFrame, of_mixture: pd.DataFrame) -> set[str]:
+    return tasks_at_floor(folder["record"], of_mixture["record"].iloc[0].config) if len(of_mixture) else set()
 
 
 def groups_with_runs(experiment: Experiment, frame: pd.DataFrame) -> list[str]:
