@@ -19,7 +19,7 @@ from bench.command_line import require_folder
 from bench.errors import UserError
 from bench.evaluate.score import require_scoring
 from bench.experiments.floors import single_task_runs, tasks_at_floor
-from bench.experiments.methods import BASE
+from bench.experiments.methods import BASE, title_of
 from bench.experiments.profiles import PROFILES, Profile
 from bench.experiments.registry import Experiment, open_data_mixture, tuning_groups_of
 from bench.models.adapters import check_adapter
@@ -95,13 +95,15 @@ def make_table(options: argparse.Namespace) -> int:
     jobs = _count_jobs(options, setting)
     like = make_run_config(setting, BASE, 0)
     if options.floors:
+        _require_no_table_options(options)
         return make_floors(setting, experiment.name, options, [*published, *mine])
     entries = experiment.chosen(options.methods)
     tuning_groups = tuning_groups_of(entries)
     at_floor = tasks_at_floor([*published, *mine], like)
-    known = known_sweep(setting, tuning_groups, at_floor) if options.sweep else []
+    sweeps = options.sweep or options.only_sweep
+    known = known_sweep(setting, tuning_groups, at_floor) if sweeps else []
     swept = [(one.config, setting) for one in known]
-    if options.sweep:
+    if sweeps:
         to_come = expected_sweep(setting, tuning_groups, known, at_floor)
         swept += to_come
         rates = tuned_rates(experiment, records_frame([*known, *single_task_runs([*published, *mine], like)]))
@@ -113,19 +115,23 @@ def make_table(options: argparse.Namespace) -> int:
     if not options.dry_run:
         _open_results(setting.results)
     if processes().is_main_process:
-        planned = [run for batch in plan_runs(setting, experiment, entries, options.seeds, expected) for run in batch]
+        batches = [] if options.only_sweep else plan_runs(setting, experiment, entries, options.seeds, expected)
         announce(
             experiment.name,
-            [*swept, *planned],
+            [*swept, *(run for batch in batches for run in batch)],
             [*published, *_published_trials(setting), *mine],
             jobs,
             dry_run=options.dry_run,
         )
     if options.dry_run:
         return 0
-    if options.sweep:
+    if sweeps:
         made = make_sweep(setting, tuning_groups, at_floor, jobs, options.together)
         rates = tuned_rates(experiment, records_frame([*made, *single_task_runs([*published, *mine], like)]))
+    if options.only_sweep:
+        if processes().is_main_process:
+            print("\n".join(f"{title_of(method)}: {rate:g}" for method, rate in rates.tuned.items()))
+        return int(any(r.status == "failed" for r in made))
     if (without := [m for m in tuning_groups if m not in rates.tuned]) and processes().is_main_process:
         message = "no tuned learning rate, so the paper's is used; --sweep tunes."
         print(f"{', '.join(without)}: {message}", file=sys.stderr)
@@ -135,11 +141,18 @@ def make_table(options: argparse.Namespace) -> int:
     if processes().is_main_process:
         frame = records_frame(store.read_all(setting.results))
         selection = select(experiment, setting.profile.name, frame, like=like, rates=rates)
-        text = experiment_page(selection, swept=options.sweep, published=records_frame(published))
+        text = experiment_page(selection, swept=sweeps, published=records_frame(published))
         page = setting.results / f"{experiment.name}.md"
         write_atomically(page, text)
         print(f"\n{text}\nwritten to {page}")
     return int(any(r.status == "failed" for r in runs))
+
+
+def _require_no_table_options(options: argparse.Namespace) -> None:
+    """Check that no option would be ignored because `--floors` makes no table."""
+    for name in ("methods", "seeds", "sweep", "only_sweep"):
+        if getattr(options, name):
+            raise UserError(f"--floors makes no table; leave out --{name.replace('_', '-')}.")
 
 
 def _open_results(folder: Path) -> None:

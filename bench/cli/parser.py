@@ -161,7 +161,13 @@ def _add_table_options(parser: argparse.ArgumentParser, experiment: Experiment) 
     parser.add_argument(
         "--sweep",
         action="store_true",
-        help="tune the learning rates first, over those of the profile; without it the published choice is used",
+        help="tune the learning rates first, over those of the profile; without it the published choice is used. The "
+        "small profile begins with three rates and goes on next to the best one, by validation loss on seed 99",
+    )
+    parser.add_argument(
+        "--only-sweep",
+        action="store_true",
+        help="tune the learning rates as --sweep does, print them and make no table",
     )
     parser.add_argument(
         "--floors",

@@ -22,6 +22,7 @@ from bench.experiments.registry import (
     tuning_groups_of,
 )
 from bench.records.schema import Record, RunConfig
+from bench.report.scores.balanced import with_balanced_accuracy
 from bench.report.scores.comparable import same_scorer, same_test
 from bench.report.scores.rates import choose_rates
 from bench.report.stats import (
@@ -258,6 +259,7 @@ def select(
         rates: Learning rates of the rows; by default those that these records' sweeps chose.
     """
     mine, left_out = select_comparable(frame, experiment, like)
+    mine = with_balanced_accuracy(mine)
     return Selection(experiment, profile, frame, mine, left_out, rates or tuned_rates(experiment, frame))
 
 
