@@ -110,7 +110,9 @@ def make_table(options: argparse.Namespace) -> int:
         expected = rates_before_sweep(setting, tuning_groups) if to_come else rates.tuned
     else:
         # Learning rates are tuned for a model's name, because its weights may differ by rounding between machines.
-        rates = tuned_rates(experiment, records_that_lend_rates(records_frame(published or mine), like))
+        rates = tuned_rates(experiment, records_that_lend_rates(records_frame(published), like))
+        if not rates.tuned:
+            rates = tuned_rates(experiment, records_that_lend_rates(records_frame(mine), like))
         expected = rates.tuned
     if not options.dry_run:
         _open_results(setting.results)

@@ -49,6 +49,8 @@ def test_a_search_goes_on_until_the_best_rate_has_neighbours(command, tmp_path, 
     before = snapshot(tmp_path)
     assert main([*command, "--sweep", "--seeds", "1", "--dry-run"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("classify: 2 of 6 runs to make")
+    assert main([*command, "--seeds", "1", "--dry-run"]) == 0  # nothing is published for this base
+    assert "-lora-lr0.00012-s0-" in capsys.readouterr().out
     assert snapshot(tmp_path) == before
 
 
