@@ -230,13 +230,14 @@ def test_the_likelihood_is_the_geometric_mean_over_the_labels_tokens(max_labels,
     monkeypatch.setattr(lm_eval_model, "MAX_LABELS", max_labels)
     model, tokenizer, data = inter
     examples = {name: items[:6] for name, items in data.validation.items()}
-    scores, outcomes, _ = score(model, tokenizer, examples, format="letters", batch_size=5)
+    scores, outcomes, gold = score(model, tokenizer, examples, format="letters", batch_size=5)
     for domain, items in examples.items():
-        for example, outcome in zip(items, outcomes[domain], strict=True):
+        for example, outcome, nats in zip(items, outcomes[domain], gold[domain].nats, strict=True):
             prompt, text = (tokenizer(t)["input_ids"] for t in (example.prompt, example.prompt + example.label))
             log_p = model(torch.tensor([text])).logits[0].log_softmax(-1)
             values = [log_p[i - 1, text[i]].item() for i in range(len(prompt), len(text))]
             assert outcome == pytest.approx(math.exp(sum(values) / len(values)), rel=1e-4)
+            assert nats == pytest.approx(-sum(values), rel=1e-4)
         assert scores[domain]["value"] == pytest.approx(sum(outcomes[domain]) / len(items))
         assert scores[domain]["metric"] == "likelihood"
 
