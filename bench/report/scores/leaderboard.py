@@ -224,7 +224,8 @@ def _cells(row: TableRow, found: Standings, notes: Sequence[str]) -> list[str]:
 
 def _task_cell(row: TableRow, task: str) -> str:
     accuracy = plain_accuracy(row, task)
-    return f"{row.task_mean(task):.1f}" + ("" if accuracy is None else f" ({accuracy:.1f})")
+    text = f"{row.task_mean(task):.1f}" + ("" if accuracy is None else f" ({accuracy:.1f})")
+    return f"*{text}*, at floor" if task in row.at_floor else text
 
 
 def _loss_cell(mean: Mean, verdict: Verdict | None) -> str:
@@ -264,6 +265,11 @@ def _notes(selection: Selection, found: Standings, rates: Rates, against: str) -
             f"balance loss. After the comma: less that of {'the reference' if is_fixed else 'the best row'}, paired "
             f"over seeds, with half a {LEVEL:.0%} interval that is not corrected. It tells how well the training data "
             "are fitted, not how well the method answers."
+        )
+    if selection.at_floor:
+        notes.append(
+            "At floor: a LoRA that is trained on the task alone is not above chance by three standard errors on "
+            "validation. Such a task counts neither in the means nor in the comparisons."
         )
     if found.losses:
         notes.append(

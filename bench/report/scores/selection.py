@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import pandas as pd
 
@@ -135,6 +135,7 @@ class TableRow:
         records: Runs with status ok, by seed. A single-task row has one joined record per seed.
         broken: Runs that diverged or ran out of memory.
         sources: Every record that the row rests on.
+        at_floor: Tasks that count neither in the mean nor in comparisons.
     """
 
     entry: TableEntry
@@ -142,6 +143,7 @@ class TableRow:
     records: list[Record]
     broken: list[Record]
     sources: list[Record]
+    at_floor: frozenset[str] = frozenset()
 
     @property
     def method(self) -> str:
@@ -155,12 +157,16 @@ class TableRow:
 
     @property
     def outcomes(self) -> list[Outcomes]:
-        """Outcomes of the test items, by seed."""
-        return [record.items or {} for record in self.records]
+        """Outcomes of the test items of learned tasks, by seed."""
+        return [self.outcomes_of(record) for record in self.records]
+
+    def outcomes_of(self, record: Record) -> Outcomes:
+        """Return the outcomes of a run's test items, without those of tasks at floor."""
+        return {task: rights for task, rights in (record.items or {}).items() if task not in self.at_floor}
 
     @property
     def mean(self) -> Mean:
-        """Mean over tasks and seeds, with its interval."""
+        """Mean over learned tasks and seeds, with its interval."""
         return mean_over_seeds(self.outcomes)
 
     @property
@@ -202,10 +208,11 @@ class Selection:
         """The profile's settings for this experiment."""
         return PROFILES[self.profile].on(self.experiment.mixture)
 
-    @property
-    def at_floor(self) -> set[str]:
-        """The tasks that a LoRA trained on them alone does not learn."""
-        return _tasks_at_floor(self.folder, self.frame)
+    @cached_property
+    def at_floor(self) -> frozenset[str]:
+        """The tasks that a LoRA trained on them alone does not learn; none if it learns no task."""
+        found = _tasks_at_floor(self.folder, self.frame)
+        return frozenset(found if any(set(record.test or {}) - found for record in self.records) else ())
 
     @property
     def entries(self) -> list[TableEntry]:
@@ -237,7 +244,8 @@ class Selection:
                 records = records_of(runs)
                 complete = _joined(records) if entry.single_task else records
                 ok = [record for record in complete if record.status == "ok"]
-                found.append(TableRow(entry, rate, ok, [r for r in records if r.status != "ok"], records))
+                broken = [record for record in records if record.status != "ok"]
+                found.append(TableRow(entry, rate, ok, broken, records, self.at_floor))
         return found
 
 
@@ -407,7 +415,7 @@ def difference(first: TableRow, second: TableRow, between_seeds: Spread | None) 
     With two or more seeds in common the test is paired over them. With fewer, all seeds of both rows are compared, with
     the variance between seeds given. Without that variance the one common seed is compared.
     """
-    runs = [{record.config.seed: record.items or {} for record in row.records} for row in (first, second)]
+    runs = [{record.config.seed: row.outcomes_of(record) for record in row.records} for row in (first, second)]
     seeds = sorted(runs[0].keys() & runs[1].keys())
     if len(seeds) < 2 and between_seeds and all(runs):
         return compare_apart(list(runs[0].values()), list(runs[1].values()), between_seeds)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import t as student
 
+from bench.experiments.profiles import TUNING_SEED
 from bench.experiments.registry import EXPERIMENTS
 from bench.records.schema import GoldAnswers, TaskScore
 from bench.report.scores.experiment_page import experiment_page
@@ -59,6 +60,19 @@ def test_the_loss_is_per_label_token_and_its_difference_is_paired():
     assert means["malora"] - means["lora"] == pytest.approx(0.075, abs=1e-4)
     assert f"| {means['malora']:.3f}, +0.075 [+0.07" in text and f"| {means['lora']:.3f} |" in text
     assert "held-out loss" in text and "are one family in Holm's correction" in text
+
+
+def test_a_task_at_floor_stays_in_the_table_and_leaves_the_means():
+    alone = run(TUNING_SEED, "lora", 0, rate=6e-4)
+    score_of = alone.test["majority"].replace(value=0.5, guess=0.5, stderr=0.08)
+    alone = alone.replace(
+        config=alone.config.replace(mixture="procedural/majority"),
+        validation={"majority": score_of},
+        test={"majority": alone.test["majority"]},
+    )
+    text = page([*RUNS, alone])
+    assert "| MALoRA | 0.002 | 1,234 | 50.0 (75.0) | *75.0*, at floor | 50.0 ± 0.0 |" in text
+    assert "+0.100 [+0.1" in text and "counts neither in the means nor in the comparisons" in text
 
 
 def test_losses_and_scores_are_one_family_of_tests():
