@@ -7,9 +7,6 @@ model is evaluated on exactly the prompts it was trained on.
 
 from __future__ import annotations
 
-import random
-import re
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -17,8 +14,9 @@ from typing import Protocol
 from tasks.errors import DataError
 from tasks.fields import Record as Record  # data sets import it from here
 from tasks.fields import require_filled, require_text
+from tasks.keys import letters_and_digits, normalize
 from tasks.metrics import LIKELIHOOD
-from tasks.splits import SplitRule
+from tasks.splits import HeldOut, SplitRule, split_off
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,7 @@ class Question:
         choices: The possible answers, two or more.
         answer: Index of the correct answer in `choices`.
         context: A text to read before the question (BoolQ's passage), or "".
+        label_name: For a text to classify, the name of its label in the prompt ("Topic"); "" for a question.
 
     Raises:
         ValueError: A field has another type, the question or a choice is empty, or `answer` is not an index of
@@ -40,6 +39,7 @@ class Question:
     choices: tuple[str, ...]
     answer: int
     context: str = ""
+    label_name: str = ""
 
     def __post_init__(self) -> None:
         require_filled("the question", self.text)
@@ -58,7 +58,8 @@ class Question:
     @property
     def key(self) -> str:
         """The normalized question; items with equal keys are duplicates."""
-        return _normalize(f"{self.context} {self.text}")
+        text = f"{self.context} {self.text}"
+        return letters_and_digits(text) if self.label_name else normalize(text)
 
 
 @dataclass(frozen=True)
@@ -93,22 +94,10 @@ class Exercise:
     @property
     def key(self) -> str:
         """The normalized question; items with equal keys are duplicates."""
-        return _normalize(f"{self.context} {self.text} {self.lead}")
+        return normalize(f"{self.context} {self.text} {self.lead}")
 
 
 Item = Question | Exercise
-
-
-def _normalize(text: str) -> str:
-    """Return a text's lower-case letters and digits of all scripts, with one space between words.
-
-    A text without any, such as a line of symbols, is returned without surrounding white space.
-    """
-    if text.isascii():
-        return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip() or text.strip()
-    text = unicodedata.normalize("NFKC", text).lower()
-    kept = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text)  # letters, marks, numbers
-    return " ".join(kept.split()) or text.strip()
 
 
 @dataclass(frozen=True)
@@ -154,15 +143,18 @@ def letters(task: str, question: Question) -> Example:
         )
     names = LETTERS[: len(question.choices)]
     listed = "\n".join(f"{name}. {choice}" for name, choice in zip(names, question.choices, strict=True))
-    return Example(task, f"{_opening(question)}\n{listed}\nAnswer:", tuple(f" {n}" for n in names), question.answer)
+    prompt = f"{_opening(question)}\n{listed}\n{question.label_name or 'Answer'}:"
+    return Example(task, prompt, tuple(f" {n}" for n in names), question.answer)
 
 
 def cloze(task: str, question: Question) -> Example:
     """Format a question without its choices.
 
-    Each choice is scored as a continuation of the prompt, by its likelihood normalized by its length.
+    Each choice is scored as a continuation of the prompt, by its likelihood. A text to classify is the text, a line
+    break and the name of its label.
     """
-    return Example(task, f"{_opening(question)}\nAnswer:", tuple(f" {c}" for c in question.choices), question.answer)
+    prompt = f"{_opening(question)}\n{question.label_name or 'Answer'}:"
+    return Example(task, prompt, tuple(f" {c}" for c in question.choices), question.answer)
 
 
 def written(task: str, exercise: Exercise) -> WrittenExample:
@@ -173,7 +165,7 @@ def written(task: str, exercise: Exercise) -> WrittenExample:
 
 def _opening(item: Item) -> str:
     passage = f"Passage: {item.context}\n" if item.context else ""
-    return f"{passage}Question: {item.text}"
+    return passage + (item.text if isinstance(item, Question) and item.label_name else f"Question: {item.text}")
 
 
 FORMATS: dict[str, Callable[[str, Question], Example]] = {"letters": letters, "cloze": cloze}
@@ -243,6 +235,11 @@ class Task:
             other data sets equal choices are an error, because only one of them would be correct.
         split_rule: Splits the published split by this rule, if the publisher has one only. Then `published` maps all
             our splits to it.
+        held_out: Draws validation and test sets of these sizes; None for the published sets.
+        dropped_texts: A task, and published splits of it whose texts no split of this task may have; None for all
+            texts.
+        drops_repeats: Whether training keeps only the first of items with the same text.
+        has_classes: Whether the choices are classes: the same for all items, or for all items of a group.
         source: Reader of the task's own files; None for the run's source.
         fingerprint: Hash of the records and settings of a task that has its own files, else "".
     """
@@ -255,6 +252,10 @@ class Task:
     writing: Writing | None = None
     may_repeat_choices: bool = False
     split_rule: SplitRule | None = None
+    held_out: HeldOut | None = None
+    dropped_texts: tuple[Task, tuple[str, ...]] | None = None
+    drops_repeats: bool = False
+    has_classes: bool = False
     source: Source | None = None
     fingerprint: str = ""
 
@@ -269,10 +270,23 @@ class Task:
         Raises:
             DataError: A file is missing or broken, or `parse_record` cannot read a record.
         """
-        splits = {split: self.read(source, split) for split in self.published}
-        if "validation" not in splits:
+        source = self.source or source
+        parsed = {name: self._parse(source, name) for name in dict.fromkeys(self.published.values())}
+        unwanted = self._unwanted_keys(source)
+        splits = {split: self._select(parsed[name], split, unwanted) for split, name in self.published.items()}
+        if self.held_out:
+            splits = self._hold_out(splits, self.held_out)
+        elif "validation" not in splits:
             splits["train"], splits["validation"] = self._split_off_validation(splits["train"])
+        if self.drops_repeats:
+            splits["train"] = list({item.key: item for item in reversed(splits["train"])}.values())[::-1]
         return splits
+
+    def _hold_out(self, splits: dict[str, list[Item]], sizes: HeldOut) -> dict[str, list[Item]]:
+        try:
+            return sizes.draw(splits)
+        except ValueError as error:
+            raise DataError(f"{self.title}: {error}; fetch its files again.") from error
 
     def _split_off_validation(self, items: list[Item]) -> tuple[list[Item], list[Item]]:
         train, validation = _split_off_validation(items, MAX_VALIDATION_ITEMS)
@@ -289,7 +303,19 @@ class Task:
         Raises:
             DataError: The file is missing or broken, or `parse_record` cannot read a record.
         """
-        items = self._parse(self.source or source, self.published[split])
+        if self.held_out:
+            return self.load(source)[split]
+        source = self.source or source
+        return self._select(self._parse(source, self.published[split]), split, self._unwanted_keys(source))
+
+    def _unwanted_keys(self, source: Source) -> set[str]:
+        other, published_splits = self.dropped_texts or (self, ())
+        return {item.key for name in published_splits for item in other._parse(source, name)}
+
+    def _select(self, items: list[Item], split: str, unwanted: set[str]) -> list[Item]:
+        """Return the items of a published split that belong to one of our splits."""
+        if unwanted:
+            items = [item for item in items if item.key not in unwanted]
         if self.split_rule:
             total, items = len(items), [item for item in items if self.split_rule.split_of(item.key) == split]
             if not items:
@@ -370,10 +396,8 @@ def _split_off_validation(items: list[Item], max_items: int) -> tuple[list[Item]
 
     The split does not depend on a run's seed, so learning rates are tuned on the same items for every seed.
     """
-    count = min(max_items, len(items) // 10)
-    chosen = set(random.Random(0).sample(range(len(items)), count))
-    train = [item for i, item in enumerate(items) if i not in chosen]
-    return train, [item for i, item in enumerate(items) if i in chosen]
+    validation, train = split_off(items, min(max_items, len(items) // 10), seed=0)
+    return train, validation
 
 
 def _merge_references(items: list[Item]) -> list[Item]:

@@ -16,4 +16,11 @@ def parse_record(record: Record) -> Question:
     return Question(question, ("yes", "no"), 0 if truth(record, "answer") else 1, context=passage)
 
 
-BOOLQ = Task("boolq", "BoolQ", parse_record, DataRef("boolq", "google/boolq"), {"train": "train", "test": "validation"})
+BOOLQ = Task(
+    "boolq",
+    "BoolQ",
+    parse_record,
+    DataRef("boolq", "google/boolq"),
+    {"train": "train", "test": "validation"},
+    has_classes=True,
+)

@@ -135,8 +135,8 @@ def _blend_evenly(items: dict[str, list[Item]], mixture: Mixture, seed: int) -> 
     rng = random.Random(seed)
     blended = {}
     for name, of_task in items.items():
-        if mixture.domains:
-            rng = random.Random(f"{seed}/{name}")  # a domain alone draws the same items as it does in a blend
+        if mixture.domains or mixture.own_draw:
+            rng = random.Random(f"{seed}/{name}")  # alone it draws the same items as it does in a blend
         blended[name] = [of_task[i] for i in sorted(rng.sample(range(len(of_task)), size))]
     return blended
 

@@ -25,4 +25,5 @@ PHRASEBANK = Task(
     parse_record,
     DataRef("financial_phrasebank", "takala/financial_phrasebank", "sentences_75agree", {"75agree": "train"}),
     {"test": "75agree"},
+    has_classes=True,
 )

@@ -12,6 +12,7 @@ from typing import Literal
 from tasks.arc import ARC_CHALLENGE, ARC_EASY
 from tasks.base import DataRef, Domain, Question, Task
 from tasks.boolq import BOOLQ
+from tasks.classification import CLASSIFICATION, CLINC_DOMAINS
 from tasks.domains import MAX_OPEN_ITEMS, OPEN, PAPER
 from tasks.e2e import E2E
 from tasks.errors import DataError, unknown_name
@@ -36,7 +37,7 @@ _PROCEDURAL_DOMAINS = tuple(
 )
 
 _ALL_TASKS: tuple[Task | Domain, ...] = (
-    *(*_INTRA, *_INTER, *PROCEDURAL, *PROCEDURAL_WRITTEN),
+    *(*_INTRA, *_INTER, *CLASSIFICATION, *CLINC_DOMAINS.values(), *PROCEDURAL, *PROCEDURAL_WRITTEN),
     *(*PAPER, *_PROCEDURAL_DOMAINS),
 )
 TASKS: dict[str, Task | Domain] = {task.name: task for task in _ALL_TASKS}
@@ -54,6 +55,10 @@ class Mixture:
         domains: The domains to train on. If there are none, the tasks themselves are trained on.
         size: Maximum number of items per task or domain in an even blend.
         note: A remark on the training data for tables, or "".
+        own_draw: Whether an even blend draws the items of a task by its name as well as the seed. A task then has the
+            same items in every such mixture.
+        compares_summed: Whether choices of the format cloze are compared by the likelihood of their whole text, not
+            per character.
     """
 
     name: str
@@ -62,17 +67,28 @@ class Mixture:
     domains: tuple[Domain, ...] = ()
     size: int | None = None
     note: str = ""
+    own_draw: bool = False
+    compares_summed: bool = False
 
 
 _NOT_THE_PAPERS = (
     "Not the paper's training data. Of its six data sets only E2E NLG is used as published. Open data sets replace the "
     "others, which are not available here, or only in part."
 )
+
+
+def _of_classes(name: str, tasks: tuple[str, ...], size: int | None = None) -> Mixture:
+    """Return a mixture of texts to classify."""
+    return Mixture(name, tasks, "even", size=size, own_draw=True, compares_summed=True)
+
+
 _BLENDS = (
-    Mixture("intra", tuple(task.name for task in _INTRA)),
+    Mixture("intra", tuple(task.name for task in _INTRA), compares_summed=True),
     Mixture("procedural", tuple(task.name for task in PROCEDURAL), blend="even"),
     Mixture("inter", tuple(task.name for task in _INTER), "even", PAPER, size=30_000),
     Mixture("inter-open", tuple(task.name for task in _INTER), "even", OPEN, size=MAX_OPEN_ITEMS, note=_NOT_THE_PAPERS),
+    _of_classes("classify", tuple(task.name for task in CLASSIFICATION), size=2000),
+    _of_classes("procedural-classify", tuple(task.name for task in PROCEDURAL)),
     Mixture("procedural-inter", tuple(task.name for task in _PROCEDURAL_INTER), "even", _PROCEDURAL_DOMAINS),
 )
 
@@ -90,10 +106,13 @@ def _single_tasks_of(blend: Mixture) -> list[Mixture]:
     return [replace(blend, name=f"{blend.name}/{task}", tasks=(task,)) for task in blend.tasks]
 
 
-MIXTURES: dict[str, Mixture] = {
-    mixture.name: mixture
-    for mixture in (*_BLENDS, *(single for blend in _BLENDS for single in _single_tasks_of(blend)))
-}
+_CLINC = _of_classes("clinc", tuple(task.name for task in CLINC_DOMAINS.values()), size=1000)
+_ALL_MIXTURES = (
+    *(*_BLENDS, _CLINC),
+    *(single for blend in _BLENDS for single in _single_tasks_of(blend)),
+    *(replace(_CLINC, name=f"clinc/{domain}", tasks=(task.name,)) for domain, task in CLINC_DOMAINS.items()),
+)
+MIXTURES: dict[str, Mixture] = {mixture.name: mixture for mixture in _ALL_MIXTURES}
 
 
 def add_task(path: Path) -> str:

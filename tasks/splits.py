@@ -1,9 +1,17 @@
-"""A rule that splits a data set in one file into train, validation and test."""
+"""Rules that split a data set into train, validation and test.
+
+`SplitRule` is for data that is published in one file, `HeldOut` for sets of a fixed size.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,3 +52,48 @@ class SplitRule:
         if place < self.test:
             return "test"
         return "validation" if place < self.test + self.validation else "train"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Sizes of the test and the validation set, which are drawn once.
+
+    A published set that is larger is sampled, and its other items are not used. One that is smaller or missing is taken
+    whole, and the rest is held out of training.
+
+    Attributes:
+        test: Items of the test set.
+        validation: Items of the validation set.
+        seed: Seed of the draw, which does not depend on a run's seed.
+    """
+
+    test: int
+    validation: int
+    seed: int = 0
+
+    def draw(self, published: Mapping[str, Sequence[T]]) -> dict[str, list[T]]:
+        """Return the items of the splits train, validation and test, each in the published order.
+
+        Args:
+            published: Items by split: train, and perhaps validation and test.
+
+        Raises:
+            ValueError: Too few items are left for training.
+        """
+        drawn: dict[str, list[T]] = {}
+        train = list(published["train"])
+        for split, size in (("test", self.test), ("validation", self.validation)):
+            items = published.get(split, [])
+            chosen, _ = split_off(items, min(size, len(items)), self.seed)
+            missing = size - len(chosen)
+            if missing >= len(train):
+                raise ValueError(f"of {len(train)} training items {missing} are to be held out for {split}")
+            more, train = split_off(train, missing, self.seed)
+            drawn[split] = chosen + more
+        return {"train": train, **drawn}
+
+
+def split_off(items: Sequence[T], count: int, seed: int) -> tuple[list[T], list[T]]:
+    """Draw items at random. Return them and the others, both in their order."""
+    chosen = set(random.Random(seed).sample(range(len(items)), count))
+    return [item for i, item in enumerate(items) if i in chosen], [x for i, x in enumerate(items) if i not in chosen]

@@ -9,16 +9,17 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 from bench.cli import own_tasks
 from bench.cli.estimates import announce, announce_scoring
+from bench.cli.tuning import known_sweep, make_floors, make_sweep, run_and_print
 from bench.command_line import require_folder
 from bench.errors import UserError
 from bench.evaluate.score import require_scoring
-from bench.experiments.methods import BASE
+from bench.experiments.floors import single_task_runs, tasks_at_floor
+from bench.experiments.methods import BASE, title_of
 from bench.experiments.profiles import PROFILES, Profile
 from bench.experiments.registry import Experiment, open_data_mixture, tuning_groups_of
 from bench.models.adapters import check_adapter
@@ -34,10 +35,10 @@ from bench.report.scores.experiment_page import experiment_page
 from bench.report.scores.selection import records_frame, records_that_lend_rates, select, tuned_rates
 from bench.report.speed import tables
 from bench.runs.elsewhere import elsewhere_config, score_elsewhere
-from bench.runs.plan import Runs, plan_runs, rates_before_sweep, sweep
-from bench.runs.pool import run_all
-from bench.runs.run import find_record, remove_unfinished, run
+from bench.runs.plan import plan_runs, rates_before_sweep
+from bench.runs.run import remove_unfinished, run
 from bench.runs.setting import RunSettings, make_run_config
+from bench.runs.sweep import expected_sweep
 from bench.runtime.processes import processes
 from bench.train.tracking import require_trackers
 from tasks import MIXTURES, Folder
@@ -76,7 +77,9 @@ def make_setting_from(options: argparse.Namespace, mixture: str | None) -> RunSe
         unsafe_code=options.unsafe_code,
     )
     profile = profile.on(setting.mixture_name)
-    return replace(setting, profile=replace(profile, format=options.format or profile.format))
+    changes = {"format": options.format}
+    changes |= {name: getattr(options, name, None) for name in ("epochs", "warmup_ratio")}
+    return replace(setting, profile=replace(profile, **{k: v for k, v in changes.items() if v is not None}))
 
 
 def make_table(options: argparse.Namespace) -> int:
@@ -91,46 +94,67 @@ def make_table(options: argparse.Namespace) -> int:
     mine = store.read_all(setting.results)  # before the runs, so that a broken record is found early
     jobs = _count_jobs(options, setting)
     like = make_run_config(setting, BASE, 0)
+    if options.floors:
+        _require_no_table_options(options)
+        return make_floors(setting, experiment.name, options, [*published, *mine])
     entries = experiment.chosen(options.methods)
     tuning_groups = tuning_groups_of(entries)
-    swept = sweep(setting, tuning_groups) if options.sweep else []
-    if options.sweep:
-        known = [found for one in swept if (found := find_record(*one))]
-        rates = tuned_rates(experiment, records_frame(known))
-        expected = rates.tuned if len(known) == len(swept) else rates_before_sweep(setting, tuning_groups)
+    at_floor = tasks_at_floor([*published, *mine], like)
+    sweeps = options.sweep or options.only_sweep
+    known = known_sweep(setting, tuning_groups, at_floor) if sweeps else []
+    swept = [(one.config, setting) for one in known]
+    if sweeps:
+        to_come = expected_sweep(setting, tuning_groups, known, at_floor)
+        swept += to_come
+        rates = tuned_rates(experiment, records_frame([*known, *single_task_runs([*published, *mine], like)]))
+        expected = rates_before_sweep(setting, tuning_groups) if to_come else rates.tuned
     else:
         # Learning rates are tuned for a model's name, because its weights may differ by rounding between machines.
-        rates = tuned_rates(experiment, records_that_lend_rates(records_frame(published or mine), like))
+        rates = tuned_rates(experiment, records_that_lend_rates(records_frame(published), like))
+        if not rates.tuned:
+            rates = tuned_rates(experiment, records_that_lend_rates(records_frame(mine), like))
         expected = rates.tuned
     if not options.dry_run:
         _open_results(setting.results)
     if processes().is_main_process:
-        planned = [run for batch in plan_runs(setting, experiment, entries, options.seeds, expected) for run in batch]
+        batches = [] if options.only_sweep else plan_runs(setting, experiment, entries, options.seeds, expected)
         announce(
             experiment.name,
-            [*swept, *planned],
+            [*swept, *(run for batch in batches for run in batch)],
             [*published, *_published_trials(setting), *mine],
             jobs,
             dry_run=options.dry_run,
         )
     if options.dry_run:
         return 0
-    if options.sweep:
-        rates = tuned_rates(experiment, records_frame(_run_and_print(swept, jobs, "sweep", options.together)))
+    if sweeps:
+        made = make_sweep(setting, tuning_groups, at_floor, jobs, options.together)
+        rates = tuned_rates(experiment, records_frame([*made, *single_task_runs([*published, *mine], like)]))
+    if options.only_sweep:
+        if processes().is_main_process:
+            print("\n".join(f"{title_of(method)}: {rate:g}" for method, rate in rates.tuned.items()))
+        return int(any(r.status == "failed" for r in made))
     if (without := [m for m in tuning_groups if m not in rates.tuned]) and processes().is_main_process:
         message = "no tuned learning rate, so the paper's is used; --sweep tunes."
         print(f"{', '.join(without)}: {message}", file=sys.stderr)
     runs = []
     for batch in plan_runs(setting, experiment, entries, options.seeds, rates.tuned):
-        runs += _run_and_print(batch, jobs, experiment.name, options.together)
+        runs += run_and_print(batch, jobs, experiment.name, options.together)
     if processes().is_main_process:
         frame = records_frame(store.read_all(setting.results))
         selection = select(experiment, setting.profile.name, frame, like=like, rates=rates)
-        text = experiment_page(selection, swept=options.sweep, published=records_frame(published))
+        text = experiment_page(selection, swept=sweeps, published=records_frame(published))
         page = setting.results / f"{experiment.name}.md"
         write_atomically(page, text)
         print(f"\n{text}\nwritten to {page}")
     return int(any(r.status == "failed" for r in runs))
+
+
+def _require_no_table_options(options: argparse.Namespace) -> None:
+    """Check that no option would be ignored because `--floors` makes no table."""
+    for name in ("methods", "seeds", "sweep", "only_sweep"):
+        if getattr(options, name):
+            raise UserError(f"--floors makes no table; leave out --{name.replace('_', '-')}.")
 
 
 def _open_results(folder: Path) -> None:
@@ -166,21 +190,6 @@ def _count_jobs(options: argparse.Namespace, setting: RunSettings) -> int:
 def _count_cores() -> int:
     """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _run_and_print(runs: Runs, jobs: int, title: str, together: int) -> list[schema.Record]:
-    """Make the runs and print a line per run to the standard error."""
-    records = []
-    with closing(run_all(runs, jobs, together)) as made:  # an exception here ends the workers before it is reported
-        for number, one in enumerate(made, 1):
-            records.append(one)
-            if not processes().is_main_process:
-                continue
-            result = (
-                f"mean {one.mean():.1f}" if one.status == "ok" else f"{one.status}: {(one.error or '').splitlines()[0]}"
-            )
-            print(f"{title} {number}/{len(runs)} {one.config.id}: {result}", file=sys.stderr, flush=True)
-    return records
 
 
 def make_run(options: argparse.Namespace) -> int:

@@ -161,7 +161,19 @@ def _add_table_options(parser: argparse.ArgumentParser, experiment: Experiment) 
     parser.add_argument(
         "--sweep",
         action="store_true",
-        help="tune the learning rates first, over those of the profile; without it the published choice is used",
+        help="tune the learning rates first, over those of the profile; without it the published choice is used. The "
+        "small profile begins with three rates and goes on next to the best one, by validation loss on seed 99",
+    )
+    parser.add_argument(
+        "--only-sweep",
+        action="store_true",
+        help="tune the learning rates as --sweep does, print them and make no table",
+    )
+    parser.add_argument(
+        "--floors",
+        action="store_true",
+        help="score the base and train a LoRA on each task alone, on the seed of sweeps, and print which tasks are "
+        "learned; make no table",
     )
     parser.add_argument(
         "--jobs", type=positive, metavar="J", help="runs at a time (default: 1 on a GPU, else 1 per CPU core)"
@@ -212,6 +224,13 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_making(parser: argparse.ArgumentParser) -> None:
     """Add the options of every command that trains."""
+    parser.add_argument("--epochs", type=positive, metavar="N", help="passes over the data (default: the profile's)")
+    parser.add_argument(
+        "--warmup-ratio",
+        type=_share,
+        metavar="X",
+        help="share of the steps in which the learning rate rises (default: the profile's, 0.1)",
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="list the missing runs with an estimate of their time, and make none"
     )
@@ -335,6 +354,16 @@ def _learning_rate(value: str) -> float:
     if not 0 < rate <= MAX_LEARNING_RATE:
         raise argparse.ArgumentTypeError(f"{short(value)} must be a number above 0, and at most {MAX_LEARNING_RATE:g}")
     return rate
+
+
+def _share(value: str) -> float:
+    try:
+        share = float(value)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{short(value)} must be a number from 0 to 1")
+    return share
 
 
 def _option(text: str) -> tuple[str, Any]:

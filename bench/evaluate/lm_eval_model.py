@@ -6,7 +6,7 @@ It generates with CUDA graphs.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -75,6 +75,15 @@ class LabelPositionLM(HFLM):  # type: ignore[misc, unused-ignore]  # lm_eval has
         lm-eval's own would move spaces from the end of a context to its continuation, which training does not.
         """
         return self._loglikelihood_tokens([(request.args, *self._split(*request.args)) for request in requests])
+
+    def answer_loglikelihoods(self, texts: Sequence[tuple[str, str]]) -> list[float]:
+        """Return the log-likelihood of each answer after its prompt.
+
+        Args:
+            texts: Prompts with their answers.
+        """
+        requests: list[tuple[Any, list[int], list[int]]] = [(pair, *self._split(*pair)) for pair in texts]
+        return [value for value, _ in self._loglikelihood_tokens(requests)]
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], *args: Any, **options: Any

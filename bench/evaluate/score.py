@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from bench.evaluate.answer_journal import Recall, compute_always
 from bench.evaluate.lm_eval_model import LabelPositionLM
 from bench.evaluate.lm_eval_tasks import choice_config, generation_config, likelihood_config, quiet_lm_eval
+from bench.records.schema import GoldAnswers
 from bench.records.scorer_versions import scorer_version
 from bench.runtime.progress import Progress
 from bench.sandbox.execute import require_sandbox
@@ -28,14 +29,23 @@ from tasks.metrics import LIKELIHOOD, PASS
 # Metric of choices, by prompt format. A letter is one token, so likelihoods compare directly. Answers of different
 # lengths are compared by likelihood per character, which lm-eval reports for ARC, OpenBookQA and PIQA.
 METRICS = {"letters": "acc", "cloze": "acc_norm"}
+SUMMED = "acc"  # metric of mixtures that compare the likelihood of a choice's whole text, in either format
+DIGITS = 5  # of an item's loss, to keep records small
 
 Scores = dict[str, dict[str, Any]]
 Outcomes = dict[str, list[float]]
+Gold = dict[str, GoldAnswers]
 
 
-def metric_of(task: str, format: str) -> str:
-    """Return the name of a task's metric, which for choices follows from the prompt format."""
-    return TASKS[task].metric or METRICS[format]
+def metric_of(task: str, format: str, summed: bool = False) -> str:
+    """Return the name of a task's metric.
+
+    Args:
+        task: Name of a task or a domain.
+        format: Prompt format, from which the metric of choices follows.
+        summed: Compare choices by the likelihood of their whole text, whatever the format.
+    """
+    return TASKS[task].metric or (SUMMED if summed else METRICS[format])
 
 
 def require_scoring(tasks: Iterable[str], unsafe_code: bool = False) -> None:
@@ -59,9 +69,10 @@ def score(
     batch_size: int,
     generation_batch_size: int = 64,
     unsafe_code: bool = False,
+    summed: bool = False,
     progress_of: str | None = None,
     recall: Recall = compute_always,
-) -> tuple[Scores, Outcomes]:
+) -> tuple[Scores, Outcomes, Gold]:
     """Score the model on all tasks. On a GPU it runs in bfloat16, as in training.
 
     Args:
@@ -72,15 +83,17 @@ def score(
         batch_size: Items per forward pass.
         generation_batch_size: Answers generated at a time.
         unsafe_code: Run generated programs without a sandbox.
-        progress_of: Name of the run to show progress of, in answers: choices that are compared, and texts that are
-            generated. None shows nothing.
+        summed: Compare choices by the likelihood of their whole text, whatever the format.
+        progress_of: Name of the run to show progress of, in answers: choices that are compared, texts that are
+            generated, and known answers whose likelihood is computed. None shows nothing.
         recall: Returns the model's answers to a batch; `AnswerJournal.recall` keeps them for a run that is killed.
 
     Returns:
-        Scores by task: metric, value, stderr, n, version.
+        Scores by task: the fields of `TaskScore`.
         Outcomes of the items by task: 1 if right and 0 if wrong; ROUGE-L and likelihoods lie between.
+        Losses of the correct answers, and their classes, by task.
     """
-    metrics = {name: metric_of(name, format) for name in examples}
+    metrics = {name: metric_of(name, format, summed) for name in examples}
     on_gpu = next(model.parameters()).device.type == "cuda"
     was_training = model.training
     model.eval()
@@ -111,8 +124,35 @@ def score(
                 log_samples=True,
                 verbosity="ERROR",
             )
+            gold = {name: _gold(name, items, results, language_model) for name, items in examples.items()}
     model.train(was_training)
-    return _read_results(results, metrics)
+    scores, outcomes = _read_results(results, metrics)
+    for name, found in gold.items():
+        scores[name] |= found.summary(outcomes[name])
+        if metrics[name] in METRICS.values():
+            scores[name]["guess"] = sum(1 / len(item.choices) for item in examples[name]) / len(examples[name])
+    return scores, outcomes, gold
+
+
+def _gold(name: str, items: list[Example], results: dict[str, Any], language_model: LabelPositionLM) -> GoldAnswers:
+    """Return the losses of the items' correct answers, and their classes if the task has any.
+
+    lm-eval has computed the likelihood of every choice. Of generated answers it has none.
+    """
+    if getattr(TASKS[name], "writing", None):
+        texts = [(item.prompt, item.label) for item in items]
+        likelihoods = language_model.answer_loglikelihoods(texts)
+    else:
+        samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
+        responses = [sample["filtered_resps"] for sample in samples]
+        # Of a label whose likelihood is the metric there is one response, of choices one each.
+        likelihoods = [r[item.answer if len(r) > 1 else 0][0] for r, item in zip(responses, items, strict=True)]
+    classes = sorted({item.label for item in items})
+    return GoldAnswers(
+        nats=[float(f"{abs(value):.{DIGITS}g}") for value in likelihoods],
+        label_tokens=[language_model.count_label_tokens(item.prompt, item.label) for item in items],
+        classes=[classes.index(item.label) for item in items] if getattr(TASKS[name], "has_classes", False) else None,
+    )
 
 
 @contextmanager
@@ -124,7 +164,7 @@ def _show_progress(
         yield
         return
     total = sum(
-        1 if metrics[task] == LIKELIHOOD or getattr(TASKS[task], "writing", None) else len(item.choices)
+        1 if metrics[task] == LIKELIHOOD else 2 if getattr(TASKS[task], "writing", None) else len(item.choices)
         for task, items in examples.items()
         for item in items
     )

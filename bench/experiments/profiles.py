@@ -17,6 +17,13 @@ import torch
 
 from tasks import MIXTURES, Generator, Hub, Source
 
+SWEEP_SEED = 0  # of sweeps that try all rates; these runs are also runs of the table
+TUNING_SEED = 99  # of sweeps that search, and of floors; these runs are in no row of a table
+# From docs/notes/protocol-2026-12-01.md. The ratio is constant, so that the neighbours of any method's best rate are
+# equally close to it.
+GRID = (1.2e-4, 1.8e-4, 2.7e-4, 4e-4, 6e-4, 9e-4, 1.35e-3, 2e-3, 3e-3, 4.5e-3)
+OF_CLASSES = ("classify", "clinc", "procedural-classify")  # mixtures of texts to classify
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -30,10 +37,13 @@ class Profile:
         source: Source of the data, unless `--data` names a folder.
         epochs: Passes over the training examples.
         batch_size: Examples, not tokens, per batch.
-        rates: Learning rates that `--sweep` tries, the same for every method. They include the paper's.
+        rates: Learning rates that `--sweep` may try, in ascending order and the same for every method.
+        first_rates: Rates that a sweep begins with, to go on next to the best one; see `bench.runs.sweep`. Without any,
+            a sweep tries all rates.
         seeds: Runs per table row.
         mixtures: Substitutes for mixtures that the source does not have.
         inter: Fields with other values for mixtures of domains; see `on`.
+        of_classes: Fields with other values for mixtures of texts to classify, and for each of their tasks.
         format: Prompt format, a name in `tasks.FORMATS`.
         rank_divisor: The paper's ranks are divided by it, for models much smaller than the paper's.
         paper_rate: The paper's learning rate.
@@ -55,8 +65,10 @@ class Profile:
     batch_size: int
     rates: tuple[float, ...]
     seeds: int
+    first_rates: tuple[float, ...] = ()
     mixtures: dict[str, str] = field(default_factory=dict)
     inter: dict[str, Any] = field(default_factory=dict)
+    of_classes: dict[str, Any] = field(default_factory=dict)
     format: str = "letters"
     rank_divisor: int = 1
     paper_rate: float = 4e-4
@@ -70,11 +82,19 @@ class Profile:
     checkpoint_every: int = 200
     threads: int | None = None
 
+    @property
+    def sweep_seed(self) -> int:
+        """The seed of a sweep's runs."""
+        return TUNING_SEED if self.first_rates else SWEEP_SEED
+
     def on(self, mixture: str) -> Profile:
         """Return the profile for a mixture.
 
-        The paper trains longer on domains, with another learning rate.
+        The paper trains longer on domains, with another learning rate. Labels of texts to classify are asked for as
+        words.
         """
+        if mixture.partition("/")[0].partition("+")[0] in OF_CLASSES:
+            return replace(self, **self.of_classes)
         return replace(self, **self.inter) if MIXTURES[mixture].domains else self
 
 
@@ -90,7 +110,9 @@ PROFILES: dict[str, Profile] = {
                 "inter": "procedural-inter",
                 "inter-open": "procedural-inter",
                 "inter/mathematics": "procedural-inter/counting_train",
+                "classify": "procedural-classify",
             },
+            of_classes={"format": "cloze"},
             inter={"paper_rate": 5e-4, "rates": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)},
             rank_divisor=4,  # LoRA of rank 16 on a hidden size of 128
             epochs=1,
@@ -105,15 +127,16 @@ PROFILES: dict[str, Profile] = {
             source=Hub(),
             epochs=2,
             batch_size=64,  # the paper's 2 leaves a GPU idle; the learning rates are tuned for 64
-            rates=(2e-4, 4e-4, 1e-3, 1.5e-3, 2e-3, 3e-3),
+            rates=GRID,
+            first_rates=(4e-4, 9e-4, 2e-3),
             inter={
                 "format": "cloze",  # asked for a letter, the base answers A
                 "epochs": 3,
                 "paper_rate": 5e-4,
-                "rates": (2.5e-4, 5e-4, 1e-3, 1.5e-3, 2e-3),
                 # Batches of 128 were bound by kernel launches, and scoring took a third of a run's time.
                 "eval_batch_size": 512,
             },
+            of_classes={"format": "cloze", "epochs": 3, "eval_batch_size": 512},
             seeds=3,
             eval_batch_size=128,
             generation_batch_size=512,
@@ -126,6 +149,7 @@ PROFILES: dict[str, Profile] = {
             batch_size=2,
             rates=(1e-4, 2e-4, 4e-4, 8e-4),
             inter={"epochs": 3, "batch_size": 4, "paper_rate": 5e-4, "rates": (1.25e-4, 2.5e-4, 5e-4, 1e-3)},
+            of_classes={"format": "cloze", "epochs": 3},
             seeds=1,
             eval_batch_size=16,
             generation_batch_size=32,

@@ -8,40 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import ConfigDict, field_validator
+
+from bench.records.section import Integer as Integer
+from bench.records.section import Model, Section
+from bench.records.section import Number as Number
+from bench.records.task_scores import GoldAnswers as GoldAnswers
+from bench.records.task_scores import TaskScore as TaskScore
 
 SCHEMA = 2  # schema 1 grouped examples of similar length into a batch
 
-# JSON has both; a record that is written again has the same bytes only if an integer stays an integer.
-# Larger integers cannot become floats.
-Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Number = Integer | float
 Split = Literal["validation", "test"]
 Projection = Literal["A", "B"]
-
-
-class _Model(BaseModel):
-    """A set of fields that is validated and has no others."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    def replace(self, **changes: Any) -> Self:
-        """Return a validated copy with these fields changed."""
-        fields = {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
-        return type(self).model_validate(fields | changes)
-
-
-class Section(_Model):
-    """A section of a record, or a group of values in one. It cannot be changed."""
-
-    model_config = ConfigDict(frozen=True)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the plain values to store, without the fields that were never set."""
-        return self.model_dump(by_alias=True, exclude_unset=True)
 
 
 class RunConfig(Section):
@@ -142,11 +125,17 @@ class Parameters(Section):
 
 
 class TaskData(Section):
-    """The training data of one task in one epoch."""
+    """The training data of one task in one epoch.
+
+    Attributes:
+        largest_class: Share of the examples that are of the largest class; None for a task without classes, and in
+            older records.
+    """
 
     examples: Integer
     tokens: Integer
     label_tokens: Integer
+    largest_class: Number | None = None
 
 
 class DataSection(Section):
@@ -227,23 +216,6 @@ class TrainSection(Section):
         return sum(seconds for phase, seconds in self.seconds.items() if phase != "evaluation")
 
 
-class TaskScore(Section):
-    """A task's score.
-
-    Attributes:
-        value: Mean of the items, from 0 to 1.
-        stderr: Standard error of the mean; None for a single item.
-        n: Number of items.
-        version: Version of the scorer.
-    """
-
-    metric: str
-    value: Number = Field(ge=0, le=1)
-    stderr: Number | None
-    n: Integer
-    version: Integer
-
-
 # By projection, the mean over expert pairs and the chance level.
 Similarity = dict[Projection, tuple[Number, Number] | None]
 
@@ -307,7 +279,7 @@ class InsideSection(Section):
 Status = Literal["ok", "diverged", "oom", "failed"]
 
 
-class RunSections(_Model):
+class RunSections(Model):
     """The sections of a run's record as its file has them.
 
     Attributes:
@@ -338,10 +310,12 @@ class Record(RunSections):
     Attributes:
         items: By task, the outcome of every test item in order: 1 right, 0 wrong, in between for some metrics. They are
             stored in a file of their own.
+        gold: By task, losses and classes of the correct answers, in the same file; None in older records.
         path: File that the record was read from or written to.
     """
 
     items: dict[str, list[Number]] | None = None
+    gold: dict[str, GoldAnswers] | None = None
     path: Path | None = None
 
     @property
@@ -361,3 +335,15 @@ class Record(RunSections):
         """
         scores = self.test if split == "test" else self.validation
         return 100 * sum(score.value for score in scores.values()) / len(scores) if scores else None
+
+    def validation_loss(self, without: Collection[str] = ()) -> float:
+        """Return the mean over tasks of the validation loss in nats per label token.
+
+        It is infinite for a run that did not end well, and for a record without losses.
+
+        Args:
+            without: Tasks that do not count.
+        """
+        losses = [score.loss for task, score in (self.validation or {}).items() if task not in without]
+        known = [loss for loss in losses if loss is not None]
+        return sum(known) / len(known) if self.status == "ok" and known and len(known) == len(losses) else math.inf

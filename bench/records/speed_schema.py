@@ -9,7 +9,8 @@ from typing import Literal
 
 from pydantic import AliasChoices, Field, field_validator
 
-from bench.records.schema import Integer, Number, Provenance, Section
+from bench.records.schema import Provenance
+from bench.records.section import Integer, Number, Section
 
 SPEED_SCHEMA = 1
 CUT_SHAPES = ("llama3-70b",)  # more than one GPU holds: a record of training programs says how many layers it had

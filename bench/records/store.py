@@ -27,7 +27,7 @@ from pydantic import Field, ValidationError
 from bench.errors import UserError
 from bench.records.files import write_atomically
 from bench.records.provenance import ROOT, commit_of
-from bench.records.schema import SCHEMA, Number, Record, RunConfig, RunSections, TaskScore
+from bench.records.schema import SCHEMA, GoldAnswers, Number, Record, RunConfig, RunSections, TaskScore
 from bench.records.speed_schema import SPEED_SCHEMA, SpeedRecord
 
 RESULTS = ROOT / "results"
@@ -38,6 +38,7 @@ FAILED = re.compile(r"\.failed-\d{8}T\d{6}$")  # ends the name of a failed run's
 SCORE_TOLERANCE = 1e-9
 MAX_ITEMS_BYTES = 32 << 20  # of an unpacked items file, more than a million items; a small file can unpack to gigabytes
 ITEM_COLUMNS = ("task", "item", "correct")
+GOLD_COLUMNS = (*ITEM_COLUMNS, "nats", "label_tokens", "class")  # of a record with losses; see `GoldAnswers`
 
 
 class _RunFile(RunSections):
@@ -121,7 +122,7 @@ def write(record: Record, folder: Path) -> Path:
     open_folder(folder)
     runs = folder / "runs"
     name = record.config.id + (f".failed-{time.strftime('%Y%m%dT%H%M%S')}" if record.status == "failed" else "")
-    items = _items_to_bytes(record.items) if record.items else None
+    items = _items_to_bytes(record.items, record.gold) if record.items else None
     if items is not None:
         write_atomically(runs / f"{name}.items.csv.gz", items)
     content = {"schema": SCHEMA, "id": record.config.id, "status": record.status, "config_hash": record.config.hash}
@@ -166,25 +167,26 @@ def read(path: Path) -> Record:
     _require_equal(path, "id", content.id, content.config.id)
     _require_equal(path, "config_hash", content.config_hash, content.config.hash)
     _require_equal(path, "items file", content.items, f"{path.stem}.items.csv.gz" if content.test else None)
-    items = _read_items(path, content) if content.items else None
+    items, gold = _read_items(path, content) if content.items else (None, None)
     if content.content_sha256 is not None:  # last, because the checks above say what differs
         _require_equal(path, "content_sha256", content.content_sha256, _hash_content(json.loads(text)))
     # The sections and the items have been validated above.
-    return Record.model_construct(**content.sections(), items=items, path=path)
+    return Record.model_construct(**content.sections(), items=items, gold=gold, path=path)
 
 
-def _read_items(path: Path, content: _RunFile) -> dict[str, list[Number]]:
+def _read_items(path: Path, content: _RunFile) -> tuple[dict[str, list[Number]], dict[str, GoldAnswers] | None]:
     """Read the items of a record; check that its test scores follow from them, and their hash."""
     assert content.items is not None
     try:
         stored = (path.parent / content.items).read_bytes()
-        items = _items_from_bytes(stored)
+        items, gold = _items_from_bytes(stored)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise _broken(path, error) from error
     _require_scores_of(path, content.test or {}, items)
+    _require_losses_of(path, content.test or {}, items, gold)
     if content.items_sha256 is not None:
         _require_equal(path, "items_sha256", content.items_sha256, hashlib.sha256(stored).hexdigest())
-    return items
+    return items, gold
 
 
 def _require_schema(path: Path, text: str, schema: int) -> None:
@@ -247,6 +249,21 @@ def _require_scores_of(path: Path, scores: Mapping[str, TaskScore], items: Mappi
             _require_equal(path, f"standard error of {task}", score.stderr, stderr)
 
 
+def _require_losses_of(
+    path: Path,
+    scores: Mapping[str, TaskScore],
+    items: Mapping[str, list[Number]],
+    gold: Mapping[str, GoldAnswers] | None,
+) -> None:
+    """Check that losses and balanced accuracies follow from the losses and classes of the items."""
+    for task, score in scores.items():
+        expected = gold[task].summary(items[task]) if gold else {}
+        for name in ("loss", "label_tokens", "classes", "largest_class", "balanced"):
+            found, value = getattr(score, name), expected.get(name)
+            if found is None or value is None or abs(found - value) > SCORE_TOLERANCE:
+                _require_equal(path, f"{name} of {task}", found, value)
+
+
 def _standard_error(outcomes: list[Number], mean: float) -> float | None:
     """Return the standard error of a mean, or None for a single outcome."""
     n = len(outcomes)
@@ -301,16 +318,21 @@ def publish(
     return paths, refused
 
 
-def _items_to_bytes(items: Mapping[str, list[Number]]) -> bytes:
+def _items_to_bytes(items: Mapping[str, list[Number]], gold: Mapping[str, GoldAnswers] | None) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(ITEM_COLUMNS)
-    writer.writerows((task, number, right) for task, rights in items.items() for number, right in enumerate(rights))
+    writer.writerow(GOLD_COLUMNS if gold else ITEM_COLUMNS)
+    for task, rights in items.items():
+        columns: list[Iterable[object]] = [itertools.repeat(task), range(len(rights)), rights]
+        if gold:
+            one = gold[task]
+            columns += [one.nats, one.label_tokens, itertools.repeat("") if one.classes is None else one.classes]
+        writer.writerows(zip(*columns, strict=False))
     return gzip.compress(text.getvalue().encode(), mtime=0)  # the same items give the same bytes
 
 
-def _items_from_bytes(content: bytes) -> dict[str, list[Number]]:
-    """Return the outcomes by task.
+def _items_from_bytes(content: bytes) -> tuple[dict[str, list[Number]], dict[str, GoldAnswers] | None]:
+    """Return the outcomes by task, and losses and classes if the file has them.
 
     A folder of results has a million of them, and `csv.reader` takes six times as long. So the text is split at once,
     since no task's name has a comma, and each distinct outcome is parsed once.
@@ -320,22 +342,39 @@ def _items_from_bytes(content: bytes) -> dict[str, list[Number]]:
     if len(unpacked) > MAX_ITEMS_BYTES:
         raise ValueError(f"the items file unpacks to more than {MAX_ITEMS_BYTES / 1e6:,.0f} MB")
     header, _, text = unpacked.decode().partition("\n")
-    if header != ",".join(ITEM_COLUMNS):
+    columns = next((c for c in (ITEM_COLUMNS, GOLD_COLUMNS) if header == ",".join(c)), None)
+    if columns is None:
         raise ValueError(f"the items file has the columns {header}")
     *cells, end = text.replace("\n", ",").split(",")
-    if end or len(cells) % len(ITEM_COLUMNS):
+    if end or len(cells) % len(columns):
         raise ValueError("the items file ends within a line")
-    tasks, numbers, outcomes = cells[::3], cells[1::3], cells[2::3]
+    tasks, numbers, outcomes, *others = (cells[place :: len(columns)] for place in range(len(columns)))
     values = {outcome: _outcome_from_text(outcome) for outcome in set(outcomes)}
     items: dict[str, list[Number]] = {}
+    gold: dict[str, GoldAnswers] = {}
     first = 0
     for task, lines in itertools.groupby(tasks):
         after = first + sum(1 for _ in lines)
         if task in items or numbers[first:after] != [str(number) for number in range(after - first)]:
             raise ValueError(f"the items of {task} are not numbered from 0 on")
         items[task] = [values[outcome] for outcome in outcomes[first:after]]
+        if others:
+            gold[task] = _gold_from_texts(*(column[first:after] for column in others))
         first = after
-    return items
+    return items, gold if others else None
+
+
+def _gold_from_texts(nats: list[str], label_tokens: list[str], classes: list[str]) -> GoldAnswers:
+    """Return the losses and classes of a task's items."""
+    known = classes if any(classes) else None
+    found = GoldAnswers(
+        nats=list(map(float, nats)),
+        label_tokens=list(map(int, label_tokens)),
+        classes=None if known is None else list(map(int, known)),
+    )
+    if not all(0 <= value < math.inf for value in found.nats) or min(found.label_tokens) < 1:
+        raise ValueError("the items file has a loss below 0 or an answer without tokens")
+    return found
 
 
 def _outcome_from_text(text: str) -> Number:

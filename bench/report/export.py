@@ -143,7 +143,7 @@ def _cells(selection: Selection, found: Standings, row: TableRow) -> Iterator[di
     tests = row.records[0].test or {}
     shared = {"trainable": row.trainable}
     for task in found.tasks:
-        over_seeds = mean_over_seeds([{task: outcomes[task]} for outcomes in row.outcomes])
+        over_seeds = mean_over_seeds([{task: (record.items or {})[task]} for record in row.records])
         yield shared | {
             "task": task,
             "metric": tests[task].metric,

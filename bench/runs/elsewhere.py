@@ -44,7 +44,7 @@ def score_elsewhere(config: RunConfig, setting: RunSettings, folder: Path, *, ke
     options = score_options(setting)
     if keep:
         options["recall"] = open_journal(config, setting, made_by, adapted).recall
-    results, items = score(adapted, tokenizer, tests, **options, progress_of=config.id)
+    results, items, gold = score(adapted, tokenizer, tests, **options, progress_of=config.id)
     return Record(
         config=config,
         status="ok",
@@ -52,6 +52,7 @@ def score_elsewhere(config: RunConfig, setting: RunSettings, folder: Path, *, ke
         data=DataSection(sha256=data.sha256, dropped=data.dropped, dropped_validation=data.dropped_validation),
         test={task: TaskScore(**result) for task, result in results.items()},
         items=items,
+        gold=gold,
     )
 
 

@@ -6,27 +6,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from bench.experiments.methods import BASE
-from bench.experiments.registry import SWEEP_SEED, Experiment, TableEntry, single_task_mixtures
+from bench.experiments.registry import Experiment, TableEntry, single_task_mixtures
 from bench.records.schema import RunConfig
 from bench.runs.setting import RunSettings, make_run_config
 
 Runs = list[tuple[RunConfig, RunSettings]]
 
 
-def sweep(setting: RunSettings, tuning_groups: Sequence[str]) -> Runs:
-    """Return the runs of a learning-rate sweep.
-
-    A sweep runs every method at every rate of the profile, with one seed.
-    """
-    rates = setting.profile.rates
-    return [(make_run_config(setting, method, SWEEP_SEED, rate), setting) for method in tuning_groups for rate in rates]
-
-
 def rates_before_sweep(setting: RunSettings, tuning_groups: Sequence[str]) -> dict[str, float]:
     """Return learning rates that stand for those that a sweep has yet to choose.
 
-    With them `plan_runs` plans as many runs as after the sweep. They are rates of the sweep, because a sweep's run is
-    also the table's run of the same seed, and they are not the paper's, which a table may run as well.
+    With them `plan_runs` plans as many runs as after the sweep. They are rates of the sweep, because its run may also
+    be the table's run of the same seed, and they are not the paper's, which a table may run as well.
     """
     rate = next(rate for rate in setting.profile.rates if rate != setting.profile.paper_rate)
     return dict.fromkeys(tuning_groups, rate)

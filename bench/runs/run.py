@@ -216,10 +216,10 @@ def _train_and_score(
     score_with = score_options(setting) | {"recall": journal.recall}
     if config.method != BASE:
         items = _limited(data.validation, config)
-        validation, _ = score(model, tokenizer, items, **score_with, progress_of=f"{config.id} validation")
+        validation, _, _ = score(model, tokenizer, items, **score_with, progress_of=f"{config.id} validation")
         record.validation = {task: TaskScore(**one) for task, one in validation.items()}
     items = _limited(data.test, config)
-    test, record.items = score(model, tokenizer, items, **score_with, progress_of=f"{config.id} test")
+    test, record.items, record.gold = score(model, tokenizer, items, **score_with, progress_of=f"{config.id} test")
     record.test = {task: TaskScore(**one) for task, one in test.items()}
     if record.train:
         record.train.seconds["evaluation"] = time.perf_counter() - start + journal.recalled_seconds
@@ -242,6 +242,7 @@ def score_options(setting: RunSettings) -> dict[str, Any]:
         "batch_size": profile.eval_batch_size,
         "generation_batch_size": profile.generation_batch_size,
         "unsafe_code": setting.unsafe_code,
+        "summed": MIXTURES[setting.mixture_name].compares_summed,
     }
 
 

@@ -89,6 +89,7 @@ def make_run_config(setting: RunSettings, method: str, seed: int, learning_rate:
         options = method_options(method, profile, setting.mixture_name, setting.method_options)
         learning_rate = learning_rate or profile.paper_rate
     base = prepare(setting.model)
+    mixture = MIXTURES[setting.mixture_name]
     data_hash = hashlib.sha256(repr(sorted(load_data(setting, seed).sha256.items())).encode()).hexdigest()
     return RunConfig(
         profile=profile.name,
@@ -96,7 +97,7 @@ def make_run_config(setting: RunSettings, method: str, seed: int, learning_rate:
         model_hash=base.hash,
         method=method,
         method_options=options,
-        mixture=setting.mixture_name,
+        mixture=mixture.name,
         format=profile.format,
         data_hash=data_hash,
         seed=seed,
@@ -112,7 +113,7 @@ def make_run_config(setting: RunSettings, method: str, seed: int, learning_rate:
         max_steps=setting.max_steps,
         max_items=setting.max_items,
         scorer_versions=named_versions(
-            {task: metric_of(task, profile.format) for task in MIXTURES[setting.mixture_name].tasks}
+            {task: metric_of(task, profile.format, mixture.compares_summed) for task in mixture.tasks}
         ),
     )
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from bench.errors import UserError
 from bench.runtime.tokens import encode_texts, split_label
 from bench.train.fixed_shapes import PAD_TO_MULTIPLE, FixedShapes, choose_shapes
-from tasks import Example, WrittenExample
+from tasks import TASKS, Example, WrittenExample
 
 # Tokens per packed sequence, by device. An example that is longer gets a multiple of it.
 PACKED_ROW_LENGTH = {"cuda": 512, "cpu": 128}
@@ -118,14 +119,22 @@ def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_
     return encoded
 
 
-def label_tokens(examples: Sequence[Example], encoded: Sequence[Encoded]) -> dict[str, dict[str, int]]:
-    """Count examples, tokens and label tokens per epoch, by task."""
-    counts: dict[str, dict[str, int]] = {}
+def label_tokens(examples: Sequence[Example], encoded: Sequence[Encoded]) -> dict[str, dict[str, float]]:
+    """Count examples, tokens and label tokens per epoch, by task.
+
+    Tasks with classes also have the share of the largest one.
+    """
+    counts: dict[str, dict[str, float]] = {}
+    labels: dict[str, Counter[str]] = {}
     for example, code in zip(examples, encoded, strict=True):
         count = counts.setdefault(example.task, {"examples": 0, "tokens": 0, "label_tokens": 0})
         count["examples"] += 1
         count["tokens"] += len(code.ids)
         count["label_tokens"] += code.label_length
+        if getattr(TASKS.get(example.task), "has_classes", False):
+            labels.setdefault(example.task, Counter())[example.label] += 1
+    for task, of_task in labels.items():
+        counts[task]["largest_class"] = max(of_task.values()) / of_task.total()
     return counts
 
 

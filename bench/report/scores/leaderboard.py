@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from bench.experiments.methods import BASE
-from bench.experiments.registry import SWEEP_SEED, TableEntry
+from bench.experiments.profiles import SWEEP_SEED, TUNING_SEED
+from bench.experiments.registry import TableEntry
+from bench.records.task_scores import MAX_UNEVENNESS
 from bench.report import markdown
 from bench.report.paper import paper
 from bench.report.scores.document import Leaderboard
+from bench.report.scores.held_out import loss_rows, plain_accuracy
 from bench.report.scores.selection import Rates, Selection, TableRow, difference, mixture_rows, spread
 from bench.report.scores.training_loss import LAST_STEPS, loss_cell
-from bench.report.stats import LEVEL, POWER, Difference, Spread, holm
+from bench.report.stats import LEVEL, POWER, Difference, Mean, Spread, holm
 from bench.report.two_groups import smaller_group
 from tasks import TASKS
 
@@ -75,6 +78,7 @@ class Standings:
         tasks: Names of the tasks, in the mixture's order.
         reference: The row that the others are compared with; None without a score.
         verdicts: Comparison with the reference, by a row's title. Rows without a score have none.
+        losses: Mean held-out loss with its comparison, by a row's title; empty if a record has none.
     """
 
     base: list[TableRow]
@@ -82,6 +86,7 @@ class Standings:
     tasks: list[str]
     reference: TableRow | None
     verdicts: dict[str, Verdict]
+    losses: dict[str, tuple[Mean, Verdict | None]]
 
     @property
     def scored(self) -> list[TableRow]:
@@ -100,8 +105,21 @@ def standings(selection: Selection, rates: Rates) -> Standings:
     scored = [row for row in rows if row.records]
     reference = _reference(selection, scored)
     base = selection.rows({BASE: None}, [TableEntry(BASE)])
-    verdicts = compare_rows(scored, reference, spread(mixture_rows(selection, rates)), _is_fixed(selection, reference))
-    return Standings(base, rows, _tasks(scored), reference, verdicts)
+    is_fixed = _is_fixed(selection, reference)
+    between_seeds = spread(mixture_rows(selection, rates))
+    of_losses = loss_rows([*base, *scored])
+    if not of_losses or reference is None:
+        verdicts = compare_rows(scored, reference, between_seeds, is_fixed)
+        return Standings(base, rows, _tasks(scored), reference, verdicts, {})
+    by_title = {row.title: row for row in of_losses}
+    scored_losses = [by_title[row.title] for row in scored]
+    verdicts, loss_verdicts = compare_endpoints(
+        (scored, reference, between_seeds),
+        (scored_losses, by_title[reference.title], spread(scored_losses)),
+        is_fixed=is_fixed,
+    )
+    losses = {title: (row.mean, loss_verdicts.get(title)) for title, row in by_title.items()}
+    return Standings(base, rows, _tasks(scored), reference, verdicts, losses)
 
 
 def leaderboard(selection: Selection, rates: Rates, mark_partial_sweeps: bool = False) -> Leaderboard:
@@ -124,15 +142,15 @@ def leaderboard(selection: Selection, rates: Rates, mark_partial_sweeps: bool = 
         if row.title in verdicts:
             notes[0] = verdicts[row.title].in_full(detailed=not experiment.both_rates)
         notes.append(_apart(row))
-        lines.append((row, _cells(row, tasks, best, notes if row.records else [_broken(row)])))
+        lines.append((row, _cells(row, found, notes if row.records else [_broken(row)])))
         if row.records and row.title in figures:
             theirs = figures[row.title]
             cells = [f"*{theirs[title]:.1f}*" if title in theirs else "" for title in titles]
-            lines.append(
-                (None, [f"*{row.title}, the paper's*", "", "", *cells, f"*{theirs['AVG']:.1f}*", "", "*1*", ""])
-            )
+            cells += [f"*{theirs['AVG']:.1f}*", *[""] * bool(found.losses), "", "*1*", ""]
+            lines.append((None, [f"*{row.title}, the paper's*", "", "", *cells]))
     against = "against the best" if experiment.reference is None else f"against {experiment.reference}"
-    head = ["method", "rate", "trainable", *titles, "mean", "training loss", "seeds", against]
+    loss = ["held-out loss"] * bool(found.losses)
+    head = ["method", "rate", "trainable", *titles, "mean", *loss, "training loss", "seeds", against]
     return Leaderboard(head, lines, _notes(selection, found, rates, against))
 
 
@@ -186,20 +204,37 @@ def _name(selection: Selection, reference: TableRow | None) -> str:
     return "reference" if _is_fixed(selection, reference) else "best"
 
 
-def _cells(row: TableRow, tasks: Sequence[str], reference: TableRow | None, notes: Sequence[str]) -> list[str]:
+def _cells(row: TableRow, found: Standings, notes: Sequence[str]) -> list[str]:
     rate = "" if row.rate is None else f"{row.rate:g}"
+    has_losses = bool(found.losses)
     if not row.records:
-        return [row.title, rate, *[""] * (len(tasks) + 4), *notes]
+        return [row.title, rate, *[""] * (len(found.tasks) + 4 + has_losses), *notes]
     return [
         row.title,
         rate,
         "" if row.trainable is None else f"{row.trainable:,}",
-        *(f"{row.task_mean(task):.1f}" for task in tasks),
+        *(_task_cell(row, task) for task in found.tasks),
         str(row.mean),
-        loss_cell(row, reference),
+        *([_loss_cell(*found.losses[row.title])] if has_losses else []),
+        loss_cell(row, found.reference),
         str(len(row.records)),
         ". ".join(filter(None, notes)),
     ]
+
+
+def _task_cell(row: TableRow, task: str) -> str:
+    accuracy = plain_accuracy(row, task)
+    text = f"{row.task_mean(task):.1f}" + ("" if accuracy is None else f" ({accuracy:.1f})")
+    return f"*{text}*, at floor" if task in row.at_floor else text
+
+
+def _loss_cell(mean: Mean, verdict: Verdict | None) -> str:
+    """Return a row's held-out loss and, but for the reference, its difference from it."""
+    text = f"{mean.value:.3f}"
+    if verdict is None or verdict.difference is None:
+        return text
+    d = verdict.difference
+    return f"{text}, {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}], p={verdict.p:.2g}"
 
 
 def _notes(selection: Selection, found: Standings, rates: Rates, against: str) -> str:
@@ -231,6 +266,23 @@ def _notes(selection: Selection, found: Standings, rates: Rates, against: str) -
             f"over seeds, with half a {LEVEL:.0%} interval that is not corrected. It tells how well the training data "
             "are fitted, not how well the method answers."
         )
+    if selection.at_floor:
+        notes.append(
+            "At floor: a LoRA that is trained on the task alone is not above chance by three standard errors on "
+            "validation. Such a task counts neither in the means nor in the comparisons."
+        )
+    if found.losses:
+        notes.append(
+            "Held-out loss: negative log-likelihood of the correct answers of the test sets in nats per label token, "
+            "mean over tasks and seeds; lower is better. After the comma: less that of "
+            f"{'the reference' if is_fixed else 'the row with the best score'}, with its {LEVEL:.0%} interval, paired "
+            "over seeds and items. Its tests and those of the score are one family in Holm's correction."
+        )
+    if any(plain_accuracy(row, task) is not None for row in found.scored for task in found.tasks):
+        notes.append(
+            f"Where the largest class of a test set has more than {MAX_UNEVENNESS:g} times the items of an even split, "
+            "the score is balanced accuracy, the mean recall of the classes. Plain accuracy is in brackets."
+        )
     if any(_apart(row) for row in found.scored):
         notes.append(
             "Runs of a row are in two groups if one normal sample would not split so far in 95% of cases. The interval "
@@ -256,6 +308,8 @@ def _apart(row: TableRow) -> str:
 def _partial_sweeps(selection: Selection) -> dict[str, str]:
     """Return a note per method that was tried at fewer learning rates than another."""
     frame = selection.frame
+    if (frame["seed"] == TUNING_SEED).any():
+        return {}  # a search tries as many rates as it needs
     sweep = frame[frame["learning_rate"].notna() & (frame["seed"] == SWEEP_SEED)]
     every = sweep["learning_rate"].nunique()
     tried = sweep.groupby("method")["learning_rate"].nunique()
@@ -267,22 +321,31 @@ def _broken(row: TableRow) -> str:
     return ", ".join(f"{n} of {n + len(row.records)} runs {status}" for status, n in sorted(counts.items()))
 
 
+Endpoint = tuple[Sequence[TableRow], TableRow | None, Spread | None]  # rows, reference, variance between seeds
+
+
 def compare_rows(
     scored: Sequence[TableRow], reference: TableRow | None, between_seeds: Spread | None, is_fixed: bool
 ) -> dict[str, Verdict]:
-    """Compare every other row with the reference, by title.
+    """Compare every other row with the reference, by title; see `compare_endpoints`."""
+    (verdicts,) = compare_endpoints((scored, reference, between_seeds), is_fixed=is_fixed)
+    return verdicts
+
+
+def compare_endpoints(*endpoints: Endpoint, is_fixed: bool) -> list[dict[str, Verdict]]:
+    """Compare every other row with the reference, by endpoint and title. The endpoints are one family of tests.
 
     With a reference that was fixed beforehand, p is corrected for the comparisons with it. The best row is chosen after
     its score is seen, so that there p is corrected for all pairs of rows: of tables of five equal methods 9.5% would
     otherwise call one worse.
     """
-    if reference is None:
-        return {}
-    others = [row for row in scored if row is not reference]
-    differences = [difference(reference, row, between_seeds) for row in others]
-    among_others = [] if is_fixed else [difference(*pair, between_seeds) for pair in combinations(others, 2)]
-    adjusted = iter(holm([d.p for d in (*differences, *among_others) if d]))
-    return {
-        row.title: Verdict(d, next(adjusted)) if d else Verdict(None)
-        for row, d in zip(others, differences, strict=True)
-    }
+    compared: list[list[tuple[TableRow, Difference | None]]] = []
+    among_others: list[Difference | None] = []
+    for rows, reference, between_seeds in endpoints:
+        others = [row for row in rows if row is not reference] if reference else []
+        compared.append([(row, difference(reference, row, between_seeds)) for row in others if reference])
+        if not is_fixed:
+            among_others += [difference(*pair, between_seeds) for pair in combinations(others, 2)]
+    with_reference = [d for pairs in compared for _, d in pairs]
+    adjusted = iter(holm([d.p for d in (*with_reference, *among_others) if d]))
+    return [{row.title: Verdict(d, next(adjusted)) if d else Verdict(None) for row, d in pairs} for pairs in compared]

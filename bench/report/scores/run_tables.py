@@ -6,23 +6,28 @@ They are of sweeps of the learning rate, router statistics, and effects of singl
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
+
+import pandas as pd
 
 from bench.experiments.methods import title_of
-from bench.experiments.registry import SWEEP_SEED, TableEntry, tuning_groups_of
+from bench.experiments.profiles import SWEEP_SEED, TUNING_SEED
+from bench.experiments.registry import TableEntry, tuning_groups_of
 from bench.records.schema import Record
 from bench.report.markdown import number, table
+from bench.report.scores.rates import swept_runs
 from bench.report.scores.selection import Selection, records_of, runs_of
 from bench.report.stats import Spread, compare, compare_apart
+from tasks import TASKS
 
 
 def sweep_table(selection: Selection) -> str:
-    """Return the validation means of the sweep's seed, by method and learning rate."""
-    frame = selection.frame
-    sweep = frame[(frame["seed"] == SWEEP_SEED) & frame["learning_rate"].notna()]
+    """Return the validation scores of the sweep's runs, by method and learning rate."""
+    sweep = swept_runs(selection.frame)
+    is_search = bool((sweep["seed"] == TUNING_SEED).any())
+    at_floor = selection.at_floor if is_search else None
     of_method = {
-        method: runs_of(sweep, selection.experiment, TableEntry(method))
-        .drop_duplicates("learning_rate", keep="last")
-        .set_index("learning_rate")["record"]
+        method: runs_of(sweep, selection.experiment, TableEntry(method)).set_index("learning_rate")["record"]
         for method in tuning_groups_of(selection.entries)
     }
     rates = sorted({rate for runs in of_method.values() for rate in runs.index})
@@ -30,20 +35,61 @@ def sweep_table(selection: Selection) -> str:
     for method, runs in of_method.items():
         if len(runs):
             chosen = selection.rates.tuned.get(method)
-            cells = [_sweep_cell(runs[rate], rate == chosen) if rate in runs else "not run" for rate in rates]
+            cells = [_sweep_cell(runs[rate], rate == chosen, at_floor) if rate in runs else "not run" for rate in rates]
             body.append([title_of(method), *cells])
     head = ["method", *(f"{rate:g}" for rate in rates)]
-    note = f"Mean over the validation sets, seed {SWEEP_SEED}. Bold: chosen."
-    if any("not run" in row for row in body):
-        note += " **This sweep is not complete**: a method's own rate is the best of those that were run."
-    return f"{table(body, head, ['left', *['right'] * len(rates)])}\n\n{note}"
+    if is_search:
+        note = _search_note(selection, of_method)
+    else:
+        note = f"Mean over the validation sets, seed {SWEEP_SEED}. Bold: chosen."
+        if any("not run" in row for row in body):
+            note += " **This sweep is not complete**: a method's own rate is the best of those that were run."
+    return f"{table(body, head, ['left', *['right'] * len(rates)])}\n\n{note.rstrip()}"
 
 
-def _sweep_cell(record: Record, is_chosen: bool) -> str:
+def _search_note(selection: Selection, of_method: Mapping[str, pd.Series]) -> str:
+    """Say what the cells of a search are, and if it has ended."""
+    grid, at_floor = selection.size.rates, selection.at_floor
+    without = f" without {', '.join(sorted(TASKS[task].title for task in at_floor))}, at floor" if at_floor else ""
+    note = (
+        f"Mean over the validation sets{without} of the loss in nats per label token, and in brackets of the score. "
+        f"Seed {TUNING_SEED}, which is in no other table. Bold: chosen, the lowest loss. "
+    )
+    open_ends = [
+        title_of(method)
+        for method, runs in of_method.items()
+        if (rate := selection.rates.tuned.get(method)) in grid
+        and not set(grid[max(0, grid.index(rate) - 1) : grid.index(rate) + 2]) <= set(runs.index)
+    ]
+    if open_ends:
+        note += f"**This sweep is not complete**: a rate next to the best one was not run of {', '.join(open_ends)}. "
+    return note + _by_accuracy(selection, of_method)
+
+
+def _sweep_cell(record: Record, is_chosen: bool, at_floor: Collection[str] | None) -> str:
+    """Return the score of a run, or of a search, which has tasks at floor or none, also its loss."""
     if record.status != "ok":
         return record.status + (f" by step {record.train.steps}" if record.train else "")
     mean = f"{record.mean('validation'):.1f}"
+    if at_floor is not None:
+        loss = f"{record.validation_loss(at_floor):.3f}"
+        return f"**{loss}** ({mean})" if is_chosen else f"{loss} ({mean})"
     return f"**{mean}**" if is_chosen else mean
+
+
+def _by_accuracy(selection: Selection, of_method: Mapping[str, pd.Series]) -> str:
+    """Name the rates that validation accuracy would choose, where they differ from those of the loss."""
+    others = []
+    for method, runs in of_method.items():
+        scores = {rate: one.mean("validation") for rate, one in sorted(runs.items()) if one.status == "ok"}
+        chosen = selection.rates.tuned.get(method)
+        if chosen not in scores:
+            continue
+        best = max(scores, key=lambda rate: scores[rate] or 0.0)
+        if best != chosen:
+            between = [rate for rate in selection.size.rates if min(best, chosen) < rate < max(best, chosen)]
+            others.append(f"{title_of(method)} {best:g}" + (", more than one rate away" if between else ""))
+    return f"By validation accuracy it would be {'; '.join(others)}." if others else ""
 
 
 def router_table(selection: Selection) -> str:

@@ -7,23 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
-import numpy as np
 import pandas as pd
 
+from bench.experiments.floors import tasks_at_floor
 from bench.experiments.methods import BASE, ELSEWHERE
-from bench.experiments.profiles import PROFILES, Profile
+from bench.experiments.profiles import PROFILES, TUNING_SEED, Profile
 from bench.experiments.registry import (
     EXPERIMENTS,
-    SWEEP_SEED,
     Experiment,
     TableEntry,
     single_task_mixtures,
     tuning_groups_of,
 )
 from bench.records.schema import Record, RunConfig
+from bench.report.scores.balanced import with_balanced_accuracy
 from bench.report.scores.comparable import same_scorer, same_test
+from bench.report.scores.rates import choose_rates
 from bench.report.stats import (
     Difference,
     Mean,
@@ -40,7 +41,8 @@ Rates = Mapping[str, float | None]  # by tuning group
 # Fields in which the rows and the seeds of one table differ. The data's hash covers the order of training, which
 # depends on the seed. The scorer's versions depend on the tasks of the mixture; see `bench.report.scores.comparable`.
 FREE_IN_A_TABLE = ("method", "method_options", "learning_rate", "seed", "data_hash", "mixture", "scorer_versions")
-FREE_FOR_RATES = (*FREE_IN_A_TABLE, "model_hash", "max_steps", "max_items", "epochs", "batch_size", "format")
+FREE_FOR_RATES = (*FREE_IN_A_TABLE, "model_hash", "max_steps", "max_items", "epochs", "batch_size", "format",
+                  "warmup_ratio")  # fmt: skip
 COLUMNS = (*RunConfig.model_fields, "setting", "variant", "id", "status", "validation", "test", "time", "test_hash",
            "record")  # fmt: skip
 
@@ -133,6 +135,7 @@ class TableRow:
         records: Runs with status ok, by seed. A single-task row has one joined record per seed.
         broken: Runs that diverged or ran out of memory.
         sources: Every record that the row rests on.
+        at_floor: Tasks that count neither in the mean nor in comparisons.
     """
 
     entry: TableEntry
@@ -140,6 +143,7 @@ class TableRow:
     records: list[Record]
     broken: list[Record]
     sources: list[Record]
+    at_floor: frozenset[str] = frozenset()
 
     @property
     def method(self) -> str:
@@ -153,12 +157,16 @@ class TableRow:
 
     @property
     def outcomes(self) -> list[Outcomes]:
-        """Outcomes of the test items, by seed."""
-        return [record.items or {} for record in self.records]
+        """Outcomes of the test items of learned tasks, by seed."""
+        return [self.outcomes_of(record) for record in self.records]
+
+    def outcomes_of(self, record: Record) -> Outcomes:
+        """Return the outcomes of a run's test items, without those of tasks at floor."""
+        return {task: rights for task, rights in (record.items or {}).items() if task not in self.at_floor}
 
     @property
     def mean(self) -> Mean:
-        """Mean over tasks and seeds, with its interval."""
+        """Mean over learned tasks and seeds, with its interval."""
         return mean_over_seeds(self.outcomes)
 
     @property
@@ -200,6 +208,12 @@ class Selection:
         """The profile's settings for this experiment."""
         return PROFILES[self.profile].on(self.experiment.mixture)
 
+    @cached_property
+    def at_floor(self) -> frozenset[str]:
+        """The tasks that a LoRA trained on them alone does not learn; none if it learns no task."""
+        found = _tasks_at_floor(self.folder, self.frame)
+        return frozenset(found if any(set(record.test or {}) - found for record in self.records) else ())
+
     @property
     def entries(self) -> list[TableEntry]:
         """The rows of the table."""
@@ -222,14 +236,16 @@ class Selection:
     def rows(self, rates: Rates, entries: Sequence[TableEntry] | None = None) -> list[TableRow]:
         """Return a row per table entry that has runs at the rate of its tuning group."""
         found = []
+        reported = self.frame[self.frame["seed"] != TUNING_SEED]
         for entry in self.entries if entries is None else entries:
             rate = rates.get(entry.tuning_group)
-            runs = _at_rate(runs_of(self.frame, self.experiment, entry), rate).sort_values("seed", kind="stable")
+            runs = _at_rate(runs_of(reported, self.experiment, entry), rate).sort_values("seed", kind="stable")
             if len(runs):
                 records = records_of(runs)
                 complete = _joined(records) if entry.single_task else records
                 ok = [record for record in complete if record.status == "ok"]
-                found.append(TableRow(entry, rate, ok, [r for r in records if r.status != "ok"], records))
+                broken = [record for record in records if record.status != "ok"]
+                found.append(TableRow(entry, rate, ok, broken, records, self.at_floor))
         return found
 
 
@@ -251,6 +267,7 @@ def select(
         rates: Learning rates of the rows; by default those that these records' sweeps chose.
     """
     mine, left_out = select_comparable(frame, experiment, like)
+    mine = with_balanced_accuracy(mine)
     return Selection(experiment, profile, frame, mine, left_out, rates or tuned_rates(experiment, frame))
 
 
@@ -315,26 +332,6 @@ def records_that_lend_rates(frame: pd.DataFrame, like: RunConfig) -> pd.DataFram
     return same[same_format]
 
 
-def choose_rates(frame: pd.DataFrame) -> dict[str, float]:
-    """Return by method the learning rate with the best validation mean.
-
-    The mean is that of the sweep's seed. The records are of one mixture. Runs with other options than the paper's do
-    not count. A method with a single rate was not tuned and is left out. Of equal means the lower rate is taken.
-    """
-    sweep = frame[(frame["seed"] == SWEEP_SEED) & frame["learning_rate"].notna()]
-    examples = sweep.drop_duplicates("variant")
-    usual = {
-        variant: TableEntry(record.config.method).matches(record.config)
-        for variant, record in zip(examples["variant"], examples["record"], strict=True)
-    }
-    sweep = sweep[sweep["variant"].map(usual).astype(bool)]
-    scores = sweep["validation"].where(sweep["status"] == "ok").astype(float).fillna(-np.inf)
-    tried = sweep.assign(score=scores).drop_duplicates(["method", "learning_rate"], keep="last")
-    best = tried.sort_values(["score", "learning_rate"], ascending=[False, True]).groupby("method").first()
-    counts = tried.groupby("method", sort=False).size()
-    return {method: float(best.loc[method, "learning_rate"]) for method in counts[counts > 1].index}
-
-
 def tuned_rates(experiment: Experiment, frame: pd.DataFrame) -> LearningRates:
     """Return each tuning group's learning rate.
 
@@ -343,14 +340,18 @@ def tuned_rates(experiment: Experiment, frame: pd.DataFrame) -> LearningRates:
     """
     own, _ = select_comparable(frame, experiment)
     own = own[own["mixture"].isin(experiment.mixtures)]
-    rates = choose_rates(own)
+    rates = choose_rates(own, _tasks_at_floor(frame, own))
     table2 = EXPERIMENTS["table2"]
     if experiment == table2 or (rates and rates.keys() >= set(groups_with_runs(experiment, own))):
         return LearningRates(rates, experiment, frozenset(own["format"]))
     lent, _ = select_comparable(frame, table2)
-    rates = choose_rates(lent)
+    rates = choose_rates(lent, _tasks_at_floor(frame, lent))
     rates = {group: rates[group] for group in experiment.tuning_groups if group in rates}
     return LearningRates(rates, table2, frozenset(lent["format"]))
+
+
+def _tasks_at_floor(folder: pd.DataFrame, of_mixture: pd.DataFrame) -> set[str]:
+    return tasks_at_floor(folder["record"], of_mixture["record"].iloc[0].config) if len(of_mixture) else set()
 
 
 def groups_with_runs(experiment: Experiment, frame: pd.DataFrame) -> list[str]:
@@ -414,7 +415,7 @@ def difference(first: TableRow, second: TableRow, between_seeds: Spread | None) 
     With two or more seeds in common the test is paired over them. With fewer, all seeds of both rows are compared, with
     the variance between seeds given. Without that variance the one common seed is compared.
     """
-    runs = [{record.config.seed: record.items or {} for record in row.records} for row in (first, second)]
+    runs = [{record.config.seed: row.outcomes_of(record) for record in row.records} for row in (first, second)]
     seeds = sorted(runs[0].keys() & runs[1].keys())
     if len(seeds) < 2 and between_seeds and all(runs):
         return compare_apart(list(runs[0].values()), list(runs[1].values()), between_seeds)

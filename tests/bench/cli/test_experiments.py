@@ -15,7 +15,7 @@ from tests.bench.conftest import SOURCE
 def constant_score(model, tokenizer, examples, **options):
     """Replaces lm-eval, which takes a second per run and is tested elsewhere."""
     row = {"metric": "acc", "value": 0.5, "stderr": 0.5, "n": 2, "version": 2}
-    return {task: dict(row) for task in examples}, {task: [0, 1] for task in examples}
+    return {task: dict(row) for task in examples}, {task: [0, 1] for task in examples}, None
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_lm_eval_scores_exported_tasks_as_bench_does(base_folder, tmp_path, regi
         export_task(task_of(name), SOURCE, "letters", tmp_path / "first")
     shutil.move(tmp_path / "first", tmp_path / "moved")
     tests = {name: build_task(task_of(name), SOURCE, format="letters")["test"] for name in names}
-    _, ours = score(model, tokenizer, tests, format="letters", batch_size=4)
+    _, ours, _ = score(model, tokenizer, tests, format="letters", batch_size=4)
     theirs = evaluate(tmp_path / "moved", names, model, tokenizer)
     for name, metric in (("places", "acc"), ("majority", "acc"), ("counting", "exact_match")):
         assert outcomes_of(theirs, name, metric) == ours[name], name

@@ -3,6 +3,7 @@
 import math
 import random
 import re
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -10,37 +11,77 @@ import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from sklearn.metrics import recall_score
 
 from bench.evaluate import lm_eval_model
 from bench.evaluate.grade import last_number
 from bench.evaluate.lm_eval_tasks import choice_config, quiet_lm_eval
 from bench.evaluate.score import score
 from bench.models.base import load, prepare
+from bench.records.schema import TaskScore
 from bench.runtime import progress
 from tasks import MIXTURES, TASKS, Example, build, procedural
 from tests.bench.conftest import SOURCE
 
 
-@pytest.mark.parametrize("format, metric", [("letters", "acc"), ("cloze", "acc_norm")])
-def test_lm_eval_agrees_with_the_likelihoods_by_hand(format, metric, base_folder):
+@pytest.mark.parametrize(
+    "format, metric, summed", [("letters", "acc", False), ("cloze", "acc_norm", False), ("cloze", "acc", True)]
+)
+def test_lm_eval_agrees_with_the_likelihoods_by_hand(format, metric, summed, base_folder):
     model, tokenizer = load(prepare(str(base_folder)), torch.device("cpu"))
     examples = build(MIXTURES["procedural"], SOURCE, format=format, seed=0).test
-    scores, outcomes = score(model, tokenizer, examples, format=format, batch_size=5)
+    scores, outcomes, gold = score(model, tokenizer, examples, format=format, batch_size=5, summed=summed)
     for task, items in examples.items():
-        by_hand = []
+        by_hand, losses = [], []
         for example in items:
             values = []
             for choice in example.choices:
                 prompt, text = tokenizer(example.prompt)["input_ids"], tokenizer(example.prompt + choice)["input_ids"]
                 log_p = model(torch.tensor([text])).logits[0].log_softmax(-1)
                 value = sum(log_p[i - 1, text[i]].item() for i in range(len(prompt), len(text)))
-                values.append(value / len(choice.removeprefix(" ")) if format == "cloze" else value)
+                values.append(value / len(choice.removeprefix(" ")) if metric == "acc_norm" else value)
+                if choice == example.label:
+                    losses.append((-value, len(text) - len(prompt)))
             by_hand.append(int(max(range(len(values)), key=values.__getitem__) == example.answer))
         assert outcomes[task] == by_hand
+        nats, tokens = (list(column) for column in zip(*losses, strict=True))
+        assert gold[task].nats == pytest.approx(nats, rel=1e-4) and gold[task].label_tokens == tokens
+        assert scores[task]["loss"] == pytest.approx(sum(nats) / sum(tokens), rel=1e-4)
+        assert scores[task]["guess"] == pytest.approx(sum(1 / len(e.choices) for e in items) / len(items))
+        assert gold[task].classes is None and "balanced" not in scores[task]  # declared by none of these tasks
         assert scores[task]["metric"] == metric and scores[task]["n"] == len(items)
         mean = sum(by_hand) / len(by_hand)
         assert scores[task]["value"] == pytest.approx(mean)
         assert scores[task]["stderr"] == pytest.approx((mean * (1 - mean) / (len(by_hand) - 1)) ** 0.5)
+
+
+def test_tasks_with_classes_have_balanced_accuracy(base_folder, monkeypatch):
+    model, tokenizer = load(prepare(str(base_folder)), torch.device("cpu"))
+    monkeypatch.setitem(TASKS, "lexicon", replace(TASKS["lexicon"], has_classes=True))
+    examples = build(MIXTURES["procedural/lexicon"], SOURCE, format="cloze", seed=0).test
+    examples = {"lexicon": [*examples["lexicon"], *examples["lexicon"][:1] * 30]}
+    scores, outcomes, gold = score(model, tokenizer, examples, format="cloze", batch_size=32)
+    labels = [example.label for example in examples["lexicon"]]
+    one, right = TaskScore(**scores["lexicon"]), outcomes["lexicon"]
+    wrong_or_right = [label if r else "another" for label, r in zip(labels, right, strict=True)]
+    recalls = recall_score(labels, wrong_or_right, labels=sorted(set(labels)), average=None)
+    assert one.balanced == pytest.approx(recalls.mean()) and one.classes == len(set(labels)) == len(recalls)
+    assert one.largest_class == max(map(labels.count, labels)) / len(labels) and one.is_uneven
+    assert not one.replace(largest_class=1.2 / one.classes).is_uneven
+    assert gold["lexicon"].classes == [sorted(set(labels)).index(label) for label in labels]
+
+
+def test_generated_answers_have_the_loss_of_the_first_reference(inter):
+    model, tokenizer, data = inter
+    examples = {"report": data.test["report"][:3]}
+    scores, _, gold = score(model, tokenizer, examples, format="letters", batch_size=2)
+    with torch.no_grad():
+        for item, nats, count in zip(examples["report"], gold["report"].nats, gold["report"].label_tokens, strict=True):
+            text = torch.tensor([tokenizer(item.prompt + item.label)["input_ids"]])
+            log_p = model(text).logits[0].log_softmax(-1)[:-1].gather(1, text[0, 1:, None])[-count:]
+            assert nats == pytest.approx(-log_p.sum().item(), rel=1e-4)
+            assert count == text.shape[1] - len(tokenizer(item.prompt)["input_ids"])
+    assert "guess" not in scores["report"] and scores["report"]["label_tokens"] == sum(gold["report"].label_tokens)
 
 
 def made_up(count):
@@ -62,7 +103,7 @@ def test_cloze_accuracy_is_that_of_a_task_as_lm_eval_writes_it(base_folder):
     model, tokenizer = load(prepare(str(base_folder)), torch.device("cpu"))
     items = made_up(100)
     examples = [Example("lexicon", text, tuple(f" {c}" for c in choices), answer) for text, choices, answer in items]
-    scores, outcomes = score(model, tokenizer, {"lexicon": examples}, format="cloze", batch_size=32)
+    scores, outcomes, _ = score(model, tokenizer, {"lexicon": examples}, format="cloze", batch_size=32)
     rows = [{"query": text, "choices": choices, "gold": answer} for text, choices, answer in items]
     task = {
         "task": "as_lm_eval",
@@ -172,7 +213,7 @@ def inter(base_folder):
 def test_generated_answers_are_those_of_transformers(inter):
     model, tokenizer, data = inter
     tests = {"counting": data.test["counting"]}
-    scores, outcomes = score(model, tokenizer, tests, format="letters", batch_size=5, generation_batch_size=5)
+    scores, outcomes, _ = score(model, tokenizer, tests, format="letters", batch_size=5, generation_batch_size=5)
     by_hand = []
     for example in tests["counting"]:
         ids = tokenizer(example.prompt, return_tensors="pt", return_token_type_ids=False)
@@ -189,13 +230,14 @@ def test_the_likelihood_is_the_geometric_mean_over_the_labels_tokens(max_labels,
     monkeypatch.setattr(lm_eval_model, "MAX_LABELS", max_labels)
     model, tokenizer, data = inter
     examples = {name: items[:6] for name, items in data.validation.items()}
-    scores, outcomes = score(model, tokenizer, examples, format="letters", batch_size=5)
+    scores, outcomes, gold = score(model, tokenizer, examples, format="letters", batch_size=5)
     for domain, items in examples.items():
-        for example, outcome in zip(items, outcomes[domain], strict=True):
+        for example, outcome, nats in zip(items, outcomes[domain], gold[domain].nats, strict=True):
             prompt, text = (tokenizer(t)["input_ids"] for t in (example.prompt, example.prompt + example.label))
             log_p = model(torch.tensor([text])).logits[0].log_softmax(-1)
             values = [log_p[i - 1, text[i]].item() for i in range(len(prompt), len(text))]
             assert outcome == pytest.approx(math.exp(sum(values) / len(values)), rel=1e-4)
+            assert nats == pytest.approx(-sum(values), rel=1e-4)
         assert scores[domain]["value"] == pytest.approx(sum(outcomes[domain]) / len(items))
         assert scores[domain]["metric"] == "likelihood"
 
@@ -207,7 +249,7 @@ def test_rouge_l_lies_between_right_and_wrong(inter, monkeypatch):
     monkeypatch.setattr(
         lm_eval_model.LabelPositionLM, "generate_until", lambda self, requests: [next(answers) for _ in requests]
     )
-    scores, outcomes = score(model, tokenizer, {"report": [example] * 2}, format="letters", batch_size=5)
+    scores, outcomes, _ = score(model, tokenizer, {"report": [example] * 2}, format="letters", batch_size=5)
     # Eight words, without the stop seven, of which the answer has two: P = 1 and R = 2/7.
     assert outcomes["report"] == [1, pytest.approx(2 * (2 / 7) / (1 + 2 / 7))]
     assert scores["report"]["value"] == pytest.approx(sum(outcomes["report"]) / 2)

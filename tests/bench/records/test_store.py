@@ -20,7 +20,7 @@ from bench.experiments.methods import BASE, method_options
 from bench.experiments.profiles import PROFILES
 from bench.records import files, provenance, schema, store
 from bench.records.files import write_atomically
-from bench.records.schema import Record, RunConfig
+from bench.records.schema import GoldAnswers, Record, RunConfig, TaskScore
 from tests.bench.conftest import CLEAN
 
 CONFIG = RunConfig(
@@ -295,7 +295,7 @@ def test_items_that_give_the_same_score_in_another_order_are_refused(tmp_path):
     for seed in range(50):
         outcomes = make(right=0.4).items
         random.Random(seed).shuffle(outcomes["majority"])
-        items.write_bytes(store._items_to_bytes(outcomes))
+        items.write_bytes(store._items_to_bytes(outcomes, None))
         with pytest.raises(UserError, match=rf"{re.escape(str(path))}: its items_sha256 is"):
             store.read(path)
 
@@ -430,6 +430,43 @@ def test_outcomes_between_right_and_wrong_are_read_back_as_they_were(tmp_path):
     scores = {task: score(outcomes, "rougeL") for task, outcomes in items.items()}
     written = store.write(make(items=items, test=scores), tmp_path)
     assert store.read(written).items == items
+
+
+def with_losses():
+    one = make()
+    nats = [round(0.1 + i / 7, 4) for i in range(40)]
+    gold = {
+        "lexicon": GoldAnswers(nats=nats, label_tokens=[2] * 40, classes=[i % 3 for i in range(40)]),
+        "majority": GoldAnswers(nats=nats, label_tokens=[1, 3] * 20),
+    }
+    test = {task: TaskScore(**score(one.items[task]), **gold[task].summary(one.items[task])) for task in gold}
+    return one.replace(test=test, gold=gold)
+
+
+def test_losses_and_classes_read_back_as_they_were_written(tmp_path):
+    written = with_losses()
+    path = store.write(written, tmp_path)
+    assert store.read(path) == written and written.test["majority"].balanced is None
+    assert store.write(store.read(path), tmp_path / "again").read_bytes() == path.read_bytes()
+    assert "loss" not in json.loads(store.write(make(seed=1), tmp_path).read_text())["test"]["lexicon"]
+
+
+@pytest.mark.parametrize("change", [
+    lambda test, gold: (test, {**gold, "majority": gold["lexicon"]}),  # other label tokens
+    lambda test, gold: (test, {**gold, "lexicon": gold["lexicon"].replace(nats=[0.5] * 40)}),
+    lambda test, gold: (test, {**gold, "lexicon": gold["lexicon"].replace(classes=[i // 20 for i in range(40)])}),
+    lambda test, gold: (test, None),
+    lambda test, gold: ({**test, "lexicon": test["lexicon"].replace(loss=None)}, gold),
+    lambda test, gold: ({**test, "lexicon": test["lexicon"].replace(balanced=0.9)}, gold),
+])  # fmt: skip
+def test_losses_that_do_not_follow_from_the_items_are_refused(change, tmp_path):
+    one = with_losses()
+    test, gold = change(one.test, one.gold)
+    path = store.write(one.replace(test=test, gold=gold), tmp_path)
+    with pytest.raises(
+        UserError, match=r"its (loss|label_tokens|classes|balanced|largest_class) of (lexicon|majority)"
+    ):
+        store.read(path)
 
 
 def test_the_mixture_of_a_single_domain_names_a_file(tmp_path):

@@ -11,9 +11,10 @@ from bench.experiments.registry import EXPERIMENTS
 from bench.models.base import count_weights, load, prepare
 from bench.records.schema import Parameters, TrainSection
 from bench.runs.estimate import Estimate, assumed_rate, duration, estimate, missing_runs, summarize
-from bench.runs.plan import plan_runs, rates_before_sweep, sweep
+from bench.runs.plan import plan_runs, rates_before_sweep
 from bench.runs.run import run
 from bench.runs.setting import load_data, make_run_config
+from bench.runs.sweep import sweep_round
 from tests.bench.conftest import CLEAN, make_setting
 from tests.bench.records.test_store import make
 
@@ -146,7 +147,12 @@ def test_as_many_runs_are_planned_before_a_sweep_as_after_it(name, base_folder, 
 
     def count(tuned):
         batches = plan_runs(setting, experiment, experiment.entries, 2, tuned)
-        return len({config.id for config, _ in [*sweep(setting, groups), *(run for batch in batches for run in batch)]})
+        return len(
+            {
+                config.id
+                for config, _ in [*sweep_round(setting, groups, []), *(run for batch in batches for run in batch)]
+            }
+        )
 
     expected = count(rates_before_sweep(setting, groups))
     assert expected == count(dict.fromkeys(groups, setting.profile.rates[-1]))

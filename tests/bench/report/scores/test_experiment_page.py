@@ -3,16 +3,16 @@
 import pytest
 
 from bench.experiments.methods import method_options
-from bench.experiments.profiles import PROFILES
+from bench.experiments.profiles import PROFILES, TUNING_SEED
 from bench.experiments.registry import EXPERIMENTS
 from bench.records import scorer_versions, store
 from bench.report import readme
 from bench.report.claims import claims
 from bench.report.scores.experiment_page import experiment_page
 from bench.report.scores.leaderboard import compare_rows
+from bench.report.scores.rates import choose_rates
 from bench.report.scores.selection import (
     LearningRates,
-    choose_rates,
     difference,
     mixture_rows,
     records_frame,
@@ -59,6 +59,29 @@ def line(text, start):
 def test_rates_are_chosen_on_validation_and_a_method_that_was_not_swept_has_none():
     assert choose_rates(records_frame(records())) == {"lora": 2e-3, "molora": 2e-3, "malora": 4e-4}
     assert choose_rates(records_frame([make(0)])) == {} == choose_rates(records_frame([]))
+
+
+def searched(method, rate, loss, **options):
+    """A run of a search: its validation loss, and an accuracy that rises with the rate."""
+    one = make(TUNING_SEED, method=method, rate=rate, right=min(1.0, 100 * rate), **options)
+    if one.status != "ok":
+        return one
+    return one.replace(validation={task: s.replace(loss=loss, label_tokens=40) for task, s in one.validation.items()})
+
+
+def test_a_search_chooses_by_validation_loss_and_is_in_no_row():
+    runs = [searched("lora", rate, loss) for rate, loss in ((4e-4, 1.0), (6e-4, 0.8), (9e-4, 0.8), (2e-3, 1.2))]
+    runs += [searched("malora", 4e-4, 1.0), make(TUNING_SEED, "diverged", "malora", 9e-4)]
+    assert choose_rates(records_frame([*records(), *runs])) == {"lora": 6e-4, "malora": 4e-4}
+    reported = [make(seed, method="lora", rate=6e-4, right=0.7) for seed in (0, 1)]
+    selection = select(TABLE2, "tiny", records_frame([*runs, *reported]))
+    (row,) = selection.rows(selection.rates.tuned)
+    assert [record.config.seed for record in row.records] == [0, 1]
+    text = " ".join(experiment_page(selection).split())
+    assert "| LoRA | 1.000 (5.0) | **0.800** (7.5) | 0.800 (10.0) | 1.200 (20.0) |" in text
+    assert "| MALoRA | **1.000** (5.0) | not run | diverged by step 70 |" in text
+    assert "**This sweep is not complete**: a rate next to the best one was not run of MALoRA." in text
+    assert "By validation accuracy it would be LoRA 0.002, more than one rate away" in text
 
 
 def test_rows_say_which_differences_are_real():
