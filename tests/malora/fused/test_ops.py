@@ -162,7 +162,8 @@ def test_compiled_passes_read_weights_that_a_weight_cache_packed(x, monkeypatch)
 def test_a_compiled_model_follows_a_switch_of_adapters(x):
     model = adapted()
     model.add_adapter("other", malora.METHODS["molora"](
-        backend="fused", lora_dropout=0.0, target_modules=["q_proj", "down_proj"], task_type=None, r=4, lora_alpha=8, num_experts=4
+        backend="fused", lora_dropout=0.0, target_modules=["q_proj", "down_proj"], task_type=None, r=4, lora_alpha=8,
+        num_experts=4,
     ))  # fmt: skip
     run = compiled(model)
     with torch.no_grad():
