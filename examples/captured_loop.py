@@ -34,7 +34,7 @@ def main() -> None:
     step = malora.capture_step(model)
 
     for number in range(options.steps):
-        micro_batches = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 100, (2, 4, 32))]
+        micro_batches = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 100, (2, 2, 16))]
         losses = step(micro_batches, scale=1 / len(micro_batches))
         optimizer.step()
         optimizer.zero_grad()

@@ -74,9 +74,9 @@ def fresh_accelerator():
 
 @pytest.fixture
 def short_rounds(monkeypatch):
-    """Shorten the rounds of the speed benchmark to a tenth of a second."""
-    monkeypatch.setattr(rounds, "WARM_SECONDS", 0.1)
-    monkeypatch.setattr(rounds, "ROUND_SECONDS", 0.1)
+    """Shorten the rounds of the speed benchmark to a few steps."""
+    monkeypatch.setattr(rounds, "WARM_SECONDS", 0.02)
+    monkeypatch.setattr(rounds, "ROUND_SECONDS", 0.02)
 
 
 # Provenance of a record from a clean checkout.

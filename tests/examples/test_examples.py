@@ -58,7 +58,6 @@ def test_an_example_runs_and_saves_its_adapter(example, tiny_model, tmp_path):
         "--output",
         tmp_path / "adapter",
         *model,
-        as_a_user=example == "train_adapter",
     )
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     assert "balance loss" in printed or "aux_loss" in printed

@@ -1,8 +1,6 @@
 """`malora-lm-eval` scores a saved adapter, as lm-eval scores PEFT's own."""
 
 import json
-import os
-import subprocess
 import sys
 from typing import Any
 
@@ -14,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import malora
 from bench.models import tiny
 from malora import lm_eval_cli
+from tests import processes
 
 QUESTIONS: list[dict[str, Any]] = [
     {"question": f"Question: {word}\nAnswer:", "choices": [" A", " B", " C"], "answer": answer}
@@ -83,13 +82,12 @@ def likelihoods(folder, with_adapter: bool) -> list[list[float]]:
 
 def test_lm_eval_scores_a_saved_adapter_on_a_local_task(folders):
     command = [
-        *(sys.executable, "-m", "malora.lm_eval_cli", "run", "--model", "hf", "--device", "cpu"),
+        *("run", "--model", "hf", "--device", "cpu"),
         *("--model_args", f"pretrained={folders / 'base'},peft={folders / 'adapter'},dtype=float32"),
         *("--tasks", "local_questions", "--include_path", folders / "task", "--limit", LIMIT),
         *("--output_path", folders / "out", "--log_samples"),
     ]
-    environment = os.environ | {"HF_HOME": str(folders / "cache"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=280)
+    done = processes.run("malora.lm_eval_cli", *command, environment={"HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
     (results,) = (folders / "out").rglob("results_*.json")
     (samples,) = (folders / "out").rglob("samples_*.jsonl")

@@ -10,7 +10,7 @@ import malora
 from malora.fused import augmented_weights, weight_cache
 from tests.conftest import optimize_adapted_layers
 from tests.malora.fused.test_augmented_weights import assert_close, padding
-from tests.malora.fused.test_group import DEVICE, DTYPE, FEW_EXPERTS, adapted
+from tests.malora.fused.test_group import BOTH_LAYERS, DEVICE, DTYPE, FEW_EXPERTS, adapted
 
 # One group of three and one of one: enough of both kinds, and the interpreter is slow.
 FEW = {"target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"], "layers_to_transform": [0], "lora_dropout": 0.3}
@@ -264,7 +264,7 @@ def test_padded_columns_that_are_allocated_anew_have_no_stale_up_projection(ids)
     """Optimize the backbone for an adapter of another size, then again for the first."""
     models = [made() for _ in range(2)]
     for model in models:
-        model.add_adapter("other", malora.METHODS["molora"](backend="fused", r=3, **FEW))
+        model.add_adapter("other", malora.METHODS["molora"](backend="fused", r=3, num_experts=FEW_EXPERTS, **FEW))
         model.to(DEVICE, DTYPE)
         gradients(model, ids)
     weights = malora.WeightCache(models[0])
@@ -315,7 +315,7 @@ def test_graphs_of_passes_read_what_a_graph_of_a_refresh_wrote(method, backend, 
     from malora.backbone.cuda_graphs import capture, capture_refresh, warm_up
 
     dtype = torch.bfloat16 if backend == "fp8" else torch.float32
-    models = [adapted(method, backend=backend, lora_dropout=0.3).to(dtype) for _ in range(2)]
+    models = [adapted(method, backend=backend, lora_dropout=0.3, **BOTH_LAYERS).to(dtype) for _ in range(2)]
     for model in models:
         optimize_adapted_layers(model)
     seed = torch.full((1,), 5, device=DEVICE)

@@ -2,14 +2,17 @@
 
 import importlib.util
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 
 from bench.cli.commands import make_setting_from
 from bench.cli.parser import main, make_parser
 from bench.experiments.profiles import PROFILES
-from bench.records import store
+from bench.records import provenance, store
+from bench.runs import pool
 from tests.bench import launch
 from tests.bench.cli.helpers import refused, snapshot
 from tests.bench.event_files import check_events
@@ -17,8 +20,12 @@ from tests.bench.event_files import check_events
 RATES = len(PROFILES["tiny"].rates)
 
 
-def test_table2_runs_sweeps_and_resumes(base_folder, tmp_path, capsys):
+def test_table2_runs_sweeps_and_resumes(base_folder, tmp_path, capsys, monkeypatch):
     """From the command line to a table and to event files, with two worker processes."""
+    rates = PROFILES["tiny"].rates[:3]
+    monkeypatch.setitem(PROFILES, "tiny", replace(PROFILES["tiny"], rates=rates))
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(pool, "START_METHOD", "fork")  # a new Python takes seconds to import everything
     is_tracked = importlib.util.find_spec("tensorboard") is not None
     command = [
         *"table2 --profile tiny --model".split(),
@@ -32,7 +39,7 @@ def test_table2_runs_sweeps_and_resumes(base_folder, tmp_path, capsys):
     assert "were cut short" in page and "| MALoRA " in page and "Scores by learning rate" in page
     before = snapshot(tmp_path)
     # One record and its items per run of two methods and of the base, and the page.
-    assert len([path for path in before if tmp_path / "tracking" not in path.parents]) == 2 * (2 * RATES + 1) + 1
+    assert len([path for path in before if tmp_path / "tracking" not in path.parents]) == 2 * (2 * len(rates) + 1) + 1
     if is_tracked:  # each run in a folder of its own
         for record in store.read_all(tmp_path):
             check_events(tmp_path, record)
@@ -84,10 +91,17 @@ def test_run_on_domains(base_folder, capsys, tmp_path):
     assert one.train.curve[-1].loss < one.train.curve[0].loss
 
 
-def test_leaderboard_check_changes_nothing(capsys):
-    before = snapshot(store.RESULTS)
-    main(["leaderboard", "--check"])
-    assert snapshot(store.RESULTS) == before
+def test_leaderboard_check_changes_nothing(capsys, tmp_path, monkeypatch):
+    """With pages that are there and differ, and pages that are missing."""
+    shutil.copytree(store.RESULTS / "tiny", tmp_path / "results" / "tiny")
+    shutil.copy(provenance.ROOT / "README.md", tmp_path)
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    monkeypatch.setattr(store, "RESULTS", tmp_path / "results")
+    (page, *_) = (tmp_path / "results" / "tiny").glob("*.md")
+    page.write_text("Old\n")
+    before = snapshot(tmp_path)
+    assert main(["leaderboard", "--check"]) == 1
+    assert snapshot(tmp_path) == before and page.name in "".join(capsys.readouterr())
 
 
 def test_two_processes_train_together(base_folder, tmp_path):

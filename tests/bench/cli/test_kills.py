@@ -71,7 +71,7 @@ def outcome(folder):
 
 @pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="finds processes in Linux's /proc")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="forks programs, and a forked process cannot use CUDA")
-@pytest.mark.timeout(100 + 40 * KILLS)  # on a busy machine
+@pytest.mark.timeout(240 + 40 * KILLS)  # on a busy machine
 def test_killed_commands_end_in_the_unbroken_record_and_leave_no_file(command, tmp_path):
     rng = random.Random(SEED)
     where = Counter()

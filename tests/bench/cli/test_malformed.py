@@ -92,8 +92,11 @@ values = st.recursive(
 )
 
 
+PARSER = make_parser()  # making one takes longer than parsing a line
+
+
 def commands():
-    return make_parser()._subparsers._group_actions[0].choices
+    return PARSER._subparsers._group_actions[0].choices
 
 
 OPTIONS = sorted(
@@ -112,7 +115,7 @@ GOOD = ["0", "1", "malora", "lora,malora", "intra", "inter/code", "tiny", "cloze
 def test_command_lines(command, options):
     words = [command, *(word for option, value in options for word in ([option] if value is None else [option, value]))]
     try:
-        parsed = make_parser().parse_args(words)
+        parsed = PARSER.parse_args(words)
     except SystemExit as exit:
         assert exit.code == 2
     else:

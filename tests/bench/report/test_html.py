@@ -158,6 +158,7 @@ def published_page(tmp_path_factory):
 def test_the_command_writes_the_page_into_results_or_another_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("bench.report.html.page", lambda *records: "<!doctype html>")
     monkeypatch.setattr("bench.cli.commands.LOCAL", tmp_path)
+    monkeypatch.setattr(store, "RESULTS", tmp_path / "results")  # reading all published records takes seconds
     for arguments, path in ([], tmp_path / "report.html"), (["--output", f"{tmp_path}/a/b"], tmp_path / "a" / "b"):
         assert main(["report", *arguments]) == 0 and str(path) in capsys.readouterr().out
         assert path.read_text() == "<!doctype html>"

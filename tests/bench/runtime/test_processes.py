@@ -1,15 +1,12 @@
 """Processes that share a run know of each other, or are refused."""
 
-import subprocess
-import sys
-
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 
 from bench.errors import UserError
-from bench.records import provenance
 from bench.runtime import processes as module
 from bench.runtime.processes import WORLD_SIZES, make_accelerator, processes
+from tests.processes import run
 
 
 def test_without_a_launcher_there_is_one():
@@ -35,10 +32,8 @@ def test_a_state_that_was_made_without_the_cpu_is_refused(monkeypatch):
 
 def test_two_processes_are_counted():
     """`accelerate launch` starts one on a CPU, and a test would compare it with itself. torchrun starts two."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "-m"]
-    done = subprocess.run(
-        [*command, "tests.bench.launch"], capture_output=True, text=True, cwd=provenance.ROOT, timeout=300
-    )
+    launcher = ("accelerate.commands.launch", "--num_processes", "2", "--cpu", "-m")
+    done = run(*launcher, "tests.bench.launch")
     assert done.returncode != 0 and "Num processes: 1" in done.stderr
 
 

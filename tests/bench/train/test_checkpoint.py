@@ -29,7 +29,7 @@ def test_a_killed_run_that_is_resumed_ends_bitwise_like_an_unbroken_one(
     """
 
     def train_adapter(folder):
-        setting = make_setting(base_folder, tmp_path / folder, save=tmp_path / folder / "adapter")
+        setting = make_setting(base_folder, tmp_path / folder, max_items=2, save=tmp_path / folder / "adapter")
         result = run(make_run_config(setting, method, seed=0, learning_rate=1e-2), setting)
         assert result.status == "ok", result.error
         return (tmp_path / folder / "adapter" / "adapter_model.safetensors").read_bytes(), result

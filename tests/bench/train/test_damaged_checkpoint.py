@@ -1,5 +1,7 @@
 """A damaged checkpoint is set aside, and the run still ends as if it had never stopped."""
 
+import copy
+import functools
 import random
 import shutil
 
@@ -17,7 +19,7 @@ from tests.bench.train.test_checkpoint import KilledError
 from tests.bench.train.together import LABELS, encode
 
 CPU = torch.device("cpu")
-FLIPS = 32
+FLIPS, FINISHED = 32, 6  # runs of the first kind are trained to the end, which takes longer than reading
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +29,15 @@ def config(base_folder, tmp_path_factory):
     return make_run_config(setting, "malora", seed=0, learning_rate=1e-2).replace(epochs=20)
 
 
+@functools.cache
+def load_once(base_folder):
+    return load(prepare(str(base_folder)), CPU)[0]
+
+
 def new_model(base_folder):
-    base, _ = load(prepare(str(base_folder)), CPU)
-    model = add_adapter(base, "malora", {"target_modules": ["q_proj", "v_proj"]}, seed=0)
+    model = add_adapter(
+        copy.deepcopy(load_once(base_folder)), "malora", {"target_modules": ["q_proj", "v_proj"]}, seed=0
+    )
     torch.manual_seed(0)
     return model
 
@@ -86,15 +94,27 @@ def flip(path, position, bit):
 def test_a_run_whose_checkpoint_has_a_flipped_bit_ends_like_an_unbroken_one(
     base_folder, config, unbroken, killed, tmp_path, capsys
 ):
-    """Flip a bit in 32 random places: of the newest checkpoint, of both, or of its first bytes."""
+    """Flip a bit in 32 random places: of the newest checkpoint, of both, or of its first bytes.
+
+    The first runs are trained to the end. Of the others the state is compared in which they continue or start.
+    """
     size = (killed / "run.pt").stat().st_size
+    identity = read_state(killed / "run.pt")["identity"]
+    starts = {4: read_state(killed / "run.previous.pt")["parameters"]}
+    starts[0] = {name: p.detach() for name, p in new_model(base_folder).named_parameters() if p.requires_grad}
+    assert starts[0].keys() == starts[4].keys()
     for seed in range(FLIPS):
         choose = random.Random(seed)
         path = shutil.copytree(killed, tmp_path / str(seed)) / "run.pt"
         both = seed % 3 == 0
         for file in (path, previous_checkpoint(path)) if both else (path,):
             flip(file, choose.randrange(100 if seed % 6 == 1 else size), choose.randrange(8))
-        assert_same(finish(base_folder, config, path), unbroken)
+        if seed < FINISHED:
+            assert_same(finish(base_folder, config, path), unbroken)
+        else:
+            log, parameters = load_into_new(base_folder, config, path, identity)
+            assert (log is None) if both else (log.steps == 4)
+            assert all(torch.equal(parameters[name], p) for name, p in starts[0 if both else 4].items())
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert "run.pt is damaged" in line and line.endswith("starts anew." if both else "continues after step 4.")
         assert len(list(path.parent.glob("*.damaged"))) == 1 + both

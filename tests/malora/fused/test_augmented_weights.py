@@ -16,7 +16,7 @@ from malora.fused import augmented_weights
 from malora.fused.availability import interprets_triton
 from tests.conftest import optimize_adapted_layers
 from tests.malora.backends.test_backends import assert_agrees, layer
-from tests.malora.fused.test_group import CLOSE, DEVICE, DTYPE, adapted
+from tests.malora.fused.test_group import BOTH_LAYERS, CLOSE, DEVICE, DTYPE, FEW_EXPERTS, adapted
 
 ONE_LAYER = {"lora_dropout": 0.3, "layers_to_transform": [0]}  # the interpreter is slow
 METHODS = ("asylora", "molora", "malora", "malora-small", "malora-fixed-s", "malora-unshared-s")
@@ -138,7 +138,7 @@ def test_the_backbone_is_restored(ids):
 
 
 def test_weights_that_are_not_a_layers_alone_stay_where_they_are(ids):
-    model, other = (adapted(lora_dropout=0.3) for _ in range(2))
+    model, other = (adapted(lora_dropout=0.3, **BOTH_LAYERS) for _ in range(2))
     attention, mlp = (getattr(model.base_model.model.model.layers[0], name) for name in ("self_attn", "mlp"))
     key, gate = attention.k_proj.base_layer, mlp.gate_proj.base_layer
     packed = torch.zeros(2 * 32, 64, dtype=DTYPE, device=DEVICE)
@@ -171,7 +171,8 @@ def test_an_adapter_of_another_size_is_computed_without_padding(ids):
     before = padding(models[0])
     for model in models:
         torch.manual_seed(0)
-        model.add_adapter("second", malora.METHODS["molora"](backend="fused", lora_dropout=0.3, r=3))
+        options = {"lora_dropout": 0.3, "r": 3, "num_experts": FEW_EXPERTS, "layers_to_transform": [0]}
+        model.add_adapter("second", malora.METHODS["molora"](backend="fused", **options))
         model.set_adapter("second")
         model.to(DEVICE, DTYPE)
     assert_close(*(trained(model, ids) for model in models))
@@ -185,7 +186,7 @@ def test_a_pass_of_both_adapters_in_turns(ids):
     """They write to the same padded columns."""
     models = pair()
     for model in models:
-        model.add_adapter("second", malora.METHODS["malora"](backend="fused", lora_dropout=0.3))
+        model.add_adapter("second", malora.METHODS["malora"](backend="fused", num_experts=FEW_EXPERTS, **ONE_LAYER))
         model.to(DEVICE, DTYPE)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -228,7 +229,7 @@ def test_weights_are_saved_copied_and_unloaded_without_padding(ids, tmp_path):
     assert not padding(model)
     plain = again.unload()
     assert all(p.is_contiguous() for p in plain.parameters())
-    config = malora.METHODS["malora"](backend="fused", lora_dropout=0.3)
+    config = malora.METHODS["malora"](backend="fused", num_experts=FEW_EXPERTS, **ONE_LAYER)
     wrapped = get_peft_model(plain, config).to(DEVICE, DTYPE).train()
     optimize_adapted_layers(wrapped)
     trained(wrapped, ids)

@@ -14,8 +14,10 @@ ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.float32) if ON_GPU else ("cpu", torch.float64)
 CLOSE = {"rtol": 1e-3, "atol": 1e-5} if ON_GPU else {"rtol": 1e-8, "atol": 1e-10}
 METHODS = ("molora", "malora", "asylora", "malora-fixed-s")
-# Half of the default. The interpreter's time grows with the number of experts.
-FEW_EXPERTS = 4
+# The interpreter's time grows with the number of experts and of adapted layers. Inputs of a model's first adapted layer
+# need no gradients, so tests of these adapt both layers.
+FEW_EXPERTS = 4  # half of the default
+BOTH_LAYERS = {"layers_to_transform": None}
 
 
 @pytest.fixture
@@ -24,9 +26,10 @@ def ids(ids):
 
 
 def adapted(method="malora", shape="llama", **options):
-    """Return a model in training mode, with few experts if the method has several."""
+    """Return a model in training mode, with few experts if the method has several, in the last of two layers."""
     torch.manual_seed(0)
-    options = {"backend": "fused", "lora_dropout": 0.0, "target_modules": malora.TARGET_MODULES[shape]} | options
+    targets = {"target_modules": malora.TARGET_MODULES[shape], "layers_to_transform": [1]}
+    options = {"backend": "fused", "lora_dropout": 0.0} | targets | options
     options.setdefault("num_experts", min(FEW_EXPERTS, malora.METHODS[method]().num_experts))
     model = get_peft_model(make_model(shape), malora.METHODS[method](**options)).to(DEVICE, DTYPE).train()
     with torch.no_grad():
@@ -61,7 +64,7 @@ def assert_same(model, ids, **loss):
 def test_a_model_computes_the_same(method, shape, ids):
     """With all experts in the first of the shapes."""
     options = {"num_experts": malora.METHODS[method]().num_experts} if shape == "llama" else {}
-    assert_same(adapted(method, shape, **options), ids)
+    assert_same(adapted(method, shape, **BOTH_LAYERS, **options), ids)
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -82,7 +85,7 @@ def test_a_group_is_computed_once(ids, monkeypatch):
 
     sizes, forward = [], autograd.forward_group
     monkeypatch.setattr(autograd, "forward_group", lambda a, x: sizes.append(len(a.layers)) or forward(a, x))
-    adapted()(ids)
+    adapted(**BOTH_LAYERS)(ids)
     assert sizes == [3, 2, 1] * 2  # Q, K, V; Gate, Up; Down; of two layers
 
 
@@ -91,7 +94,7 @@ def test_a_training_pass_packs_all_weights_at_once(ids, monkeypatch):
     copy = torch._foreach_copy_
     monkeypatch.setattr(torch, "_foreach_copy_", lambda to, source: sizes.append(len(to)) or copy(to, source))
     monkeypatch.setattr("malora.fused.kernels.multi_copy.MIN_TENSORS", 99)  # more would be one kernel of ours on a GPU
-    model = adapted("molora")  # a router, A and B in each of six targets of two layers
+    model = adapted("molora", **BOTH_LAYERS)  # a router, A and B in each of six targets of two layers
     model(ids)
     assert sizes == [9, 6, 3] * 2
     del sizes[:]
@@ -102,7 +105,7 @@ def test_a_training_pass_packs_all_weights_at_once(ids, monkeypatch):
 def test_the_gradients_of_a_balance_loss_are_read_in_place(ids, monkeypatch):
     def computed():
         """Return gradients, and how many tensors each call of torch.stack copied."""
-        model, copied = adapted("molora"), []
+        model, copied = adapted("molora", **BOTH_LAYERS), []
         with monkeypatch.context() as patch:
             patch.setattr(torch, "stack", lambda tensors: copied.append(len(tensors)) or stack(tensors))
             (model(ids).logits.sum() + malora.balance_loss(model)).backward()
@@ -145,7 +148,7 @@ def test_saved_tensors_may_be_packed_by_hooks(method, ids):
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_optimizers_step_is_seen(fused, ids):
     """A fused optimizer does not increase the version of what it changes."""
-    model = adapted()
+    model = adapted(**BOTH_LAYERS)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=fused)
     for _ in range(2):
         assert_same(model, ids)
@@ -185,7 +188,7 @@ def test_two_passes_before_one_backward(ids):
 
 
 def test_one_layer_of_a_group_called_alone_or_again(ids):
-    attention = adapted().base_model.model.model.layers[0].self_attn
+    attention = adapted().base_model.model.model.layers[1].self_attn
     x = torch.randn(2, 3, attention.q_proj.in_features, dtype=DTYPE, device=DEVICE)
     y = attention.v_proj(x)
     torch.testing.assert_close(attention.v_proj(x), y, **CLOSE)
@@ -199,7 +202,7 @@ def test_what_the_fused_path_cannot_compute_is_logged_and_computed_densely(ids, 
     model = adapted("malora-decomposed-b")
     assert_same(model, ids)
     model = adapted()
-    model.add_adapter("second", malora.METHODS["malora"](backend="fused"))
+    model.add_adapter("second", malora.METHODS["malora"](backend="fused", layers_to_transform=[1]))
     model.base_model.set_adapter(["default", "second"])
     model(ids)
     assert "several adapters at once" in caplog.text
@@ -208,10 +211,11 @@ def test_what_the_fused_path_cannot_compute_is_logged_and_computed_densely(ids, 
 def test_an_adapter_of_the_same_name_and_another_shape(ids):
     model = adapted()
     model(ids)
-    model.add_adapter("other", malora.METHODS["molora"](backend="fused", lora_dropout=0.0))
+    few = {"backend": "fused", "lora_dropout": 0.0, "layers_to_transform": [1]}
+    model.add_adapter("other", malora.METHODS["molora"](num_experts=FEW_EXPERTS, **few))
     model.set_adapter("other")
     model.delete_adapter("default")
-    model.add_adapter("default", malora.METHODS["malora"](backend="fused", lora_dropout=0.0, r=4, d=6, num_experts=3))
+    model.add_adapter("default", malora.METHODS["malora"](r=4, d=6, num_experts=3, **few))
     model.set_adapter("default")
     assert_same(model.to(DEVICE, DTYPE), ids)
 
@@ -262,7 +266,7 @@ def test_inference_mode_computes_the_same_and_leaves_training_as_it_was(ids):
 
 
 def test_gradient_checkpointing_recomputes_the_same(ids):
-    model = adapted(lora_dropout=0.3)
+    model = adapted(lora_dropout=0.3, **BOTH_LAYERS)
     torch.manual_seed(3)
     model(ids, use_cache=False).logits.pow(2).mean().backward()
     plain = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -290,7 +294,7 @@ def test_layers_of_different_ranks_or_scalings_are_not_computed_together(method,
 def test_layers_of_equal_rank_and_scaling_are_still_computed_together(ids):
     model = adapted(rank_pattern={"q_proj": 4})
     model(ids)
-    attention, mlp = model.base_model.model.model.layers[0].self_attn, model.base_model.model.model.layers[0].mlp
+    attention, mlp = model.base_model.model.model.layers[1].self_attn, model.base_model.model.model.layers[1].mlp
     together = [
         [layer.name.rpartition(".")[2] for layer in a.layers] for a in attention.q_proj.group._adapters.values()
     ]

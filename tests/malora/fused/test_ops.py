@@ -14,6 +14,8 @@ from tests.conftest import optimize_adapted_layers
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLOSE = {"rtol": 1e-3, "atol": 1e-4} if DEVICE == "cuda" else {"rtol": 1e-5, "atol": 1e-6}
 METHODS = ("asylora", "molora", "malora")
+ATTENTION = ["q_proj", "k_proj", "v_proj"]  # one group; tracing takes time per group
+ALL = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 
 
 class Block(nn.Module):
@@ -31,12 +33,11 @@ class Block(nn.Module):
         return x + self.down_proj(self.gate_proj(x).sigmoid() * self.up_proj(x))
 
 
-def adapted(method="malora", dropout=0.0):
+def adapted(method="malora", dropout=0.0, targets=ATTENTION):
     torch._dynamo.reset()
     torch.manual_seed(0)
     sizes = {"r": 4, "lora_alpha": 8} | ({"d": 8} if method == "malora" else {})
     sizes |= {} if method == "asylora" else {"num_experts": 4}  # the interpreter's time grows with them
-    targets = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
     config = malora.METHODS[method](
         backend="fused", lora_dropout=dropout, target_modules=targets, task_type=None, freeze=[], **sizes
     )
@@ -55,7 +56,7 @@ def step(run, model, x, seed=1):
     y = run(x)
     y.square().mean().backward()
     trained = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert len(trained) >= 12
+    assert len(trained) >= 3
     return {"y": y.detach(), "x": x.grad} | trained
 
 
@@ -76,7 +77,7 @@ def compiled(model, **options):
 
 @pytest.mark.parametrize(("method", "dropout"), [("asylora", 0.3), ("molora", 0.0), ("malora", 0.3)])
 def test_a_compiled_model_is_one_graph_and_trains_as_an_eager_one(method, dropout, x):
-    model = adapted(method, dropout)
+    model = adapted(method, dropout, ALL if method == "malora" else ATTENTION)
     got = step(compiled(model), model, x)  # before any eager pass
     assert_close(got, step(model, model, x))
 
@@ -107,7 +108,7 @@ def test_the_layers_of_a_group_share_one_operation(x):
         graphs.append(graph)
         return graph
 
-    model = adapted()
+    model = adapted(targets=ALL)
     torch.compile(model, backend=backend, fullgraph=True)(x)
     names = [str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
     assert sum("malora.experts" in name for name in names) == 3  # Q, K, V; Gate, Up; Down
@@ -122,10 +123,11 @@ def test_decoder_layers_that_are_compiled_one_by_one_share_their_graphs(x):
         lora_dropout=0.0,
         r=4,
         lora_alpha=8,
-        target_modules=["q_proj", "k_proj", "v_proj"],
+        num_experts=4,
+        target_modules=ATTENTION,
         task_type=None,
     )
-    model = get_peft_model(nn.Sequential(*(Block() for _ in range(4))).requires_grad_(False), config).to(DEVICE).train()
+    model = get_peft_model(nn.Sequential(*(Block() for _ in range(3))).requires_grad_(False), config).to(DEVICE).train()
     expected = step(model, model, x)
     for block in model.base_model.model:
         block.compile(backend="eager", fullgraph=True)
@@ -160,7 +162,8 @@ def test_compiled_passes_read_weights_that_a_weight_cache_packed(x, monkeypatch)
 def test_a_compiled_model_follows_a_switch_of_adapters(x):
     model = adapted()
     model.add_adapter("other", malora.METHODS["molora"](
-        backend="fused", lora_dropout=0.0, target_modules=["q_proj", "down_proj"], task_type=None, r=4, lora_alpha=8
+        backend="fused", lora_dropout=0.0, target_modules=["q_proj", "down_proj"], task_type=None, r=4, lora_alpha=8,
+        num_experts=4,
     ))  # fmt: skip
     run = compiled(model)
     with torch.no_grad():

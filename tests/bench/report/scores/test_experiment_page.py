@@ -7,7 +7,6 @@ from bench.experiments.profiles import PROFILES, TUNING_SEED
 from bench.experiments.registry import EXPERIMENTS
 from bench.records import scorer_versions, store
 from bench.report import readme
-from bench.report.claims import claims
 from bench.report.scores.experiment_page import experiment_page
 from bench.report.scores.leaderboard import compare_rows
 from bench.report.scores.rates import choose_rates
@@ -274,14 +273,16 @@ def test_no_records_no_table():
 
 
 def test_the_published_tables_are_what_their_records_give():
-    """Compare every committed page with its records, byte for byte."""
+    """Compare the committed pages of the tiny profile with their records, byte for byte.
+
+    `make check-tables` does so with all pages, which takes longer.
+    """
     published = {name: store.read_all(store.RESULTS / name) for name in ("tiny", "small", "paper")}
-    published = {name: found for name, found in published.items() if found}
-    found = claims(published, store.read_speed(store.RESULTS / "speed"))
-    pages = readme.published_pages(published, found)
-    assert {f"claims/{claim.key}.md" for claim in found} < pages.keys() and "small/table2.md" in pages
+    pages = readme.published_pages({"tiny": published["tiny"]}, [])
+    assert "tiny/table2.md" in pages
     for path, text in pages.items():
-        assert (store.RESULTS / path).read_text(encoding="utf-8") == text, path
+        if path.startswith("tiny/"):
+            assert (store.RESULTS / path).read_text(encoding="utf-8") == text, path
     for name, found in published.items():
         for run in found:
             assert run.complete and run.provenance.commit and not run.provenance.dirty, (name, run.config.id)

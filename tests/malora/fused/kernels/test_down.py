@@ -116,6 +116,8 @@ for Z, L in (256, 0), (64, 8), (96, 24), (96, 192), (256, 256):
         (down_backward._down_proj_backward_kernel, down_tiling.BACKWARD, True, False),
         (down_backward._down_proj_backward_kernel, down_tiling.BACKWARD, False, True),
     ):
+        if False in needs and (Z, L) not in ((64, 8), (256, 256)):
+            continue  # each takes a second to compile, and has no loop that the kernel of both gradients lacks
         options = launch.options(Z, L, weights.device)
         constants = common | down_tiling.tile_constants(weights, Z, 0.05) | {"PTX": True}
         constants |= dict(zip(("NEEDS_DX", "NEEDS_DW"), needs))
@@ -131,7 +133,7 @@ def test_no_matmul_is_unfinished_when_its_loop_overwrites_its_operands(tmp_path)
     The next iteration writes the same registers and buffers.
     """
     codes = run_compile_script(COMPILE, tmp_path)
-    assert len(codes) == 20
+    assert len(codes) == 14
     for code in codes:
         loops = 2 if code.startswith("_down_proj_backward_kernel") else 1  # dP has a loop of its own
         assert unfinished_matmuls(code) == [0] * loops, code[:40]
