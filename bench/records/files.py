@@ -19,8 +19,13 @@ def _machine() -> str:
     return hashlib.sha256(name.encode()).hexdigest()[:6]
 
 
-_MACHINE = _machine()
-_TEMPORARY = re.compile(rf"\..+\.(?:{_MACHINE}-)?(\d+)")  # former versions, and checkpoints, have the process id only
+MACHINE = _machine()
+_TEMPORARY = re.compile(rf"\..+\.(?:{MACHINE}-)?(\d+)")  # former versions have the process id only
+
+
+def temporary_path(path: Path) -> Path:
+    """Return a name next to a file, under which this process writes it; `stale_files` knows such names."""
+    return path.with_name(f".{path.name}.{MACHINE}-{os.getpid()}")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -30,7 +35,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     loses power. Text is UTF-8. If the write fails, the temporary file is removed. If the process is killed meanwhile,
     the file stays, and `stale_files` finds it.
     """
-    temporary = path.with_name(f".{path.name}.{_MACHINE}-{os.getpid()}")
+    temporary = temporary_path(path)
     try:
         with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -50,12 +55,13 @@ def stale_files(folder: Path) -> list[Path]:
     found = []
     for path in folder.glob(".*"):
         match = _TEMPORARY.fullmatch(path.name)
-        if match and path.is_file() and (int(match[1]) == os.getpid() or not _is_running(int(match[1]))):
+        if match and path.is_file() and (int(match[1]) == os.getpid() or not is_running(int(match[1]))):
             found.append(path)
     return sorted(found)
 
 
-def _is_running(process_id: int) -> bool:
+def is_running(process_id: int) -> bool:
+    """Return whether this machine has a process of this id."""
     try:
         os.kill(process_id, 0)
     except (ProcessLookupError, OverflowError):

@@ -26,6 +26,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from bench.records.files import temporary_path
+
 MAGIC = b"malora checkpoint 1\n"
 HASH_LENGTH = 64  # characters of a hex SHA-256
 STATE_ENTRIES = {"identity", "log", "parameters", "optimizer", "scheduler", "random_states"}
@@ -112,7 +114,7 @@ class Checkpoint:
             "random_states": random_states,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        temporary = temporary_path(self.path)  # names the machine: the folder may be shared
         try:
             write_state(temporary, state)
             if self.path.exists():
