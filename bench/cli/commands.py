@@ -6,14 +6,15 @@ They compose the other packages and contain no logic of their own.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from bench.cli import own_tasks
+from bench.cli.engines import Engine, check_engine, count_jobs, opened_engine
 from bench.cli.estimates import announce, announce_scoring
 from bench.command_line import require_folder
 from bench.errors import UserError
@@ -35,7 +36,6 @@ from bench.report.scores.selection import records_frame, records_that_lend_rates
 from bench.report.speed import tables
 from bench.runs.elsewhere import elsewhere_config, score_elsewhere
 from bench.runs.plan import Runs, plan_runs, rates_before_sweep, sweep
-from bench.runs.pool import run_all
 from bench.runs.run import find_record, run
 from bench.runs.setting import RunSettings, make_run_config
 from bench.runtime.processes import processes
@@ -89,7 +89,7 @@ def make_table(options: argparse.Namespace) -> int:
     setting = make_setting_from(options, open_data_mixture(experiment.mixture) if options.data else experiment.mixture)
     published = store.read_all(store.RESULTS / setting.profile.name)
     mine = store.read_all(setting.results)  # before the runs, so that a broken record is found early
-    jobs = _count_jobs(options, setting)
+    check_engine(options, setting)
     like = make_run_config(setting, BASE, 0)
     entries = experiment.chosen(options.methods)
     tuning_groups = tuning_groups_of(entries)
@@ -102,27 +102,26 @@ def make_table(options: argparse.Namespace) -> int:
         # Learning rates are tuned for a model's name, because its weights may differ by rounding between machines.
         rates = tuned_rates(experiment, records_that_lend_rates(records_frame(published or mine), like))
         expected = rates.tuned
-    if not options.dry_run:
-        _open_results(setting.results)
-    if processes().is_main_process:
-        planned = [run for batch in plan_runs(setting, experiment, entries, options.seeds, expected) for run in batch]
-        announce(
-            experiment.name,
-            [*swept, *planned],
-            [*published, *_published_trials(setting), *mine],
-            jobs,
-            dry_run=options.dry_run,
-        )
+    planned = [run for batch in plan_runs(setting, experiment, entries, options.seeds, expected) for run in batch]
+    announce_all = partial(
+        announce, experiment.name, [*swept, *planned], [*published, *_published_trials(setting), *mine]
+    )
     if options.dry_run:
+        if processes().is_main_process:
+            announce_all(count_jobs(options, setting), dry_run=True)
         return 0
-    if options.sweep:
-        rates = tuned_rates(experiment, records_frame(_run_and_print(swept, jobs, "sweep", options.together)))
-    if (without := [m for m in tuning_groups if m not in rates.tuned]) and processes().is_main_process:
-        message = "no tuned learning rate, so the paper's is used; --sweep tunes."
-        print(f"{', '.join(without)}: {message}", file=sys.stderr)
-    runs = []
-    for batch in plan_runs(setting, experiment, entries, options.seeds, rates.tuned):
-        runs += _run_and_print(batch, jobs, experiment.name, options.together)
+    _open_results(setting.results)
+    with opened_engine(options, setting) as engine:
+        if processes().is_main_process:
+            announce_all(engine.at_a_time, dry_run=False)
+        if options.sweep:
+            rates = tuned_rates(experiment, records_frame(_run_and_print(engine, swept, "sweep")))
+        if (without := [m for m in tuning_groups if m not in rates.tuned]) and processes().is_main_process:
+            message = "no tuned learning rate, so the paper's is used; --sweep tunes."
+            print(f"{', '.join(without)}: {message}", file=sys.stderr)
+        runs = []
+        for batch in plan_runs(setting, experiment, entries, options.seeds, rates.tuned):
+            runs += _run_and_print(engine, batch, experiment.name)
     if processes().is_main_process:
         frame = records_frame(store.read_all(setting.results))
         selection = select(experiment, setting.profile.name, frame, like=like, rates=rates)
@@ -140,38 +139,10 @@ def _open_results(folder: Path) -> None:
         remove_temporary_files(folder)
 
 
-def _count_jobs(options: argparse.Namespace, setting: RunSettings) -> int:
-    """Return the number of processes with a run each.
-
-    The number is 1 if a launcher has started several processes, because they share a run, and if runs train together.
-
-    Raises:
-        UserError: The user asked for several runs in two ways.
-    """
-    if options.together > 1 and processes().num_processes > 1:
-        raise UserError(
-            f"--together {options.together} trains runs in one process, and a launcher has started "
-            f"{processes().num_processes}; start the command without it."
-        )
-    if options.together > 1 and (options.jobs or 1) > 1:
-        raise UserError(
-            f"--together {options.together} trains runs in one process, and --jobs {options.jobs} in several; "
-            "choose one of them."
-        )
-    if processes().num_processes > 1 or options.together > 1:
-        return 1
-    return options.jobs or (_count_cores() if setting.device.type == "cpu" else 1)
-
-
-def _count_cores() -> int:
-    """Count the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _run_and_print(runs: Runs, jobs: int, title: str, together: int) -> list[schema.Record]:
+def _run_and_print(engine: Engine, runs: Runs, title: str) -> list[schema.Record]:
     """Make the runs and print a line per run to the standard error."""
     records = []
-    with closing(run_all(runs, jobs, together)) as made:  # an exception here ends the workers before it is reported
+    with closing(engine.make(runs)) as made:  # an exception here ends the workers before it is reported
         for number, one in enumerate(made, 1):
             records.append(one)
             if not processes().is_main_process:
