@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ SUBMITTED_PER_PLACE = 2  # so that a place that gets free has its next run, and 
 SECONDS_PER_LOOK = 2.0  # at runs that other sweeps have
 SECONDS_PER_LINE = 30.0
 OBJECT_STORE_BYTES = 100 * 2**20  # of a local Ray; tasks exchange records only, and Ray takes 30% of the memory itself
+MAX_CONNECT_SECONDS = 10.0
 WORKER_LOST = 1  # exit code
 
 # What a task returns instead of a record.
@@ -105,6 +106,13 @@ class RaySweep:
     cpus_per_run: int
     max_runs: int | None
 
+    @cached_property
+    def remote_task(self) -> Any:
+        """The remote function; Ray sends each new one to the cluster, so there is one."""
+        # A process keeps the GPU that it first used, and its next task may get another one.
+        calls = {"max_calls": 1} if self.gpus_per_run else {}
+        return self.ray.remote(max_retries=MAX_LOST_WORKERS, **calls)(_make_in_worker)
+
     def places(self) -> int:
         """Return how many runs the cluster has room for now; at least 1."""
         return min(self.max_runs or sys.maxsize, max(1, sum(map(self._places_of, self.ray.nodes()))))
@@ -155,6 +163,7 @@ def connected(
     """
     ray = _import_ray()
     address = os.environ.get("RAY_ADDRESS") or "local"
+    _require_answer(address)
     is_local = address == "local"
     options = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES} if is_local else {}
     gpus = (1.0 if gpus_per_run is None else gpus_per_run) if device.type == "cuda" else 0.0
@@ -170,6 +179,24 @@ def connected(
     finally:
         mark.unlink(missing_ok=True)
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Check that a cluster listens at `HOST:PORT`; Ray itself would try for ten minutes.
+
+    Raises:
+        UserError: It does not, or the address is that of another protocol.
+    """
+    if "://" in address:
+        raise UserError(
+            f"RAY_ADDRESS {address} is a URL; start the command on a machine of the cluster, with HOST:PORT."
+        )
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), MAX_CONNECT_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise UserError(f"no Ray cluster listens at RAY_ADDRESS {address} ({error}).") from error
 
 
 def _import_ray() -> Any:
@@ -256,8 +283,8 @@ class _Batch:
         jobs = 1 if is_alone else sweep.concurrent_runs()
         task = _Task(config, setting, jobs, expired, Path.cwd(), sweep.mark.absolute(), provenance.source_hash())
         gpus = 1 if is_alone else sweep.gpus_per_run
-        remote = sweep.ray.remote(num_cpus=sweep.cpus_per_run, num_gpus=gpus, max_retries=MAX_LOST_WORKERS)
-        self.submitted[remote(_make_in_worker).options(name=run_id).remote(task)] = run_id
+        remote = sweep.remote_task.options(num_cpus=sweep.cpus_per_run, num_gpus=gpus, name=run_id)
+        self.submitted[remote.remote(task)] = run_id
 
     def _result(self, reference: Any) -> Record | None:
         """Return the record of a finished task; None if its run is not made yet.

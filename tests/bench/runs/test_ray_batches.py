@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -35,14 +36,17 @@ class FakeRay:
     exceptions = SimpleNamespace(RayError=Error, RayTaskError=TaskError)
 
     def __init__(self, *outcomes, nodes=({"CPU": 1},)):
-        self.outcomes, self.options, self.cancelled = list(outcomes), [], []
+        self.outcomes, self.options, self.kept, self.cancelled = list(outcomes), [], [], []
         self.nodes = lambda: [{"Alive": True, "Resources": node} for node in nodes]
 
-    def remote(self, **options):
-        self.options.append(options)
-        return lambda function: SimpleNamespace(
-            options=lambda name: SimpleNamespace(remote=lambda task: (name, lambda: function(task)))
-        )
+    def remote(self, **kept):
+        self.kept.append(kept)
+
+        def options(function, **options):
+            self.options.append(options)
+            return SimpleNamespace(remote=lambda task: (options["name"], lambda: function(task)))
+
+        return lambda function: SimpleNamespace(options=partial(options, function))
 
     def wait(self, references, timeout):
         return references[:1], references[1:]
@@ -90,7 +94,7 @@ def test_missing_runs_are_made_and_a_run_without_memory_gets_a_whole_gpu(runs, m
     assert [record.config.method for record in made] == ["lora", "base"]
     assert [options["num_gpus"] for options in ray.options] == [0.5, 0.5, 1]
     assert [record.provenance.concurrent_runs for record in made] == [2, 1]
-    assert ray.options[0]["max_retries"] == ray_engine.MAX_LOST_WORKERS and ray.cancelled == []
+    assert ray.kept == [{"max_retries": ray_engine.MAX_LOST_WORKERS, "max_calls": 1}] and ray.cancelled == []
 
 
 def test_a_run_that_another_sweep_has_is_waited_for_and_made_if_it_is_given_up(runs, mark, monkeypatch):
@@ -124,6 +128,14 @@ def test_an_error_of_the_user_in_a_worker_ends_the_sweep(runs, mark):
     with pytest.raises(UserError, match="no such file"):
         list(sweep(ray, mark).make(runs))
     assert ray.cancelled == [runs[1][0].id]
+
+
+@pytest.mark.parametrize(
+    "address, reason", [("127.0.0.1:1", "no Ray cluster listens"), ("ray://head:10001", "is a URL")]
+)
+def test_a_cluster_that_does_not_answer(address, reason):
+    with pytest.raises(UserError, match=reason):
+        ray_engine._require_answer(address)
 
 
 def task_of(one, place, **changes):
