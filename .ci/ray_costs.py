@@ -79,8 +79,8 @@ def counted(folder: Path) -> Iterator[Counter[str]]:
 def make_base(folder: Path) -> Path:
     """Write a base model of random weights, and return its folder."""
     tokenizer = tiny.tokenizer()
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     LlamaForCausalLM(LlamaConfig(**sizes, **ids, vocab_size=len(tokenizer))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -266,7 +266,7 @@ def simulate(
 
 def main() -> None:
     """Print the measurements and the simulation."""
-    load = os.getloadavg()[0]
+    machine = f"{os.cpu_count()} CPUs, {provenance.device_name(torch.device('cpu'))}, load {os.getloadavg()[0]:.1f}"
     with tempfile.TemporaryDirectory() as temporary, redirect_stderr(io.StringIO()):
         root = Path(temporary)
         base = make_base(root / "base")
