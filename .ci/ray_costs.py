@@ -79,9 +79,10 @@ def counted(folder: Path) -> Iterator[Counter[str]]:
 def make_base(folder: Path) -> Path:
     """Write a base model of random weights, and return its folder."""
     tokenizer = tiny.tokenizer()
-    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ids: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    LlamaForCausalLM(LlamaConfig(**sizes, **ids, vocab_size=len(tokenizer))).save_pretrained(folder)
+    sizes: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    sizes |= {"bos_token_id": None, "vocab_size": len(tokenizer)}
+    sizes |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -275,9 +276,7 @@ def main() -> None:
         driver, repeated = table_operations(base, root / "table")
         listing = seconds_to_list(root / "many")
     seconds, read_seconds, record_bytes = published()
-    print(
-        f"machine: {os.cpu_count()} CPUs, {provenance.device_name(torch.device('cpu'))}, load {load:.1f} at the start"
-    )
+    print(f"machine: {machine} at the start")
     print(f"Ray, empty task: {1e3 * per_task:.2f} ms; the engine, run without work: {1e3 * per_run:.1f} ms")
     print(f"first task of a worker, with its imports: {first:.1f} s")
     print(f"file operations of a worker's imports: {import_operations()}")

@@ -136,18 +136,22 @@ class ClaimWatch:
     def __init__(self) -> None:
         self._seen: dict[Path, tuple[ClaimState, float]] = {}
 
-    def expired(self, path: Path) -> ClaimState | None:
-        """Look at a claim, and return it if it has not been refreshed for `LEASE_SECONDS`."""
+    def look(self, path: Path) -> tuple[ClaimState | None, bool]:
+        """Look at a claim.
+
+        Returns:
+            Its state, or None if there is no claim; and whether its owner is dead: it was a process of this machine
+            that has ended, or it has not refreshed the claim for `LEASE_SECONDS`.
+        """
         asked = time.monotonic()
         state = read_claim(path)
         seen = self._seen.get(path)
         if state is None:
             self._seen.pop(path, None)
-        elif seen is None or seen[0] != state:
-            self._seen[path] = state, time.monotonic()
-        elif asked - seen[1] > LEASE_SECONDS:
-            return state
-        return None
+            return None, False
+        if seen is None or seen[0] != state:
+            self._seen[path] = seen = state, time.monotonic()
+        return state, state.is_dead_here() or asked - seen[1] > LEASE_SECONDS
 
 
 def claim_path(run_id: str, folder: Path) -> Path:
@@ -177,7 +181,7 @@ def acquire(path: Path, expired: ClaimState | None = None, on_loss: Callable[[],
 
     Args:
         path: The claim's file, of `claim_path`.
-        expired: A claim that `ClaimWatch` found expired: if it is unchanged, it is taken over.
+        expired: A claim whose owner is dead, by `ClaimWatch`. It is taken over if it is unchanged.
         on_loss: See `Claim`.
     """
     state = read_claim(path)

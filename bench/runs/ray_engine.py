@@ -44,7 +44,7 @@ from bench.runs.setting import RunSettings, make_run_config
 
 MAX_LOST_WORKERS = 3  # of one run; a run that kills its worker every time must end
 SUBMITTED_PER_PLACE = 2  # so that a place that gets free has its next run, and other sweeps find runs to claim
-SECONDS_PER_LOOK = 2.0  # at runs that other sweeps have
+SECONDS_PER_LOOK = 10.0  # at runs that other sweeps have: each takes the storage an operation
 SECONDS_PER_LINE = 30.0
 OBJECT_STORE_BYTES = 100 * 2**20  # of a local Ray; tasks exchange records only, and Ray takes 30% of the memory itself
 MAX_CONNECT_SECONDS = 10.0
@@ -228,6 +228,7 @@ class _Batch:
     elsewhere: list[str] = field(default_factory=list)  # claimed by other sweeps
     alone: set[str] = field(default_factory=set)  # found no memory next to others
     watch: ClaimWatch = field(default_factory=ClaimWatch)
+    last_look: float = 0.0
 
     def make(self) -> Generator[Record]:
         """Make the runs and yield their records; tasks are cancelled if it is left early."""
@@ -255,9 +256,11 @@ class _Batch:
 
     def _look_and_submit(self) -> Iterator[Record]:
         """Submit runs while there is room; yield records that other sweeps have written meanwhile."""
-        elsewhere, self.elsewhere = self.elsewhere, []
-        for run_id in elsewhere:
-            yield from self._look(run_id, is_new=False)
+        if time.monotonic() - self.last_look >= SECONDS_PER_LOOK:
+            self.last_look = time.monotonic()
+            elsewhere, self.elsewhere = self.elsewhere, []
+            for run_id in elsewhere:
+                yield from self._look(run_id, is_new=False)
         room = self.sweep.places() * SUBMITTED_PER_PLACE if self.sweep.max_runs is None else self.sweep.places()
         while self.queue and len(self.submitted) < room:
             yield from self._look(self.queue.popleft(), is_new=True)
@@ -265,14 +268,13 @@ class _Batch:
     def _look(self, run_id: str, is_new: bool) -> Iterator[Record]:
         """Submit a run, unless another sweep has recorded or claimed it."""
         config, setting = self.runs[run_id]
-        path = claim_path(run_id, setting.results)
-        expired = self.watch.expired(path)
-        if expired is None and path.exists():
+        claim, is_dead = self.watch.look(claim_path(run_id, setting.results))
+        if claim and not is_dead:
             self.elsewhere.append(run_id)
         elif found := find_record(config, setting):
             yield found
-        elif is_new or expired:
-            self._submit(run_id, expired)
+        elif is_new or claim:
+            self._submit(run_id, claim)
         else:
             self.queue.append(run_id)  # the other sweep gave it up
 

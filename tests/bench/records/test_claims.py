@@ -48,6 +48,8 @@ def test_one_of_many_gets_a_claim_and_the_next_one_after_it(path):
 
 def test_one_of_many_takes_over_the_claim_of_an_ended_process(path):
     process = ended_process()
+    assert ClaimWatch().look(path) == (None, False)
+    assert ClaimWatch().look(write_claim(path, process)) == (read_claim(path), True)
     with ThreadPoolExecutor(8) as pool:
         for _ in range(50):
             write_claim(path, process)
@@ -64,17 +66,17 @@ def test_a_claim_of_another_machine_is_taken_over_when_nothing_refreshes_it(path
     write_claim(path, process=os.getpid(), machine="another")
     os.utime(path, (0, 0))  # that machine's clock is wrong, which must not matter
     watch, start = ClaimWatch(), time.monotonic()
-    assert watch.expired(path) is None and acquire(path) is None
+    assert watch.look(path) == (read_claim(path), False) and acquire(path) is None
     time.sleep(0.2)
     os.utime(path)  # it lives
-    assert watch.expired(path) is None
+    assert not watch.look(path)[1]
     refreshed = time.monotonic()
-    while (expired := watch.expired(path)) is None:
+    while not (found := watch.look(path))[1]:
         assert time.monotonic() - start < 5
         time.sleep(0.01)
     assert time.monotonic() - refreshed >= 0.3
     os.utime(path)  # it lives again, after it was judged
-    assert acquire(path, expired) is None and path.exists()
+    assert acquire(path, found[0]) is None and path.exists()
     claim = acquire(path, read_claim(path))
     assert claim and claim.is_held()
 
@@ -107,8 +109,8 @@ def test_a_claim_without_an_owner_holds_until_it_expires(path, text, monkeypatch
     assert acquire(path) is None and not read_claim(path).is_dead_here() and str(read_claim(path))
     monkeypatch.setattr(claims, "LEASE_SECONDS", 0.0)
     watch = ClaimWatch()
-    watch.expired(path)
-    assert acquire(path, watch.expired(path))
+    state, is_dead = watch.look(path)
+    assert not is_dead and watch.look(path) == (state, True) and acquire(path, state)
 
 
 @pytest.mark.usefixtures("fresh_accelerator")

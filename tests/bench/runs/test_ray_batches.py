@@ -112,6 +112,7 @@ def test_a_run_that_another_sweep_has_is_waited_for_and_made_if_it_is_given_up(r
                 pass
 
     monkeypatch.setattr(ray_engine.time, "sleep", other_sweep)
+    monkeypatch.setattr(ray_engine, "SECONDS_PER_LOOK", 0.0)
     ray = FakeRay()
     made = list(sweep(ray, mark).make(runs))
     assert [record.config.method for record in made] == ["base", "lora"] and len(ray.options) == 1

@@ -13,6 +13,7 @@ import pytest
 
 from bench.records import claims, store
 from bench.records.claims import claim_path, read_claim
+from bench.runs import ray_engine
 from bench.train.checkpoint import DamagedError, read_state
 from tests import processes
 from tests.bench.runs.ray_table import make_table
@@ -104,7 +105,7 @@ def kill_a_machine(results, seen):
 def test_a_run_whose_machine_dies_goes_on_elsewhere_and_ends_in_the_unbroken_record(
     cluster, unbroken, base_folder, tmp_path, capfd, monkeypatch
 ):
-    monkeypatch.setattr("bench.runs.ray_engine.SECONDS_PER_LINE", 2.0)
+    monkeypatch.setattr(ray_engine, "SECONDS_PER_LINE", 2.0)
     seen = {}
     with ThreadPoolExecutor(1) as pool:
         killed = pool.submit(kill_a_machine, tmp_path, seen)
@@ -120,11 +121,17 @@ def test_a_run_whose_machine_dies_goes_on_elsewhere_and_ends_in_the_unbroken_rec
     assert files == {"table2.md", *(f"runs/{run}{end}" for run in unbroken for end in (".json", ".items.csv.gz"))}
 
 
-def test_two_sweeps_at_once_make_each_run_once(cluster, unbroken, base_folder, tmp_path):
+def test_two_sweeps_at_once_make_each_run_once(cluster, unbroken, base_folder, tmp_path, monkeypatch):
     while sum(node["Alive"] for node in cluster_nodes()) < 3:
         cluster.add_one()
     options = ("--results", tmp_path, "--engine", "ray")
     written, over = set(), threading.Event()
+    # One run is that of a machine that died. This sweep finds that out, and the other one waits for the record.
+    monkeypatch.setattr(claims, "LEASE_SECONDS", 3.0)
+    monkeypatch.setattr(ray_engine, "SECONDS_PER_LOOK", 1.0)
+    dead = claim_path(next(iter(unbroken)), tmp_path)
+    dead.parent.mkdir()
+    dead.write_text(json.dumps({"machine": "another", "process": "1"}))
 
     def watch():
         while not over.is_set():
