@@ -1,10 +1,13 @@
 """A killed run continues from its checkpoint."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ConstantLR
 
+from bench.records import files
 from bench.runs.run import run
 from bench.runs.setting import make_run_config
 from bench.train.checkpoint import Checkpoint, TrainLog, previous_checkpoint
@@ -97,3 +100,24 @@ def test_no_process_continues_from_a_file_that_another_could_not_read(tmp_path, 
     assert "checkpoint.pt is damaged: the file was renamed" in capsys.readouterr().err
     monkeypatch.setattr("bench.train.checkpoint.gather_object", lambda mine: [*mine, (None, False)])
     assert checkpoint.load() is None and previous_checkpoint(path).exists()  # on a disk that the other lacks
+
+
+def test_another_machine_leaves_a_checkpoint_alone_that_is_being_written(tmp_path, monkeypatch):
+    """Machines count their processes each by itself, and may share the folder."""
+    written = []
+
+    def write_state(path, state):
+        path.touch()
+        written.append(path)
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(
+                files, "_TEMPORARY", re.compile(files._TEMPORARY.pattern.replace(files.MACHINE, "abcdef"))
+            )
+            assert files.stale_files(tmp_path) == []
+        assert files.stale_files(tmp_path) == [path]  # this process's own, at its end
+
+    monkeypatch.setattr("bench.train.checkpoint.write_state", write_state)
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    Checkpoint(tmp_path / "a.pt", "a", model, optimizer, ConstantLR(optimizer)).save(TrainLog())
+    assert written and (tmp_path / "a.pt").exists()
