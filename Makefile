@@ -13,7 +13,11 @@ QUANTIZATION := bitsandbytes==0.50.2 torchao==0.18.0
 QUANTIZATION += gptqmodel==7.7.0 optimum==2.3.0 defuser==0.0.28 device-smi==0.5.7 logbar==0.4.15 pypcre==0.6.4 \
 	threadpoolctl==3.8.0 tokenicer==0.0.14
 
-.PHONY: help test test-kills test-malformed test-quantized baselines lint docs peft-suite examples lock leaderboard report check-tables reproduce-table10 reproduce-fig4 clean
+# Ray and the packages it needs besides those of the lock.
+RAY := ray==2.60.0 msgpack==1.2.4 jsonschema==4.26.0 jsonschema-specifications==2025.9.1 referencing==0.37.0 \
+	rpds-py==2026.9.1
+
+.PHONY: help test test-kills test-malformed test-quantized test-ray ray-costs baselines lint docs peft-suite examples lock leaderboard report check-tables reproduce-table10 reproduce-fig4 clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -43,6 +47,17 @@ test-quantized: .quantization/ready ## run the tests of quantized models: bitsan
 	PYTHONPATH=$(CURDIR)/.quantization $(BIN)/python -m pytest -q -k "quantiz or bitsandbytes or torchao or qlora" \
 		tests/malora/test_layer.py tests/malora/test_quantized_bases.py tests/bench/models/test_quantized.py \
 		tests/examples $(ARGS)
+
+# In a folder of its own: it is large, and only --engine ray needs it.
+.ray/ready: .venv/ready
+	$(PIP) install --no-deps --upgrade --target .ray $(RAY)
+	touch $@
+
+test-ray: .ray/ready ## run the tests of --engine ray on a cluster of this machine, one of whose workers is killed
+	PYTHONPATH=$(CURDIR)/.ray $(BIN)/python -m pytest -q tests/bench/runs/test_ray_engine.py $(ARGS)
+
+ray-costs: .ray/ready ## measure what Ray and the shared folder cost per run, and simulate 10,000 runs on 100 GPUs
+	PYTHONPATH=$(CURDIR):$(CURDIR)/.ray $(BIN)/python .ci/ray_costs.py $(ARGS)
 
 # In a folder of their own: Unsloth patches transformers, and wants other versions of some packages.
 .baselines/ready: .venv/ready bench/speed/loops/external/requirements.txt
@@ -93,4 +108,4 @@ lock: ## resolve requirements.lock again, with the newest versions that pyprojec
 	rm -rf .venv-lock
 
 clean: ## remove the virtual environment and this machine's results
-	rm -rf .venv .venv-lock .quantization .baselines results/local site
+	rm -rf .venv .venv-lock .quantization .ray .baselines results/local site

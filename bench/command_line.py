@@ -111,6 +111,11 @@ def folder(value: str) -> Path:
     """Parse the path of a folder."""
     if not value:
         raise argparse.ArgumentTypeError("'' is not the name of a folder; write . for the current folder")
+    if "://" in value:
+        raise argparse.ArgumentTypeError(
+            f"{short(value)} is a URL, and results need a folder: they are written by atomic renaming, which object "
+            "storage lacks. For several machines name a folder that they all mount"
+        )
     return file_path(value)
 
 

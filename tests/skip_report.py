@@ -22,7 +22,8 @@ class Need:
     Attributes:
         pattern: Regular expression that finds it in the reason of a skip.
         text: What to print: the thing needed and the way to have it.
-        may_lack: True where CI need not have it: other hardware, or packages that `make test-quantized` brings.
+        may_lack: True where CI need not have it: other hardware, or packages that `make test-quantized` or `make
+            test-ray` brings.
     """
 
     pattern: str
@@ -40,6 +41,7 @@ NEEDS = (
     ),
     Need("AVX512", "need a CPU with AVX512-BF16", may_lack=True),
     Need("bitsandbytes|torchao|optimum|gptqmodel", "are run by make test-quantized", may_lack=True),
+    Need(r"\bray\b", "are run by make test-ray", may_lack=True),
     Need(r"git checkout", "need a git checkout, not a copy of the files"),
     Need(r"\bAF_\w+|\bIPv6\b", "need a kind of network address that this machine lacks", may_lack=True),
     Need(r"Triton.* CPU|gloo|without a GPU", "run on CPU only: set CUDA_VISIBLE_DEVICES= to empty", may_lack=True),

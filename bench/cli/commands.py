@@ -6,13 +6,14 @@ They compose the other packages and contain no logic of their own.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from bench.cli import own_tasks
+from bench.cli.engines import check_engine, count_jobs, opened_engine
 from bench.cli.estimates import announce, announce_scoring
 from bench.cli.tuning import known_sweep, make_floors, make_sweep, run_and_print
 from bench.command_line import require_folder
@@ -92,7 +93,7 @@ def make_table(options: argparse.Namespace) -> int:
     setting = make_setting_from(options, open_data_mixture(experiment.mixture) if options.data else experiment.mixture)
     published = store.read_all(store.RESULTS / setting.profile.name)
     mine = store.read_all(setting.results)  # before the runs, so that a broken record is found early
-    jobs = _count_jobs(options, setting)
+    check_engine(options, setting)
     like = make_run_config(setting, BASE, 0)
     if options.floors:
         _require_no_table_options(options)
@@ -114,32 +115,32 @@ def make_table(options: argparse.Namespace) -> int:
         if not rates.tuned:
             rates = tuned_rates(experiment, records_that_lend_rates(records_frame(mine), like))
         expected = rates.tuned
-    if not options.dry_run:
-        _open_results(setting.results)
-    if processes().is_main_process:
-        batches = [] if options.only_sweep else plan_runs(setting, experiment, entries, options.seeds, expected)
-        announce(
-            experiment.name,
-            [*swept, *(run for batch in batches for run in batch)],
-            [*published, *_published_trials(setting), *mine],
-            jobs,
-            dry_run=options.dry_run,
-        )
+    batches = [] if options.only_sweep else plan_runs(setting, experiment, entries, options.seeds, expected)
+    planned = [run for batch in batches for run in batch]
+    announce_all = partial(
+        announce, experiment.name, [*swept, *planned], [*published, *_published_trials(setting), *mine]
+    )
     if options.dry_run:
-        return 0
-    if sweeps:
-        made = make_sweep(setting, tuning_groups, at_floor, jobs, options.together)
-        rates = tuned_rates(experiment, records_frame([*made, *single_task_runs([*published, *mine], like)]))
-    if options.only_sweep:
         if processes().is_main_process:
-            print("\n".join(f"{title_of(method)}: {rate:g}" for method, rate in rates.tuned.items()))
-        return int(any(r.status == "failed" for r in made))
-    if (without := [m for m in tuning_groups if m not in rates.tuned]) and processes().is_main_process:
-        message = "no tuned learning rate, so the paper's is used; --sweep tunes."
-        print(f"{', '.join(without)}: {message}", file=sys.stderr)
-    runs = []
-    for batch in plan_runs(setting, experiment, entries, options.seeds, rates.tuned):
-        runs += run_and_print(batch, jobs, experiment.name, options.together)
+            announce_all(count_jobs(options, setting), dry_run=True)
+        return 0
+    _open_results(setting.results)
+    with opened_engine(options, setting) as engine:
+        if processes().is_main_process:
+            announce_all(engine.at_a_time, dry_run=False)
+        if sweeps:
+            made = make_sweep(engine, setting, tuning_groups, at_floor)
+            rates = tuned_rates(experiment, records_frame([*made, *single_task_runs([*published, *mine], like)]))
+        if options.only_sweep:
+            if processes().is_main_process:
+                print("\n".join(f"{title_of(method)}: {rate:g}" for method, rate in rates.tuned.items()))
+            return int(any(r.status == "failed" for r in made))
+        if (without := [m for m in tuning_groups if m not in rates.tuned]) and processes().is_main_process:
+            message = "no tuned learning rate, so the paper's is used; --sweep tunes."
+            print(f"{', '.join(without)}: {message}", file=sys.stderr)
+        runs = []
+        for batch in plan_runs(setting, experiment, entries, options.seeds, rates.tuned):
+            runs += run_and_print(engine, batch, experiment.name)
     if processes().is_main_process:
         frame = records_frame(store.read_all(setting.results))
         selection = select(experiment, setting.profile.name, frame, like=like, rates=rates)
@@ -162,34 +163,6 @@ def _open_results(folder: Path) -> None:
     store.open_folder(folder)
     if processes().is_main_process:
         remove_temporary_files(folder)
-
-
-def _count_jobs(options: argparse.Namespace, setting: RunSettings) -> int:
-    """Return the number of processes with a run each.
-
-    The number is 1 if a launcher has started several processes, because they share a run, and if runs train together.
-
-    Raises:
-        UserError: The user asked for several runs in two ways.
-    """
-    if options.together > 1 and processes().num_processes > 1:
-        raise UserError(
-            f"--together {options.together} trains runs in one process, and a launcher has started "
-            f"{processes().num_processes}; start the command without it."
-        )
-    if options.together > 1 and (options.jobs or 1) > 1:
-        raise UserError(
-            f"--together {options.together} trains runs in one process, and --jobs {options.jobs} in several; "
-            "choose one of them."
-        )
-    if processes().num_processes > 1 or options.together > 1:
-        return 1
-    return options.jobs or (_count_cores() if setting.device.type == "cpu" else 1)
-
-
-def _count_cores() -> int:
-    """Count the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def make_run(options: argparse.Namespace) -> int:

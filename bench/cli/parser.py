@@ -21,6 +21,7 @@ from bench.cli.commands import (
     write_leaderboards,
     write_report,
 )
+from bench.cli.engines import ENGINES
 from bench.cli.exports import export_records
 from bench.cli.lists import LISTS, print_list
 from bench.command_line import Parser, file_name, file_path, folder, one_of, positive, seed_number, short
@@ -36,6 +37,7 @@ EXAMPLES = "python -m bench table2 --dry-run"
 
 MAX_SEEDS = 1000  # planning takes a moment per run
 MAX_LEARNING_RATE = 1e6  # far above it the optimizer's numbers exceed float32
+MIN_SHARE = 0.01  # of a GPU per run; a run's CUDA context alone takes some 0.5 GB
 MAX_OPTION_LENGTH = 10_000
 MAX_BRACKETS = 200  # Python's JSON ends at a depth of about 1,000
 
@@ -176,7 +178,24 @@ def _add_table_options(parser: argparse.ArgumentParser, experiment: Experiment) 
         "learned; make no table",
     )
     parser.add_argument(
-        "--jobs", type=positive, metavar="J", help="runs at a time (default: 1 on a GPU, else 1 per CPU core)"
+        "--jobs",
+        type=positive,
+        metavar="J",
+        help="runs at a time (default: 1 on a GPU, else 1 per CPU core; with Ray as many as there is room for)",
+    )
+    parser.add_argument(
+        "--engine",
+        type=one_of("engine", ENGINES),
+        default=ENGINES[0],
+        metavar="E",
+        help="what makes the runs: local for processes of this machine; ray for the Ray cluster of RAY_ADDRESS, or "
+        "without that variable Ray on this machine",
+    )
+    parser.add_argument(
+        "--gpus-per-run",
+        type=_gpu_share,
+        metavar="F",
+        help="with --engine ray: share of a GPU that a run takes, such as 0.25 for four runs per GPU (default: 1)",
     )
     parser.add_argument(
         "--together",
@@ -344,6 +363,16 @@ def _seeds(value: str) -> int:
     if (number := positive(value)) > MAX_SEEDS:
         raise argparse.ArgumentTypeError(f"{number} runs per row are more than {MAX_SEEDS}")
     return number
+
+
+def _gpu_share(value: str) -> float:
+    try:
+        share = float(value)
+    except ValueError:
+        share = 0.0
+    if not MIN_SHARE <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{short(value)} must be a number from {MIN_SHARE} to 1")
+    return share
 
 
 def _learning_rate(value: str) -> float:

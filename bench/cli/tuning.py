@@ -9,12 +9,12 @@ from contextlib import closing
 
 from tabulate import tabulate
 
+from bench.cli.engines import Engine, count_jobs, opened_engine
 from bench.cli.estimates import announce
 from bench.experiments.floors import floors
 from bench.experiments.methods import BASE
 from bench.records import schema, store
 from bench.runs.plan import Runs
-from bench.runs.pool import run_all
 from bench.runs.run import find_record
 from bench.runs.setting import RunSettings
 from bench.runs.sweep import floor_runs, sweep_round
@@ -22,10 +22,10 @@ from bench.runtime.processes import processes
 from tasks import TASKS
 
 
-def run_and_print(runs: Runs, jobs: int, title: str, together: int) -> list[schema.Record]:
+def run_and_print(engine: Engine, runs: Runs, title: str) -> list[schema.Record]:
     """Make the runs and print a line per run to the standard error."""
     records = []
-    with closing(run_all(runs, jobs, together)) as made:  # an exception here ends the workers before it is reported
+    with closing(engine.make(runs)) as made:  # an exception here ends the workers before it is reported
         for number, one in enumerate(made, 1):
             records.append(one)
             if not processes().is_main_process:
@@ -54,20 +54,19 @@ def known_sweep(
 
 
 def make_sweep(
-    setting: RunSettings, tuning_groups: Sequence[str], at_floor: Collection[str], jobs: int, together: int
+    engine: Engine, setting: RunSettings, tuning_groups: Sequence[str], at_floor: Collection[str]
 ) -> list[schema.Record]:
     """Make the sweeps of all methods, round by round, and return their records.
 
     Args:
+        engine: Makes the runs.
         setting: What the runs have in common.
         tuning_groups: The methods.
         at_floor: Tasks whose loss does not count.
-        jobs: Runs at a time.
-        together: Runs that train in the same forward passes.
     """
     made: list[schema.Record] = []
     while runs := sweep_round(setting, tuning_groups, made, at_floor):
-        found = run_and_print(runs, jobs, "sweep", together)
+        found = run_and_print(engine, runs, "sweep")
         made += found
         if any(one.status == "failed" for one in found):  # it has no record, and would be made again without end
             break
@@ -89,18 +88,21 @@ def make_floors(
         1 if a run failed, else 0.
     """
     runs = floor_runs(setting, [])
-    if processes().is_main_process:
-        announce(f"{title} --floors", runs, published, 1, dry_run=options.dry_run)
     if options.dry_run:
+        if processes().is_main_process:
+            announce(f"{title} --floors", runs, published, count_jobs(options, setting), dry_run=True)
         return 0
     store.open_folder(setting.results)
     made: list[schema.Record] = []
-    while runs:
-        found = run_and_print(runs, 1, "floors", 1)
-        made += found
-        if any(one.status == "failed" for one in found):
-            return 1
-        runs = floor_runs(setting, made)
+    with opened_engine(options, setting) as engine:
+        if processes().is_main_process:
+            announce(f"{title} --floors", runs, published, engine.at_a_time, dry_run=False)
+        while runs:
+            found = run_and_print(engine, runs, "floors")
+            made += found
+            if any(one.status == "failed" for one in found):
+                return 1
+            runs = floor_runs(setting, made)
     if processes().is_main_process:
         print(_floors_table(made))
     return 0

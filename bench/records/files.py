@@ -19,8 +19,8 @@ def _machine() -> str:
     return hashlib.sha256(name.encode()).hexdigest()[:6]
 
 
-_MACHINE = _machine()
-_TEMPORARY = re.compile(rf"\..+\.(?:{_MACHINE}-)?(\d+)")  # former versions have the process id only
+MACHINE = _machine()
+_TEMPORARY = re.compile(rf"\..+\.(?:{MACHINE}-)?(\d+)")  # former versions have the process id only
 
 
 def temporary_path(path: Path) -> Path:
@@ -28,7 +28,7 @@ def temporary_path(path: Path) -> Path:
 
     No other process has it, also of another machine that shares the folder. `stale_files` finds it.
     """
-    return path.with_name(f".{path.name}.{_MACHINE}-{os.getpid()}")
+    return path.with_name(f".{path.name}.{MACHINE}-{os.getpid()}")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -58,12 +58,13 @@ def stale_files(folder: Path) -> list[Path]:
     found = []
     for path in folder.glob(".*"):
         match = _TEMPORARY.fullmatch(path.name)
-        if match and path.is_file() and (int(match[1]) == os.getpid() or not _is_running(int(match[1]))):
+        if match and path.is_file() and (int(match[1]) == os.getpid() or not is_running(int(match[1]))):
             found.append(path)
     return sorted(found)
 
 
-def _is_running(process_id: int) -> bool:
+def is_running(process_id: int) -> bool:
+    """Return whether this machine has a process of this id."""
     try:
         os.kill(process_id, 0)
     except (ProcessLookupError, OverflowError):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.records.claims import LEASE_SECONDS, SUFFIX, read_claim
 from bench.records.files import stale_files
 
 FAILED = ".failed-"  # in the name of a failed run's record, before the time
@@ -49,15 +50,26 @@ def find_leftovers(folder: Path) -> list[Leftover]:
         for path in sorted(runs.glob(f"[!.]*{FAILED}*"))
         if (runs / f"{path.name.partition(FAILED)[0]}.json").is_file()
     ]
+    found += [
+        Leftover(path, "claim of a process that has ended")
+        for path in sorted(runs.glob(f"[!.]*{SUFFIX}"))
+        if ((state := read_claim(path)) and state.is_dead_here())
+        or ((runs / f"{path.name.removesuffix(SUFFIX)}.json").is_file() and _age(path) > LEASE_SECONDS)
+    ]
     failures = {leftover.path for leftover in found}
     found += [
         Leftover(path, "items without a record")
         for path in sorted(runs.glob(f"[!.]*{ITEMS}"))
         if path not in failures
         and not (runs / f"{path.name.removesuffix(ITEMS)}.json").is_file()
-        and time.time() - path.stat().st_mtime > MIN_SECONDS_WITHOUT_RECORD
+        and _age(path) > MIN_SECONDS_WITHOUT_RECORD
     ]
     return found
+
+
+def _age(path: Path) -> float:
+    """Return the seconds since a file was modified."""
+    return time.time() - path.stat().st_mtime
 
 
 def remove_temporary_files(folder: Path) -> None:

@@ -42,13 +42,8 @@ def run_all(runs: Runs, jobs: int, together: int = 1) -> Generator[Record]:
         jobs: Number of runs at a time, each in a process of its own.
         together: Maximum number of runs that train in the same forward passes; with more than one, `jobs` is 1.
     """
-    done = {config.id: found for config, setting in runs if (found := find_record(config, setting))}
-    processes().wait_for_everyone()  # they must agree on the runs that are missing
-    for config, setting in runs:
-        if config.id in done:  # killed between its record and this
-            remove_unfinished(config, setting)
-    yield from done.values()
-    missing = [(config, setting) for config, setting in runs if config.id not in done]
+    done, missing = split_recorded(runs)
+    yield from done
     if together > 1:
         yield from run_together(missing, together)
         return
@@ -60,6 +55,19 @@ def run_all(runs: Runs, jobs: int, together: int = 1) -> Generator[Record]:
     yield from _run_in_pool(missing, jobs, out_of_memory)
     for config, setting in out_of_memory:
         yield run(config, setting)
+
+
+def split_recorded(runs: Runs) -> tuple[list[Record], Runs]:
+    """Return the records that there are, and the runs that have none.
+
+    What recorded runs have left is removed: a process may have been killed after it wrote a record.
+    """
+    done = {config.id: found for config, setting in runs if (found := find_record(config, setting))}
+    processes().wait_for_everyone()  # they must agree on the runs that are missing
+    for config, setting in runs:
+        if config.id in done:
+            remove_unfinished(config, setting)
+    return list(done.values()), [(config, setting) for config, setting in runs if config.id not in done]
 
 
 def _run_in_pool(runs: Runs, jobs: int, out_of_memory: Runs) -> Generator[Record]:

@@ -26,6 +26,7 @@ from bench.models.adapters import add_adapter, count_parameters, hash_adapter, s
 from bench.models.base import load, prepare, targets
 from bench.records import provenance
 from bench.records import store as records
+from bench.records.claims import Claim
 from bench.records.leftovers import JOURNAL, is_disk_full, remove_failures, temporary_files_removed
 from bench.records.schema import (
     DataSection,
@@ -50,7 +51,13 @@ from malora.analysis import extract_experts
 from tasks import MIXTURES, Example
 
 
-def run(config: RunConfig, setting: RunSettings, jobs: int = 1, trained: Trained | None = None) -> Record:
+def run(
+    config: RunConfig,
+    setting: RunSettings,
+    jobs: int = 1,
+    trained: Trained | None = None,
+    claim: Claim | None = None,
+) -> Record:
     """Make a run and return its record, or return the existing record.
 
     An existing record is one that the results folder already has.
@@ -63,8 +70,11 @@ def run(config: RunConfig, setting: RunSettings, jobs: int = 1, trained: Trained
         setting: Settings that it shares with others.
         jobs: Number of runs at the same time, on this machine.
         trained: Outcome of the run's training together with others; None to train it now.
+        claim: The claim on the run, which must be held when the record is written; None if nobody else makes runs of
+            this folder.
 
     Raises:
+        ClaimLostError: The claim is another's by now. Nothing is recorded.
         UserError: The run cannot be made as the user asked for it.
         torch.OutOfMemoryError: One of several `jobs` found too little memory. By itself it may have enough, so
             nothing is recorded.
@@ -87,6 +97,8 @@ def run(config: RunConfig, setting: RunSettings, jobs: int = 1, trained: Trained
     with temporary_files_removed(setting.results):
         _make(record, setting, checkpoint, trained, jobs)
         if state.is_main_process:
+            if claim:
+                claim.require()
             records.write(record, setting.results)
             if record.status != "failed":
                 remove_unfinished(config, setting)

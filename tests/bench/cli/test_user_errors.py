@@ -44,6 +44,11 @@ from tests.bench.records.test_store import make
             ["table2", "--together", "2", "--jobs", "2"],
             "in one process, and --jobs 2 in several; choose one of them",
         ),
+        (["table2", "--engine", "rai"], "unknown engine 'rai'; did you mean 'ray'?"),
+        (["table2", "--gpus-per-run", "0.5"], "--gpus-per-run is for --engine ray"),
+        (["table2", "--gpus-per-run", "1.5"], "'1.5' must be a number from 0.01 to 1"),
+        (["table2", "--engine", "ray", "--together", "2"], "--together 2 is for --engine local"),
+        (["run", "--results", "s3://bucket/runs"], "'s3://bucket/runs' is a URL, and results need a folder"),
         (["run", "--learning-rate", "-1"], "must be a number above 0"),
         (["run", "--profile", "tiny", "--data", "."], "the tiny base model knows the words of generated tasks only"),
         (["run", "--profile", "small", "--data", "nowhere"], "nowhere is not a folder"),
@@ -56,6 +61,12 @@ def test_wrong_arguments(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = [] if arguments[0] == "list" else ["--results", tmp_path / "results"]
     assert message in refused([*arguments, *options], capsys, tmp_path)
+
+
+def test_ray_is_missing(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    error = refused(["table2", "--profile", "tiny", "--engine", "ray", "--results", tmp_path / "new"], capsys, tmp_path)
+    assert error == "bench: --engine ray needs Ray: pip install --editable '.[ray]'."
 
 
 def test_a_data_folder_with_a_missing_or_broken_file(base_folder, capsys, tmp_path):

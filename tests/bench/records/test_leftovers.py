@@ -1,12 +1,14 @@
 """Files in a folder of results that no run needs any more."""
 
 import errno
+import json
 import os
 import subprocess
 
 import pytest
 
 from bench.cli.parser import main
+from bench.records.files import MACHINE
 from bench.records.leftovers import find_leftovers, is_disk_full
 from tests.bench.cli.helpers import snapshot
 
@@ -17,6 +19,7 @@ NEEDED = (
     "checkpoints/going.pt",
     "checkpoints/going.pt.damaged",
     "checkpoints/going.answers",
+    "runs/going.claim",
     "table2.md",
 )
 UNNEEDED = {
@@ -26,6 +29,8 @@ UNNEEDED = {
     "runs/done.failed-20260101T000000.json": "failure of a run that is recorded",
     "runs/done.failed-20260101T000000.items.csv.gz": "failure of a run that is recorded",
     "runs/lost.items.csv.gz": "items without a record",
+    "runs/done.claim": "claim of a process that has ended",
+    "runs/ended.claim": "claim of a process that has ended",
 }
 
 
@@ -41,6 +46,7 @@ def folder(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (0, 0))
+    (tmp_path / "runs" / "ended.claim").write_text(json.dumps({"machine": MACHINE, "process": str(ended.pid)}))
     (tmp_path / "runs" / "just-now.items.csv.gz").touch()  # of a run that is going to write its record
     return tmp_path, stale | UNNEEDED
 
@@ -52,7 +58,7 @@ def test_clean_shows_what_no_run_needs_and_removes_it_with_yes(folder, capsys):
     before = snapshot(results)
     assert main(["clean", "--results", str(results)]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in unneeded) and "9 files in" in out and "--yes removes them" in out
+    assert all(name in out for name in unneeded) and "11 files in" in out and "--yes removes them" in out
     assert snapshot(results) == before
     assert main(["clean", "--results", str(results), "--yes"]) == 0
     assert snapshot(results).keys() == before.keys() - {results / name for name in unneeded}

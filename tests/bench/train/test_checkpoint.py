@@ -105,7 +105,7 @@ def test_two_machines_that_share_a_folder_do_not_share_temporary_files(tmp_path,
     path = tmp_path / "run.pt"
     mine = files.temporary_path(path)
     with monkeypatch.context() as other_machine:
-        other_machine.setattr(files, "_MACHINE", "abcdef")
+        other_machine.setattr(files, "MACHINE", "abcdef")
         theirs = files.temporary_path(path)
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters())

@@ -1,0 +1,390 @@
+"""Make runs as Ray tasks, on this machine or on a cluster whose machines share the folder of results.
+
+1. The driver, which is the command, submits about twice as many runs as the cluster has places for.
+2. A task claims its run (`bench.records.claims`) and makes it as `bench.runs.run.run` does, with records and
+   checkpoints in the shared folder. If another sweep has the run, the task returns at once. The driver then waits for
+   the record, and submits the run again if the claim is given up or expires.
+3. If a worker or its machine dies, Ray repeats the task elsewhere. The new task takes over the claim and continues
+   from the checkpoint.
+
+A worker that loses its claim ends at once, because two processes would write the same checkpoints.
+
+The machines need the same sources in the same folder, the same base model and the same data. Each task checks this.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import sys
+import time
+import warnings
+from collections import deque
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache
+
+from bench.errors import UserError
+from bench.records import provenance, store
+from bench.records.claims import ClaimLostError, ClaimState, ClaimWatch, acquire, claim_path, claimed_runs
+from bench.records.files import temporary_path
+from bench.records.schema import Record, RunConfig
+from bench.runs.estimate import duration
+from bench.runs.plan import Runs
+from bench.runs.pool import split_recorded
+from bench.runs.run import find_record, run
+from bench.runs.setting import RunSettings, make_run_config
+
+MAX_LOST_WORKERS = 3  # of one run; a run that kills its worker every time must end
+SUBMITTED_PER_PLACE = 2  # so that a place that gets free has its next run, and other sweeps find runs to claim
+SECONDS_PER_LOOK = 10.0  # at runs that other sweeps have: each takes the storage an operation
+SECONDS_PER_LINE = 30.0
+OBJECT_STORE_BYTES = 100 * 2**20  # of a local Ray; tasks exchange records only, and Ray takes 30% of the memory itself
+MAX_CONNECT_SECONDS = 10.0
+WORKER_LOST = 1  # exit code
+
+# What a task returns instead of a record.
+_CLAIMED = "claimed by another process"
+_NO_MEMORY = "no memory next to other runs"
+
+
+def require_ray() -> None:
+    """Check that Ray is installed.
+
+    Raises:
+        UserError: It is not.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise UserError("--engine ray needs Ray: pip install --editable '.[ray]'.")
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a worker must know to make a run.
+
+    Attributes:
+        config: Configuration of the run.
+        setting: Its settings.
+        jobs: Runs that share its GPU, or the machine's CPU.
+        expired: A claim on the run to take over; None if there was none.
+        folder: Working directory of the driver, to which paths are relative.
+        mark: A file that the driver has put into the folder of results.
+        sources: Hash of the driver's sources.
+    """
+
+    config: RunConfig
+    setting: RunSettings
+    jobs: int
+    expired: ClaimState | None
+    folder: Path
+    mark: Path
+    sources: str
+
+
+@dataclass
+class RaySweep:
+    """A connection to Ray; `connected` makes it.
+
+    Attributes:
+        ray: The module.
+        mark: A file that the driver has put into the folder of results.
+        gpus_per_run: GPUs of a run, such as 0.25; 0 on a CPU.
+        cpus_per_run: CPUs of a run, as many as it has threads.
+        max_runs: Runs at a time; None for as many as the cluster has places for.
+    """
+
+    ray: Any
+    mark: Path
+    gpus_per_run: float
+    cpus_per_run: int
+    max_runs: int | None
+
+    @cached_property
+    def remote_task(self) -> Any:
+        """The remote function; Ray sends each new one to the cluster, so there is one."""
+        # A process keeps the GPU that it first used, and its next task may get another one.
+        calls = {"max_calls": 1} if self.gpus_per_run else {}
+        return self.ray.remote(max_retries=MAX_LOST_WORKERS, **calls)(_make_in_worker)
+
+    def places(self) -> int:
+        """Return how many runs the cluster has room for now; at least 1."""
+        return min(self.max_runs or sys.maxsize, max(1, sum(map(self._places_of, self.ray.nodes()))))
+
+    def _places_of(self, node: dict[str, Any]) -> int:
+        if not node["Alive"]:
+            return 0
+        cpus = int(node["Resources"].get("CPU", 0) / self.cpus_per_run)
+        # Parts of two GPUs are not a place.
+        return min(cpus, int(node["Resources"].get("GPU", 0)) * self._per_gpu()) if self.gpus_per_run else cpus
+
+    def _per_gpu(self) -> int:
+        return int(1 / self.gpus_per_run + 1e-6)
+
+    def concurrent_runs(self) -> int:
+        """Return how many runs may share a GPU, or the CPU of a machine."""
+        if self.gpus_per_run:
+            return self._per_gpu()
+        return max(1, min(self.places(), max(map(self._places_of, self.ray.nodes()))))
+
+    def make(self, runs: Runs) -> Generator[Record]:
+        """Make the runs that have no record yet, and yield all records, each as soon as it is there.
+
+        Raises:
+            UserError: A run cannot be made as the user asked for it, or a machine of the cluster differs.
+        """
+        done, missing = split_recorded(runs)
+        yield from done
+        different = {config.id: (config, setting) for config, setting in missing}
+        yield from _Batch(self, different, len(done)).make()
+
+
+@contextmanager
+def connected(
+    results: Path, device: torch.device, gpus_per_run: float | None, cpus_per_run: int, max_runs: int | None
+) -> Iterator[RaySweep]:
+    """Connect to the cluster of `RAY_ADDRESS`, or start Ray on this machine for the `with` block.
+
+    Args:
+        results: Folder of results, which exists.
+        device: Kind of device that the runs need; this machine must have one.
+        gpus_per_run: GPUs of a run; None for one on a GPU, and none on a CPU.
+        cpus_per_run: CPUs of a run.
+        max_runs: Runs at a time; None for as many as there is room for.
+
+    Raises:
+        UserError: There is no such cluster, or it has no room for any run.
+    """
+    ray = _import_ray()
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    _require_answer(address)
+    is_local = address == "local"
+    options = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES} if is_local else {}
+    gpus = (1.0 if gpus_per_run is None else gpus_per_run) if device.type == "cuda" else 0.0
+    mark = temporary_path(results / "sweep")
+    try:
+        ray.init(address, logging_level="ERROR", **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"Ray at {address} does not answer ({reason}); see RAY_ADDRESS.") from error
+    try:
+        mark.touch()
+        yield RaySweep(ray, mark, gpus, cpus_per_run, max_runs)
+    finally:
+        mark.unlink(missing_ok=True)
+        ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Check that a cluster listens at `HOST:PORT`; Ray itself would try for ten minutes.
+
+    Raises:
+        UserError: It does not, or the address is that of another protocol.
+    """
+    if "://" in address:
+        raise UserError(
+            f"RAY_ADDRESS {address} is a URL; start the command on a machine of the cluster, with HOST:PORT."
+        )
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), MAX_CONNECT_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise UserError(f"no Ray cluster listens at RAY_ADDRESS {address} ({error}).") from error
+
+
+def _import_ray() -> Any:
+    """Import Ray without its usage statistics."""
+    require_ray()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # lines of progress differ in their numbers only
+    import ray
+
+    return ray
+
+
+@dataclass
+class _Batch:
+    """Runs that need no result of each other.
+
+    Attributes:
+        sweep: The connection.
+        runs: The runs to make, by id.
+        done: Runs that were recorded before.
+    """
+
+    sweep: RaySweep
+    runs: dict[str, tuple[RunConfig, RunSettings]]
+    done: int
+    failed: int = 0
+    queue: deque[str] = field(default_factory=deque)  # to be submitted
+    submitted: dict[Any, str] = field(default_factory=dict)  # by the reference of the task
+    elsewhere: list[str] = field(default_factory=list)  # claimed by other sweeps
+    alone: set[str] = field(default_factory=set)  # found no memory next to others
+    watch: ClaimWatch = field(default_factory=ClaimWatch)
+    last_look: float = 0.0
+
+    def make(self) -> Generator[Record]:
+        """Make the runs and yield their records; tasks are cancelled if it is left early."""
+        ray = self.sweep.ray
+        self.queue.extend(self.runs)
+        start = last_line = time.monotonic()
+        before, total = self.done, self.done + len(self.runs)
+        try:
+            while self.queue or self.submitted or self.elsewhere:
+                for one in self._look_and_submit():
+                    yield self._count(one)
+                if self.submitted:
+                    ready, _ = ray.wait(list(self.submitted), timeout=SECONDS_PER_LOOK)
+                    for reference in ready:
+                        if record := self._result(reference):
+                            yield self._count(record)
+                elif self.elsewhere:
+                    time.sleep(SECONDS_PER_LOOK)
+                if time.monotonic() - last_line >= SECONDS_PER_LINE:
+                    last_line = time.monotonic()
+                    print(self._progress(total, before, last_line - start), file=sys.stderr, flush=True)
+        finally:
+            for reference in self.submitted:
+                ray.cancel(reference, force=True)
+
+    def _look_and_submit(self) -> Iterator[Record]:
+        """Submit runs while there is room; yield records that other sweeps have written meanwhile."""
+        if time.monotonic() - self.last_look >= SECONDS_PER_LOOK:
+            self.last_look = time.monotonic()
+            elsewhere, self.elsewhere = self.elsewhere, []
+            for run_id in elsewhere:
+                yield from self._look(run_id, is_new=False)
+        room = self.sweep.places() * SUBMITTED_PER_PLACE if self.sweep.max_runs is None else self.sweep.places()
+        while self.queue and len(self.submitted) < room:
+            yield from self._look(self.queue.popleft(), is_new=True)
+
+    def _look(self, run_id: str, is_new: bool) -> Iterator[Record]:
+        """Submit a run, unless another sweep has recorded or claimed it."""
+        config, setting = self.runs[run_id]
+        claim, is_dead = self.watch.look(claim_path(run_id, setting.results))
+        if claim and not is_dead:
+            self.elsewhere.append(run_id)
+        elif found := find_record(config, setting):
+            yield found
+        elif is_new or claim:
+            self._submit(run_id, claim)
+        else:
+            self.queue.append(run_id)  # the other sweep gave it up
+
+    def _submit(self, run_id: str, expired: ClaimState | None) -> None:
+        config, setting = self.runs[run_id]
+        sweep = self.sweep
+        is_alone = run_id in self.alone
+        jobs = 1 if is_alone else sweep.concurrent_runs()
+        task = _Task(config, setting, jobs, expired, Path.cwd(), sweep.mark.absolute(), provenance.source_hash())
+        gpus = 1 if is_alone else sweep.gpus_per_run
+        remote = sweep.remote_task.options(num_cpus=sweep.cpus_per_run, num_gpus=gpus, name=run_id)
+        self.submitted[remote.remote(task)] = run_id
+
+    def _result(self, reference: Any) -> Record | None:
+        """Return the record of a finished task; None if its run is not made yet.
+
+        Raises:
+            UserError: Of the run.
+        """
+        run_id = self.submitted.pop(reference)
+        config, setting = self.runs[run_id]
+        exceptions = self.sweep.ray.exceptions
+        try:
+            result = self.sweep.ray.get(reference)
+        except exceptions.RayTaskError as error:
+            cause = error.cause
+            raise cause if isinstance(cause, Exception) else error from None
+        except exceptions.RayError as error:  # the worker died too often
+            reason = f"its worker process died {MAX_LOST_WORKERS + 1} times ({type(error).__name__}: {error})"
+            made_by = provenance.provenance(setting.device, 1)
+            record = Record(config=config, status="failed", error=reason, provenance=made_by)
+            store.write(record, setting.results)
+            return record
+        if isinstance(result, Record):
+            return result
+        if result == _NO_MEMORY:
+            self.alone.add(run_id)
+            self.queue.append(run_id)
+        else:
+            self.elsewhere.append(run_id)
+        return None
+
+    def _count(self, record: Record) -> Record:
+        self.done += 1
+        self.failed += record.status == "failed"
+        return record
+
+    def _progress(self, total: int, before: int, seconds: float) -> str:
+        """Return a line: runs that are done, running and failed, and the time left at the speed so far."""
+        unfinished = {*self.queue, *self.submitted.values(), *self.elsewhere}
+        results = next(iter(self.runs.values()))[1].results
+        running = len(claimed_runs(results) & unfinished)
+        new = self.done - before
+        left = f"about {duration(seconds / new * (total - self.done))} left" if new else "time left unknown"
+        return f"{self.done} of {total} runs done, {running} running, {self.failed} failed, {left}"
+
+
+def _make_in_worker(task: _Task) -> Record | str:
+    """Make a run in a worker of Ray.
+
+    Returns:
+        The record, or the reason why there is none yet.
+
+    Raises:
+        UserError: This machine does not fit the driver's.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries address these to developers
+    os.environ.pop("LOCAL_RANK", None)  # of a launcher that has started Ray
+    _require_same_machine(task)
+    config, setting = task.config, task.setting
+    path = claim_path(config.id, setting.results)
+    claim = acquire(path, task.expired, on_loss=partial(_end_worker, config.id))
+    if claim is None:
+        return _CLAIMED
+    with claim:
+        try:
+            return run(config, setting, task.jobs, claim=claim)
+        except ClaimLostError:
+            return _CLAIMED
+        except torch.OutOfMemoryError:
+            pass  # the exception keeps the run's tensors alive until here
+        clear_device_cache(garbage_collection=True)
+        return _NO_MEMORY
+
+
+def _require_same_machine(task: _Task) -> None:
+    """Check that this machine has the driver's folders, sources, base model and data.
+
+    Raises:
+        UserError: It has not.
+    """
+    host = socket.gethostname()
+    if not task.folder.is_dir() or not task.mark.exists():
+        raise UserError(
+            f"{host} does not see {task.mark.parent} as the machine of this command does; "
+            "all machines of the cluster need the checkout and --results on storage that they share."
+        )
+    os.chdir(task.folder)
+    if provenance.source_hash() != task.sources:
+        raise UserError(f"{host} has other sources of malora, tasks or bench in {provenance.ROOT}; update them.")
+    config = task.config
+    here = make_run_config(task.setting, config.method, config.seed, config.learning_rate)
+    if differing := [name for name, value in here if value != getattr(config, name)]:
+        raise UserError(
+            f"{host} would make another run: its {', '.join(differing)} differ. Give all machines the same data and "
+            "base model, such as by a MALORA_CACHE that they share, and the same kind of device."
+        )
+
+
+def _end_worker(run_id: str) -> None:
+    """End this process, whose run another process has taken over; Ray repeats the task, which then returns."""
+    print(f"{run_id}: another process has taken over this run, so this worker ends.", file=sys.stderr, flush=True)
+    os._exit(WORKER_LOST)
