@@ -70,7 +70,6 @@ def _note(mine: Selection, theirs: Selection) -> str:
     if here.isdisjoint(there):
         note += (
             f" These runs have another base, `{'`, `'.join(sorted(here))}` for the published "
-            f"`{'`, `'.join(sorted(there))}`. A base that is trained on the spot differs between processors, and so "
-            "does everything trained on it. The interval does not cover that."
+            f"`{'`, `'.join(sorted(there))}`. So their scores may differ by more than the interval."
         )
     return note
