@@ -40,10 +40,10 @@ def test_a_changed_base_is_refused(name, copied):
     content = path.read_bytes()
     path.write_bytes(content.replace(b"128", b"129", 1) if name == "config.json" else content[:-1] + b" ")
     prepare.cache_clear()
-    with pytest.raises(UserError, match="is not the tiny base of published records.*git checkout"):
+    with pytest.raises(UserError, match=r"is not the tiny base of published records.*git checkout"):
         prepare("tiny")
     path.unlink()
-    with pytest.raises(UserError, match="is not the tiny base of published records|is not a JSON object"):
+    with pytest.raises(UserError, match=r"is not the tiny base of published records|is not a JSON object"):
         prepare("tiny")
 
 
