@@ -27,9 +27,10 @@ from bench.records import store as records
 from bench.records.leftovers import is_disk_full, remove_failures, temporary_files_removed
 from bench.records.schema import DataSection, InsideSection, Parameters, Record, RunConfig, TaskScore, TrainSection
 from bench.runs.setting import RunSettings, blend_seed, load_data
+from bench.runs.work import first_step
 from bench.runtime.attention import require_packing
 from bench.runtime.processes import processes
-from bench.runtime.progress import timed_phase
+from bench.runtime.progress import print_line, timed_phase
 from bench.train.batching import Encoded, encode, label_tokens
 from bench.train.checkpoint import TrainLog, remove_checkpoints
 from bench.train.loop import DivergedError, train
@@ -131,6 +132,7 @@ def _train_and_score(
     data = load_data(setting, config.seed)
     is_main = processes().is_main_process
     phase = partial(timed_phase, config.id, is_shown=is_main)
+    say = partial(print_line, config.id)
     with phase("loaded the base model"):
         base, tokenizer = load(prepare(setting.model), setting.device)
         require_packing(base)
@@ -158,6 +160,7 @@ def _train_and_score(
                 checkpoint=checkpoint,
                 checkpoint_every=profile.checkpoint_every,
                 track=track,
+                first_step=first_step(config, data, sum(len(one.ids) for one in encoded), say) if is_main else None,
             )
         record.train = _train_section(log)
         if setting.save and is_main:
