@@ -92,7 +92,7 @@ def estimate(
 
 
 def _is_measured(config: RunConfig, work: Work) -> bool:
-    """Return whether the run says again after its first step how long it takes; see `bench.runs.work.first_step`."""
+    """Return whether the run says again before and after its first step how long it takes."""
     return config.device_type == "cpu" and work.steps > 1
 
 

@@ -26,8 +26,9 @@ from bench.records import provenance
 from bench.records import store as records
 from bench.records.leftovers import is_disk_full, remove_failures, temporary_files_removed
 from bench.records.schema import DataSection, InsideSection, Parameters, Record, RunConfig, TaskScore, TrainSection
+from bench.runs.calibration import seconds_per_trained_token
 from bench.runs.setting import RunSettings, blend_seed, load_data
-from bench.runs.work import first_step
+from bench.runs.work import first_step, time_left, work_of
 from bench.runtime.attention import require_packing
 from bench.runtime.processes import processes
 from bench.runtime.progress import print_line, timed_phase
@@ -151,6 +152,12 @@ def _train_and_score(
         if trained:
             log = trained.restore(model, track)
         else:
+            tokens = sum(len(one.ids) for one in encoded)
+            if is_main and setting.device.type == "cpu":
+                per_token = seconds_per_trained_token(model, [one.ids for one in encoded])
+                if per_token is not None:
+                    left = time_left(config, data, tokens, per_token, work_of(config, data).steps)
+                    say(f"by a pass over one example: about {left}")
             torch.manual_seed(config.seed + processes().process_index)  # every process drops out other activations
             log = train(
                 model,
@@ -160,7 +167,7 @@ def _train_and_score(
                 checkpoint=checkpoint,
                 checkpoint_every=profile.checkpoint_every,
                 track=track,
-                first_step=first_step(config, data, sum(len(one.ids) for one in encoded), say) if is_main else None,
+                first_step=first_step(config, data, tokens, say) if is_main else None,
             )
         record.train = _train_section(log)
         if setting.save and is_main:

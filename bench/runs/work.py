@@ -65,12 +65,29 @@ def _tokens(text: str) -> float:
     return len(text) / CHARACTERS_PER_TOKEN
 
 
+def time_left(config: RunConfig, data: MixtureData, tokens: int, per_token: float, steps: int) -> str:
+    """Return for people how long training and scoring take: "12 min of training, and then about 9 min of scoring".
+
+    Scoring has half of the matrix operations of training.
+
+    Args:
+        config: Configuration of the run.
+        data: Its data.
+        tokens: Tokens of the training examples, once.
+        per_token: Seconds of training per token.
+        steps: Steps that are left.
+    """
+    training = per_token * tokens / len(data.train) * config.batch_size * steps
+    # The tokenizer has another number of characters per token than `CHARACTERS_PER_TOKEN`.
+    scored = work_of(config, data).scored_tokens * tokens / sum(_tokens(e.prompt + e.label) for e in data.train)
+    scoring = per_token * scored * FLOPS_PER_WEIGHT["scoring"] / FLOPS_PER_WEIGHT["training"]
+    return f"{duration(training)} of training, and then about {duration(scoring)} of scoring"
+
+
 def first_step(
     config: RunConfig, data: MixtureData, tokens: int, say: Callable[[str], None]
 ) -> Callable[[float, int, int], None]:
     """Return a function that says after the first step how long the run takes, for `bench.train.loop.train`.
-
-    Training is taken to be as fast per token as its first step. Scoring has half of its matrix operations.
 
     Args:
         config: Configuration of the run.
@@ -80,18 +97,9 @@ def first_step(
     """
 
     def measured(seconds: float, tokens_of_step: int, steps_left: int) -> None:
-        if seconds < MIN_SECONDS_OF_FIRST_STEP:
-            return
-        work = work_of(config, data)
-        per_token = seconds / tokens_of_step
-        training = per_token * tokens / len(data.train) * config.batch_size * steps_left
-        # The tokenizer has another number of characters per token than `CHARACTERS_PER_TOKEN`.
-        scored = work.scored_tokens * tokens / sum(_tokens(e.prompt + e.label) for e in data.train)
-        scoring = per_token * scored * FLOPS_PER_WEIGHT["scoring"] / FLOPS_PER_WEIGHT["training"]
-        say(
-            f"by the first step, which took {duration(seconds)}: {duration(training)} more of training, and then about "
-            f"{duration(scoring)} of scoring"
-        )
+        if seconds >= MIN_SECONDS_OF_FIRST_STEP:
+            left = time_left(config, data, tokens, seconds / tokens_of_step, steps_left)
+            say(f"by the first step, which took {duration(seconds)}: another {left}")
 
     return measured
 

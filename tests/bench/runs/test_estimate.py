@@ -126,7 +126,7 @@ def test_without_records_the_rate_is_stated(planned):
     found = estimate(config, setting, [], DEVICE)
     assert found.seconds == pytest.approx(expected)
     assert re.fullmatch(
-        r"no record of this model and mixture; 0\.\d+ TFLOP/s assumed until the first step", found.source
+        r"no record of this model and mixture; 0\.\d+ TFLOP/s assumed until it is measured", found.source
     )
     assert estimate(config, setting, [], DEVICE, jobs=2).seconds == pytest.approx(2 * expected)
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from bench.runs import work
+from bench.runs import calibration, work
 from bench.runs.run import run
 from bench.runs.setting import load_data, make_run_config
 from bench.runs.work import first_step, work_of
@@ -24,7 +24,7 @@ def test_the_first_step_tells_the_rest(setting):
     scored = sum(len(e.prompt) + sum(map(len, e.choices)) for e in items)
     training = 0.4 * characters / len(data.train) * config.batch_size * 12
     assert lines == [
-        f"by the first step, which took 40 s: {work.duration(training)} more of training, and then about "
+        f"by the first step, which took 40 s: another {work.duration(training)} of training, and then about "
         f"{work.duration(0.2 * scored)} of scoring"
     ]
 
@@ -38,10 +38,17 @@ def test_whole_answers_are_scored_with_a_prompt_each(setting):
 
 
 def test_a_run_on_a_cpu_says_how_long_it_takes(base_folder, tmp_path, monkeypatch, capsys, fresh_accelerator):
+    """Before the first step, by a pass over one example, and after it. Neither changes the run."""
+    unmeasured = make_setting(base_folder, tmp_path / "unmeasured", max_steps=2, max_items=2)
+    expected = run(make_run_config(unmeasured, "malora", seed=0), unmeasured)
+    assert "by " not in capsys.readouterr().err
     monkeypatch.setattr(work, "MIN_SECONDS_OF_FIRST_STEP", 0.0)
+    monkeypatch.setattr(calibration, "MIN_WEIGHTS", 0)
     setting = make_setting(base_folder, tmp_path, max_steps=2, max_items=2)
-    config = make_run_config(setting, "lora", seed=0)
-    assert run(config, setting).status == "ok"
+    config = make_run_config(setting, "malora", seed=0)
+    found = run(config, setting)
+    assert found.status == "ok" and (found.train.curve, found.items) == (expected.train.curve, expected.items)
     shown = capsys.readouterr().err
-    found = re.findall(r"(\S+): by the first step, which took 1 s: \d+ s more of training, and then about", shown)
-    assert found == [config.id]
+    assert re.search(r"by a pass over one example: about \d+ s of training, and then about \d+ s of scoring", shown)
+    names = re.findall(r"(\S+): by the first step, which took 1 s: another \d+ s of training, and then about", shown)
+    assert names == [config.id]
