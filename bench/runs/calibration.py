@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -11,8 +12,8 @@ from torch import nn
 from bench.runs.work import FLOPS_PER_WEIGHT
 
 MIN_WEIGHTS = 50_000_000  # smaller models have their first step soon
-MAX_TOKENS = 128  # of a pass, which is then bound by arithmetic and not by reading the weights
-PASSES = 2  # the first one is slower
+MAX_TOKENS = 512  # of a pass; with 128, waiting of threads for each other took most of it on a busy machine
+PASSES = 2  # the faster one counts
 
 
 @torch.no_grad()
@@ -27,12 +28,13 @@ def seconds_per_trained_token(model: nn.Module, examples: Sequence[Sequence[int]
     """
     if sum(parameter.numel() for parameter in model.parameters()) < MIN_WEIGHTS:
         return None
-    ids = [token for example in examples[:MAX_TOKENS] for token in example][:MAX_TOKENS]
+    length = min(MAX_TOKENS, getattr(getattr(model, "config", None), "max_position_embeddings", MAX_TOKENS))
+    ids = [token for example in examples[:MAX_TOKENS] for token in example][:length]
     model.eval()
-    seconds = 0.0
+    seconds = math.inf
     for _ in range(PASSES):
         start = time.perf_counter()
         model(input_ids=torch.tensor([ids]), use_cache=False)
-        seconds = time.perf_counter() - start
+        seconds = min(seconds, time.perf_counter() - start)
     model.train()
     return seconds / len(ids) * FLOPS_PER_WEIGHT["training"] / FLOPS_PER_WEIGHT["scoring"]

@@ -87,7 +87,7 @@ def estimate(
     ) * weights
     source = f"no record of this model and mixture; {rate / 1e12:.3g} TFLOP/s assumed"
     return Estimate(
-        operations * jobs / rate, f"{source} until the first step" if _is_measured(config, work) else source
+        operations * jobs / rate, f"{source} until it is measured" if _is_measured(config, work) else source
     )
 
 

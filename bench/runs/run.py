@@ -154,10 +154,11 @@ def _train_and_score(
         else:
             tokens = sum(len(one.ids) for one in encoded)
             if is_main and setting.device.type == "cpu":
-                per_token = seconds_per_trained_token(model, [one.ids for one in encoded])
+                with phase("measured the speed"):
+                    per_token = seconds_per_trained_token(model, [one.ids for one in encoded])
                 if per_token is not None:
                     left = time_left(config, data, tokens, per_token, work_of(config, data).steps)
-                    say(f"by a pass over one example: about {left}")
+                    say(f"by a short pass: about {left}")
             torch.manual_seed(config.seed + processes().process_index)  # every process drops out other activations
             log = train(
                 model,

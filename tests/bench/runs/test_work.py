@@ -38,7 +38,7 @@ def test_whole_answers_are_scored_with_a_prompt_each(setting):
 
 
 def test_a_run_on_a_cpu_says_how_long_it_takes(base_folder, tmp_path, monkeypatch, capsys, fresh_accelerator):
-    """Before the first step, by a pass over one example, and after it. Neither changes the run."""
+    """Before the first step, by a short pass, and after it. Neither changes the run."""
     unmeasured = make_setting(base_folder, tmp_path / "unmeasured", max_steps=2, max_items=2)
     expected = run(make_run_config(unmeasured, "malora", seed=0), unmeasured)
     assert "by " not in capsys.readouterr().err
@@ -49,6 +49,6 @@ def test_a_run_on_a_cpu_says_how_long_it_takes(base_folder, tmp_path, monkeypatc
     found = run(config, setting)
     assert found.status == "ok" and (found.train.curve, found.items) == (expected.train.curve, expected.items)
     shown = capsys.readouterr().err
-    assert re.search(r"by a pass over one example: about \d+ s of training, and then about \d+ s of scoring", shown)
+    assert re.search(r"by a short pass: about \d+ s of training, and then about \d+ s of scoring", shown)
     names = re.findall(r"(\S+): by the first step, which took 1 s: another \d+ s of training, and then about", shown)
     assert names == [config.id]
