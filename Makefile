@@ -17,7 +17,7 @@ QUANTIZATION += gptqmodel==7.7.0 optimum==2.3.0 defuser==0.0.28 device-smi==0.5.
 RAY := ray==2.60.0 msgpack==1.2.4 jsonschema==4.26.0 jsonschema-specifications==2025.9.1 referencing==0.37.0 \
 	rpds-py==2026.9.1
 
-.PHONY: help test test-kills test-malformed test-quantized test-ray ray-costs baselines lint docs peft-suite examples lock leaderboard report check-tables reproduce-table10 reproduce-fig4 clean
+.PHONY: help test test-kills test-malformed test-quantized test-ray ray-costs baselines lint docs peft-suite examples lock tiny-base leaderboard report check-tables reproduce-table10 reproduce-fig4 clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -90,6 +90,9 @@ reproduce-table10: .venv/ready ## measure Table 10 and Figure 4c on this machine
 	$(BIN)/python -m bench.speed --variant all $(ARGS)
 
 reproduce-fig4: reproduce-table11 reproduce-table12 ## run Figures 4a and 4b; 4c is reproduce-table10
+
+tiny-base: .venv/ready ## train the tiny base again into results/local/tiny-base, and compare it with the shipped one
+	$(BIN)/python -m bench.models.make_tiny results/local/tiny-base
 
 leaderboard: .venv/ready ## write the tables and the README's leaderboard from the published records
 	$(BIN)/python -m bench leaderboard

@@ -26,8 +26,6 @@ from transformers import (
 
 import malora
 from bench.errors import UserError
-from bench.models import tiny
-from bench.models.cache import make_once
 from bench.models.complete import (
     IncompleteError,
     require_all_weights,
@@ -53,10 +51,15 @@ ADAPTER_CONFIG = "adapter_config.json"  # with it, transformers adds an adapter,
 IGNORED_KEYS = {
     "transformers_version", "_name_or_path", "name_or_path", "is_local", "local_files_only", "chat_template",
 }  # fmt: skip
+# The base of the tiny profile is in the repository, because its recipe gives other weights on other processors.
+# `python -m bench.models.make_tiny` makes it again.
+TINY_FOLDER = Path(__file__).with_name("tiny-base")
+TINY_WEIGHTS = "2554d0b4783b8e27069ed16521dd5dc9069f71965a2c5a4d92ab0751cae143c6"  # SHA-256
+TINY_FILES = "152477ed37792c8815d682c96d2a6781cd66343fadaf9469b06aaf6285d67462"  # `hash_files`
 # `hash_files` of what the recipes of the built-in models make. Published records name these models by the hash of their
 # weights, so that hash stays their identity. Versions of transformers write the same tokenizer of SmolLM2 differently.
 RECIPE_FILES = {
-    "152477ed37792c8815d682c96d2a6781cd66343fadaf9469b06aaf6285d67462": "tiny",
+    TINY_FILES: "tiny",
     "af2196cd0768b8b07ae02c0df42c4ec49a0a9fe2a9b0226dd32d5f523010ddca": "smollm2-135m, by transformers 5.17",
     "e2e8e1f52e80d271cfa5be62ec9938e176aba50aa3b282ddccc27fa5d9728397": "smollm2-135m, by transformers 5.24",
 }
@@ -270,11 +273,21 @@ def targets(base: BaseModel) -> list[str] | str:
     return malora.TARGET_MODULES[model_type]
 
 
-def _make_tiny() -> Path:
-    return make_once(f"tiny-{tiny.recipe_hash()[:12]}", tiny.train_base)
+def _find_tiny() -> Path:
+    """Return the folder of the base of the tiny profile.
+
+    Raises:
+        UserError: A file is missing, or is not the one that published records were made with.
+    """
+    if (_hash_weights(TINY_FOLDER), hash_files(TINY_FOLDER)) != (TINY_WEIGHTS, TINY_FILES):
+        raise UserError(
+            f"{TINY_FOLDER} is not the tiny base of published records: a file is missing or changed; restore it with "
+            "`git checkout`, or give a base of your own as --model."
+        )
+    return TINY_FOLDER
 
 
-BUILT_IN: dict[str, Callable[[], Path]] = {"tiny": _make_tiny, "smollm2-135m": make_smollm2}
+BUILT_IN: dict[str, Callable[[], Path]] = {"tiny": _find_tiny, "smollm2-135m": make_smollm2}
 
 
 def _hashes(folder: Path) -> tuple[str, str]:

@@ -11,18 +11,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
 from statistics import median
 
 import torch
 
-from bench.experiments.methods import BASE, ELSEWHERE
 from bench.models.base import count_weights, prepare
 from bench.records.schema import Record, RunConfig, TrainSection
 from bench.runs.plan import Runs
 from bench.runs.run import find_record
 from bench.runs.setting import RunSettings, load_data
-from tasks import TASKS, Example, MixtureData
+from bench.runs.work import FLOPS_PER_WEIGHT, Work, duration, work_of
 
 # Matrix operations per second that training of a 135M model reached on a thread of a CPU, and on an H200.
 ASSUMED_FLOPS_PER_THREAD = 0.05e12
@@ -32,9 +30,6 @@ ASSUMED_FLOPS_OF_GPU = 30e12
 WEIGHTS_OF_ASSUMED_RATE = 135e6
 GROWTH_OF_RATE = 0.6  # exponent; 7B then has 310e12
 MAX_ASSUMED_FLOPS_OF_GPU = 400e12
-# A frozen model of P weights takes 2 P operations per token forward, and as many for the gradients of its activations.
-FLOPS_PER_WEIGHT = {"training": 4, "scoring": 2}
-CHARACTERS_PER_TOKEN = 4  # of English text, roughly
 
 
 @dataclass(frozen=True)
@@ -48,16 +43,6 @@ class Estimate:
 
     seconds: float
     source: str
-
-
-@dataclass(frozen=True)
-class _Work:
-    """The size of a run."""
-
-    steps: int
-    training_tokens: float
-    items: int
-    scored_tokens: float
 
 
 def missing_runs(runs: Runs) -> Runs:
@@ -78,7 +63,7 @@ def estimate(
         device: Name of this machine's device, as in records.
         jobs: Runs at a time, which share an assumed rate.
     """
-    work = _work(config, load_data(setting, config.seed))
+    work = work_of(config, load_data(setting, config.seed))
     weights = count_weights(prepare(setting.model))
     of_mixture = [r for r in records if r.status == "ok" and r.train and r.config.mixture == config.mixture]
     of_model = [r for r in of_mixture if r.config.model == config.model]
@@ -100,7 +85,15 @@ def estimate(
     operations = (
         FLOPS_PER_WEIGHT["training"] * work.training_tokens + FLOPS_PER_WEIGHT["scoring"] * work.scored_tokens
     ) * weights
-    return Estimate(operations * jobs / rate, f"no record of this model and mixture; {rate / 1e12:.3g} TFLOP/s assumed")
+    source = f"no record of this model and mixture; {rate / 1e12:.3g} TFLOP/s assumed"
+    return Estimate(
+        operations * jobs / rate, f"{source} until it is measured" if _is_measured(config, work) else source
+    )
+
+
+def _is_measured(config: RunConfig, work: Work) -> bool:
+    """Return whether the run says again before and after its first step how long it takes."""
+    return config.device_type == "cpu" and work.steps > 1
 
 
 def _has_size(record: Record, weights: int) -> bool:
@@ -121,7 +114,7 @@ def assumed_rate(device_type: str, weights: float) -> float:
     return min(rate, MAX_ASSUMED_FLOPS_OF_GPU)
 
 
-def _seconds_like(records: Sequence[Record], work: _Work) -> float:
+def _seconds_like(records: Sequence[Record], work: Work) -> float:
     """Return the time of this much work at the median speed of some records."""
     sections = [r.train for r in records if r.train]
     per_step = median(_step_seconds(train) for train in sections)
@@ -137,36 +130,6 @@ def _step_seconds(train: TrainSection) -> float:
 
 def _scored_items(record: Record) -> int:
     return sum(score.n for scores in (record.validation, record.test) for score in (scores or {}).values())
-
-
-def _work(config: RunConfig, data: MixtureData) -> _Work:
-    """Return the size of a run.
-
-    The base and adapters from elsewhere are not trained, and scored on the test sets alone.
-    """
-    trains = config.method != BASE and not config.method.startswith(ELSEWHERE)
-    scored = [
-        example
-        for split in ([data.validation, data.test] if trains else [data.test])
-        for items in split.values()
-        for example in items[: config.max_items]
-    ]
-    steps = config.epochs * ceil(len(data.train) / config.batch_size) if trains else 0
-    share = min(1.0, config.max_steps / steps) if config.max_steps and steps else 1.0
-    training_tokens = config.epochs * sum(_tokens(e.prompt + e.label) for e in data.train) if trains else 0.0
-    return _Work(round(share * steps), share * training_tokens, len(scored), sum(map(_scored_tokens, scored)))
-
-
-def _scored_tokens(example: Example) -> float:
-    """Return the tokens that scoring an item processes."""
-    writing = getattr(TASKS.get(example.task), "writing", None)
-    if writing:
-        return _tokens(example.prompt) + float(writing.max_new_tokens)
-    return _tokens(example.prompt) + sum(map(_tokens, example.choices))
-
-
-def _tokens(text: str) -> float:
-    return len(text) / CHARACTERS_PER_TOKEN
 
 
 def summarize(title: str, runs: Runs, missing: Runs, estimates: Sequence[Estimate], jobs: int) -> str:
@@ -190,13 +153,3 @@ def summarize(title: str, runs: Runs, missing: Runs, estimates: Sequence[Estimat
     (source, _), *others = Counter(e.source for e in estimates).most_common()
     more = f", and {len(others)} more" if others else ""
     return f"{text}, about {duration(seconds)}{together} ({source}{more})."
-
-
-def duration(seconds: float) -> str:
-    """Return a duration for people: "40 s", "12 min", "3 h 20 min"."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"

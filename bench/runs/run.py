@@ -38,10 +38,12 @@ from bench.records.schema import (
     TaskScore,
     TrainSection,
 )
+from bench.runs.calibration import seconds_per_trained_token
 from bench.runs.setting import RunSettings, blend_seed, load_data
+from bench.runs.work import first_step, time_left, work_of
 from bench.runtime.attention import require_packing
 from bench.runtime.processes import processes
-from bench.runtime.progress import timed_phase
+from bench.runtime.progress import print_line, timed_phase
 from bench.train.batching import Encoded, encode, label_tokens
 from bench.train.checkpoint import TrainLog, remove_checkpoints
 from bench.train.loop import DivergedError, train
@@ -183,6 +185,7 @@ def _train_and_score(
     data = load_data(setting, config.seed)
     is_main = processes().is_main_process
     phase = partial(timed_phase, config.id, is_shown=is_main)
+    say = partial(print_line, config.id)
     with phase("loaded the base model"):
         base, tokenizer = load(prepare(setting.model), setting.device)
         require_packing(base)
@@ -201,6 +204,13 @@ def _train_and_score(
         if trained:
             log = trained.restore(model, track)
         else:
+            tokens = sum(len(one.ids) for one in encoded)
+            if is_main and setting.device.type == "cpu":
+                with phase("measured the speed"):
+                    per_token = seconds_per_trained_token(model, [one.ids for one in encoded])
+                if per_token is not None:
+                    left = time_left(config, data, tokens, per_token, work_of(config, data).steps)
+                    say(f"by a short pass: about {left}")
             torch.manual_seed(config.seed + processes().process_index)  # every process drops out other activations
             log = train(
                 model,
@@ -210,6 +220,7 @@ def _train_and_score(
                 checkpoint=checkpoint,
                 checkpoint_every=profile.checkpoint_every,
                 track=track,
+                first_step=first_step(config, data, tokens, say) if is_main else None,
             )
         record.train = _train_section(log)
         if setting.save and is_main:

@@ -36,6 +36,10 @@ ROUTER_EVERY = 50  # steps between router statistics
 SECONDS_PER_CHECKPOINT = 60.0
 
 
+# Gets the seconds of a step, its tokens, and the number of steps that are left.
+FirstStep = Callable[[float, int, int], None]
+
+
 class DivergedError(ArithmeticError):
     """A loss or a gradient was not finite.
 
@@ -57,6 +61,7 @@ def train(
     checkpoint: Path,
     checkpoint_every: int,
     track: Log = log_nothing,
+    first_step: FirstStep | None = None,
 ) -> TrainLog:
     """Train the model's adapter in place.
 
@@ -71,12 +76,13 @@ def train(
         checkpoint_every: Steps between checkpoints. One is also written after the last step, so that a failure in
             scoring costs no training, and in a single process every `SECONDS_PER_CHECKPOINT`.
         track: Gets every point of the curve and all router statistics, with the step.
+        first_step: Called on a CPU after the first step of this process.
 
     Raises:
         DivergedError: A loss or gradient was not finite.
     """
     trainer = _Trainer(model, encoded, config, pad_id, checkpoint, track)
-    trainer.run(checkpoint_every)
+    trainer.run(checkpoint_every, first_step)
     return trainer.log
 
 
@@ -110,8 +116,8 @@ class _Trainer:
         self.last_saved = time.monotonic()
         self.pending: list[Tensor] = []  # losses and gradient norms that are still on the device, each [3]
 
-    def run(self, checkpoint_every: int) -> None:
-        """Train to the last step."""
+    def run(self, checkpoint_every: int, first_step: FirstStep | None = None) -> None:
+        """Train to the last step; the arguments are those of `train`."""
         on_gpu = self.config.device_type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -125,7 +131,11 @@ class _Trainer:
 
         with progress, keep_input_dtype(self.model, self.accelerator.device):
             while log.steps < self.last_step:
+                start = time.perf_counter()
                 self._train_step()
+                if first_step and not on_gpu:  # on a GPU the first step compiles, and has only begun
+                    first_step(time.perf_counter() - start, log.tokens - tokens_before, self.last_step - log.steps)
+                first_step = None
                 if log.steps % CHECK_EVERY == 0 or log.steps == self.last_step:
                     self._read_pending()
                 if log.steps % checkpoint_every == 0 or log.steps == self.last_step or self._is_checkpoint_due():

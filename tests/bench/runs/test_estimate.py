@@ -126,7 +126,9 @@ def test_without_records_the_rate_is_stated(planned):
     expected = (4 * trained + 2 * scored) * weights / (0.05e12 * torch.get_num_threads())
     found = estimate(config, setting, [], DEVICE)
     assert found.seconds == pytest.approx(expected)
-    assert re.fullmatch(r"no record of this model and mixture; 0\.\d+ TFLOP/s assumed", found.source)
+    assert re.fullmatch(
+        r"no record of this model and mixture; 0\.\d+ TFLOP/s assumed until it is measured", found.source
+    )
     assert estimate(config, setting, [], DEVICE, jobs=2).seconds == pytest.approx(2 * expected)
 
 

@@ -51,6 +51,27 @@ def test_only_long_phases_have_a_line(clock, capsys):
     assert capsys.readouterr().err == "run-a: loaded the base model in 12 s\n"
 
 
+def test_while_a_step_or_a_phase_takes_long_a_line_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SECONDS_PER_SIGN", 0.05)
+
+    def lines() -> list[str]:
+        deadline, found = time.monotonic() + 20, ""
+        while found.count("\n") < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+            found += capsys.readouterr().err
+        return found.splitlines()
+
+    with Progress("run-a", "step", 40, done=10) as shown:
+        assert all(line.startswith("run-a: step 10/40 is done, the next takes longer than ") for line in lines())
+        shown.update(11, lambda seconds: "fine")
+        assert "run-a: step 11/40 is done, the next takes longer than 0 s" in lines()
+    with timed_phase("run-a", "loaded the base model"):
+        assert "run-a: not yet loaded the base model after 0 s" in lines()
+    capsys.readouterr()
+    time.sleep(0.2)
+    assert capsys.readouterr().err == ""  # nothing after the end
+
+
 def test_a_process_that_shares_the_run_shows_nothing(clock, capsys):
     with Progress("run-a", "step", 40, is_shown=False) as shown:
         clock[0] = 100.0
