@@ -9,9 +9,10 @@ from tabulate import tabulate
 
 from bench.records.provenance import device_name
 from bench.records.schema import Record, RunConfig
-from bench.runs.estimate import duration, estimate, missing_runs, summarize
+from bench.runs.estimate import estimate, missing_runs, summarize
 from bench.runs.plan import Runs
 from bench.runs.setting import RunSettings, load_data
+from bench.runs.work import duration
 
 
 def announce(title: str, runs: Runs, records: Sequence[Record], jobs: int, *, dry_run: bool) -> None:

@@ -36,11 +36,11 @@ from bench.records import provenance, store
 from bench.records.claims import ClaimLostError, ClaimState, ClaimWatch, acquire, claim_path, claimed_runs
 from bench.records.files import temporary_path
 from bench.records.schema import Record, RunConfig
-from bench.runs.estimate import duration
 from bench.runs.plan import Runs
 from bench.runs.pool import split_recorded
 from bench.runs.run import find_record, run
 from bench.runs.setting import RunSettings, make_run_config
+from bench.runs.work import duration
 
 MAX_LOST_WORKERS = 3  # of one run; a run that kills its worker every time must end
 SUBMITTED_PER_PLACE = 2  # so that a place that gets free has its next run, and other sweeps find runs to claim
