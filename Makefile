@@ -13,7 +13,7 @@ QUANTIZATION := bitsandbytes==0.50.2 torchao==0.18.0
 QUANTIZATION += gptqmodel==7.7.0 optimum==2.3.0 defuser==0.0.28 device-smi==0.5.7 logbar==0.4.15 pypcre==0.6.4 \
 	threadpoolctl==3.8.0 tokenicer==0.0.14
 
-.PHONY: help test test-kills test-malformed test-quantized baselines lint docs peft-suite examples lock leaderboard report check-tables reproduce-table10 reproduce-fig4 clean
+.PHONY: help test test-kills test-malformed test-quantized test-regress regress baselines lint docs peft-suite examples lock leaderboard report check-tables reproduce-table10 reproduce-fig4 clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -26,7 +26,14 @@ help: ## this list
 	touch $@
 
 test: .venv/ready ## run the test suite
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(if $(ARGS),,--junitxml=results/local/test-suite.xml) $(ARGS)
+
+regress: .venv/ready ## compare a short run and timings with the committed figures (ARGS=--update writes them again)
+	$(BIN)/python -m bench.regress $(ARGS)
+
+# The file is not collected by itself, because it takes a minute.
+test-regress: .venv/ready ## check that `make regress` finds regressions that are planted
+	$(BIN)/python -m pytest -q tests/bench/regress/planted_regressions.py $(ARGS)
 
 test-malformed: .venv/ready ## run the tests of malformed input with 20,000 inputs instead of 2,000
 	MALORA_MALFORMED=20000 $(BIN)/python -m pytest -q tests/bench/cli/test_malformed.py $(ARGS)
