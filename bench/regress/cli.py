@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -48,10 +49,11 @@ PARTS = (*MEASURED, "suite", "speed")
 
 def main(arguments: list[str] | None = None) -> int:
     """Compare or update, and return the exit code: 0, 1 if a figure has moved, 2 for what cannot be done."""
-    options = _make_parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # meant for the developers of our dependencies
     try:
         if options.json:
-            print(json.dumps({name: figure.value for name, figure in _measure_here(options.only).items()}))
+            print(json.dumps({name: figure.value for name, figure in _measure_here(options.only or PARTS).items()}))
             return 0
         return _update(options) if options.update else _compare(options)
     except UserError as error:
@@ -62,10 +64,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _make_parser() -> Parser:
+def make_parser() -> Parser:
+    """Return the parser of the command line."""
     text, _, examples = (__doc__ or "").partition("\n\n")
     parser = Parser(prog="python -m bench.regress", text=text, example=examples.partition("\n\n")[0])
-    parser.add_argument("--only", type=_parts, default=PARTS, metavar="A,B", help=f"parts: {', '.join(PARTS)}")
+    parser.add_argument("--only", type=_parts, metavar="A,B", help=f"parts: {', '.join(PARTS)} (default: all)")
     parser.add_argument("--figures", type=file_path, default=PATH, metavar="FILE", help="file of the committed figures")
     parser.add_argument("--json", action="store_true", help="print the measured figures as JSON, and compare nothing")
     parser.add_argument(
@@ -97,13 +100,13 @@ def _compare(options: argparse.Namespace) -> int:
     other = differences(committed.machine, this_machine(made_by.packages))
     comparisons: list[Comparison] = []
     remarks: list[str] = []
-    parts = tuple(name for name in MEASURED if name in options.only)
-    if parts:
+    chosen = options.only or PARTS
+    if parts := tuple(name for name in MEASURED if name in chosen):
         comparisons += compare(committed, _measure(parts), parts, is_same=not other)
-    if "suite" in options.only:
+    if "suite" in chosen:
         found, remark = compare_suite(REPORT, is_same=not other)
         comparisons, remarks = comparisons + found, [*remarks, remark]
-    if "speed" in options.only:
+    if "speed" in chosen:
         if torch.cuda.is_available():
             found, remark = compare_speed(store.read_speed(store.RESULTS / "speed"))
         else:
@@ -147,7 +150,7 @@ def report(committed: Regressions, comparisons: list[Comparison], other: list[st
 
 
 def _update(options: argparse.Namespace) -> int:
-    if options.only != PARTS:
+    if options.only:
         raise UserError("--update measures all parts, so that all figures are of one commit; leave --only out.")
     if torch.cuda.is_available():
         raise UserError("--update measures on a CPU; set CUDA_VISIBLE_DEVICES= to hide the GPU.")
