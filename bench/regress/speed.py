@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from bench.errors import UserError
 from bench.records import store
 from bench.records.provenance import device_name
 from bench.records.speed_schema import SpeedRecord, SpeedRow
@@ -37,6 +38,9 @@ def compare_speed(published: list[SpeedRecord]) -> tuple[list[Comparison], str]:
 
     Returns:
         The comparisons, none if there is no such record, and a remark for people.
+
+    Raises:
+        UserError: The call of `bench.speed` fails.
     """
     device = device_name(torch.device("cuda"))
     committed = newest_record(published, device)
@@ -46,7 +50,7 @@ def compare_speed(published: list[SpeedRecord]) -> tuple[list[Comparison], str]:
         status = run_speed([*_arguments(committed), "--results", folder])
         fresh = store.read_speed(Path(folder))
         if status or not fresh:
-            raise RuntimeError(f"bench.speed ended with status {status} and {len(fresh)} records")
+            raise UserError(f"bench.speed ended with status {status} and measured nothing; its error is above.")
     return compare_ratios(committed, fresh[-1]), f"speed: compared with {committed.id}"
 
 
