@@ -21,7 +21,7 @@ def measured(monkeypatch):
 
 def test_bounds_of_a_number_are_multiples_of_its_spread(measured):
     figure = measured(Measured(2.0, "number", least=0.002), 2.001, 2.1)
-    assert (figure.value, figure.same, figure.elsewhere, figure.other_base) == (2.0, 0, 0.01, 1.0)
+    assert (figure.value, figure.same, figure.elsewhere, figure.other_base) == (2.0, 0, 0.01, 0.3)
     assert measured(Measured(2.0, "number", least=0.002), 2.0, 2.0).elsewhere == 0.002
 
 
