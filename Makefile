@@ -17,7 +17,7 @@ QUANTIZATION += gptqmodel==7.7.0 optimum==2.3.0 defuser==0.0.28 device-smi==0.5.
 RAY := ray==2.60.0 msgpack==1.2.4 jsonschema==4.26.0 jsonschema-specifications==2025.9.1 referencing==0.37.0 \
 	rpds-py==2026.9.1
 
-.PHONY: help test test-kills test-malformed test-quantized test-ray ray-costs baselines lint docs peft-suite examples lock tiny-base leaderboard report check-tables reproduce-table10 reproduce-fig4 clean
+.PHONY: help test test-kills test-malformed test-quantized test-ray test-regress regress ray-costs baselines lint docs peft-suite examples lock tiny-base leaderboard report check-tables reproduce-table10 reproduce-fig4 clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -30,7 +30,14 @@ help: ## this list
 	touch $@
 
 test: .venv/ready ## run the test suite
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(if $(ARGS),,--junitxml=results/local/test-suite.xml) $(ARGS)
+
+regress: .venv/ready ## compare a short run and timings with the committed figures (ARGS=--update writes them again)
+	$(BIN)/python -m bench.regress $(ARGS)
+
+# The file is not collected by itself, because it takes a minute.
+test-regress: .venv/ready ## check that `make regress` finds regressions that are planted
+	$(BIN)/python -m pytest -q tests/bench/regress/planted_regressions.py $(ARGS)
 
 test-malformed: .venv/ready ## run the tests of malformed input with 20,000 inputs instead of 2,000
 	MALORA_MALFORMED=20000 $(BIN)/python -m pytest -q tests/bench/cli/test_malformed.py $(ARGS)

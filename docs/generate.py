@@ -51,8 +51,9 @@ def _report() -> str:
 
 
 def _command_lines() -> str:
-    """Return the reference of both command lines, from their parsers."""
+    """Return the reference of all command lines, from their parsers."""
     from bench.cli.parser import make_parser
+    from bench.regress import cli as regress_cli
     from bench.speed import cli as speed_cli
 
     bench = make_parser()
@@ -69,8 +70,8 @@ def _command_lines() -> str:
         if isinstance(action, argparse._SubParsersAction):
             for parser in action.choices.values():
                 lines += [f"### {parser.prog}", parser.text, _example(parser), _options(parser)]
-    speed = speed_cli.make_parser()
-    lines += [f"## {speed.prog}", speed.text, _example(speed), _options(speed)]
+    for other in (speed_cli.make_parser(), regress_cli.make_parser()):
+        lines += [f"## {other.prog}", other.text, _example(other), _options(other)]
     return "\n\n".join(line for line in lines if line) + "\n"
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from bench.cli.parser import main, make_parser
 from bench.experiments.registry import EXPERIMENTS
+from bench.regress import cli as regress_cli
 from bench.speed import cli as speed_cli
 
 
@@ -26,7 +27,10 @@ def test_every_command_and_option_has_a_help_line_and_a_default():
             assert not action.required or action.dest in ("adapter", "what", "task")
 
 
-@pytest.mark.parametrize("parser", [make_parser(), speed_cli.make_parser(), *commands().values()], ids=lambda p: p.prog)
+PARSERS = {"bench": make_parser, "bench.speed": speed_cli.make_parser, "bench.regress": regress_cli.make_parser}
+
+
+@pytest.mark.parametrize("parser", [*(make() for make in PARSERS.values()), *commands().values()], ids=lambda p: p.prog)
 def test_help_opens_with_a_sentence_and_an_example_that_parses(parser):
     usage, _, sentence, _, head, *rest = parser.format_help().splitlines()
     assert usage.startswith(f"usage: {parser.prog}") and len(usage) < 80
@@ -34,8 +38,8 @@ def test_help_opens_with_a_sentence_and_an_example_that_parses(parser):
     assert head == "example:" and f"  {parser.example.splitlines()[0]}" == rest[0]
     for example in parser.example.splitlines():
         words = shlex.split(example, comments=True)
-        assert words[:2] == ["python", "-m"] and words[2] in ("bench", "bench.speed")
-        (make_parser() if words[2] == "bench" else speed_cli.make_parser()).parse_args(words[3:])
+        assert words[:2] == ["python", "-m"]
+        PARSERS[words[2]]().parse_args(words[3:])
 
 
 def test_a_mistyped_command_gets_the_nearest_one(capsys):
