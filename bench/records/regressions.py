@@ -17,7 +17,8 @@ from pydantic import Field, ValidationError
 from bench.errors import UserError
 from bench.records.files import write_atomically
 from bench.records.provenance import ROOT
-from bench.records.schema import Number, Provenance, Section
+from bench.records.schema import Provenance
+from bench.records.section import Number, Section
 
 PATH = ROOT / "results" / "regressions.json"
 # The packages that compute. Another version of one of them may round in another order.

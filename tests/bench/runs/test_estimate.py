@@ -10,11 +10,12 @@ from bench.experiments.methods import BASE, ELSEWHERE
 from bench.experiments.registry import EXPERIMENTS
 from bench.models.base import count_weights, load, prepare
 from bench.records.schema import Parameters, TrainSection
-from bench.runs.estimate import Estimate, assumed_rate, duration, estimate, missing_runs, summarize
+from bench.runs.estimate import Estimate, assumed_rate, estimate, missing_runs, summarize
 from bench.runs.plan import plan_runs, rates_before_sweep
 from bench.runs.run import run
 from bench.runs.setting import load_data, make_run_config
 from bench.runs.sweep import sweep_round
+from bench.runs.work import duration
 from tests.bench.conftest import CLEAN, make_setting
 from tests.bench.records.test_store import make
 
