@@ -53,12 +53,14 @@ def malora_captured_ddp(
 
 
 def malora_fsdp(
-    base: PreTrainedModel, config: PeftConfig, batches: Batches, checkpointing: str = "none"
+    base: PreTrainedModel, config: PeftConfig, batches: Batches, checkpointing: str = "none", compiled: bool = False
 ) -> Generator[Tensor]:
     """Train our adapter with all weights sharded by FSDP2. The base model is on the CPU at first."""
     model = shard(with_new_adapter(base, config))
     malora.optimize_backbone(model, padding=False)
     malora.set_checkpointing(model, checkpointing)
+    if compiled:
+        compile_layers(model)
     yield from train_fsdp(model, batches)
 
 

@@ -21,7 +21,6 @@ from malora.backbone.checkpointing_modes import MODES
 
 LOOPS = ("plain", "compiled", "captured")
 CHECKPOINTING = MODES
-FSDP_CHECKPOINTING = ("none", "full", "offload", "lean")
 BASES = ("bf16", *QUANTIZED, "fp8")
 UNSLOTH = "unsloth-lora"
 METHODS = ("malora", "molora", "lora")  # ours
@@ -108,15 +107,16 @@ class LoopRow:
 
     def _distributed(self, base: PreTrainedModel, config: PeftConfig, batches: Batches) -> Generator[Tensor]:
         """Return the program of one of several connected processes."""
+        compiled = self.loop == "compiled"
         if self.parallel == "fsdp":
             if self.is_ours:
-                return distributed_programs.malora_fsdp(base, config, batches, self.checkpointing)
+                return distributed_programs.malora_fsdp(base, config, batches, self.checkpointing, compiled)
             return distributed_programs.peft_fsdp(base, config, batches)
         if not self.is_ours:
             return distributed_programs.peft_ddp(base, config, batches)
         if self.loop == "captured":
             return distributed_programs.malora_captured_ddp(base, config, batches, self.checkpointing)
-        return distributed_programs.malora_ddp(base, config, batches, self.checkpointing, self.loop == "compiled")
+        return distributed_programs.malora_ddp(base, config, batches, self.checkpointing, compiled)
 
 
 BASELINES = (
@@ -148,8 +148,7 @@ def all_rows() -> dict[str, LoopRow]:
             for checkpointing in CHECKPOINTING:
                 for loop in _loops(checkpointing):
                     found += [
-                        _our_row(method, base, checkpointing, loop, parallel)
-                        for parallel in _parallel(base, checkpointing, loop)
+                        _our_row(method, base, checkpointing, loop, parallel) for parallel in _parallel(base, loop)
                     ]
     return {row.name: row for row in found}
 
@@ -159,14 +158,14 @@ def _loops(checkpointing: str) -> tuple[str, ...]:
     return LOOPS if checkpointing == "none" else ("plain", "captured")
 
 
-def _parallel(base: str, checkpointing: str, loop: str) -> tuple[str | None, ...]:
+def _parallel(base: str, loop: str) -> tuple[str | None, ...]:
     """Return how a kind of row is measured on several GPUs, and None for one GPU.
 
     FSDP2 gathers weights in hooks, which no CUDA graph has.
     """
     if base != "bf16":
         return (None,)
-    return (None, "ddp", "fsdp") if loop == "plain" and checkpointing in FSDP_CHECKPOINTING else (None, "ddp")
+    return (None, "ddp") if loop == "captured" else (None, "ddp", "fsdp")
 
 
 def _our_row(method: str, base: str, checkpointing: str, loop: str, parallel: str | None) -> LoopRow:

@@ -22,7 +22,7 @@ from bench.speed.loops.rows import LoopRow
 from bench.speed.loops.worker_process import WorkerProcess
 from bench.speed.steps import Workload
 
-RANK = "bench.speed.loops.distributed.rank"
+COMMAND = (sys.executable, "-m", "bench.speed.loops.distributed.rank")
 
 
 def check_world(world: int, device: torch.device) -> None:
@@ -72,8 +72,7 @@ class Ranks:
             return
         # torchrun sets the number of threads likewise.
         variables = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        command = [sys.executable, "-m", RANK]
-        self.workers = [WorkerProcess(command, ROOT, variables) for _ in range(self.world)]
+        self.workers = [WorkerProcess(COMMAND, ROOT, variables) for _ in range(self.world)]
         with tempfile.TemporaryDirectory(prefix="malora-ranks-") as folder:
             shared = {"world": self.world, "store": str(Path(folder) / "store"), "device": self.device.type}
             self._ask("join", [{"rank": rank, **shared} for rank in range(self.world)])
