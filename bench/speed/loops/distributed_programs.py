@@ -1,7 +1,7 @@
 """Training programs of several processes, as users write them: data parallel, with or without sharded weights.
 
 Each process runs the program on a GPU of its own, with micro-batches of its own. They are connected by
-`torch.distributed`, and start with equal weights. See `bench.speed.loops.programs` for what a program is.
+`torch.distributed`, and have equal base models. See `bench.speed.loops.programs` for what a program is.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from peft import PeftConfig, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -40,6 +40,8 @@ def malora_captured_ddp(
     malora.optimize_backbone(model, padding=checkpointing in ("none", "lean"))
     malora.set_checkpointing(model, checkpointing)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        distributed.broadcast(parameter.data, src=0)  # all processes start with the first one's weights
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
     step = malora.capture_step(model)
     for micro_batches in batches:

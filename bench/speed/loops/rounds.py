@@ -131,6 +131,7 @@ class LocalRow:
         before = {}
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what a row before has freed would count as reserved
+            torch.cuda.reset_peak_memory_stats()
             # What the libraries keep from the rows before, such as workspaces.
             before = {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}
         # The program alone holds the base model.
@@ -142,13 +143,14 @@ class LocalRow:
             torch.compiler.reset()
 
     def _base(self) -> PreTrainedModel:
-        """Return the base model where a user of the program loads it. Peak memory counts from then on."""
+        """Return the base model where a user of the program loads it."""
         base = backbone(self.shape, self.layers, self.device, self.row.weights)
-        if self.row.parallel == "fsdp":  # which brings it to the GPU layer by layer; whole, it may not fit
-            base = base.cpu()  # random weights are drawn much faster on the GPU
+        if self.row.parallel != "fsdp":
+            return base
+        base = base.cpu()  # FSDP2 brings it to the GPU layer by layer. Random weights are drawn much faster on the GPU.
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats()  # a whole model on one GPU is no part of the program
         return base
 
 

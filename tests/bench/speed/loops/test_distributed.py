@@ -20,11 +20,12 @@ from bench.speed.steps import Workload
 from tests import processes
 
 CPU = torch.device("cpu")
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # FSDP2 takes a GPU if it sees one
 WORK = Workload("train", batch=2, length=16, tokens=64, dropout=0.0, vocab_size=512)
 
 
 def test_processes_train_one_model_on_data_of_their_own():
-    names = ["malora-captured-ddp", "malora-plain-ddp", "malora-plain-fsdp", "malora-lean-plain-fsdp"]
+    names = ["malora-plain-ddp", "malora-captured-ddp", "malora-lean-plain-fsdp"]
     done = processes.run(
         Path(__file__).with_name("train_in_turn.py"), *names, "peft-lora-ddp", "peft-lora-fsdp", count=2
     )
@@ -35,8 +36,8 @@ def test_processes_train_one_model_on_data_of_their_own():
         assert one["losses"][0] != other["losses"][0], name  # other tokens
         assert one["losses"][1] < one["losses"][0] and other["losses"][1] < other["losses"][0], name
         assert one["weights"] == other["weights"], name  # after two steps with averaged gradients
-    expected = first["rows"]["malora-plain-ddp"]
-    for name in names:
+    expected = first["rows"][names[0]]
+    for name in names[1:]:
         found = first["rows"][name]
         assert found["losses"] == pytest.approx(expected["losses"], abs=1e-3), name
         assert found["weights"] == pytest.approx(expected["weights"], rel=1e-4), name
@@ -53,22 +54,12 @@ def test_two_processes_take_turns_with_a_row_on_one_gpu(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Ranks, "_ask", ask)
     monkeypatch.setattr(rounds, "ROUND_SECONDS", 0.1)
-    arguments = [
-        "--loop",
-        "plain",
-        "--world",
-        "2",
-        "--layers",
-        "1",
-        "--rounds",
-        "1",
-        "--length",
-        "16",
-        "--tokens",
-        "64",
-    ]
-    names = ["malora-captured-ddp", "malora-plain", "peft-lora-fsdp"]
-    assert cli.main([*arguments, "--variant", ",".join(names), "--results", str(tmp_path)]) == 0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # in the new processes, where it takes seconds
+    names = ["malora-captured-ddp", "peft-lora", "peft-lora-fsdp"]
+    work = ["--layers", "1", "--rounds", "1", "--length", "16", "--tokens", "64"]
+    arguments = ["--loop", "plain", "--world", "2", *work, "--results", str(tmp_path)]
+    assert cli.main([*arguments, "--variant", ",".join(names)]) == 0
     (record,) = store.read_speed(tmp_path)
     ddp, alone, fsdp = record.rows
     assert record.options.world == 2 and [row.name for row in record.rows] == names
