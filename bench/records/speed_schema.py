@@ -34,7 +34,7 @@ class SpeedOptions(Section):
         tokens: Tokens per training step, or generated tokens in decode.
         layers: Shortened depth of a trial measurement, which is not published; else None.
         flops: Matrix operations of the frozen backbone per step; None where they were not counted.
-        world: Number of GPUs, in records of whole training programs.
+        world: Number of GPUs, in records of whole training programs. See the rows for those that use all of them.
     """
 
     variant: str
@@ -72,6 +72,9 @@ class SpeedRow(Section):
         dropout: Dropout of the adapter, if it is another than that of the record's options.
         loss: Loss of the last micro-batch, to see that the rows train the same model; None if it was not finite.
         package: Name and version of the package that trained in an environment of its own, or that quantized the base.
+        parallel: How several GPUs train one model: "ddp" or "fsdp"; None on one GPU.
+        world: Number of those GPUs. Each has the tokens of the record's options, so the row's step has `world` times
+            as many. Seconds are those of the slowest process, and peak memory is the largest of them.
     """
 
     status: Literal["ok", "oom", "failed", "unavailable"]
@@ -102,6 +105,8 @@ class SpeedRow(Section):
     dropout: Number | None = None
     loss: Number | None = None
     package: str | None = None
+    parallel: Literal["ddp", "fsdp"] | None = None
+    world: int | None = None
 
     @field_validator("loss", mode="before")
     @classmethod

@@ -4,6 +4,7 @@ python -m bench.speed --variant malora                   # compared with LoRA an
 python -m bench.speed --variant all --shape llama2-7b    # Table 10
 python -m bench.speed --variant molora --sweep experts   # where sparse backends overtake dense ones
 python -m bench.speed --loop plain,captured              # whole training programs, by the wall clock
+python -m bench.speed --loop plain,captured --world 2    # the same, and on two GPUs
 
 Models have random weights. The variants named "floor" are the frozen backbone without an adapter.
 """
@@ -35,17 +36,10 @@ from bench.speed.layer_sweep import SWEEPS, sweep_rows
 from bench.speed.loops.call import measure_loops
 from bench.speed.loops.rows import BASES, CHECKPOINTING, LOOPS
 from bench.speed.profiler import backbone_flops, peak_rates
-from bench.speed.rounds import BenchmarkRow, ModelRow, measure
+from bench.speed.rounds import COMPILE_OPTIONS, BenchmarkRow, ModelRow, measure
 from bench.speed.steps import STEPS, Workload
 from bench.speed.variants import ROUTED, select_variants
 
-# Many variants share the code of one decoder layer, more than torch.compile expects by default. Past its limit it would
-# silently run a variant eagerly, so reaching the limit is an error.
-COMPILE_OPTIONS = {
-    "recompile_limit": 1024,
-    "accumulated_recompile_limit": 1024,
-    "fail_on_recompile_limit_hit": True,
-}
 LOCAL = store.RESULTS / "local" / "speed"
 
 
@@ -106,6 +100,12 @@ def make_parser() -> Parser:
         "--base",
         metavar="A,B",
         help=f"with --loop: precision of the frozen weights: {', '.join(BASES)} (default: bf16)",
+    )
+    parser.add_argument(
+        "--world",
+        type=positive,
+        metavar="N",
+        help="with --loop: number of GPUs; above 1, DDP and FSDP2 on all of them are measured too (default: 1)",
     )
     parser.add_argument(
         "--baselines",
@@ -211,7 +211,7 @@ def _check_nothing_is_ignored(options: argparse.Namespace) -> None:
     Raises:
         UserError: If an option would be ignored.
     """
-    for name in () if options.loop else ("checkpointing", "base", "baselines"):
+    for name in () if options.loop else ("checkpointing", "base", "baselines", "world"):
         if getattr(options, name):
             raise UserError(f"--{name} is for whole training programs; add --loop, or leave it out.")
     if options.loop and (options.sweep or options.mode != "train"):

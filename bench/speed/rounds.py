@@ -33,6 +33,14 @@ DEVICE_WARM_SECONDS, WARM_SECONDS, ROUND_SECONDS = 2.0, 1.0, 3.0
 MAX_STEPS = 10  # per row and round, timed and untimed each: more would add samples but no information
 MAX_REASON = 300  # characters of an error message in a record
 
+# Many variants share the code of one decoder layer, more than torch.compile expects by default. Past its limit it would
+# silently run a variant eagerly, so reaching the limit is an error.
+COMPILE_OPTIONS = {
+    "recompile_limit": 1024,
+    "accumulated_recompile_limit": 1024,
+    "fail_on_recompile_limit_hit": True,
+}
+
 Step = Callable[[PhaseCallback], Any]
 Result = dict[str, Any]  # a row of a record, while it is measured
 

@@ -29,17 +29,33 @@ NOTE = (
 )
 
 
+DISTRIBUTED_NOTE = (
+    " On several GPUs each process trains as many tokens per step as a row on one GPU, and all begin a step at once. "
+    "Seconds are those of the slowest process. Peak memory is the largest of a process. Power and loss are those of "
+    "the first one. Tokens per second are those of all."
+)
+
+
+def loop_note(record: SpeedRecord) -> str:
+    """Return how to read the table of a record."""
+    return NOTE + DISTRIBUTED_NOTE if any(row.parallel for row in record.rows) else NOTE
+
+
 def loop_table(record: SpeedRecord) -> str:
     """Return a table of the training programs of a record."""
+    is_distributed = any(row.parallel for row in record.rows)
     others = {title: seconds(named(record, name)) for name, title in COMPARED_WITH.items()}
     others = {title: step for title, step in others.items() if step}
-    head = ["row", "loop", "checkpointing", "base", "step, s", "IQR, s", "tokens/s", *others, "allocated, GiB",
-            "reserved, GiB", "kernels", "launches", "host syncs", "W", "loss", "note"]  # fmt: skip
+    about_head = ["row", "loop", "checkpointing", "base", *(["GPUs"] if is_distributed else [])]
+    head = [*about_head, "step, s", "IQR, s", "tokens/s", *others, "allocated, GiB", "reserved, GiB", "kernels",
+            "launches", "host syncs", "W", "loss", "note"]  # fmt: skip
     body = []
     for row in record.rows:
-        about = [code(row.name), text(row.loop or ""), text(row.checkpointing or ""), text(row.base or "")]
+        about = [code(row.name), *(text(value or "") for value in (row.loop, row.checkpointing, row.base))]
+        if is_distributed:
+            about.append(str(row.world or 1))
         if seconds(row) is None:
-            body.append([*about, *[""] * (len(head) - 5), text(f"{row.status}: {row.reason}")])
+            body.append([*about, *[""] * (len(head) - len(about_head) - 1), text(f"{row.status}: {row.reason}")])
         else:
             body.append([*about, *_cells(record, row, [*others.values()])])
     return table(body, head, ["left"] * 4 + ["right"] * (len(head) - 5) + ["left"])

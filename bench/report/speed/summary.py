@@ -55,10 +55,11 @@ def by_round(record: SpeedRecord, row: SpeedRow) -> np.ndarray:
 def tokens_per_second(record: SpeedRecord, row: SpeedRow | None) -> float | None:
     """Return the tokens that a row processes per second.
 
-    In decode, they are over all sequences of the batch.
+    In decode, they are over all sequences of the batch. On several GPUs they are those of all of them.
     """
     sequences = record.options.batch if record.mode == "decode" else 1
-    return ratio(sequences * record.options.tokens, seconds(row))
+    gpus = (row.world if row else None) or 1
+    return ratio(gpus * sequences * record.options.tokens, seconds(row))
 
 
 def ratio(above: float | None, below: float | None) -> float | None:
@@ -83,8 +84,8 @@ def fastest(record: SpeedRecord, choose: Callable[[SpeedRow], bool]) -> SpeedRow
 
 
 def malora_row(record: SpeedRecord) -> SpeedRow | None:
-    """Return MALoRA's fastest exact row."""
-    return fastest(record, lambda row: bool(row.method == "malora"))
+    """Return MALoRA's fastest exact row on one GPU."""
+    return fastest(record, lambda row: row.method == "malora" and row.parallel is None)
 
 
 def work_of(record: SpeedRecord) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from bench.report.paper import paper
 from bench.report.speed.figure4c import figure4c
 from bench.report.speed.goals import goal_table
 from bench.report.speed.loop_goals import loop_goal_table
-from bench.report.speed.loop_tables import NOTE, loop_table
+from bench.report.speed.loop_tables import loop_note, loop_table
 from bench.report.speed.summary import (
     COMPILED_BACKBONE,
     PEFT_LORA,
@@ -90,7 +90,7 @@ def section(record: SpeedRecord) -> str:
     if sweep:
         parts = [title, _intro(record), _sweep_table(record), _SWEEP_NOTE, *_crossovers(record)]
     elif record.mode == "loop":
-        parts = [title, _intro(record), loop_table(record), NOTE]
+        parts = [title, _intro(record), loop_table(record), loop_note(record)]
     else:
         parts = [title, _intro(record), _model_table(record), _model_note(record), *_longest_kernels(record)]
     return "\n\n".join(parts)

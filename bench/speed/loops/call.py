@@ -12,16 +12,19 @@ from typing import Literal
 import torch
 
 from bench.errors import UserError
-from bench.models.backbone import SHAPES, backbone
+from bench.models.backbone import SHAPES, Shape, backbone
 from bench.records import store
 from bench.records.provenance import provenance
 from bench.records.speed_schema import PeakRates, SpeedOptions, SpeedRecord, SpeedRow
+from bench.speed.loops.distributed.ranks import DistributedRow, Ranks, check_world
 from bench.speed.loops.external.process import ExternalBaselines, ExternalRow, external_folder
 from bench.speed.loops.rounds import LocalRow, Row, measure
 from bench.speed.loops.rows import BASES, CHECKPOINTING, LOOPS, LoopRow, select_rows
 from bench.speed.profiler import backbone_flops, peak_rates
 from bench.speed.rounds import Result
 from bench.speed.steps import Workload
+
+Setting = tuple[Shape, int | None, Workload, torch.device]
 
 
 def chosen(options: argparse.Namespace) -> tuple[list[str], list[str], list[str]]:
@@ -54,7 +57,9 @@ def measure_loops(options: argparse.Namespace, work: Workload, device: torch.dev
         UserError: The options do not fit together.
     """
     asked = chosen(options)
-    found = select_rows(options.variant.split(","), *asked, on_cpu=device.type == "cpu")
+    world = options.world or 1
+    found = select_rows(options.variant.split(","), *asked, on_cpu=device.type == "cpu", world=world)
+    check_world(world, device)
     folder = external_folder(options.baselines) if any(row.is_external for row in found) else None
     if folder is None:
         found = _without_external(found)
@@ -62,13 +67,21 @@ def measure_loops(options: argparse.Namespace, work: Workload, device: torch.dev
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     journal = _Journal(options, work, device, peak_rates(device, dtype))
     setting = SHAPES[options.shape], options.layers, work, device
-    with ExternalBaselines(folder, *setting) if folder else nullcontext() as external:
-        rows: list[Row] = [
-            ExternalRow(row, external) if external and row.is_external else LocalRow(row, *setting) for row in found
-        ]
+    with (
+        ExternalBaselines(folder, *setting) if folder else nullcontext() as external,
+        Ranks(world, options.shape, options.layers, work, device) as ranks,
+    ):
+        rows = [_ready(row, setting, external, ranks) for row in found]
         measure(rows, options.rounds, device, journal.save, 60 * (options.minutes or math.inf))
     journal.rates["after"] = PeakRates(**peak_rates(device, dtype))
     return journal.save(journal.rows, journal.rounds)
+
+
+def _ready(row: LoopRow, setting: Setting, external: ExternalBaselines | None, ranks: Ranks) -> Row:
+    """Return a row with the processes that run it."""
+    if row.parallel is not None:
+        return DistributedRow(row, ranks)
+    return ExternalRow(row, external) if external and row.is_external else LocalRow(row, *setting)
 
 
 def _without_external(rows: list[LoopRow]) -> list[LoopRow]:
@@ -117,7 +130,7 @@ class _Journal:
                 rounds=rounds,
                 layers=self.options.layers,
                 flops=self.flops,
-                world=1,
+                world=self.options.world or 1,
             ),
             provenance=self.provenance,
             peak_rates=self.rates,

@@ -138,7 +138,10 @@ def on_device(base: PreTrainedModel, config: PeftConfig) -> nn.Module:
 
 def compile_layers(model: nn.Module) -> None:
     """Compile each decoder layer. They share their code, so that one of them is compiled and the others reuse it."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList):
-            for layer in module:
-                layer.compile()
+    for layer in decoder_layers(model):
+        layer.compile()
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the decoder layers of a model."""
+    return [layer for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module]

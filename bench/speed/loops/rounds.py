@@ -7,6 +7,7 @@ synchronized before and after each one, so the host's time counts where the devi
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import sys
@@ -19,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from bench.models.backbone import Shape, backbone
 from bench.models.quantized import QUANTIZED
@@ -38,6 +40,9 @@ class Program(Protocol):
 
     def step(self) -> float:
         """Run an optimizer step and return its seconds."""
+
+    def warm(self, seconds: float) -> None:
+        """Keep the GPUs that it runs on busy with large matmuls."""
 
     def loss(self) -> float:
         """Return the loss of the last step."""
@@ -74,6 +79,9 @@ class LocalProgram:
             torch.cuda.synchronize()
         return wall_seconds(self._next, self.device)
 
+    def warm(self, seconds: float) -> None:  # noqa: D102
+        warm_device(self.device, seconds)
+
     def loss(self) -> float:  # noqa: D102
         assert self.last is not None, "a step has been run"
         return self.last.item()
@@ -92,10 +100,28 @@ class LocalProgram:
 
 
 class LocalRow:
-    """A row whose program runs in this process. See `Row`."""
+    """A row whose program runs in this process. See `Row`.
 
-    def __init__(self, row: LoopRow, shape: Shape, layers: int | None, work: Workload, device: torch.device) -> None:
+    Args:
+        row: What to run.
+        shape: Shape of the backbone.
+        layers: Number of its layers, or None for all.
+        work: The work of a step, in each process.
+        device: Where the program runs.
+        place: Rank of this process, and number of processes that train the row together.
+    """
+
+    def __init__(
+        self,
+        row: LoopRow,
+        shape: Shape,
+        layers: int | None,
+        work: Workload,
+        device: torch.device,
+        place: tuple[int, int] = (0, 1),
+    ) -> None:
         self.row, self.shape, self.layers, self.work, self.device = row, shape, layers, work, device
+        self.place = place
         self.about = row.about
         if row.weights in QUANTIZED and find_spec("bitsandbytes"):
             self.about |= {"package": f"bitsandbytes {version('bitsandbytes')}"}
@@ -109,21 +135,29 @@ class LocalRow:
             # What the libraries keep from the rows before, such as workspaces.
             before = {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}
         # The program alone holds the base model.
-        losses = self.row.program(
-            backbone(self.shape, self.layers, self.device, self.row.weights),
-            batches(self.work, self.device),
-            self.work.dropout,
-        )
+        losses = self.row.program(self._base(), batches(self.work, self.device, *self.place), self.work.dropout)
         try:
             yield LocalProgram(losses, self.device, before)
         finally:
             losses.close()
             torch.compiler.reset()
 
+    def _base(self) -> PreTrainedModel:
+        """Return the base model where a user of the program loads it."""
+        base = backbone(self.shape, self.layers, self.device, self.row.weights)
+        if self.row.parallel != "fsdp":
+            return base
+        base = base.cpu()  # FSDP2 brings it to the GPU layer by layer. Random weights are drawn much faster on the GPU.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()  # a whole model on one GPU is no part of the program
+        return base
 
-def batches(work: Workload, device: torch.device) -> Iterator[list[MicroBatch]]:
-    """Yield the same random micro-batches for each optimizer step."""
-    ids = work.ids(work.batch, device)
+
+def batches(work: Workload, device: torch.device, rank: int = 0, world: int = 1) -> Iterator[list[MicroBatch]]:
+    """Yield the same random micro-batches for each optimizer step. Those of two processes differ."""
+    of_all = dataclasses.replace(work, tokens=world * work.tokens).ids(work.batch, device)
+    ids = of_all.chunk(world)[rank]
     while True:
         yield [{"input_ids": micro_batch, "labels": micro_batch} for micro_batch in ids]
 
@@ -166,11 +200,11 @@ def measure(
 
 def _turn(row: Row, result: Result, device: torch.device) -> None:
     """Run a program, and add its samples to the result. Its reason is what our package warned of."""
-    with _our_warnings() as messages, row.opened() as program:
+    with our_warnings() as messages, row.opened() as program:
         start = time.perf_counter()
         program.step()
         result.setdefault("first_seconds", time.perf_counter() - start)  # it makes the adapter, and compiles
-        warm_device(device, DEVICE_WARM_SECONDS)
+        program.warm(DEVICE_WARM_SECONDS)
         warm = min(program.step() for _ in range(WARM_STEPS))
         count = max(MIN_STEPS, min(MAX_STEPS, int(ROUND_SECONDS / warm)))
         with Sensors(device) as sensors:
@@ -187,7 +221,7 @@ def _turn(row: Row, result: Result, device: torch.device) -> None:
 
 
 @contextmanager
-def _our_warnings() -> Iterator[list[str]]:
+def our_warnings() -> Iterator[list[str]]:
     """Collect the warnings that malora logs inside `with`."""
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
+from peft import PeftConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from bench.errors import UserError, unknown_name
 from bench.models.quantized import QUANTIZED
 from bench.speed.baselines import has_liger
-from bench.speed.loops import programs
+from bench.speed.loops import distributed_programs, programs
 from bench.speed.loops.programs import Batches
 from bench.speed.variants import CONFIGS
 from malora.backbone.checkpointing_modes import MODES
@@ -38,6 +38,8 @@ class LoopRow:
         base: Precision of the frozen weights: "bf16", "nf4", "int8", or "fp8" by our fp8 backend.
         liger: Whether Liger's kernels are used, out of the box.
         dropout: Dropout of the adapter, if it is another than that of the call.
+        parallel: How several GPUs train one model: "ddp" (each has the whole model) or "fsdp" (each has a share of all
+            weights); None on one GPU.
     """
 
     name: str
@@ -47,6 +49,7 @@ class LoopRow:
     base: str = "bf16"
     liger: bool = False
     dropout: float | None = None
+    parallel: str | None = None
 
     @property
     def is_external(self) -> bool:
@@ -84,6 +87,8 @@ class LoopRow:
         config = CONFIGS[self.method](
             lora_dropout=dropout, **({"backend": self.backend} if self.backend is not None else {})
         )
+        if self.parallel is not None:
+            return self._distributed(base, config, batches)
         if self.is_ours and self.loop == "captured":
             return programs.malora_captured(base, config, batches, self.checkpointing)
         if self.is_ours:
@@ -100,6 +105,19 @@ class LoopRow:
             return programs.peft_checkpointed(base, config, batches)
         return programs.peft(base, config, batches, compiled)
 
+    def _distributed(self, base: PreTrainedModel, config: PeftConfig, batches: Batches) -> Generator[Tensor]:
+        """Return the program of one of several connected processes."""
+        compiled = self.loop == "compiled"
+        if self.parallel == "fsdp":
+            if self.is_ours:
+                return distributed_programs.malora_fsdp(base, config, batches, self.checkpointing, compiled)
+            return distributed_programs.peft_fsdp(base, config, batches)
+        if not self.is_ours:
+            return distributed_programs.peft_ddp(base, config, batches)
+        if self.loop == "captured":
+            return distributed_programs.malora_captured_ddp(base, config, batches, self.checkpointing)
+        return distributed_programs.malora_ddp(base, config, batches, self.checkpointing, compiled)
+
 
 BASELINES = (
     LoopRow("floor", None),
@@ -108,6 +126,8 @@ BASELINES = (
     LoopRow("peft-lora-liger", "peft-lora", liger=True),
     LoopRow("peft-lora-compiled", "peft-lora", "compiled"),
     LoopRow("peft-lora-captured", "peft-lora", "captured"),
+    LoopRow("peft-lora-ddp", "peft-lora", parallel="ddp"),
+    LoopRow("peft-lora-fsdp", "peft-lora", parallel="fsdp"),
     LoopRow("floor-full", None, checkpointing="full"),
     LoopRow("peft-lora-full", "peft-lora", checkpointing="full"),
     LoopRow("peft-lora-nf4-full", "peft-lora", checkpointing="full", base="nf4"),
@@ -126,7 +146,10 @@ def all_rows() -> dict[str, LoopRow]:
     for method in METHODS:
         for base in BASES:
             for checkpointing in CHECKPOINTING:
-                found += map(partial(_our_row, method, base, checkpointing), _loops(checkpointing))
+                for loop in _loops(checkpointing):
+                    found += [
+                        _our_row(method, base, checkpointing, loop, parallel) for parallel in _parallel(base, loop)
+                    ]
     return {row.name: row for row in found}
 
 
@@ -135,22 +158,39 @@ def _loops(checkpointing: str) -> tuple[str, ...]:
     return LOOPS if checkpointing == "none" else ("plain", "captured")
 
 
-def _our_row(method: str, base: str, checkpointing: str, loop: str) -> LoopRow:
+def _parallel(base: str, loop: str) -> tuple[str | None, ...]:
+    """Return how a kind of row is measured on several GPUs, and None for one GPU.
+
+    FSDP2 gathers weights in hooks, which no CUDA graph has.
+    """
+    if base != "bf16":
+        return (None,)
+    return (None, "ddp") if loop == "captured" else (None, "ddp", "fsdp")
+
+
+def _our_row(method: str, base: str, checkpointing: str, loop: str, parallel: str | None) -> LoopRow:
     words = [word for word, default in ((base, "bf16"), (checkpointing, "none")) if word != default]
-    return LoopRow("-".join([method, *words, loop]), method, loop, checkpointing, base)
+    name = "-".join(filter(None, [method, *words, loop, parallel]))
+    return LoopRow(name, method, loop, checkpointing, base, parallel=parallel)
 
 
 def select_rows(
-    names: Sequence[str], loops: Sequence[str], checkpointing: Sequence[str], bases: Sequence[str], on_cpu: bool
+    names: Sequence[str],
+    loops: Sequence[str],
+    checkpointing: Sequence[str],
+    bases: Sequence[str],
+    on_cpu: bool,
+    world: int = 1,
 ) -> list[LoopRow]:
     """Return the rows that a user asked for.
 
     A name is a method, or one row. A method selects its rows with one of these loops, modes and bases, and the
     baselines with these bases, with and without checkpointing as the modes are. On a CPU it selects no baseline that
     takes compilation or Triton: compiling takes longer than the measurement. A captured row runs there as a plain one.
+    If `world` is above 1, it also selects rows that several GPUs train.
 
     Raises:
-        UserError: A name is neither, or no row of a method is as asked for.
+        UserError: A name is neither, no row of a method is as asked for, or the number of GPUs does not fit the rows.
     """
     known = all_rows()
     chosen: list[LoopRow] = []
@@ -161,7 +201,8 @@ def select_rows(
             found = [
                 row
                 for row in known.values()
-                if row.method == name and row.loop in loops and row.checkpointing in checkpointing and row.base in bases
+                if (row.method == name and row.loop in loops and row.checkpointing in checkpointing)
+                and (row.base in bases and (world > 1 or row.parallel is None))
             ]
             if not found:
                 raise UserError(
@@ -173,9 +214,19 @@ def select_rows(
                 row
                 for row in BASELINES
                 if (row.base in bases and (row.checkpointing != "none") in saves)
+                and (world > 1 or row.parallel is None)
                 and not (on_cpu and (row.liger or row.loop != "plain"))
             ]
             chosen += found
         else:
             raise UserError(f"{unknown_name('variant', name, [*METHODS, *known])}.")
-    return list(dict.fromkeys(chosen))
+    chosen = list(dict.fromkeys(chosen))
+    distributed = [row.name for row in chosen if row.parallel is not None]
+    if distributed and world == 1:
+        raise UserError(f"{distributed[0]} trains on several GPUs; add --world 2, or more.")
+    if world > 1 and not distributed:
+        raise UserError(
+            f"--world {world} has no effect: no row that was asked for trains on several GPUs. Ask for one with "
+            "--base bf16, such as malora-plain-ddp, or leave --world out."
+        )
+    return chosen

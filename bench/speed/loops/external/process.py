@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -19,6 +17,8 @@ from bench.models.backbone import Shape, save_backbone
 from bench.records.provenance import ROOT
 from bench.speed.loops.rounds import Program
 from bench.speed.loops.rows import LoopRow
+from bench.speed.loops.worker_process import WorkerProcess
+from bench.speed.profiler import warm_device
 from bench.speed.steps import Workload
 
 WORKER = Path(__file__).parent / "unsloth_worker.py"
@@ -26,8 +26,6 @@ FOLDER_VARIABLE = "MALORA_BASELINES"  # names the folder of the environment
 DEFAULT_FOLDER = ROOT / ".baselines"  # where `make baselines` installs
 # A worker keeps its model between its turns only if this share of the GPU's memory is left for the other rows.
 MIN_FREE_SHARE = 0.6
-MAX_LOG = 2000  # characters of a worker's output that are searched for a reason
-STOP_SECONDS = 30.0
 SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -80,45 +78,23 @@ class ExternalBaselines:
         return str(self._model)
 
 
-class Worker:
-    """A process that answers commands. Its program is a `bench.speed.loops.rounds.Program`."""
+class Worker(WorkerProcess):
+    """A process of Unsloth. It is a `bench.speed.loops.rounds.Program`."""
 
-    def __init__(self, folder: Path, cache: str) -> None:
+    def __init__(self, folder: Path, cache: str, device: torch.device) -> None:
         paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = os.environ | SETTINGS | {"PYTHONPATH": os.pathsep.join(paths), "UNSLOTH_COMPILE_LOCATION": cache}
-        self.log: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  # in close
-        self.process = subprocess.Popen(
-            [sys.executable, str(WORKER)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, cwd=cache, env=environment,
-        )  # fmt: skip
+        variables = SETTINGS | {"PYTHONPATH": os.pathsep.join(paths), "UNSLOTH_COMPILE_LOCATION": cache}
+        super().__init__([sys.executable, str(WORKER)], cache, variables)
+        self.device = device
         self.last_loss = 0.0
-
-    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Send a command and return its answer.
-
-        Raises:
-            torch.OutOfMemoryError: The worker ran out of GPU memory.
-            RuntimeError: It failed otherwise, or ended.
-        """
-        assert self.process.stdin is not None and self.process.stdout is not None, "they are pipes"
-        try:
-            print(json.dumps({"do": do, **arguments}), file=self.process.stdin, flush=True)
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise RuntimeError(f"the worker ended: {self._last_line()}")
-        answer: dict[str, Any] = json.loads(line)
-        if answer.get("out_of_memory"):
-            raise torch.OutOfMemoryError(answer["error"])
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer
 
     def step(self) -> float:  # noqa: D102
         answer = self.ask("step")
         self.last_loss = answer["loss"]
         return float(answer["seconds"])
+
+    def warm(self, seconds: float) -> None:  # noqa: D102
+        warm_device(self.device, seconds)
 
     def loss(self) -> float:  # noqa: D102
         return self.last_loss
@@ -129,23 +105,6 @@ class Worker:
 
     def counts(self) -> dict[str, Any]:  # noqa: D102
         return {"kernels": None}  # not counted in another process
-
-    def close(self) -> None:
-        """End the process."""
-        assert self.process.stdin is not None and self.process.stdout is not None, "they are pipes"
-        try:
-            self.process.stdin.close()
-            self.process.wait(STOP_SECONDS)
-        except (BrokenPipeError, subprocess.TimeoutExpired):
-            self.process.kill()
-            self.process.wait()
-        self.process.stdout.close()
-        self.log.close()
-
-    def _last_line(self) -> str:
-        self.log.seek(0)
-        lines = self.log.read()[-MAX_LOG:].strip().splitlines()
-        return lines[-1] if lines else f"exit status {self.process.wait(STOP_SECONDS)}"
 
 
 class ExternalRow:
@@ -162,7 +121,7 @@ class ExternalRow:
         if self.worker is None:
             folder = self.external.model_folder()
             cache = self.external.stack.enter_context(tempfile.TemporaryDirectory(prefix="malora-baseline-"))
-            self.worker = Worker(self.external.folder, cache)
+            self.worker = Worker(self.external.folder, cache, self.external.device)
             self.external.stack.callback(self._close)
             self.about |= self._prepare(self.worker, folder)
         try:

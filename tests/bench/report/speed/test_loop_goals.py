@@ -7,12 +7,12 @@ from tests.bench.report.speed.speed_records import made_at, make_speed, records,
 GIB = 2**30
 
 
-def loop_row(name, step, gib=30, loop="plain", checkpointing="none", base="bf16", method=None):
-    asked = {"loop": loop, "checkpointing": checkpointing, "base": base, "method": method}
+def loop_row(name, step, gib=30, loop="plain", checkpointing="none", base="bf16", method=None, **more):
+    asked = {"loop": loop, "checkpointing": checkpointing, "base": base, "method": method, **more}
     return row(name, step, gib * GIB) | {"seconds": {"step": [step] * 3}} | asked
 
 
-def make_record(*more, **options):
+def make_record(*more, world=1, **options):
     rows = [
         loop_row("floor-compiled", 0.75, loop="compiled"), loop_row("unsloth-lora", 1.0),
         loop_row("malora-plain", 0.9, method="malora"),
@@ -21,7 +21,12 @@ def make_record(*more, **options):
         loop_row("malora-offload-plain", 1.2, 15, checkpointing="offload", method="malora"),
         loop_row("unsloth-lora-full", 1.3, 14, checkpointing="full"), *more,
     ]  # fmt: skip
-    return make_speed(mode="loop", rows=rows, world=1, **options)
+    return make_speed(mode="loop", rows=rows, world=world, **options)
+
+
+def on_two_gpus(name, step, gib, **more):
+    parallel = name.rpartition("-")[2]
+    return loop_row(name, step, gib, **{"method": "malora", "parallel": parallel, "world": 2, **more})
 
 
 def figures(*found):
@@ -38,6 +43,38 @@ def test_each_figure_is_of_the_fastest_row_of_its_kind():
         "lean: peak memory / 31 GiB": 0.6452,
         "lean: MALoRA / MALoRA captured with all activations": 1.0125,
     }
+
+
+TWO_GPUS = [
+    on_two_gpus("malora-captured-ddp", 0.84, 32, loop="captured"), on_two_gpus("malora-plain-ddp", 0.95, 33),
+    on_two_gpus("malora-plain-fsdp", 1.0, 24), on_two_gpus("malora-full-plain-fsdp", 1.2, 12, checkpointing="full"),
+    on_two_gpus("peft-lora-fsdp", 0.1, 1, method="peft-lora"),
+]  # fmt: skip
+
+
+def test_two_gpus_count_their_tokens_against_the_best_of_one_gpu_in_the_same_call():
+    found = figures(make_record(*TWO_GPUS, world=2))
+    two = {figure: round(found.pop(figure), 4) for figure in [*found] if figure.startswith("two GPUs")}
+    assert two == {
+        "two GPUs, DDP: tokens per second / one GPU's best": 1.9048,  # 2 · 0.8 s / 0.84 s
+        "two GPUs, FSDP2: tokens per second / one GPU's best": 1.6,
+        "two GPUs, FSDP2: peak memory / one GPU's": 0.8,  # of the fastest row, though another takes less
+    }
+    assert found == figures(make_record())  # goals on one GPU do not see these rows
+    assert not [figure for figure in figures(make_record(*TWO_GPUS, world=4)) if figure.startswith("two GPUs")]
+
+
+def test_a_table_names_the_gpus_of_a_row_and_counts_their_tokens():
+    page = tables.pages([make_record(*TWO_GPUS, world=2)])["table10.md"]
+    header, cells = (
+        [cell.strip() for cell in next(line for line in page.splitlines() if line.startswith(start)).split("|")]
+        for start in ("| row ", "| `malora-captured-ddp`")
+    )
+    found = dict(zip(header, cells, strict=True))
+    assert (found["GPUs"], found["step, s"], found["tokens/s"]) == ("2", "0.84", "39,010")
+    assert "the slowest process" in page and "On two GPUs a step has twice the tokens" in page
+    alone = tables.pages([make_record()])["table10.md"]
+    assert "| GPUs " not in alone and "the slowest process" not in alone
 
 
 def test_a_later_record_counts_and_one_without_the_rows_does_not():

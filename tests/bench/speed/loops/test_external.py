@@ -70,7 +70,7 @@ def test_a_worker_trains_the_same_model_and_is_kept_until_the_end(environment):
 
 def test_a_worker_that_ends_gives_its_last_words(environment, tmp_path):
     (environment / "unsloth" / "__init__.py").write_text("raise SystemExit('no GPU here')")
-    worker = process.Worker(environment, str(tmp_path))
+    worker = process.Worker(environment, str(tmp_path), torch.device("cpu"))
     try:
         with pytest.raises(RuntimeError, match="the worker ended: no GPU here"):
             worker.ask("step")

@@ -31,6 +31,9 @@ class Fake:
         self.steps += 1
         return 1.0 if self.steps == 1 else 0.5
 
+    def warm(self, seconds):
+        self.warmed = seconds
+
     def loss(self):
         return 6.0
 
@@ -107,6 +110,9 @@ def test_a_call_that_is_cut_off_leaves_what_it_has(tmp_path, monkeypatch):
         (["--loop", "plain", "--base", "int4"], "--base int4 is unknown; there are bf16, nf4, int8, fp8"),
         (["--checkpointing", "lean"], "--checkpointing is for whole training programs; add --loop"),
         (["--loop", "plain", "--mode", "decode"], "leave --sweep and --mode out"),
+        (["--world", "2"], "--world is for whole training programs; add --loop"),
+        (["--loop", "plain", "--world", "2", "--variant", "floor"], "--world 2 has no effect"),
+        (["--loop", "plain", "--variant", "malora-plain-ddp"], "trains on several GPUs; add --world 2"),
         (["--loop", "plain", "--baselines", "nowhere"], "--baselines nowhere has no package unsloth"),
     ],
 )

@@ -25,8 +25,8 @@ def losses(name, steps=2):
     return [loss.item() for loss in itertools.islice(program, steps)]
 
 
-def select(names, loops="plain", checkpointing="none", bases="bf16", on_cpu=False):
-    found = select_rows(names.split(","), loops.split(","), checkpointing.split(","), bases.split(","), on_cpu)
+def select(names, loops="plain", checkpointing="none", bases="bf16", on_cpu=False, world=1):
+    found = select_rows(names.split(","), loops.split(","), checkpointing.split(","), bases.split(","), on_cpu, world)
     return [row.name for row in found]
 
 
@@ -42,6 +42,10 @@ def test_a_method_brings_the_baselines_of_the_same_kind():
     assert select("malora", "plain", "offload", "nf4") == [
         "peft-lora-nf4-full", "unsloth-lora-nf4-full", "malora-nf4-offload-plain",
     ]  # fmt: skip
+    assert select("malora", "plain,captured", on_cpu=True, world=2) == [
+        "floor", "peft-lora", "peft-lora-ddp", "peft-lora-fsdp", "unsloth-lora", "unsloth-lora-no-dropout",
+        "malora-plain", "malora-plain-ddp", "malora-plain-fsdp", "malora-captured", "malora-captured-ddp",
+    ]  # fmt: skip
     assert select("floor,malora-fp8-captured") == ["floor", "malora-fp8-captured"]
 
 
@@ -49,7 +53,7 @@ def test_names_are_unique_and_no_row_is_out_of_reach():
     found = {
         select_name
         for method in rows.METHODS
-        for select_name in select(method, *map(",".join, (LOOPS, CHECKPOINTING, BASES)))
+        for select_name in select(method, *map(",".join, (LOOPS, CHECKPOINTING, BASES)), world=2)
     }
     assert found == set(all_rows())
 

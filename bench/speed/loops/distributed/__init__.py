@@ -1,0 +1,1 @@
+"""Rows that several GPUs train together, each in a process of its own."""
