@@ -371,7 +371,9 @@ def _joined(runs: list[Record]) -> list[Record]:
         if {run.config.mixture for run in mine} == names:
             tests = {task: score for run in mine for task, score in (run.test or {}).items()}
             items = {task: outcomes for run in mine for task, outcomes in (run.items or {}).items()}
-            joined.append(mine[0].replace(test=tests, items=items, data=None))
+            gold = {task: answers for run in mine for task, answers in (run.gold or {}).items()}
+            has_all = gold.keys() == items.keys()  # older records have no losses
+            joined.append(mine[0].replace(test=tests, items=items, gold=gold if has_all else None, data=None))
     return joined
 
 
