@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -105,7 +106,7 @@ def kill_a_machine(results, seen):
 def test_a_run_whose_machine_dies_goes_on_elsewhere_and_ends_in_the_unbroken_record(
     cluster, unbroken, base_folder, tmp_path, capfd, monkeypatch
 ):
-    monkeypatch.setattr(ray_engine, "SECONDS_PER_LINE", 2.0)
+    monkeypatch.setattr(ray_engine, "SECONDS_PER_LINE", 0.0)  # a line after each run
     seen = {}
     with ThreadPoolExecutor(1) as pool:
         killed = pool.submit(kill_a_machine, tmp_path, seen)
@@ -115,7 +116,7 @@ def test_a_run_whose_machine_dies_goes_on_elsewhere_and_ends_in_the_unbroken_rec
     assert code == 0, error
     assert seen["before"] >= MIN_STEPS and seen["after"] and min(seen["after"]) > seen["before"]
     assert outcome(tmp_path) == unbroken and len(unbroken) == RUNS
-    assert f"of {RUNS} runs done, 2 running, 0 failed" in error and "left" in error
+    assert re.search(rf"of {RUNS} runs done, [12] running, 0 failed, about .* left", error), error
     assert error.count("table2 ") >= RUNS
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert files == {"table2.md", *(f"runs/{run}{end}" for run in unbroken for end in (".json", ".items.csv.gz"))}
