@@ -17,6 +17,7 @@ from bench.report.scores.experiment_page import experiment_sections
 from bench.report.scores.leaderboard import short_leaderboard
 from bench.report.scores.selection import Selection, records_frame, runs_of, select
 from bench.report.speed.goals import front_page_goals
+from bench.report.speed.loop_goals import front_page_loop_goals
 from bench.report.verdicts import Claim
 
 MARKER = re.compile(r"<!-- ([\w ]+) -->")
@@ -70,8 +71,8 @@ def fill_readme(
 ) -> str:
     """Return the README with a new text in each block.
 
-    A block lies between a marker and `<!-- end -->`. The markers are `<!-- claims -->`, `<!-- speed -->` and
-    `<!-- EXPERIMENT PROFILE -->`. Other comments stay.
+    A block lies between a marker and `<!-- end -->`. The markers are `<!-- claims -->`, `<!-- speed -->`,
+    `<!-- training loops -->` and `<!-- EXPERIMENT PROFILE -->`. Other comments stay.
 
     Raises:
         UserError: a marker has no end, or an end has no marker.
@@ -117,6 +118,8 @@ def _block(
         return front_page_claims(claims)
     if name == "speed":
         return front_page_goals(list(speeds))
+    if name == "training loops":
+        return front_page_loop_goals(list(speeds))
     experiment, _, profile = name.partition(" ")
     if experiment not in EXPERIMENTS:
         return None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench.records.speed_schema import SpeedRecord, SpeedRow
 from bench.report.markdown import number, table, text
-from bench.report.speed.goals import RELATIONS, UNKNOWN
+from bench.report.speed.goals import NOT_MEASURED, RELATIONS, UNKNOWN
 from bench.report.speed.summary import COMPILED_BACKBONE, age, fastest, named, ratio, seconds, tokens_per_second
 
 Select = Callable[[SpeedRecord], SpeedRow | None]
@@ -33,6 +33,7 @@ class LoopGoal:
         shape: Shape of the backbone.
         mode: Mode of the record.
         options: Options that the record must have.
+        on_front_page: Whether the README shows it.
     """
 
     figure: str
@@ -42,6 +43,7 @@ class LoopGoal:
     shape: str = "llama2-7b"
     mode: str = "loop"
     options: tuple[tuple[str, int], ...] = WORK_7B
+    on_front_page: bool = False
 
     def accepts(self, record: SpeedRecord) -> bool:
         """Return whether the goal can be measured on the record."""
@@ -135,19 +137,27 @@ _DDP, _FSDP = (_ours(loops=_ALL_LOOPS, checkpointing=_ALL_MODES, parallel=kind) 
 _TWO_GPUS = (*WORK_7B, ("world", 2))
 
 LOOP_GOALS = (
-    LoopGoal("plain loop: MALoRA / Unsloth LoRA (dropout 0.05)", "≤", 1.00, _seconds(_PLAIN, _row(UNSLOTH))),
-    LoopGoal("compiled or captured: MALoRA / Unsloth LoRA", "≤", 0.85, _seconds(_FAST, _row(UNSLOTH))),
-    LoopGoal("compiled or captured: MALoRA / compiled floor", "≤", 1.09, _seconds(_FAST, _row(COMPILED_BACKBONE))),
+    LoopGoal("plain loop: MALoRA / Unsloth LoRA (dropout 0.05)", "≤", 1.00, _seconds(_PLAIN, _row(UNSLOTH)),
+             on_front_page=True),
+    LoopGoal("compiled or captured: MALoRA / Unsloth LoRA", "≤", 0.85, _seconds(_FAST, _row(UNSLOTH)),
+             on_front_page=True),
+    LoopGoal("compiled or captured: MALoRA / compiled floor", "≤", 1.09, _seconds(_FAST, _row(COMPILED_BACKBONE)),
+             on_front_page=True),
     LoopGoal("compiled or captured: MALoRA / PEFT LoRA with compiled layers", "≤", 0.88,
-             _seconds(_FAST, _row("peft-lora-compiled"))),
+             _seconds(_FAST, _row("peft-lora-compiled")),
+             on_front_page=True),
     LoopGoal("checkpointed: MALoRA / Unsloth checkpointed, seconds", "≤", 0.90,
-             _seconds(_CHECKPOINTED, _row(f"{UNSLOTH}-full"))),
+             _seconds(_CHECKPOINTED, _row(f"{UNSLOTH}-full")),
+             on_front_page=True),
     LoopGoal("checkpointed: MALoRA / Unsloth checkpointed, peak memory", "≤", 1.00,
-             _peak(_CHECKPOINTED, _row(f"{UNSLOTH}-full"))),
+             _peak(_CHECKPOINTED, _row(f"{UNSLOTH}-full")),
+             on_front_page=True),
     LoopGoal("lean: peak memory / 31 GiB", "≤", 0.65, _peak_over(_LEAN, CAPTURED_PEAK_BYTES)),
     LoopGoal("lean: MALoRA / MALoRA captured with all activations", "≤", 1.02, _seconds(_LEAN, _CAPTURED)),
-    LoopGoal("NF4 base, checkpointed: MALoRA / PEFT QLoRA, seconds", "≤", 0.70, _seconds(_NF4, _QLORA)),
-    LoopGoal("NF4 base, checkpointed: MALoRA / PEFT QLoRA, peak memory", "≤", 1.05, _peak(_NF4, _QLORA)),
+    LoopGoal("NF4 base, checkpointed: MALoRA / PEFT QLoRA, seconds", "≤", 0.70, _seconds(_NF4, _QLORA),
+             on_front_page=True),
+    LoopGoal("NF4 base, checkpointed: MALoRA / PEFT QLoRA, peak memory", "≤", 1.05, _peak(_NF4, _QLORA),
+             on_front_page=True),
     LoopGoal("70B shape on one GPU, NF4, checkpointed: peak memory, GB", "≤", 65, _peak_over(_NF4, 1e9),
              shape="llama3-70b", options=()),
     LoopGoal("two GPUs, DDP: tokens per second / one GPU's best", "≥", 1.9,
@@ -175,16 +185,34 @@ def loop_goal_table(records: list[SpeedRecord]) -> str | None:
     """Return the goals with the latest figure of every device; None without a record of training programs."""
     if not any(record.mode == "loop" for record in records):
         return None
-    found = [goal.latest(records) for goal in LOOP_GOALS]
-    devices = sorted({device for by_device in found for device in by_device})
-    body = []
-    for goal, by_device in zip(LOOP_GOALS, found, strict=True):
-        cells = [_cell(goal, by_device[device][0]) if device in by_device else UNKNOWN for device in devices]
-        sources = ", ".join(f"`{record.id}`" for _, record in by_device.values())
-        body.append([goal.figure, f"{goal.relation} {goal.goal:g}", *cells, _verdict(goal, by_device), sources])
-    goals = table(body, ["figure", "goal", *map(text, devices), "reached", "record"])
+    goals = _table(LOOP_GOALS, records, names_records=True)
     note = _NOTE + _NOTE_ON_SEVERAL_GPUS if any(row.parallel for r in records for row in r.rows) else _NOTE
     return "\n\n".join(["## Goals for training as users run it", goals, note])
+
+
+def front_page_loop_goals(records: list[SpeedRecord]) -> str:
+    """Return the goals that the README shows, reached or not, with the latest figure of every device."""
+    shown = [goal for goal in LOOP_GOALS if goal.on_front_page]
+    if not any(goal.latest(records) for goal in shown):
+        return NOT_MEASURED
+    note = (
+        "Ratios of training programs as users write them, timed by the wall clock at the 7B shape: MALoRA in its "
+        "fastest form of the kind that is named, and the other package in its own. "
+        "[All figures, reached or not](results/speed/table10.md#goals-for-training-as-users-run-it)."
+    )
+    return f"{_table(shown, records, names_records=False)}\n\n{note}"
+
+
+def _table(goals: Sequence[LoopGoal], records: list[SpeedRecord], *, names_records: bool) -> str:
+    """Return goals with the latest figure of every device."""
+    found = [goal.latest(records) for goal in goals]
+    devices = sorted({device for by_device in found for device in by_device})
+    body = []
+    for goal, by_device in zip(goals, found, strict=True):
+        cells = [_cell(goal, by_device[device][0]) if device in by_device else UNKNOWN for device in devices]
+        sources = [", ".join(f"`{record.id}`" for _, record in by_device.values())] if names_records else []
+        body.append([goal.figure, f"{goal.relation} {goal.goal:g}", *cells, _verdict(goal, by_device), *sources])
+    return table(body, ["figure", "goal", *map(text, devices), "reached", *(["record"] if names_records else [])])
 
 
 _NOTE = (

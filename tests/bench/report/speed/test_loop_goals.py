@@ -1,7 +1,7 @@
 """Goals of training programs: from the latest record that has both rows of a ratio, or not measured."""
 
 from bench.report.speed import tables
-from bench.report.speed.loop_goals import LOOP_GOALS, loop_goal_table
+from bench.report.speed.loop_goals import LOOP_GOALS, front_page_loop_goals, loop_goal_table
 from tests.bench.report.speed.speed_records import made_at, make_speed, records, row
 
 GIB = 2**30
@@ -104,3 +104,13 @@ def test_the_page_shows_the_goals_once_training_programs_are_measured():
     assert "**0.923**" in line and "**no**" in line and "-loop-" in line
     assert next(line for line in page.splitlines() if "FSDP2: peak" in line).count("not measured") == 2
     assert loop_goal_table(records()) is None and "as users run it" not in tables.pages(records())["table10.md"]
+
+
+def test_the_front_page_shows_figures_that_are_missed_too():
+    page = front_page_loop_goals([make_record()])
+    lines = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("| ")}
+    assert "| 0.9 " in lines["plain loop: MALoRA / Unsloth LoRA (dropout 0.05)"]
+    assert "**1.07**" in lines["checkpointed: MALoRA / Unsloth checkpointed, peak memory"]
+    assert "not measured" in lines["NF4 base, checkpointed: MALoRA / PEFT QLoRA, seconds"]
+    assert not any("FSDP2" in figure for figure in lines)
+    assert "not measured yet" in front_page_loop_goals(records())
