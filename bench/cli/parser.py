@@ -181,7 +181,7 @@ def _add_table_options(parser: argparse.ArgumentParser, experiment: Experiment) 
         "--jobs",
         type=positive,
         metavar="J",
-        help="runs at a time (default: 1 on a GPU, else 1 per CPU core; with Ray as many as the cluster has places for)",
+        help="runs at a time (default: 1 on a GPU, else 1 per CPU core; with Ray 1 per place of the cluster)",
     )
     parser.add_argument(
         "--engine",
