@@ -1,9 +1,12 @@
-"""Make runs as Ray tasks, on this machine or on a cluster whose machines share the folder of results.
+"""Make runs as Ray tasks, on this machine or on a cluster whose machines share the results.
+
+They share a folder that all machines mount, or a `RemoteFolder` behind a URL.
 
 1. The driver, which is the command, submits about twice as many runs as the cluster has places for.
 2. A task claims its run (`bench.records.claims`) and makes it as `bench.runs.run.run` does, with records and
-   checkpoints in the shared folder. If another sweep has the run, the task returns at once. The driver then waits for
-   the record, and submits the run again if the claim is given up or expires.
+   checkpoints in the shared folder, or as `bench.runs.remote_run.run_remotely` does. If another sweep has the run, the
+   task returns at once. The driver then waits for the record, and submits the run again if the claim is given up or
+   expires.
 3. If a worker or its machine dies, Ray repeats the task elsewhere. The new task takes over the claim and continues
    from the checkpoint.
 
@@ -22,7 +25,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -33,11 +36,14 @@ from accelerate.utils.memory import clear_device_cache
 
 from bench.errors import UserError
 from bench.records import provenance, store
-from bench.records.claims import ClaimLostError, ClaimState, ClaimWatch, acquire, claim_path, claimed_runs
+from bench.records.claims import ClaimLostError, ClaimState, ClaimWatch, acquire, claimed_runs
 from bench.records.files import temporary_path
+from bench.records.leftovers import remove_failures
+from bench.records.remote import RemoteFolder, place_of_claim
 from bench.records.schema import Record, RunConfig
 from bench.runs.plan import Runs
 from bench.runs.pool import split_recorded
+from bench.runs.remote_run import run_remotely
 from bench.runs.run import find_record, run
 from bench.runs.setting import RunSettings, make_run_config
 from bench.runs.work import duration
@@ -75,8 +81,9 @@ class _Task:
         jobs: Runs that share its GPU, or the machine's CPU.
         expired: A claim on the run to take over; None if there was none.
         folder: Working directory of the driver, to which paths are relative.
-        mark: A file that the driver has put into the folder of results.
+        mark: A file that the driver has put into the folder of results, or into that of `remote` under the same name.
         sources: Hash of the driver's sources.
+        remote: The folder that all machines reach; None if they mount the folder of results.
     """
 
     config: RunConfig
@@ -86,6 +93,7 @@ class _Task:
     folder: Path
     mark: Path
     sources: str
+    remote: RemoteFolder | None = None
 
 
 @dataclass
@@ -94,10 +102,11 @@ class RaySweep:
 
     Attributes:
         ray: The module.
-        mark: A file that the driver has put into the folder of results.
+        mark: As in `_Task`.
         gpus_per_run: GPUs of a run, such as 0.25; 0 on a CPU.
         cpus_per_run: CPUs of a run, as many as it has threads.
         max_runs: Runs at a time; None for as many as the cluster has places for.
+        remote: The folder that all machines reach; None if they mount the folder of results.
     """
 
     ray: Any
@@ -105,6 +114,7 @@ class RaySweep:
     gpus_per_run: float
     cpus_per_run: int
     max_runs: int | None
+    remote: RemoteFolder | None = None
 
     @cached_property
     def remote_task(self) -> Any:
@@ -147,7 +157,12 @@ class RaySweep:
 
 @contextmanager
 def connected(
-    results: Path, device: torch.device, gpus_per_run: float | None, cpus_per_run: int, max_runs: int | None
+    results: Path,
+    device: torch.device,
+    gpus_per_run: float | None,
+    cpus_per_run: int,
+    max_runs: int | None,
+    remote: RemoteFolder | None = None,
 ) -> Iterator[RaySweep]:
     """Connect to the cluster of `RAY_ADDRESS`, or start Ray on this machine for the `with` block.
 
@@ -157,6 +172,7 @@ def connected(
         gpus_per_run: GPUs of a run; None for one on a GPU, and none on a CPU.
         cpus_per_run: CPUs of a run.
         max_runs: Runs at a time; None for as many as there is room for.
+        remote: The folder that all machines reach; None if they mount the folder of results.
 
     Raises:
         UserError: There is no such cluster, or it has no room for any run.
@@ -174,10 +190,15 @@ def connected(
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"Ray at {address} does not answer ({reason}); see RAY_ADDRESS.") from error
     try:
+        if remote:
+            remote.write(mark.name, b"")
         mark.touch()
-        yield RaySweep(ray, mark, gpus, cpus_per_run, max_runs)
+        yield RaySweep(ray, mark, gpus, cpus_per_run, max_runs, remote)
     finally:
         mark.unlink(missing_ok=True)
+        if remote:
+            with suppress(OSError):  # the storage does not answer, and the error that says so is more important
+                remote.remove(mark.name)
         ray.shutdown()
 
 
@@ -268,22 +289,29 @@ class _Batch:
     def _look(self, run_id: str, is_new: bool) -> Iterator[Record]:
         """Submit a run, unless another sweep has recorded or claimed it."""
         config, setting = self.runs[run_id]
-        claim, is_dead = self.watch.look(claim_path(run_id, setting.results))
+        claim, is_dead = self.watch.look(place_of_claim(run_id, setting.results, self.sweep.remote))
         if claim and not is_dead:
             self.elsewhere.append(run_id)
-        elif found := find_record(config, setting):
+        elif found := self._find(config, setting):
             yield found
         elif is_new or claim:
             self._submit(run_id, claim)
         else:
             self.queue.append(run_id)  # the other sweep gave it up
 
+    def _find(self, config: RunConfig, setting: RunSettings) -> Record | None:
+        """Return the run's record, if there is one."""
+        if self.sweep.remote:
+            self.sweep.remote.pull_record(f"runs/{config.id}.json", setting.results)
+        return find_record(config, setting)
+
     def _submit(self, run_id: str, expired: ClaimState | None) -> None:
         config, setting = self.runs[run_id]
         sweep = self.sweep
         is_alone = run_id in self.alone
         jobs = 1 if is_alone else sweep.concurrent_runs()
-        task = _Task(config, setting, jobs, expired, Path.cwd(), sweep.mark.absolute(), provenance.source_hash())
+        sources = provenance.source_hash()
+        task = _Task(config, setting, jobs, expired, Path.cwd(), sweep.mark.absolute(), sources, sweep.remote)
         gpus = 1 if is_alone else sweep.gpus_per_run
         remote = sweep.remote_task.options(num_cpus=sweep.cpus_per_run, num_gpus=gpus, name=run_id)
         self.submitted[remote.remote(task)] = run_id
@@ -306,16 +334,27 @@ class _Batch:
             reason = f"its worker process died {MAX_LOST_WORKERS + 1} times ({type(error).__name__}: {error})"
             made_by = provenance.provenance(setting.device, 1)
             record = Record(config=config, status="failed", error=reason, provenance=made_by)
-            store.write(record, setting.results)
+            path = store.write(record, setting.results)
+            if self.sweep.remote:
+                self.sweep.remote.push_record(path)
             return record
         if isinstance(result, Record):
-            return result
+            return self._fetched(result, setting) if self.sweep.remote else result
         if result == _NO_MEMORY:
             self.alone.add(run_id)
             self.queue.append(run_id)
         else:
             self.elsewhere.append(run_id)
         return None
+
+    def _fetched(self, record: Record, setting: RunSettings) -> Record:
+        """Pull a record that a task has made, and return it with its path on this machine."""
+        assert self.sweep.remote and record.path
+        self.sweep.remote.pull_record(f"runs/{record.path.name}", setting.results)
+        record.path = setting.results / "runs" / record.path.name
+        if record.status != "failed":
+            remove_failures(record.id, setting.results)
+        return record
 
     def _count(self, record: Record) -> Record:
         self.done += 1
@@ -326,7 +365,8 @@ class _Batch:
         """Return a line: runs that are done, running and failed, and the time left at the speed so far."""
         unfinished = {*self.queue, *self.submitted.values(), *self.elsewhere}
         results = next(iter(self.runs.values()))[1].results
-        running = len(claimed_runs(results) & unfinished)
+        remote = self.sweep.remote
+        running = len((remote.claimed_runs() if remote else claimed_runs(results)) & unfinished)
         new = self.done - before
         left = f"about {duration(seconds / new * (total - self.done))} left" if new else "time left unknown"
         return f"{self.done} of {total} runs done, {running} running, {self.failed} failed, {left}"
@@ -345,12 +385,14 @@ def _make_in_worker(task: _Task) -> Record | str:
     os.environ.pop("LOCAL_RANK", None)  # of a launcher that has started Ray
     _require_same_machine(task)
     config, setting = task.config, task.setting
-    path = claim_path(config.id, setting.results)
-    claim = acquire(path, task.expired, on_loss=partial(_end_worker, config.id))
+    place = place_of_claim(config.id, setting.results, task.remote)
+    claim = acquire(place, task.expired, on_loss=partial(_end_worker, config.id))
     if claim is None:
         return _CLAIMED
     with claim:
         try:
+            if task.remote:
+                return run_remotely(config, setting, task.jobs, claim, task.remote)
             return run(config, setting, task.jobs, claim=claim)
         except ClaimLostError:
             return _CLAIMED
@@ -367,7 +409,12 @@ def _require_same_machine(task: _Task) -> None:
         UserError: It has not.
     """
     host = socket.gethostname()
-    if not task.folder.is_dir() or not task.mark.exists():
+    if task.remote and not (task.folder.is_dir() and task.remote.exists(task.mark.name)):
+        raise UserError(
+            f"{host} does not see {task.remote} or {task.folder} as the machine of this command does; "
+            "all machines of the cluster need access to the URL of --storage, and the checkout at the same path."
+        )
+    if not task.remote and not (task.folder.is_dir() and task.mark.exists()):
         raise UserError(
             f"{host} does not see {task.mark.parent} as the machine of this command does; "
             "all machines of the cluster need the checkout and --results on storage that they share."

@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from uuid import uuid4
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from bench.errors import UserError
 from bench.records import provenance, store
 from bench.records.claims import acquire, claim_path
+from bench.records.remote import open_remote
 from bench.runs import ray_engine
 from bench.runs.ray_engine import RaySweep, _make_in_worker, _Task
 from bench.runs.run import find_record, run
@@ -129,6 +131,33 @@ def test_an_error_of_the_user_in_a_worker_ends_the_sweep(runs, mark):
     with pytest.raises(UserError, match="no such file"):
         list(sweep(ray, mark).make(runs))
     assert ray.cancelled == [runs[1][0].id]
+
+
+def test_runs_on_object_storage_come_to_the_folder_of_the_driver(runs, mark, monkeypatch):
+    monkeypatch.chdir(os.getcwd())
+    remote = open_remote(f"memory://{uuid4().hex}/results")
+    with pytest.raises(UserError, match="does not see memory://"):
+        list(sweep(FakeRay(), mark, remote=remote).make(runs))
+    remote.write(mark.name, b"")
+    (base, setting), (lora, _) = runs
+    elsewhere = replace(setting, results=mark.parent / "elsewhere")
+    other = acquire(remote.claim(base.id))
+
+    def other_sweep(seconds):
+        remote.push_record(run(base, elsewhere).path)
+        with other:
+            pass
+
+    monkeypatch.setattr(ray_engine.time, "sleep", other_sweep)
+    monkeypatch.setattr(ray_engine, "SECONDS_PER_LOOK", 0.0)
+    ray = FakeRay()
+    made = list(sweep(ray, mark, remote=remote).make(runs))
+    assert [record.config.method for record in made] == ["lora", "base"] and len(ray.options) == 1
+    assert {record.path.parent for record in made[:1]} == {setting.results / "runs"}
+    assert store.read_all(setting.results) == sorted(made, key=lambda record: record.id)
+    assert remote.claimed_runs() == set() and len(remote.names("runs", "*.json")) == 2
+    (failed,) = sweep(FakeRay(Error("the worker died")), mark, remote=remote).make([(lora.replace(seed=1), setting)])
+    assert failed.status == "failed" and remote.names("runs", "*.failed-*.json") == [f"runs/{failed.path.name}"]
 
 
 @pytest.mark.parametrize(

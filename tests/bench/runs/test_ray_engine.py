@@ -154,6 +154,16 @@ def test_two_sweeps_at_once_make_each_run_once(cluster, unbroken, base_folder, t
     assert not list(tmp_path.glob(f"runs/*{claims.SUFFIX}"))
 
 
+def test_runs_on_a_storage_url_are_those_of_the_local_engine(cluster, unbroken, base_folder, tmp_path):
+    while sum(node["Alive"] for node in cluster_nodes()) < 3:
+        cluster.add_one()
+    here, there = tmp_path / "here", tmp_path / "there"
+    assert make_table(base_folder, "--results", here, "--storage", there.as_uri(), "--engine", "ray") == 0
+    assert outcome(here) == outcome(there) == unbroken
+    files = {str(path.relative_to(there)) for path in there.rglob("*") if path.is_file()}
+    assert files == {f"runs/{run}{end}" for run in unbroken for end in (".json", ".items.csv.gz")}
+
+
 def cluster_nodes():
     ray.init(os.environ["RAY_ADDRESS"], logging_level="ERROR")
     try:
