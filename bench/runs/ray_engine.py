@@ -10,9 +10,8 @@ They share a folder that all machines mount, or a `RemoteFolder` behind a URL.
 3. If a worker or its machine dies, Ray repeats the task elsewhere. The new task takes over the claim and continues
    from the checkpoint.
 
-A worker that loses its claim ends at once, because two processes would write the same checkpoints.
-
-The machines need the same sources in the same folder, the same base model and the same data. Each task checks this.
+The machines need the same sources in the same folder, the same base model and the same data. Each task checks this
+(`bench.runs.ray_worker`).
 """
 
 from __future__ import annotations
@@ -22,30 +21,28 @@ import os
 import socket
 import sys
 import time
-import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache
 
 from bench.errors import UserError
 from bench.records import provenance, store
-from bench.records.claims import ClaimLostError, ClaimState, ClaimWatch, acquire, claimed_runs
+from bench.records.claims import ClaimState, ClaimWatch, claimed_runs
 from bench.records.files import temporary_path
 from bench.records.leftovers import remove_failures
 from bench.records.remote import RemoteFolder, place_of_claim
 from bench.records.schema import Record, RunConfig
 from bench.runs.plan import Runs
 from bench.runs.pool import split_recorded
-from bench.runs.remote_run import run_remotely
-from bench.runs.run import find_record, run
-from bench.runs.setting import RunSettings, make_run_config
+from bench.runs.ray_worker import NO_MEMORY, Task, make_in_worker
+from bench.runs.run import find_record
+from bench.runs.setting import RunSettings
 from bench.runs.work import duration
 
 MAX_LOST_WORKERS = 3  # of one run; a run that kills its worker every time must end
@@ -54,11 +51,6 @@ SECONDS_PER_LOOK = 10.0  # at runs that other sweeps have: each takes the storag
 SECONDS_PER_LINE = 30.0
 OBJECT_STORE_BYTES = 100 * 2**20  # of a local Ray; tasks exchange records only, and Ray takes 30% of the memory itself
 MAX_CONNECT_SECONDS = 10.0
-WORKER_LOST = 1  # exit code
-
-# What a task returns instead of a record.
-_CLAIMED = "claimed by another process"
-_NO_MEMORY = "no memory next to other runs"
 
 
 def require_ray() -> None:
@@ -71,38 +63,13 @@ def require_ray() -> None:
         raise UserError("--engine ray needs Ray: pip install --editable '.[ray]'.")
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What a worker must know to make a run.
-
-    Attributes:
-        config: Configuration of the run.
-        setting: Its settings.
-        jobs: Runs that share its GPU, or the machine's CPU.
-        expired: A claim on the run to take over; None if there was none.
-        folder: Working directory of the driver, to which paths are relative.
-        mark: A file that the driver has put into the folder of results, or into that of `remote` under the same name.
-        sources: Hash of the driver's sources.
-        remote: The folder that all machines reach; None if they mount the folder of results.
-    """
-
-    config: RunConfig
-    setting: RunSettings
-    jobs: int
-    expired: ClaimState | None
-    folder: Path
-    mark: Path
-    sources: str
-    remote: RemoteFolder | None = None
-
-
 @dataclass
 class RaySweep:
     """A connection to Ray; `connected` makes it.
 
     Attributes:
         ray: The module.
-        mark: As in `_Task`.
+        mark: As in `Task`.
         gpus_per_run: GPUs of a run, such as 0.25; 0 on a CPU.
         cpus_per_run: CPUs of a run, as many as it has threads.
         max_runs: Runs at a time; None for as many as the cluster has places for.
@@ -121,7 +88,7 @@ class RaySweep:
         """The remote function; Ray sends each new one to the cluster, so there is one."""
         # A process keeps the GPU that it first used, and its next task may get another one.
         calls = {"max_calls": 1} if self.gpus_per_run else {}
-        return self.ray.remote(max_retries=MAX_LOST_WORKERS, **calls)(_make_in_worker)
+        return self.ray.remote(max_retries=MAX_LOST_WORKERS, **calls)(make_in_worker)
 
     def places(self) -> int:
         """Return how many runs the cluster has room for now; at least 1."""
@@ -311,7 +278,7 @@ class _Batch:
         is_alone = run_id in self.alone
         jobs = 1 if is_alone else sweep.concurrent_runs()
         sources = provenance.source_hash()
-        task = _Task(config, setting, jobs, expired, Path.cwd(), sweep.mark.absolute(), sources, sweep.remote)
+        task = Task(config, setting, jobs, expired, Path.cwd(), sweep.mark.absolute(), sources, sweep.remote)
         gpus = 1 if is_alone else sweep.gpus_per_run
         remote = sweep.remote_task.options(num_cpus=sweep.cpus_per_run, num_gpus=gpus, name=run_id)
         self.submitted[remote.remote(task)] = run_id
@@ -340,7 +307,7 @@ class _Batch:
             return record
         if isinstance(result, Record):
             return self._fetched(result, setting) if self.sweep.remote else result
-        if result == _NO_MEMORY:
+        if result == NO_MEMORY:
             self.alone.add(run_id)
             self.queue.append(run_id)
         else:
@@ -370,68 +337,3 @@ class _Batch:
         new = self.done - before
         left = f"about {duration(seconds / new * (total - self.done))} left" if new else "time left unknown"
         return f"{self.done} of {total} runs done, {running} running, {self.failed} failed, {left}"
-
-
-def _make_in_worker(task: _Task) -> Record | str:
-    """Make a run in a worker of Ray.
-
-    Returns:
-        The record, or the reason why there is none yet.
-
-    Raises:
-        UserError: This machine does not fit the driver's.
-    """
-    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries address these to developers
-    os.environ.pop("LOCAL_RANK", None)  # of a launcher that has started Ray
-    _require_same_machine(task)
-    config, setting = task.config, task.setting
-    place = place_of_claim(config.id, setting.results, task.remote)
-    claim = acquire(place, task.expired, on_loss=partial(_end_worker, config.id))
-    if claim is None:
-        return _CLAIMED
-    with claim:
-        try:
-            if task.remote:
-                return run_remotely(config, setting, task.jobs, claim, task.remote)
-            return run(config, setting, task.jobs, claim=claim)
-        except ClaimLostError:
-            return _CLAIMED
-        except torch.OutOfMemoryError:
-            pass  # the exception keeps the run's tensors alive until here
-        clear_device_cache(garbage_collection=True)
-        return _NO_MEMORY
-
-
-def _require_same_machine(task: _Task) -> None:
-    """Check that this machine has the driver's folders, sources, base model and data.
-
-    Raises:
-        UserError: It has not.
-    """
-    host = socket.gethostname()
-    if task.remote and not (task.folder.is_dir() and task.remote.exists(task.mark.name)):
-        raise UserError(
-            f"{host} does not see {task.remote} or {task.folder} as the machine of this command does; "
-            "all machines of the cluster need access to the URL of --storage, and the checkout at the same path."
-        )
-    if not task.remote and not (task.folder.is_dir() and task.mark.exists()):
-        raise UserError(
-            f"{host} does not see {task.mark.parent} as the machine of this command does; "
-            "all machines of the cluster need the checkout and --results on storage that they share."
-        )
-    os.chdir(task.folder)
-    if provenance.source_hash() != task.sources:
-        raise UserError(f"{host} has other sources of malora, tasks or bench in {provenance.ROOT}; update them.")
-    config = task.config
-    here = make_run_config(task.setting, config.method, config.seed, config.learning_rate)
-    if differing := [name for name, value in here if value != getattr(config, name)]:
-        raise UserError(
-            f"{host} would make another run: its {', '.join(differing)} differ. Give all machines the same data and "
-            "base model, such as by a MALORA_CACHE that they share, and the same kind of device."
-        )
-
-
-def _end_worker(run_id: str) -> None:
-    """End this process, whose run another process has taken over; Ray repeats the task, which then returns."""
-    print(f"{run_id}: another process has taken over this run, so this worker ends.", file=sys.stderr, flush=True)
-    os._exit(WORKER_LOST)
