@@ -58,12 +58,17 @@ def check_engine(options: argparse.Namespace, setting: RunSettings) -> None:
 def pull_records(options: argparse.Namespace, setting: RunSettings) -> None:
     """Download the records of `--storage` into the folder of results, after `check_engine`.
 
+    What killed processes have left in the storage is removed, unless it is a dry run.
+
     Raises:
         UserError: The folder of results cannot be written to.
     """
     if options.storage:
         store.open_folder(setting.results)
-        open_remote(options.storage).pull_records(setting.results)
+        remote = open_remote(options.storage)
+        if not options.dry_run:
+            remote.remove_leftovers()
+        remote.pull_records(setting.results)
 
 
 def _require_local_use(options: argparse.Namespace) -> None:

@@ -35,7 +35,7 @@ import fsspec
 from bench.errors import UserError
 from bench.records.claims import ClaimPlace, ClaimState, claim_path
 from bench.records.files import temporary_path, write_atomically
-from bench.records.leftovers import FAILED, ITEMS
+from bench.records.leftovers import CHECKPOINT, FAILED, ITEMS, remove_temporary_files
 
 # Storage whose driver creates a file exclusively, with the package of the driver.
 DRIVERS = {"file": "fsspec", "memory": "fsspec", "s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
@@ -178,6 +178,14 @@ class RemoteFolder:
         """Remove the records of a run's failures, after it went well."""
         names = self.names("runs", f"*{FAILED}*")
         self.remove(*(name for name in names if PurePosixPath(name).name.partition(FAILED)[0] == run_id))
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed processes have left: checkpoints of recorded runs, and temporary files of this machine."""
+        recorded = {PurePosixPath(name).stem for name in self.names("runs", "*.json")}
+        matches = ((name, CHECKPOINT.fullmatch(PurePosixPath(name).name)) for name in self.names("checkpoints"))
+        self.remove(*(name for name, match in matches if match and match[1] in recorded))
+        if self._is_local:
+            remove_temporary_files(Path(self._storage()[1]))
 
     def claim(self, run_id: str) -> RemoteClaim:
         """Return the place of the claim on a run."""

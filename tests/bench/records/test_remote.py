@@ -69,6 +69,14 @@ def test_a_record_comes_after_its_items_and_is_never_replaced(remote, tmp_path):
     assert remote.names("runs") == ["runs/a.items.csv.gz", "runs/a.json"]
 
 
+def test_leftovers_of_killed_processes_are_removed(remote):
+    kept = ["runs/a.json", "checkpoints/b.pt", "checkpoints/b.answers", "claims/b.1"]
+    for name in [*kept, "checkpoints/a.pt", "checkpoints/a.previous.pt", "checkpoints/a.answers"]:
+        remote.write(name, b"")
+    remote.remove_leftovers()
+    assert sorted(everything(remote)) == sorted(kept)
+
+
 def test_one_of_many_gets_a_claim_and_the_next_one_after_it(remote):
     place = remote.claim("a-run.1")
     with ThreadPoolExecutor(8) as pool:
