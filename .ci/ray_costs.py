@@ -35,7 +35,7 @@ from bench.records import claims, provenance, store
 from bench.records.claims import BEAT_SECONDS
 from bench.records.files import stale_files
 from bench.records.leftovers import remove_failures
-from bench.runs import ray_engine
+from bench.runs import ray_engine, ray_worker
 from bench.runs.run import run
 from bench.runs.setting import RunSettings, make_run_config
 from bench.train.loop import SECONDS_PER_CHECKPOINT
@@ -107,9 +107,9 @@ def worker_operations(base: Path, folder: Path) -> tuple[Counter[str], Counter[s
     for steps in (15, 25):  # with three and five checkpoints
         setting = RunSettings(profile, str(base), SOURCE, "intra", folder, max_items=4, max_steps=steps)
         config = make_run_config(setting, "malora", seed=0)
-        task = ray_engine._Task(config, setting, 1, None, Path.cwd(), mark, provenance.source_hash())
+        task = ray_worker.Task(config, setting, 1, None, Path.cwd(), mark, provenance.source_hash())
         with counted(folder) as counts:
-            record = ray_engine._make_in_worker(task)
+            record = ray_worker.make_in_worker(task)
         assert not isinstance(record, str) and record.status == "ok", record
         found.append(counts)
     names = {*found[0], *found[1]}
@@ -194,7 +194,7 @@ def ray_seconds(base: Path, folder: Path) -> tuple[float, float, float]:
 def held_task(config: Any, setting: RunSettings, sweep: Any) -> Any:
     """Return a task whose run another process has, so that it only starts its worker and looks."""
     claims.claim_path(config.id, setting.results).write_text("{}", encoding="utf-8")
-    task = ray_engine._Task(config, setting, 1, None, Path.cwd(), sweep.mark.absolute(), provenance.source_hash())
+    task = ray_worker.Task(config, setting, 1, None, Path.cwd(), sweep.mark.absolute(), provenance.source_hash())
     claims.BEAT_SECONDS = 15.0
     return task
 

@@ -114,9 +114,18 @@ def folder(value: str) -> Path:
     if "://" in value:
         raise argparse.ArgumentTypeError(
             f"{short(value)} is a URL, and results need a folder: they are written by atomic renaming, which object "
-            "storage lacks. For several machines name a folder that they all mount"
+            "storage lacks. For several machines name a folder that they all mount, or see --storage of --engine ray"
         )
     return file_path(value)
+
+
+def storage_url(value: str) -> str:
+    """Parse a URL of storage; `bench.records.remote.open_remote` checks it."""
+    if "://" not in value or not value.isprintable():
+        raise argparse.ArgumentTypeError(
+            f"{short(value)} is not a URL such as s3://bucket/results; name a folder that all mount as --results"
+        )
+    return file_name(value)
 
 
 def short(value: str) -> str:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from bench.cli import own_tasks
-from bench.cli.engines import check_engine, count_jobs, opened_engine
+from bench.cli.engines import check_engine, count_jobs, opened_engine, pull_records
 from bench.cli.estimates import announce, announce_scoring
 from bench.cli.tuning import known_sweep, make_floors, make_sweep, run_and_print
 from bench.command_line import require_folder
@@ -91,9 +91,10 @@ def make_table(options: argparse.Namespace) -> int:
     """
     experiment: Experiment = options.experiment
     setting = make_setting_from(options, open_data_mixture(experiment.mixture) if options.data else experiment.mixture)
+    check_engine(options, setting)
+    pull_records(options, setting)
     published = store.read_all(store.RESULTS / setting.profile.name)
     mine = store.read_all(setting.results)  # before the runs, so that a broken record is found early
-    check_engine(options, setting)
     like = make_run_config(setting, BASE, 0)
     if options.floors:
         _require_no_table_options(options)

@@ -10,6 +10,8 @@ from functools import partial
 from typing import NamedTuple
 
 from bench.errors import UserError
+from bench.records import store
+from bench.records.remote import open_remote
 from bench.records.schema import Record
 from bench.runs.plan import Runs
 from bench.runs.pool import run_all
@@ -40,12 +42,46 @@ def check_engine(options: argparse.Namespace, setting: RunSettings) -> None:
     """
     _require_one_way(options)
     if options.engine == "local":
+        if options.storage:
+            raise UserError("--storage is for --engine ray; other runs are recorded in --results.")
         if options.gpus_per_run is not None:
             raise UserError("--gpus-per-run is for --engine ray; choose the number of runs at a time with --jobs.")
         return
     require_ray()
     if options.gpus_per_run is not None and setting.device.type != "cuda":
         raise UserError("--gpus-per-run needs a GPU, and this machine has none; without one a run has a CPU core.")
+    if options.storage:
+        _require_local_use(options)
+        open_remote(options.storage)
+
+
+def pull_records(options: argparse.Namespace, setting: RunSettings) -> None:
+    """Download the records of `--storage` into the folder of results, after `check_engine`.
+
+    What killed processes have left in the storage is removed, unless it is a dry run.
+
+    Raises:
+        UserError: The folder of results cannot be written to.
+    """
+    if options.storage:
+        store.open_folder(setting.results)
+        remote = open_remote(options.storage)
+        if not options.dry_run:
+            remote.remove_leftovers()
+        remote.pull_records(setting.results)
+
+
+def _require_local_use(options: argparse.Namespace) -> None:
+    """Check that the runs write nothing but records and checkpoints, because `--storage` has nothing else."""
+    if options.track:
+        raise UserError(
+            "--track writes to a folder, and --storage has records and checkpoints only; leave out one of them."
+        )
+    if options.experiment.figure == "similarity" and not options.floors:
+        raise UserError(
+            "the runs of this figure compare saved adapters, and --storage has records and checkpoints only; "
+            "name a folder that all machines mount as --results."
+        )
 
 
 def _require_one_way(options: argparse.Namespace) -> None:
@@ -91,5 +127,6 @@ def opened_engine(options: argparse.Namespace, setting: RunSettings) -> Iterator
         yield Engine(jobs, partial(run_all, jobs=jobs, together=options.together))
         return
     cpus = setting.profile.threads or 1
-    with connected(setting.results, setting.device, options.gpus_per_run, cpus, options.jobs) as sweep:
+    remote = open_remote(options.storage) if options.storage else None
+    with connected(setting.results, setting.device, options.gpus_per_run, cpus, options.jobs, remote) as sweep:
         yield Engine(sweep.places(), sweep.make)

@@ -24,7 +24,7 @@ from bench.cli.commands import (
 from bench.cli.engines import ENGINES
 from bench.cli.exports import export_records
 from bench.cli.lists import LISTS, print_list
-from bench.command_line import Parser, file_name, file_path, folder, one_of, positive, seed_number, short
+from bench.command_line import Parser, file_name, file_path, folder, one_of, positive, seed_number, short, storage_url
 from bench.errors import UserError
 from bench.experiments.profiles import PROFILES, default_profile
 from bench.experiments.registry import EXPERIMENTS, Experiment
@@ -196,6 +196,13 @@ def _add_table_options(parser: argparse.ArgumentParser, experiment: Experiment) 
         type=_gpu_share,
         metavar="F",
         help="with --engine ray: share of a GPU that a run takes, such as 0.25 for four runs per GPU (default: 1)",
+    )
+    parser.add_argument(
+        "--storage",
+        type=storage_url,
+        metavar="URL",
+        help="with --engine ray: folder that all machines reach, such as s3://bucket/results, for records, checkpoints "
+        "and claims; --results is then this machine's copy of the records (default: --results, which all mount)",
     )
     parser.add_argument(
         "--together",

@@ -14,6 +14,9 @@ record (`Claim.require`), so a run is recorded by one process only.
 `filelock.SoftFileLease` has the same rules, but takes a claim over by exchanging two names, which NFS refuses. Claims
 are in the folder of the records for a reason: creating one makes an NFS client read that folder anew, so that it finds
 a record that another machine has just written.
+
+`Claim`, `ClaimWatch` and `acquire` work on a `ClaimPlace`. A path stands for `ClaimFile`, a file as above.
+`bench.records.remote` has claims on object storage.
 """
 
 from __future__ import annotations
@@ -27,9 +30,10 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 from bench.records.files import MACHINE, is_running, temporary_path
 
@@ -48,8 +52,9 @@ class ClaimState(NamedTuple):
     """What a claim's file says at one moment.
 
     Attributes:
-        text: Contents of the file.
-        refreshed: Time of modification in nanoseconds, by the clock of the storage.
+        text: Names the owner; no other claim has the same text.
+        refreshed: Changes with each refresh. Of a file it is the time of modification in nanoseconds, by the clock of
+            the storage.
     """
 
     text: str
@@ -73,17 +78,39 @@ class ClaimState(NamedTuple):
         return {}
 
 
+class ClaimPlace(Protocol):
+    """Place of the claim on one run, with the operations of the storage. All of them raise OSError if it fails."""
+
+    def read(self) -> ClaimState | None:
+        """Return the state of the claim, or None if there is none."""
+
+    def create(self, text: str, instead_of: ClaimState | None) -> bool:
+        """Make a new claim, and return whether this process has it.
+
+        Args:
+            text: Text of the new claim.
+            instead_of: The claim of a dead owner, which the new one replaces if it is still in this state. None if
+                there must be no claim.
+        """
+
+    def refresh(self, text: str) -> None:
+        """Change `refreshed` of the claim with this text, which is this process's."""
+
+    def remove(self, text: str) -> None:
+        """Remove the claim with this text, which is this process's."""
+
+
 class Claim:
     """A claim that this process holds; `acquire` makes it. Use it in a `with` block.
 
     Args:
-        path: The file.
-        text: Its contents, which no other claim has.
+        path: The place, or the file.
+        text: Text of the claim.
         on_loss: Called in a thread when the claim is found to be lost.
     """
 
-    def __init__(self, path: Path, text: str, on_loss: Callable[[], None] | None = None) -> None:
-        self.path, self.text, self.on_loss = path, text, on_loss
+    def __init__(self, path: Path | ClaimPlace, text: str, on_loss: Callable[[], None] | None = None) -> None:
+        self.place, self.text, self.on_loss = _place(path), text, on_loss
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._refresh_until_stopped, name="claim", daemon=True)
 
@@ -98,11 +125,11 @@ class Claim:
         self._thread.join()
         with suppress(OSError):  # it expires
             if self.is_held():
-                self.path.unlink(missing_ok=True)
+                self.place.remove(self.text)
 
     def is_held(self) -> bool:
-        """Return whether the file is still this process's."""
-        state = read_claim(self.path)
+        """Return whether the claim is still this process's."""
+        state = self.place.read()
         return state is not None and state.text == self.text
 
     def require(self) -> None:
@@ -112,7 +139,7 @@ class Claim:
             ClaimLostError: It is not.
         """
         if not self.is_held():
-            raise ClaimLostError(f"{self.path} is now that of {read_claim(self.path) or 'nobody'}")
+            raise ClaimLostError(f"{self.place} is now that of {self.place.read() or 'nobody'}")
 
     def _refresh_until_stopped(self) -> None:
         refreshed = time.monotonic()
@@ -120,7 +147,7 @@ class Claim:
             is_lost = time.monotonic() - refreshed > LEASE_SECONDS  # also while the storage does not answer
             with suppress(OSError):
                 if self.is_held():
-                    os.utime(self.path)
+                    self.place.refresh(self.text)
                     refreshed, is_lost = time.monotonic(), False
                 else:
                     is_lost = True
@@ -134,9 +161,9 @@ class ClaimWatch:
     """Observes claims of others until they expire."""
 
     def __init__(self) -> None:
-        self._seen: dict[Path, tuple[ClaimState, float]] = {}
+        self._seen: dict[Path | ClaimPlace, tuple[ClaimState, float]] = {}
 
-    def look(self, path: Path) -> tuple[ClaimState | None, bool]:
+    def look(self, path: Path | ClaimPlace) -> tuple[ClaimState | None, bool]:
         """Look at a claim.
 
         Returns:
@@ -144,7 +171,7 @@ class ClaimWatch:
             that has ended, or it has not refreshed the claim for `LEASE_SECONDS`.
         """
         asked = time.monotonic()
-        state = read_claim(path)
+        state = _place(path).read()
         seen = self._seen.get(path)
         if state is None:
             self._seen.pop(path, None)
@@ -176,17 +203,60 @@ def read_claim(path: Path) -> ClaimState | None:
     return ClaimState(content.decode("utf-8", "replace"), refreshed)
 
 
-def acquire(path: Path, expired: ClaimState | None = None, on_loss: Callable[[], None] | None = None) -> Claim | None:
+@dataclass(frozen=True)
+class ClaimFile:
+    """The claim on a run as a file of a folder that all machines mount.
+
+    Attributes:
+        path: The file.
+    """
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def read(self) -> ClaimState | None:
+        """Return the state of the claim, or None if there is none."""
+        return read_claim(self.path)
+
+    def create(self, text: str, instead_of: ClaimState | None) -> bool:
+        """Make a new claim, and return whether this process has it; see `ClaimPlace`."""
+        if instead_of and not _remove(self.path, instead_of):
+            return False
+        try:
+            with self.path.open("x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            return False
+        return True
+
+    def refresh(self, text: str) -> None:
+        """Set the time of modification, which leaves a claim of somebody else what it is."""
+        os.utime(self.path)
+
+    def remove(self, text: str) -> None:
+        """Remove the file."""
+        self.path.unlink(missing_ok=True)
+
+
+def _place(path: Path | ClaimPlace) -> ClaimPlace:
+    return ClaimFile(path) if isinstance(path, Path) else path
+
+
+def acquire(
+    path: Path | ClaimPlace, expired: ClaimState | None = None, on_loss: Callable[[], None] | None = None
+) -> Claim | None:
     """Claim a run, or return None if another process has it.
 
     Args:
-        path: The claim's file, of `claim_path`.
+        path: The claim's place, or its file, of `claim_path`.
         expired: A claim whose owner is dead, by `ClaimWatch`. It is taken over if it is unchanged.
         on_loss: See `Claim`.
     """
-    state = read_claim(path)
-    if state and (state == expired or state.is_dead_here()) and not _remove(path, state):
-        return None
+    place = _place(path)
+    state = place.read()
+    is_dead = bool(state and (state == expired or state.is_dead_here()))
     owner = {
         "host": socket.gethostname(),
         "machine": MACHINE,
@@ -194,12 +264,7 @@ def acquire(path: Path, expired: ClaimState | None = None, on_loss: Callable[[],
         "claim": secrets.token_hex(8),
     }
     text = json.dumps(owner)
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        return None
-    return Claim(path, text, on_loss)
+    return Claim(place, text, on_loss) if place.create(text, state if is_dead else None) else None
 
 
 def _remove(path: Path, state: ClaimState) -> bool:

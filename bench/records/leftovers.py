@@ -17,7 +17,7 @@ FAILED = ".failed-"  # in the name of a failed run's record, before the time
 ITEMS = ".items.csv.gz"
 JOURNAL = ".answers"  # ends the name of the answers of a run that is scored, next to its checkpoint
 # Its run's id; older and damaged checkpoints count too.
-_CHECKPOINT = re.compile(rf"(.+?)(?:(?:\.previous)?\.pt(?:\.damaged)?|{re.escape(JOURNAL)})")
+CHECKPOINT = re.compile(rf"(.+?)(?:(?:\.previous)?\.pt(?:\.damaged)?|{re.escape(JOURNAL)})")
 # An items file is written just before its record. One that is younger may be about to get it.
 MIN_SECONDS_WITHOUT_RECORD = 60.0
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -43,7 +43,7 @@ def find_leftovers(folder: Path) -> list[Leftover]:
     found += [
         Leftover(path, f"{'answers' if path.suffix == JOURNAL else 'checkpoint'} of a run that is recorded")
         for path in sorted(checkpoints.glob("[!.]*"))
-        if (match := _CHECKPOINT.fullmatch(path.name)) and (runs / f"{match[1]}.json").is_file()
+        if (match := CHECKPOINT.fullmatch(path.name)) and (runs / f"{match[1]}.json").is_file()
     ]
     found += [
         Leftover(path, "failure of a run that is recorded")

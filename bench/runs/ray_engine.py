@@ -1,15 +1,17 @@
-"""Make runs as Ray tasks, on this machine or on a cluster whose machines share the folder of results.
+"""Make runs as Ray tasks, on this machine or on a cluster whose machines share the results.
+
+They share a folder that all machines mount, or a `RemoteFolder` behind a URL.
 
 1. The driver, which is the command, submits about twice as many runs as the cluster has places for.
 2. A task claims its run (`bench.records.claims`) and makes it as `bench.runs.run.run` does, with records and
-   checkpoints in the shared folder. If another sweep has the run, the task returns at once. The driver then waits for
-   the record, and submits the run again if the claim is given up or expires.
+   checkpoints in the shared folder, or as `bench.runs.remote_run.run_remotely` does. If another sweep has the run, the
+   task returns at once. The driver then waits for the record, and submits the run again if the claim is given up or
+   expires.
 3. If a worker or its machine dies, Ray repeats the task elsewhere. The new task takes over the claim and continues
    from the checkpoint.
 
-A worker that loses its claim ends at once, because two processes would write the same checkpoints.
-
-The machines need the same sources in the same folder, the same base model and the same data. Each task checks this.
+The machines need the same sources in the same folder, the same base model and the same data. Each task checks this
+(`bench.runs.ray_worker`).
 """
 
 from __future__ import annotations
@@ -19,27 +21,28 @@ import os
 import socket
 import sys
 import time
-import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache
 
 from bench.errors import UserError
 from bench.records import provenance, store
-from bench.records.claims import ClaimLostError, ClaimState, ClaimWatch, acquire, claim_path, claimed_runs
+from bench.records.claims import ClaimState, ClaimWatch, claimed_runs
 from bench.records.files import temporary_path
+from bench.records.leftovers import remove_failures
+from bench.records.remote import RemoteFolder, place_of_claim
 from bench.records.schema import Record, RunConfig
 from bench.runs.plan import Runs
 from bench.runs.pool import split_recorded
-from bench.runs.run import find_record, run
-from bench.runs.setting import RunSettings, make_run_config
+from bench.runs.ray_worker import NO_MEMORY, Task, make_in_worker
+from bench.runs.run import find_record
+from bench.runs.setting import RunSettings
 from bench.runs.work import duration
 
 MAX_LOST_WORKERS = 3  # of one run; a run that kills its worker every time must end
@@ -48,11 +51,6 @@ SECONDS_PER_LOOK = 10.0  # at runs that other sweeps have: each takes the storag
 SECONDS_PER_LINE = 30.0
 OBJECT_STORE_BYTES = 100 * 2**20  # of a local Ray; tasks exchange records only, and Ray takes 30% of the memory itself
 MAX_CONNECT_SECONDS = 10.0
-WORKER_LOST = 1  # exit code
-
-# What a task returns instead of a record.
-_CLAIMED = "claimed by another process"
-_NO_MEMORY = "no memory next to other runs"
 
 
 def require_ray() -> None:
@@ -65,39 +63,17 @@ def require_ray() -> None:
         raise UserError("--engine ray needs Ray: pip install --editable '.[ray]'.")
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What a worker must know to make a run.
-
-    Attributes:
-        config: Configuration of the run.
-        setting: Its settings.
-        jobs: Runs that share its GPU, or the machine's CPU.
-        expired: A claim on the run to take over; None if there was none.
-        folder: Working directory of the driver, to which paths are relative.
-        mark: A file that the driver has put into the folder of results.
-        sources: Hash of the driver's sources.
-    """
-
-    config: RunConfig
-    setting: RunSettings
-    jobs: int
-    expired: ClaimState | None
-    folder: Path
-    mark: Path
-    sources: str
-
-
 @dataclass
 class RaySweep:
     """A connection to Ray; `connected` makes it.
 
     Attributes:
         ray: The module.
-        mark: A file that the driver has put into the folder of results.
+        mark: As in `Task`.
         gpus_per_run: GPUs of a run, such as 0.25; 0 on a CPU.
         cpus_per_run: CPUs of a run, as many as it has threads.
         max_runs: Runs at a time; None for as many as the cluster has places for.
+        remote: The folder that all machines reach; None if they mount the folder of results.
     """
 
     ray: Any
@@ -105,13 +81,14 @@ class RaySweep:
     gpus_per_run: float
     cpus_per_run: int
     max_runs: int | None
+    remote: RemoteFolder | None = None
 
     @cached_property
     def remote_task(self) -> Any:
         """The remote function; Ray sends each new one to the cluster, so there is one."""
         # A process keeps the GPU that it first used, and its next task may get another one.
         calls = {"max_calls": 1} if self.gpus_per_run else {}
-        return self.ray.remote(max_retries=MAX_LOST_WORKERS, **calls)(_make_in_worker)
+        return self.ray.remote(max_retries=MAX_LOST_WORKERS, **calls)(make_in_worker)
 
     def places(self) -> int:
         """Return how many runs the cluster has room for now; at least 1."""
@@ -147,7 +124,12 @@ class RaySweep:
 
 @contextmanager
 def connected(
-    results: Path, device: torch.device, gpus_per_run: float | None, cpus_per_run: int, max_runs: int | None
+    results: Path,
+    device: torch.device,
+    gpus_per_run: float | None,
+    cpus_per_run: int,
+    max_runs: int | None,
+    remote: RemoteFolder | None = None,
 ) -> Iterator[RaySweep]:
     """Connect to the cluster of `RAY_ADDRESS`, or start Ray on this machine for the `with` block.
 
@@ -157,6 +139,7 @@ def connected(
         gpus_per_run: GPUs of a run; None for one on a GPU, and none on a CPU.
         cpus_per_run: CPUs of a run.
         max_runs: Runs at a time; None for as many as there is room for.
+        remote: The folder that all machines reach; None if they mount the folder of results.
 
     Raises:
         UserError: There is no such cluster, or it has no room for any run.
@@ -174,10 +157,15 @@ def connected(
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"Ray at {address} does not answer ({reason}); see RAY_ADDRESS.") from error
     try:
+        if remote:
+            remote.write(mark.name, b"")
         mark.touch()
-        yield RaySweep(ray, mark, gpus, cpus_per_run, max_runs)
+        yield RaySweep(ray, mark, gpus, cpus_per_run, max_runs, remote)
     finally:
         mark.unlink(missing_ok=True)
+        if remote:
+            with suppress(OSError):  # the storage does not answer, and the error that says so is more important
+                remote.remove(mark.name)
         ray.shutdown()
 
 
@@ -268,22 +256,29 @@ class _Batch:
     def _look(self, run_id: str, is_new: bool) -> Iterator[Record]:
         """Submit a run, unless another sweep has recorded or claimed it."""
         config, setting = self.runs[run_id]
-        claim, is_dead = self.watch.look(claim_path(run_id, setting.results))
+        claim, is_dead = self.watch.look(place_of_claim(run_id, setting.results, self.sweep.remote))
         if claim and not is_dead:
             self.elsewhere.append(run_id)
-        elif found := find_record(config, setting):
+        elif found := self._find(config, setting):
             yield found
         elif is_new or claim:
             self._submit(run_id, claim)
         else:
             self.queue.append(run_id)  # the other sweep gave it up
 
+    def _find(self, config: RunConfig, setting: RunSettings) -> Record | None:
+        """Return the run's record, if there is one."""
+        if self.sweep.remote:
+            self.sweep.remote.pull_record(f"runs/{config.id}.json", setting.results)
+        return find_record(config, setting)
+
     def _submit(self, run_id: str, expired: ClaimState | None) -> None:
         config, setting = self.runs[run_id]
         sweep = self.sweep
         is_alone = run_id in self.alone
         jobs = 1 if is_alone else sweep.concurrent_runs()
-        task = _Task(config, setting, jobs, expired, Path.cwd(), sweep.mark.absolute(), provenance.source_hash())
+        sources = provenance.source_hash()
+        task = Task(config, setting, jobs, expired, Path.cwd(), sweep.mark.absolute(), sources, sweep.remote)
         gpus = 1 if is_alone else sweep.gpus_per_run
         remote = sweep.remote_task.options(num_cpus=sweep.cpus_per_run, num_gpus=gpus, name=run_id)
         self.submitted[remote.remote(task)] = run_id
@@ -306,16 +301,27 @@ class _Batch:
             reason = f"its worker process died {MAX_LOST_WORKERS + 1} times ({type(error).__name__}: {error})"
             made_by = provenance.provenance(setting.device, 1)
             record = Record(config=config, status="failed", error=reason, provenance=made_by)
-            store.write(record, setting.results)
+            path = store.write(record, setting.results)
+            if self.sweep.remote:
+                self.sweep.remote.push_record(path)
             return record
         if isinstance(result, Record):
-            return result
-        if result == _NO_MEMORY:
+            return self._fetched(result, setting) if self.sweep.remote else result
+        if result == NO_MEMORY:
             self.alone.add(run_id)
             self.queue.append(run_id)
         else:
             self.elsewhere.append(run_id)
         return None
+
+    def _fetched(self, record: Record, setting: RunSettings) -> Record:
+        """Pull a record that a task has made, and return it with its path on this machine."""
+        assert self.sweep.remote and record.path
+        self.sweep.remote.pull_record(f"runs/{record.path.name}", setting.results)
+        record.path = setting.results / "runs" / record.path.name
+        if record.status != "failed":
+            remove_failures(record.id, setting.results)
+        return record
 
     def _count(self, record: Record) -> Record:
         self.done += 1
@@ -326,65 +332,8 @@ class _Batch:
         """Return a line: runs that are done, running and failed, and the time left at the speed so far."""
         unfinished = {*self.queue, *self.submitted.values(), *self.elsewhere}
         results = next(iter(self.runs.values()))[1].results
-        running = len(claimed_runs(results) & unfinished)
+        remote = self.sweep.remote
+        running = len((remote.claimed_runs() if remote else claimed_runs(results)) & unfinished)
         new = self.done - before
         left = f"about {duration(seconds / new * (total - self.done))} left" if new else "time left unknown"
         return f"{self.done} of {total} runs done, {running} running, {self.failed} failed, {left}"
-
-
-def _make_in_worker(task: _Task) -> Record | str:
-    """Make a run in a worker of Ray.
-
-    Returns:
-        The record, or the reason why there is none yet.
-
-    Raises:
-        UserError: This machine does not fit the driver's.
-    """
-    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries address these to developers
-    os.environ.pop("LOCAL_RANK", None)  # of a launcher that has started Ray
-    _require_same_machine(task)
-    config, setting = task.config, task.setting
-    path = claim_path(config.id, setting.results)
-    claim = acquire(path, task.expired, on_loss=partial(_end_worker, config.id))
-    if claim is None:
-        return _CLAIMED
-    with claim:
-        try:
-            return run(config, setting, task.jobs, claim=claim)
-        except ClaimLostError:
-            return _CLAIMED
-        except torch.OutOfMemoryError:
-            pass  # the exception keeps the run's tensors alive until here
-        clear_device_cache(garbage_collection=True)
-        return _NO_MEMORY
-
-
-def _require_same_machine(task: _Task) -> None:
-    """Check that this machine has the driver's folders, sources, base model and data.
-
-    Raises:
-        UserError: It has not.
-    """
-    host = socket.gethostname()
-    if not task.folder.is_dir() or not task.mark.exists():
-        raise UserError(
-            f"{host} does not see {task.mark.parent} as the machine of this command does; "
-            "all machines of the cluster need the checkout and --results on storage that they share."
-        )
-    os.chdir(task.folder)
-    if provenance.source_hash() != task.sources:
-        raise UserError(f"{host} has other sources of malora, tasks or bench in {provenance.ROOT}; update them.")
-    config = task.config
-    here = make_run_config(task.setting, config.method, config.seed, config.learning_rate)
-    if differing := [name for name, value in here if value != getattr(config, name)]:
-        raise UserError(
-            f"{host} would make another run: its {', '.join(differing)} differ. Give all machines the same data and "
-            "base model, such as by a MALORA_CACHE that they share, and the same kind of device."
-        )
-
-
-def _end_worker(run_id: str) -> None:
-    """End this process, whose run another process has taken over; Ray repeats the task, which then returns."""
-    print(f"{run_id}: another process has taken over this run, so this worker ends.", file=sys.stderr, flush=True)
-    os._exit(WORKER_LOST)

@@ -45,7 +45,7 @@ from bench.runtime.attention import require_packing
 from bench.runtime.processes import processes
 from bench.runtime.progress import print_line, timed_phase
 from bench.train.batching import Encoded, encode, label_tokens
-from bench.train.checkpoint import TrainLog, remove_checkpoints
+from bench.train.checkpoint import TrainLog, previous_checkpoint, remove_checkpoints
 from bench.train.loop import DivergedError, train
 from bench.train.together import Trained
 from bench.train.tracking import Log, tracked
@@ -151,6 +151,12 @@ def remove_unfinished(config: RunConfig, setting: RunSettings) -> None:
     """Remove what a run keeps to go on after a kill: its checkpoints and its journal of answers."""
     remove_checkpoints(checkpoint_of(config, setting))
     _journal_path(config, setting).unlink(missing_ok=True)
+
+
+def unfinished_files(config: RunConfig, setting: RunSettings) -> list[Path]:
+    """Return the files from which a run goes on after a kill, whether they exist or not."""
+    checkpoint = checkpoint_of(config, setting)
+    return [previous_checkpoint(checkpoint), checkpoint, _journal_path(config, setting)]
 
 
 def _journal_path(config: RunConfig, setting: RunSettings) -> Path:

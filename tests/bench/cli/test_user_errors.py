@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import bench.runs.run
+from bench.cli import engines
 from bench.cli.parser import main
 from bench.models.adapters import add_adapter
 from bench.models.base import load, prepare
@@ -48,6 +49,8 @@ from tests.bench.records.test_store import make
         (["table2", "--gpus-per-run", "0.5"], "--gpus-per-run is for --engine ray"),
         (["table2", "--gpus-per-run", "1.5"], "'1.5' must be a number from 0.01 to 1"),
         (["table2", "--engine", "ray", "--together", "2"], "--together 2 is for --engine local"),
+        (["table2", "--storage", "file:///results"], "--storage is for --engine ray"),
+        (["table2", "--engine", "ray", "--storage", "results"], "'results' is not a URL such as s3://bucket/results"),
         (["run", "--results", "s3://bucket/runs"], "'s3://bucket/runs' is a URL, and results need a folder"),
         (["run", "--learning-rate", "-1"], "must be a number above 0"),
         (["run", "--profile", "tiny", "--data", "."], "the tiny base model knows the words of generated tasks only"),
@@ -67,6 +70,20 @@ def test_ray_is_missing(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     error = refused(["table2", "--profile", "tiny", "--engine", "ray", "--results", tmp_path / "new"], capsys, tmp_path)
     assert error == "bench: --engine ray needs Ray: pip install --editable '.[ray]'."
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["table2", "--storage", "http://host/results"], "not of a kind in which a file can be created exclusively"),
+        (["table2", "--storage", "memory://a/b", "--track", "tensorboard"], "leave out one of them"),
+        (["fig2", "--storage", "memory://a/b"], "compare saved adapters"),
+    ],
+)
+def test_storage_that_cannot_be_used(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(engines, "require_ray", lambda: None)
+    options = ["--profile", "tiny", "--engine", "ray", "--results", tmp_path / "new"]
+    assert message in refused([*arguments, *options], capsys, tmp_path)
 
 
 def test_a_data_folder_with_a_missing_or_broken_file(base_folder, capsys, tmp_path):

@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from uuid import uuid4
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ import torch
 from bench.errors import UserError
 from bench.records import provenance, store
 from bench.records.claims import acquire, claim_path
-from bench.runs import ray_engine
-from bench.runs.ray_engine import RaySweep, _make_in_worker, _Task
+from bench.records.remote import open_remote
+from bench.runs import ray_engine, ray_worker
+from bench.runs.ray_engine import RaySweep
+from bench.runs.ray_worker import CLAIMED, NO_MEMORY, Task, make_in_worker
 from bench.runs.run import find_record, run
 from bench.runs.setting import make_run_config
 
@@ -89,7 +92,7 @@ def test_a_run_has_a_part_of_one_gpu_and_cpus(mark, gpus_per_run, max_runs, plac
 
 
 def test_missing_runs_are_made_and_a_run_without_memory_gets_a_whole_gpu(runs, mark):
-    ray = FakeRay(lambda: ray_engine._NO_MEMORY, nodes=({"CPU": 4, "GPU": 1},))
+    ray = FakeRay(lambda: NO_MEMORY, nodes=({"CPU": 4, "GPU": 1},))
     made = list(sweep(ray, mark, gpus_per_run=0.5).make([*runs, runs[0]]))
     assert [record.config.method for record in made] == ["lora", "base"]
     assert [options["num_gpus"] for options in ray.options] == [0.5, 0.5, 1]
@@ -100,7 +103,7 @@ def test_missing_runs_are_made_and_a_run_without_memory_gets_a_whole_gpu(runs, m
 def test_a_run_that_another_sweep_has_is_waited_for_and_made_if_it_is_given_up(runs, mark, monkeypatch):
     (base, setting), (lora, _) = runs
     held = {config.id: acquire(claim_path(config.id, setting.results)) for config, _ in runs}
-    assert _make_in_worker(task_of(runs[0], mark)) == ray_engine._CLAIMED
+    assert make_in_worker(task_of(runs[0], mark)) == CLAIMED
 
     def other_sweep(seconds):
         if base.id in held:
@@ -131,6 +134,33 @@ def test_an_error_of_the_user_in_a_worker_ends_the_sweep(runs, mark):
     assert ray.cancelled == [runs[1][0].id]
 
 
+def test_runs_on_object_storage_come_to_the_folder_of_the_driver(runs, mark, monkeypatch):
+    monkeypatch.chdir(os.getcwd())
+    remote = open_remote(f"memory://{uuid4().hex}/results")
+    with pytest.raises(UserError, match="does not see memory://"):
+        list(sweep(FakeRay(), mark, remote=remote).make(runs))
+    remote.write(mark.name, b"")
+    (base, setting), (lora, _) = runs
+    elsewhere = replace(setting, results=mark.parent / "elsewhere")
+    other = acquire(remote.claim(base.id))
+
+    def other_sweep(seconds):
+        remote.push_record(run(base, elsewhere).path)
+        with other:
+            pass
+
+    monkeypatch.setattr(ray_engine.time, "sleep", other_sweep)
+    monkeypatch.setattr(ray_engine, "SECONDS_PER_LOOK", 0.0)
+    ray = FakeRay()
+    made = list(sweep(ray, mark, remote=remote).make(runs))
+    assert [record.config.method for record in made] == ["lora", "base"] and len(ray.options) == 1
+    assert {record.path.parent for record in made[:1]} == {setting.results / "runs"}
+    assert store.read_all(setting.results) == sorted(made, key=lambda record: record.id)
+    assert remote.claimed_runs() == set() and len(remote.names("runs", "*.json")) == 2
+    (failed,) = sweep(FakeRay(Error("the worker died")), mark, remote=remote).make([(lora.replace(seed=1), setting)])
+    assert failed.status == "failed" and remote.names("runs", "*.failed-*.json") == [f"runs/{failed.path.name}"]
+
+
 @pytest.mark.parametrize(
     "address, reason", [("127.0.0.1:1", "no Ray cluster listens"), ("ray://head:10001", "is a URL")]
 )
@@ -140,7 +170,7 @@ def test_a_cluster_that_does_not_answer(address, reason):
 
 
 def task_of(one, place, **changes):
-    task = _Task(*one, 1, None, place.parent, place, provenance.source_hash())
+    task = Task(*one, 1, None, place.parent, place, provenance.source_hash())
     return replace(task, **changes)
 
 
@@ -154,7 +184,7 @@ def test_a_worker_refuses_to_make_another_run_than_the_driver_asked_for(runs, ma
         ({"config": config.replace(model_hash="0", device_type="other")}, "its model_hash, device_type differ"),
     ):
         with pytest.raises(UserError, match=reason):
-            _make_in_worker(task_of((config, setting), mark, **changes))
+            make_in_worker(task_of((config, setting), mark, **changes))
     assert not list(setting.results.glob("runs/*"))
 
 
@@ -163,6 +193,6 @@ def test_a_worker_without_memory_gives_up_its_claim(runs, mark, monkeypatch):
         raise torch.OutOfMemoryError("60 GiB wanted")
 
     monkeypatch.chdir(os.getcwd())
-    monkeypatch.setattr(ray_engine, "run", crowded)
-    assert _make_in_worker(task_of(runs[1], mark)) == ray_engine._NO_MEMORY
+    monkeypatch.setattr(ray_worker, "run", crowded)
+    assert make_in_worker(task_of(runs[1], mark)) == NO_MEMORY
     assert not list(mark.parent.glob("runs/*"))

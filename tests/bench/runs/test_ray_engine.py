@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import pytest
 
 from bench.records import claims, store
 from bench.records.claims import claim_path, read_claim
+from bench.records.remote import open_remote
 from bench.runs import ray_engine
 from bench.train.checkpoint import DamagedError, read_state
 from tests import processes
@@ -152,6 +154,32 @@ def test_two_sweeps_at_once_make_each_run_once(cluster, unbroken, base_folder, t
     assert len(written) == len(unbroken) == RUNS
     assert outcome(tmp_path) == unbroken
     assert not list(tmp_path.glob(f"runs/*{claims.SUFFIX}"))
+
+
+def kill_a_worker(remote):
+    """Kill the worker of the first run that is claimed, and return its process and the run."""
+    deadline = time.monotonic() + MAX_SECONDS
+    while not (claimed := remote.claimed_runs()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (run_id, *_) = sorted(claimed)
+    process = json.loads(remote.claim(run_id).read().text)["process"]
+    os.kill(int(process), signal.SIGKILL)
+    return process, run_id
+
+
+def test_runs_on_a_storage_url_are_those_of_the_local_engine(cluster, unbroken, base_folder, tmp_path):
+    while sum(node["Alive"] for node in cluster_nodes()) < 3:
+        cluster.add_one()
+    here, there = tmp_path / "here", tmp_path / "there"
+    with ThreadPoolExecutor(1) as pool:
+        killed = pool.submit(kill_a_worker, open_remote(there.as_uri()))
+        assert make_table(base_folder, "--results", here, "--storage", there.as_uri(), "--engine", "ray") == 0
+        assert killed.result()[1] in unbroken
+    assert not list(Path(tempfile.gettempdir()).glob(f"malora-run-*-{killed.result()[0]}-*"))
+    assert outcome(here) == outcome(there) == unbroken
+    files = {str(path.relative_to(there)) for path in there.rglob("*") if path.is_file()}
+    assert files == {f"runs/{run}{end}" for run in unbroken for end in (".json", ".items.csv.gz")}
 
 
 def cluster_nodes():
