@@ -72,7 +72,7 @@ def set_mean_gate_sum(model: nn.Module, mean: float, *, adapter: str = "default"
 def _mean_gate_sum(model: nn.Module, batches: Iterable[Mapping[str, Any]], adapter: str) -> float:
     """Return the mean over all routers and all tokens of all batches."""
     total, tokens = 0.0, 0.0
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # PEFT's wrapper may differ from the base
     model.eval()
     try:
         for batch in batches:
@@ -82,7 +82,8 @@ def _mean_gate_sum(model: nn.Module, batches: Iterable[Mapping[str, Any]], adapt
             count = batch["input_ids"].numel() if mask is None else int((mask != 0).sum())
             total, tokens = total + count * sum(sums) / len(sums), tokens + count
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
     if not tokens:
         raise ValueError("match_gate_scale needs a batch with tokens; give the first batch of the training.")
     return total / tokens

@@ -48,6 +48,7 @@ def test_all_routers_start_with_one_mean_update(method, ids):
 
 def test_padding_and_the_division_into_passes_do_not_count(ids):
     model, alone = adapted(**MATCHED), adapted(**MATCHED)
+    modes = [module.training for module in model.modules()]
     short = ids[:, :3]
     expected = malora.match_gate_scale(alone, [{"input_ids": ids}, {"input_ids": short}])
     padded = torch.nn.functional.pad(short, (0, ids.shape[1] - 3))
@@ -55,7 +56,7 @@ def test_padding_and_the_division_into_passes_do_not_count(ids):
     mask[1, :, 3:] = 0
     together = {"input_ids": torch.cat([ids, padded]), "attention_mask": mask.flatten(0, 1)}
     assert malora.match_gate_scale(model, [together]) == pytest.approx(expected, rel=1e-5)
-    assert model.training is alone.training is False
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_a_frozen_router_gets_no_gradient_and_a_trained_one_does(ids):
@@ -79,10 +80,10 @@ def test_training_without_the_first_batch_is_an_error(ids):
 
 @pytest.mark.parametrize("options", [{"match_scale": True}, {"renormalize": True}, {"gating": "uniform", "top_k": 8}])
 def test_gates_are_saved_and_loaded(options, ids, tmp_path):
-    model = adapted(init_weights=False, **options, rank_pattern={"q_proj": 4})
+    model = adapted(init_weights=False, **options, rank_pattern={"q_proj": 4}).eval()
     if options == MATCHED:
         malora.match_gate_scale(model, [{"input_ids": ids}])
-        plain = adapted(init_weights=False, rank_pattern={"q_proj": 4})
+        plain = adapted(init_weights=False, rank_pattern={"q_proj": 4}).eval()
         assert not torch.allclose(plain(ids).logits, model(ids).logits)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(make_model(), tmp_path)
@@ -91,7 +92,7 @@ def test_gates_are_saved_and_loaded(options, ids, tmp_path):
 
 
 def test_uniform_gates_merge_into_the_base(ids):
-    model = adapted("malora", gating="uniform", top_k=8, init_weights=False).double()
+    model = adapted("malora", gating="uniform", top_k=8, init_weights=False).double().eval()
     expected = model(ids).logits
     assert not torch.allclose(expected, make_model().double()(ids).logits)
     torch.testing.assert_close(model.merge_and_unload()(ids).logits, expected)
