@@ -30,6 +30,7 @@ from malora.backbone import (
 )
 from malora.backends import BACKENDS
 from malora.config import PEFT_TYPE, MaloraConfig
+from malora.gate_scale import match_gate_scale
 from malora.layer import MaloraLayer, MaloraLinear
 from malora.load_balancing import RouterStats, balance_loss, has_router, router_stats
 from malora.methods import METHODS, make_config
@@ -63,6 +64,7 @@ __all__ = [
     "checkpointing_mode",
     "has_router",
     "make_config",
+    "match_gate_scale",
     "optimize_backbone",
     "parameter_groups",
     "release_caches",

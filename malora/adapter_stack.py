@@ -78,6 +78,7 @@ class AdapterStack(nn.Module):
         self._trained, trained = _move(groups, self.names, trained=True)
         self._frozen, frozen = _move(groups, self.names, trained=False)
         self.flat = nn.ParameterList(nn.Parameter(values) for values in trained)
+        self._scales = _up_scales(layers[0], self.names, self._trained, trained)
         self._frozen_copies = {values.dtype: torch.stack(frozen) for values in frozen[:1]}
         by_name = {layer.name: layer for layer in layers}
         for block in self._trained:
@@ -92,9 +93,10 @@ class AdapterStack(nn.Module):
     def weights(self, dtype: torch.dtype) -> dict[str, StackedWeights]:
         """Return the weights of all adapters in `dtype`, by the layer's name. Layers of a group share theirs.
 
-        They carry gradients to `flat`.
+        They carry gradients to `flat`. A matched scale of an adapter is in its up projections, so adapters of one stack
+        may have scales of their own.
         """
-        views: tuple[Tensor, ...] = _Unpack.apply(self._trained, dtype, *self.flat)  # type: ignore[no-untyped-call]
+        views: tuple[Tensor, ...] = _Unpack.apply(self._trained, dtype, self._scales, *self.flat)  # type: ignore[no-untyped-call]
         found = {(block.layers, block.kind): view for block, view in zip(self._trained, views, strict=True)}
         if self._frozen:
             if dtype not in self._frozen_copies:
@@ -112,14 +114,20 @@ class AdapterStack(nn.Module):
 
 
 class _Unpack(torch.autograd.Function):
-    """Copy flat values of K adapters into one tensor and return views of its blocks."""
+    """Copy flat values of K adapters into one tensor and return views of its blocks.
+
+    If there are scales, each value is multiplied by its own.
+    """
 
     @staticmethod
-    def forward(ctx: Any, blocks: list[_Block], dtype: torch.dtype, *flat: Tensor) -> tuple[Tensor, ...]:
-        ctx.blocks, ctx.shape, ctx.dtype = blocks, (len(flat), len(flat[0])), flat[0].dtype
+    def forward(
+        ctx: Any, blocks: list[_Block], dtype: torch.dtype, scales: list[Tensor] | None, *flat: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.scales, ctx.blocks, ctx.shape, ctx.dtype = scales, blocks, (len(flat), len(flat[0])), flat[0].dtype
         ctx.set_materialize_grads(False)
         copied = flat[0].new_empty(ctx.shape, dtype=dtype)
-        for target, source in zip(copied, flat, strict=True):
+        sources = flat if scales is None else [source * scale for source, scale in zip(flat, scales, strict=True)]
+        for target, source in zip(copied, sources, strict=True):
             target.copy_(source)
         return tuple(block.view(copied) for block in blocks)
 
@@ -130,7 +138,32 @@ class _Unpack(torch.autograd.Function):
         ]
         collected = found[0][1].new_zeros(ctx.shape, dtype=ctx.dtype)
         torch._foreach_copy_([block.view(collected) for block, _ in found], [gradient for _, gradient in found])
-        return None, None, *collected.unbind()
+        if ctx.scales is not None:
+            for gradient, scale in zip(collected, ctx.scales, strict=True):
+                gradient.mul_(scale)
+        return None, None, None, *collected.unbind()
+
+
+def _up_scales(
+    layer: MaloraLayer, names: Sequence[str], blocks: Sequence[_Block], like: Sequence[Tensor]
+) -> list[Tensor] | None:
+    """Return the factor of each flat value [E] by which adapters' scales are matched; None if there are none.
+
+    Args:
+        layer: A layer with the adapters.
+        names: The adapters.
+        blocks: The blocks of the values.
+        like: The values.
+    """
+    means = [layer.settings[name].mean_gate_sum for name in names]
+    if not any(means):
+        return None
+    scales = [torch.ones_like(values) for values in like]
+    for scale, mean in zip(scales, means, strict=True):
+        for block in blocks:
+            if block.kind in ("B", "Q"):  # one of the up projection's factors
+                scale[block.start : block.start + block.size] = 1 / (mean or 1)
+    return scales
 
 
 def stack_adapters(model: nn.Module, names: Iterable[str]) -> list[AdapterStack]:
@@ -174,7 +207,9 @@ def _shape_of(model: nn.Module, name: str) -> Hashable:
 
 
 def _settings_of(config: MaloraConfig) -> Hashable:
-    return config.num_experts, config.top_k, config.scaling, config.down, config.up, config.lora_dropout
+    scale = config.unmatched_scaling  # matched scales are in the copies of the weights
+    gates = config.gating, config.num_experts, config.top_k, config.renormalize
+    return *gates, scale, config.down, config.up, config.lora_dropout
 
 
 def _layers(model: nn.Module) -> list[MaloraLayer]:

@@ -33,10 +33,12 @@ REQUIRES = "pip install malora, and `import malora` before PEFT loads this adapt
 
 Down = Literal["A_t", "P_t S", "P_t S_t", "per_expert", "shared_subspace", "per_expert_subspace"]
 Up = Literal["B_t", "S_B Q_t", "per_expert", "shared_subspace"]
+Gating = Literal["softmax", "uniform"]
 
 # Values of the options as the paper writes them; configs and records store these.
 DOWN_FORMS = ("A_t", "P_t S", "P_t S_t")
 UP_FORMS = ("B_t", "S_B Q_t")
+GATINGS = ("softmax", "uniform")
 
 # Biases of the base to train. PEFT names the adapted layers' own by the method, and LoRA's users know "lora_only".
 BIASES = ("none", "all", "malora_only", "lora_only")
@@ -90,7 +92,15 @@ class MaloraConfig(PeftConfig):
         init_weights: Whether a new adapter starts without effect. With False the up projections start random too,
             which is for tests.
         num_experts: Number of experts, N. One expert has no router, and is LoRA.
-        top_k: Number of experts per token, k. Their gates are not renormalised (equation 4).
+        top_k: Number of experts per token, k. All N of them give dense softmax gates.
+        gating: Source of the gates. "softmax" takes them from a router (equation 4). "uniform" gives every expert the
+            gate 1 / N, without a router, and needs `top_k=num_experts`. Such an adapter can be merged.
+        renormalize: Whether the gates of the chosen experts are divided by their sum, as in Mixtral. The paper's are
+            not (equation 4), so their sum is well below 1.
+        match_scale: Whether the scaling is divided by the mean sum of a token's gates at the start. Adapters whose
+            gates have other sums then start with an equal update. Call `malora.match_gate_scale` with the first batch
+            before training. Gates whose sum is always 1 need no matching.
+        mean_gate_sum: That mean. `malora.match_gate_scale` sets it, and it is saved with the adapter.
         router_aux_loss_coef: Weight of the load-balancing loss (`malora.balance_loss`) in the loss that the model
             returns for labels. `outputs.aux_loss` is the balance loss without its weight. 0 leaves it out. `METHODS`
             with a router have the paper's 0.01.
@@ -129,6 +139,10 @@ class MaloraConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
     num_experts: int = field(default=8, metadata={"help": "Number of experts N; one expert has no router."})
     top_k: int = field(default=2, metadata={"help": "Number of experts per token."})
+    gating: Gating = field(default="softmax", metadata={"help": "Source of the gates."})
+    renormalize: bool = field(default=False, metadata={"help": "Divide the chosen gates by their sum."})
+    match_scale: bool = field(default=False, metadata={"help": "Divide the scaling by the mean sum of gates."})
+    mean_gate_sum: float | None = field(default=None, metadata={"help": "Mean sum of gates of the first batch."})
     router_aux_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the load-balancing loss."})
     down: Down = field(default="P_t S", metadata={"help": "Form of the down projections."})
     up: Up = field(default="B_t", metadata={"help": "Form of the up projections."})
@@ -161,6 +175,7 @@ class MaloraConfig(PeftConfig):
         self._check_choices()
         self._check_ranges()
         self._check_subspace()
+        self._check_gates()
         self.check_layers()
         self._check_nothing_is_ignored()
         if self.target_parameters is not None:
@@ -172,13 +187,22 @@ class MaloraConfig(PeftConfig):
 
     @property
     def scaling(self) -> float:
-        """Factor of the experts' sum: `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`."""
-        return self.lora_alpha / (sqrt(self.r) if self.use_rslora else self.r)
+        """Factor of the experts' sum: `unmatched_scaling`, divided by `mean_gate_sum` if there is one."""
+        return self.unmatched_scaling / (self.mean_gate_sum or 1)
+
+    @property
+    def unmatched_scaling(self) -> float:
+        """The scaling without `match_scale`: `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
+
+        Uniform gates are a part of it, because no token is gated by itself.
+        """
+        scaling = self.lora_alpha / (sqrt(self.r) if self.use_rslora else self.r)
+        return scaling / self.num_experts if self.gating == "uniform" else scaling
 
     @property
     def has_router(self) -> bool:
-        """True if a router picks the experts. A single expert needs none."""
-        return self.num_experts > 1
+        """True if a router picks the experts. A single expert and uniform gates need none."""
+        return self.num_experts > 1 and self.gating != "uniform"
 
     def for_module(self, name: str) -> MaloraConfig:
         """Return the config of one module, with its own rank and alpha if a pattern matches its name."""
@@ -212,9 +236,10 @@ class MaloraConfig(PeftConfig):
     def _check_choices(self) -> None:
         _check_choice("down", self.down, DOWN_FORMS)
         _check_choice("up", self.up, UP_FORMS)
+        _check_choice("gating", self.gating, GATINGS)
         _check_choice("backend", self.backend, BACKENDS)
         _check_choice("bias", self.bias, BIASES)
-        for name in ("use_rslora", "init_weights"):
+        for name in ("use_rslora", "init_weights", "renormalize", "match_scale"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
 
@@ -250,6 +275,24 @@ class MaloraConfig(PeftConfig):
                 "number; choose d as a multiple of num_experts."
             )
 
+    def _check_gates(self) -> None:
+        if self.gating == "uniform" and self.num_experts == 1:
+            raise ValueError("gating='uniform' has no effect with one expert, whose gate is 1; leave it out.")
+        if self.gating == "uniform" and self.top_k != self.num_experts:
+            raise ValueError(
+                f"gating='uniform' uses all experts, not top_k={self.top_k}; set top_k={self.num_experts}, which is "
+                "num_experts."
+            )
+        is_unit = not self.has_router or self.top_k == self.num_experts
+        for name in [*["renormalize"] * is_unit, *["match_scale"] * (is_unit or self.renormalize)]:
+            if getattr(self, name):
+                raise ValueError(f"{name}=True has no effect: a token's gates have the sum 1 already. Leave it out.")
+        if self.mean_gate_sum is None:
+            return
+        if not self.match_scale:
+            raise ValueError(f"mean_gate_sum={self.mean_gate_sum!r} needs match_scale=True; add it, or leave this out.")
+        _check_positive("mean_gate_sum", self.mean_gate_sum)
+
     def check_layers(self) -> None:
         """Refuse choices of layers that PEFT would ignore, as its `LoraConfig` does.
 
@@ -272,8 +315,8 @@ class MaloraConfig(PeftConfig):
     def _check_nothing_is_ignored(self) -> None:
         if self.router_aux_loss_coef and not self.has_router:
             raise ValueError(
-                f"router_aux_loss_coef={self.router_aux_loss_coef} has no effect with one expert, which has no router; "
-                "leave it out."
+                f"router_aux_loss_coef={self.router_aux_loss_coef} has no effect with "
+                f"{'one expert' if self.num_experts == 1 else 'uniform gates'}, which has no router; leave it out."
             )
         if self.down == "A_t" and self.beta != 1:
             raise ValueError(f"beta={self.beta} has no effect with down='A_t'; leave it out.")
@@ -296,7 +339,7 @@ class MaloraConfig(PeftConfig):
         named = f"target_parameters={self.target_parameters}"
         if not self.target_parameters:
             return
-        if self.has_router:
+        if self.num_experts > 1:
             raise ValueError(
                 f"{named} needs one expert, not num_experts={self.num_experts}: the change that a router makes depends "
                 "on the token, and a parameter is the same for all tokens. Use a method without a router, such as "

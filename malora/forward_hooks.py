@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from malora.adapter_rows import AdapterRows
 from malora.auxiliary_loss import add_balance_loss
 from malora.fused.group import ProjectionGroup, drop_prefetched, prefetch_packed_weights
+from malora.gate_scale import check_scale_is_matched
 from malora.layer import MaloraLayer
 from malora.routing import RoutingLog
 
@@ -96,6 +97,8 @@ class ForwardHooks:
             return None
         if self._layers is None:  # in a copy
             self.find_layers(model)
+        if model.training and torch.is_grad_enabled():
+            check_scale_is_matched(self._layers or ())
         if self.log.rows is None:
             self._prefetched = prefetch_packed_weights(self._groups)
         else:  # no layer is fused

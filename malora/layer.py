@@ -207,7 +207,9 @@ class MaloraLinear(AdapterLayer):
         for i, (layer, y) in enumerate(zip(layers, found, strict=True)):
             if probabilities:
                 for adapter, probability in zip(segment.names, probabilities[i].unbind(), strict=True):
-                    y = layer.record_routing(adapter, Routing(probability.reshape(shape), config.top_k), y)
+                    y = layer.record_routing(
+                        adapter, Routing(probability.reshape(shape), config.top_k, config.renormalize), y
+                    )
             results[layer.name] = y
         return results
 
@@ -232,7 +234,7 @@ class MaloraLinear(AdapterLayer):
         routing = routed = None
         router = self.router(adapter)
         if router is not None:
-            routing = route(x, router, config.top_k)
+            routing = route(x, router, config.top_k, config.renormalize)
             routed = routing._replace(probability=routing.probability.reshape(-1, config.num_experts))
         x_Tn = self.malora_dropout[adapter](x).reshape(-1, self.in_features)
         y_Tm = BACKENDS[resolve_backend(config, x.device)].compute(x_Tn, routed, factors, config.scaling)

@@ -28,7 +28,7 @@ class RouterStats:
         share: Share of each expert in all top-k assignments, N values that sum to 1.
         probability: Mean probability of each expert, N values that sum to 1.
         entropy: Mean entropy of the probabilities in nats; log(N) for a uniform router.
-        gate_sum: Mean sum of a token's top-k probabilities, by which its update is scaled.
+        gate_sum: Mean sum of a token's gates, by which its update is scaled.
     """
 
     share: list[float]
@@ -199,14 +199,13 @@ class _Kept(NamedTuple):
 
     layer: MaloraLayer
     adapter: str
-    probability: Tensor
-    top_k: int
+    routing: Routing
     mask: Tensor | None
 
     def stacks_with(self, other: _Kept) -> bool:
         """Return whether both routings fit into one tensor and have one mask."""
-        mine, theirs = self.probability, other.probability
-        is_alike = self.top_k == other.top_k and self.mask is other.mask and mine.device == theirs.device
+        mine, theirs = self.routing.probability, other.routing.probability
+        is_alike = self.routing[1:] == other.routing[1:] and self.mask is other.mask and mine.device == theirs.device
         return is_alike and mine.shape == theirs.shape
 
 
@@ -230,15 +229,15 @@ def _stacked_routings(
     masks: dict[tuple[str, int], Tensor] = {}  # by adapter and whole mask
     for layer in layers:
         log = layer.routing_log
-        for name, (probability, top_k) in layer.routings.items():
-            if log is None or adapter not in (None, name) or probability.numel() == 0:
+        for name, routing in layer.routings.items():
+            if log is None or adapter not in (None, name) or routing.probability.numel() == 0:
                 continue
             mask = attention_mask
             if mask is None:
-                mask = _mask_of(layer, log, name, masks, probability.shape[:-1])
+                mask = _mask_of(layer, log, name, masks, routing.probability.shape[:-1])
             else:
                 mask = _rows_of(name, mask, log, masks)
-            kept = _Kept(layer, name, probability, top_k, mask)
+            kept = _Kept(layer, name, routing, mask)
             # Not in a dictionary by shape: torch.compile would make a graph for every length.
             found = next((group for group in groups if group[0].stacks_with(kept)), None)
             if found is None:
@@ -252,11 +251,11 @@ def _stacked_routings(
             reason = f"adapter {adapter!r} has no router, or had no row in the last forward pass"
         raise ValueError(f"nothing was routed in this model: {reason}.")
     for group in groups:
-        first = group[0]
-        probabilities = [_with_gradient(kept.layer, kept.adapter, kept.probability) for kept in group]
-        stacked = torch.stack(probabilities).reshape(len(group), -1, first.probability.shape[-1])
-        weights = _token_weights(first.mask, first.probability.shape, stacked)
-        yield _Stack(Routing(stacked, first.top_k), [kept.layer.name for kept in group], weights)
+        first, shape = group[0], group[0].routing.probability.shape
+        probabilities = [_with_gradient(kept.layer, kept.adapter, kept.routing.probability) for kept in group]
+        stacked = torch.stack(probabilities).reshape(len(group), -1, shape[-1])
+        weights = _token_weights(first.mask, shape, stacked)
+        yield _Stack(first.routing._replace(probability=stacked), [kept.layer.name for kept in group], weights)
 
 
 def _rows_of(adapter: str, mask: Tensor, log: RoutingLog, masks: dict[tuple[str, int], Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, Unpack
 
 from peft import LoraConfig, TaskType
 
-from malora.config import Down, MaloraConfig, Up
+from malora.config import Down, Gating, MaloraConfig, Up
 
 if TYPE_CHECKING:
     from peft.tuners.lora.config import (
@@ -53,6 +53,10 @@ class MaloraOptions(CommonOptions, total=False):
 
     num_experts: int
     top_k: int
+    gating: Gating
+    renormalize: bool
+    match_scale: bool
+    mean_gate_sum: float | None
     router_aux_loss_coef: float
     down: Down
     up: Up

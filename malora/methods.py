@@ -45,6 +45,8 @@ Methods = TypedDict(
         "malora-unshared-s": MaloraMethod,
         "malora-frozen-p": MaloraMethod,
         "malora-decomposed-b": MaloraMethod,
+        "molora-renormalized": MaloraMethod,
+        "malora-renormalized": MaloraMethod,
     },
 )
 
@@ -70,7 +72,8 @@ class _Preset(Generic[Config]):
             if option not in known:
                 raise TypeError(f"{self.config_class.__name__} has no option {_suggest(option, known)}")
         settings = self.settings
-        if options.get("num_experts") == 1:  # no router to balance; a weight that the user gives is an error
+        has_no_router = options.get("num_experts") == 1 or options.get("gating") == "uniform"
+        if has_no_router:  # nothing to balance; a weight that the user gives is an error
             settings = {name: value for name, value in settings.items() if name != "router_aux_loss_coef"}
         return self.config_class(**settings | options)
 
@@ -118,6 +121,9 @@ METHODS: Methods = {
     "malora-unshared-s": _MALORA.with_settings(down="P_t S_t"),
     "malora-frozen-p": _MALORA.with_settings(freeze=["P"]),
     "malora-decomposed-b": _MALORA.with_settings(down="A_t", up="S_B Q_t"),
+    # Not in the paper: gates with the sum 1, as in most other mixtures of LoRA experts
+    "molora-renormalized": _MOLORA.with_settings(r=8, lora_alpha=16, renormalize=True),
+    "malora-renormalized": _MALORA.with_settings(renormalize=True),
 }
 
 

@@ -171,6 +171,11 @@ class MaloraModel(BaseTuner):
                     f"adapter {name!r} routes tokens among {config.num_experts} experts: its change depends on the "
                     "input, so it cannot be summed with others."
                 )
+            if config.num_experts > 1:
+                raise ValueError(
+                    f"adapter {name!r} has {config.num_experts} experts with uniform gates, and only adapters with one "
+                    "expert can be summed. Merge it into the base instead."
+                )
             if config.modules_to_save or config.trainable_token_indices or config.bias != "none":
                 raise ValueError(
                     f"adapter {name!r} trains more than its experts (modules_to_save, trainable_token_indices or "

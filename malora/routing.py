@@ -32,10 +32,12 @@ class Routing(NamedTuple):
         probability: Probability of every expert, [B, S, N] or [T, N], float32 or wider. If the rows of the batch belong
             to different adapters, B counts the rows of one.
         top_k: Number of experts per token, k.
+        renormalize: Whether the gates of a token are divided by their sum.
     """
 
     probability: Tensor
     top_k: int
+    renormalize: bool = False
 
     @property
     def chosen(self) -> Tensor:
@@ -49,20 +51,29 @@ class Routing(NamedTuple):
 
     @property
     def gate(self) -> Tensor:
-        """Gate g of equation 4, [B, S, N].
+        """Gate of every expert, [B, S, N].
 
-        It is the probability of the top k experts, and 0 for the others. The gates of a token are not renormalised, so
-        their sum is below 1.
+        It is the probability of the top k experts, and 0 for the others (equation 4). So the sum of a token's gates is
+        below 1, unless they are renormalised.
         """
-        return self.probability * self.chosen
+        return self._renormalized(self.probability * self.chosen)
+
+    def gate_of(self, experts: Tensor) -> Tensor:
+        """Return the gates of the chosen experts, [..., k]; `experts` are their indices, as `experts` returns them."""
+        return self._renormalized(self.probability.gather(-1, experts))
+
+    def _renormalized(self, gate: Tensor) -> Tensor:
+        """Divide the gates of each token by their sum if the routing says so."""
+        return gate / gate.sum(-1, keepdim=True) if self.renormalize else gate
 
 
-def route(x: Tensor, weight_Nn: Tensor, top_k: int) -> Routing:
+def route(x: Tensor, weight_Nn: Tensor, top_k: int, renormalize: bool = False) -> Routing:
     """Compute softmax(W_g x) for x [..., n] (equation 4).
 
-    The top k experts follow from it. The softmax is computed in float32, or in the dtype of x if that is wider.
+    The top k experts and their gates follow from it. The softmax is computed in float32, or in the dtype of x if that
+    is wider.
     """
-    return Routing(expert_probabilities(F.linear(x, weight_Nn)), top_k)
+    return Routing(expert_probabilities(F.linear(x, weight_Nn)), top_k, renormalize)
 
 
 def expert_probabilities(logits: Tensor) -> Tensor:
@@ -209,7 +220,7 @@ class RoutingLog:
     def snapshot(self) -> PassSnapshot:
         """Return what the log knows of the last pass. The tensors are the pass's own."""
         routings = {
-            layer: {adapter: Routing(kept.probability.detach(), kept.top_k) for adapter, kept in of_layer.items()}
+            layer: {adapter: kept._replace(probability=kept.probability.detach()) for adapter, kept in of_layer.items()}
             for layer, of_layer in self.routings.items()
         }
         return PassSnapshot(routings, self.attention_mask, self.decoder_attention_mask, self.recorded_rows)

@@ -37,7 +37,7 @@ def stacked_deltas(
     outputs = batched_down_proj(dropout(x_KTn), weights.down, weights.factors, config.num_experts)
     probabilities: Sequence[Tensor] = ()
     if weights.router is None:
-        gated = [(h_KTNr * config.scaling).flatten(2) for h_KTNr in outputs]
+        gated = [(h_KTNr * config.unmatched_scaling).flatten(2) for h_KTNr in outputs]
     else:
         gated, probabilities = _gate(outputs, x_KTn @ weights.router.mT, config)
     pairs = zip(gated, weights.factors, strict=True)
@@ -58,8 +58,9 @@ def _gate(outputs: list[Tensor], logits: Tensor, config: MaloraConfig) -> tuple[
     if can_use_kernels(config, logits.device):
         from malora.fused.gated_experts import gate_experts  # needs Triton
 
-        return gate_experts(outputs, logits, config.top_k, config.scaling)
+        return gate_experts(outputs, logits, config)
     probabilities = [expert_probabilities(of_layer) for of_layer in logits.chunk(len(outputs), -1)]
-    gates = [Routing(probability, config.top_k).gate * config.scaling for probability in probabilities]
+    routings = [Routing(probability, config.top_k, config.renormalize) for probability in probabilities]
+    gates = [routing.gate * config.unmatched_scaling for routing in routings]
     pairs = zip(outputs, gates, strict=True)
     return [(h * gate.to(h.dtype).unsqueeze(-1)).flatten(2) for h, gate in pairs], probabilities

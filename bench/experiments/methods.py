@@ -23,6 +23,8 @@ TITLES = {
     "moasylora": "MoAsyLoRA",
     "malora": "MALoRA",
     "malora-small": "MALoRA-Small",
+    "molora-renormalized": "MoLoRA, gates renormalised",
+    "malora-renormalized": "MALoRA, gates renormalised",
     BASE: "base, no adapter",
 }
 PAPER_BETA = {"intra": 1.25, "procedural": 1.25}  # β by mixture; the paper has 1 for all others

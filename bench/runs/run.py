@@ -24,6 +24,7 @@ from bench.evaluate.score import require_scoring, score
 from bench.experiments.methods import BASE
 from bench.models.adapters import add_adapter, count_parameters, hash_adapter, save_adapter
 from bench.models.base import load, prepare, targets
+from bench.models.joint import ALONE
 from bench.records import provenance
 from bench.records import store as records
 from bench.records.claims import Claim
@@ -46,6 +47,7 @@ from bench.runtime.processes import processes
 from bench.runtime.progress import print_line, timed_phase
 from bench.train.batching import Encoded, encode, label_tokens
 from bench.train.checkpoint import TrainLog, previous_checkpoint, remove_checkpoints
+from bench.train.gate_scale import match_first_batch
 from bench.train.loop import DivergedError, train
 from bench.train.together import Trained
 from bench.train.tracking import Log, tracked
@@ -210,6 +212,8 @@ def _train_and_score(
         if trained:
             log = trained.restore(model, track)
         else:
+            pad_id = tokenizer.pad_token_id or 0
+            match_first_batch(model, ALONE, encoded, config, pad_id)
             tokens = sum(len(one.ids) for one in encoded)
             if is_main and setting.device.type == "cpu":
                 with phase("measured the speed"):
@@ -222,7 +226,7 @@ def _train_and_score(
                 model,
                 encoded,
                 config,
-                pad_id=tokenizer.pad_token_id or 0,
+                pad_id=pad_id,
                 checkpoint=checkpoint,
                 checkpoint_every=profile.checkpoint_every,
                 track=track,

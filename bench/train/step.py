@@ -43,9 +43,9 @@ class TrainStep:
         balance_factor: float,
     ) -> None:
         self.model, self.balance_factor = model, balance_factor
-        self.has_router = malora.has_router(model)
+        self.has_balance_loss = has_balance_loss(model)
         # The balance loss is added here, with a mask for packed rows, and so not by the model.
-        self.router_options = {"output_router_logits": False} if self.has_router else {}
+        self.router_options = {"output_router_logits": False} if malora.has_router(model) else {}
         in_bfloat16 = accelerator.mixed_precision == "bf16"
         self.num_processes = accelerator.num_processes
         self.all_reduce = partial(accelerator.reduce, reduction="sum") if self.num_processes > 1 else None
@@ -86,9 +86,23 @@ class TrainStep:
             ).logits
         loss = F.cross_entropy(logits.float(), batch.target, reduction="sum") / batch.labels
         balance = torch.zeros_like(loss)
-        if self.has_router:
+        if self.has_balance_loss:
             balance = malora.balance_loss(self.model, batch.mask, all_reduce=self.all_reduce) * batch.share
         total = loss + self.balance_factor * balance
         if self.num_processes > 1:
             total = total * self.num_processes  # DistributedDataParallel divides the sum of the gradients by it
         return {"loss": total, "losses": torch.stack([loss, balance])}
+
+
+def has_balance_loss(model: nn.Module, adapter: str | None = None) -> bool:
+    """Return whether a router is trained, which a balance loss can change.
+
+    The loss of a frozen router would only move the tokens that reach it.
+
+    Args:
+        model: Model with adapters.
+        adapter: Name of the adapter that counts; None if all do.
+    """
+    layers = [module for module in model.modules() if isinstance(module, malora.MaloraLayer)]
+    settings = [setting for layer in layers for name, setting in layer.settings.items() if adapter in (None, name)]
+    return any(setting.has_router and "router" not in setting.freeze for setting in settings)

@@ -43,6 +43,7 @@ from bench.train.batching import (
 )
 from bench.train.checkpoint import Checkpoint, TrainLog
 from bench.train.fixed_shapes import FixedShapes
+from bench.train.gate_scale import match_first_batch
 from bench.train.joint_step import JointStep, Part, divide_parts
 from bench.train.loop import (
     CHECK_EVERY,
@@ -52,8 +53,10 @@ from bench.train.loop import (
     make_optimizer,
     router_summary,
 )
+from bench.train.step import has_balance_loss
 from bench.train.tracking import Log
 from malora.adapter_stack import stack_adapters
+from malora.gate_scale import set_mean_gate_sum
 
 # Tokens per forward pass of all runs together, by device; more runs take more passes per step. The activations of
 # 49,152 tokens of the small profile's model need some 50 GiB, and twice that while a pass of a new shape runs beside
@@ -87,6 +90,7 @@ class Trained:
         tensors: Its trained adapter, on the CPU.
         has_diverged: Whether a loss or gradient was not finite.
         together: Number of runs that trained together.
+        mean_gate_sum: By which its scaling was divided; None if it was not.
         points: Values for trackers, with their steps.
     """
 
@@ -94,6 +98,7 @@ class Trained:
     tensors: AdapterTensors
     has_diverged: bool
     together: int
+    mean_gate_sum: float | None = None
     points: list[tuple[Mapping[str, float | None], int]] = field(default_factory=list)
 
     def restore(self, model: PeftModel, track: Log) -> TrainLog:
@@ -111,6 +116,8 @@ class Trained:
         if self.has_diverged:
             raise DivergedError(self.log)
         write_tensors(model, self.tensors)
+        if self.mean_gate_sum is not None:
+            set_mean_gate_sum(model, self.mean_gate_sum)
         return self.log
 
 
@@ -164,6 +171,7 @@ class _Run:
         self.log = self.checkpoint.load() or TrainLog()
         settings = [m.settings[run.adapter] for m in model.modules() if isinstance(m, malora.MaloraLayer)]
         self.has_router = any(setting.has_router for setting in settings)
+        self.has_balance_loss = has_balance_loss(model, run.adapter)
         # Alone, it would then be padded to shapes that few CUDA graphs have.
         is_captured_alone = config.device_type == "cuda" and all(
             malora.BACKENDS[setting.backend].graph_safe for setting in settings
@@ -211,7 +219,8 @@ class _Run:
     def outcome(self, model: PeftModel, together: int) -> Trained:
         """Return the outcome of the training."""
         tensors = _on_cpu(read_tensors(model, self.adapter))
-        return Trained(self.log, tensors, self.has_diverged, together, self.points)
+        mean = getattr(model.peft_config[self.adapter], "mean_gate_sum", None)
+        return Trained(self.log, tensors, self.has_diverged, together, mean, self.points)
 
     def read_router(self, model: PeftModel, mask: Tensor) -> None:
         """Log the statistics of the routers, as they are after the coming update."""
@@ -227,6 +236,8 @@ class _JointTrainer:
     def __init__(self, model: PeftModel, runs: Sequence[JointRun], pad_id: int) -> None:
         device_type = runs[0].config.device_type
         self.model, self.pad_id, self.device_type = model, pad_id, device_type
+        for run in runs:
+            match_first_batch(model, run.adapter, run.encoded, run.config, pad_id, is_joint=True)
         self.accelerator = make_accelerator("bf16" if device_type == "cuda" else "no")
         wrapped: nn.Module = self.accelerator.prepare(model)
         if device_type == "cuda":
@@ -289,7 +300,7 @@ class _JointTrainer:
         self.timer.end_phase("data")
         for number in range(max(map(len, batches))):
             taking_part = [(run, own) for run, own in zip(active, batches, strict=True) if number < len(own)]
-            parts = {run.adapter: Part(run.adapter, run.has_router, own[number]) for run, own in taking_part}
+            parts = {run.adapter: Part(run.adapter, run.has_balance_loss, own[number]) for run, own in taking_part}
             runs = {run.adapter: (run, number == len(own) - 1) for run, own in taking_part}
             for chunk in divide_parts([*parts.values()], MAX_JOINT_TOKENS[self.device_type]):
                 losses, mask = self.step(chunk, self.pad_id)

@@ -31,7 +31,7 @@ def grouped_gemm(x_Tn: Tensor, routing: Routing | None, factors: Factors, scalin
         return dense(x_Tn, None, factors, scaling)
     k, S, S_B = routing.top_k, factors.shared_S, factors.S_B
     expert_Tk = routing.experts
-    gate_Tk = routing.probability.gather(1, expert_Tk) * scaling
+    gate_Tk = routing.gate_of(expert_Tk) * scaling
     keys = expert_Tk.flatten().to(torch.int16)  # short keys: a radix sort makes one pass per few bits of the key
     sorted_expert_K, order_K = keys.sort(stable=True)
     inverse_K = torch.empty_like(order_K).scatter_(0, order_K, torch.arange(len(order_K), device=order_K.device))

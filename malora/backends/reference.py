@@ -5,7 +5,6 @@ It is slow and simple; the tests compare all other backends with it.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from malora.factors import Factors
@@ -17,7 +16,7 @@ def reference(x_Tn: Tensor, routing: Routing | None, factors: Factors, scaling: 
 
     See `malora.backends` for arguments and shapes.
     """
-    gate_TN = torch.ones_like(x_Tn[:, :1]) if routing is None else routing.gate
+    gate_TN = x_Tn.new_ones(len(x_Tn), len(factors.expert_up)) if routing is None else routing.gate
     y_Tm = x_Tn.new_zeros(())
     for t, (down_rn, up_rm) in enumerate(zip(factors.down(), factors.up(), strict=True)):
         y_Tm = y_Tm + scaling * gate_TN[:, t : t + 1] * (x_Tn @ down_rn.T @ up_rm)

@@ -73,7 +73,8 @@ def forward_group(adapter: GroupAdapter, x: Tensor) -> list[Tensor]:
         run.end_group()
     ys = [y.view(*x.shape[:-1], y.shape[1]).to(dtype) for y in results[: layout.G]]
     for i, probability in enumerate(results[layout.G :]):  # none without a router
-        routing = Routing(probability.view(*x.shape[:-1], config.num_experts), config.top_k)
+        probability = probability.view(*x.shape[:-1], config.num_experts)
+        routing = Routing(probability, config.top_k, config.renormalize)
         ys[i] = layers[i].record_routing(adapter.adapter, routing, ys[i])
     return ys
 

@@ -77,7 +77,7 @@ def reason_not_fused(layer: FusedLayer, configs: list[MaloraConfig], *, is_shard
     if config.up != "B_t":
         return f"up={config.up!r}"
     if config.down != "A_t" and not config.has_router:
-        return f"one expert with down={config.down!r}"
+        return f"{'one expert' if config.num_experts == 1 else 'uniform gates'} with down={config.down!r}"
     if not (has_triton() if weight.is_cuda else interprets_triton()):
         return f"on {weight.device.type}, with Triton {'' if has_triton() else 'not '}installed"
     return None

@@ -14,19 +14,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from malora.config import MaloraConfig
 from malora.fused.kernels.gate import GateLayout, gate, gate_backward
 
 
-def gate_experts(
-    outputs: list[Tensor], logits: Tensor, top_k: int, scaling: float
-) -> tuple[list[Tensor], list[Tensor]]:
+def gate_experts(outputs: list[Tensor], logits: Tensor, config: MaloraConfig) -> tuple[list[Tensor], list[Tensor]]:
     """Multiply each expert's output by its gate and the scaling.
 
     Args:
         outputs: Outputs of the down projections of each layer, [K, T, N, r].
         logits: Router logits of all layers, [K, T, G·N], in the same dtype.
-        top_k: Experts per token.
-        scaling: Factor of all gates.
+        config: Settings of the adapters. A matched scale is in their weights (`AdapterStack.weights`).
 
     Returns:
         Of each layer the gated outputs, [K, T, H], and the router probabilities, [K, T, N] in float32 or wider.
@@ -35,8 +33,9 @@ def gate_experts(
     N, r = outputs[0].shape[2:]
     H = N * r
     layout = GateLayout(
-        N=N, top_k=top_k, r=r, D=r, z_step=r, z_group=H, l_group=N, logits_at=G * H, has_p=False, scaling=scaling
-    )
+        N=N, top_k=config.top_k, r=r, D=r, z_step=r, z_group=H, l_group=N, logits_at=G * H, has_p=False,
+        scaling=config.unmatched_scaling, renormalize=config.renormalize,
+    )  # fmt: skip
     results = _GateExperts.apply(layout, logits, *(output.flatten(2) for output in outputs))  # type: ignore[no-untyped-call]
     return [*results[:G]], [*results[G:]]
 

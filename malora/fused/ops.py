@@ -286,6 +286,7 @@ def forward_group_traced(
     ys = [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
     if config.has_router:
         for i, probability in enumerate(rest[0].unbind()):
-            routing = Routing(probability.view(*x.shape[:-1], config.num_experts), config.top_k)
+            probability = probability.view(*x.shape[:-1], config.num_experts)
+            routing = Routing(probability, config.top_k, config.renormalize)
             ys[i] = layers[i].record_routing(adapter, routing, ys[i])
     return ys

@@ -62,8 +62,9 @@ class PackedWeights(NamedTuple):
 def layout_sizes(layers: Sequence[FusedLayer], adapter: str) -> list[int]:
     """Return the sizes that decide the layout of an adapter on layers that share their input.
 
-    They are n, N, top_k, r, R, D, 1 if all experts share one subspace, 1 for each kind of KINDS that exists, and the
-    output features of each layer. Plain numbers, because an operation of torch takes no other objects.
+    They are n, N, top_k, r, R, D, 1 if all experts share one subspace, 1 if gates are renormalised, 1 for each kind of
+    KINDS that exists, and the output features of each layer. Plain numbers, because an operation of torch takes no
+    other objects.
     """
     config, f = layers[0].settings[adapter], layers[0].factors(adapter)
     N, r, P, S = config.num_experts, config.r, f.P, f.S
@@ -71,8 +72,8 @@ def layout_sizes(layers: Sequence[FusedLayer], adapter: str) -> list[int]:
     R = N * r if S is None else S.numel() // S.shape[-1]
     is_shared = S is not None and S.dim() == 2
     exists = [config.has_router, f.A is not None, P is not None, S is not None, f.B is not None]
-    sizes = [layers[0].in_features, N, config.top_k, r, R, D, int(is_shared), *(int(found) for found in exists)]
-    return sizes + [layer.out_features for layer in layers]
+    flags = [int(flag) for flag in (is_shared, config.renormalize, *exists)]
+    return [layers[0].in_features, N, config.top_k, r, R, D, *flags] + [layer.out_features for layer in layers]
 
 
 @dataclass(frozen=True)
@@ -110,15 +111,15 @@ class PackedLayout:
     @cache
     def from_sizes(cls, sizes: tuple[int, ...], scaling: float) -> PackedLayout:
         """Lay out weights of the sizes that `layout_sizes` returns."""
-        n, N, top_k, r, R, D, is_shared, *exists = sizes[: 7 + len(KINDS)]
-        out_features = sizes[7 + len(KINDS) :]
+        n, N, top_k, r, R, D, is_shared, renormalize, *exists = sizes[: 8 + len(KINDS)]
+        out_features = sizes[8 + len(KINDS) :]
         kinds = tuple(kind for kind, found in zip(KINDS, exists, strict=True) if found)
         G, has_router = len(out_features), "router" in kinds
         true_sizes = (R, N * has_router, N * r, D)
         R8, N8, H8, D8 = padded = tuple(round_up(size, 8) for size in true_sizes)
         gate = GateLayout(
             N=N, top_k=top_k, r=r, D=D, z_step=0 if is_shared else D, z_group=R8, l_group=N8, logits_at=G * R8,
-            has_p="P" in kinds, scaling=scaling,
+            has_p="P" in kinds, scaling=scaling, renormalize=bool(renormalize),
         )  # fmt: skip
         return cls(
             G=G, n=n, out_features=out_features, kinds=kinds, gate=gate, H8=H8, D8=D8, has_router=has_router,

@@ -78,11 +78,11 @@ def forward_stacked_group(
     N, r, H = config.num_experts, config.r, config.num_experts * config.r
     gating = GateLayout(
         N=N, top_k=config.top_k, r=r, D=r, z_step=r, z_group=H, l_group=N, logits_at=G * H, has_p=False,
-        scaling=config.scaling,
+        scaling=config.unmatched_scaling, renormalize=config.renormalize,
     )  # fmt: skip
     has_P = weights.factors[0].P is not None
     p = config.lora_dropout if layers[0].training else 0.0
-    sizes = _Sizes(G, N, H, weights.router is not None, has_P, p, config.scaling, gating)
+    sizes = _Sizes(G, N, H, weights.router is not None, has_P, p, config.unmatched_scaling, gating)
     seed = draw_seed(x.device) if p > 0 else None
     bases = [tensor for layer in layers for tensor in (layer.base_layer.weight, layer.base_layer.bias)]
     adapters = [tensor for factors in weights.factors for tensor in (factors.P, factors.B)]

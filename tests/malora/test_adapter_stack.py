@@ -13,7 +13,15 @@ from malora.load_balancing import has_router
 from tests.conftest import make_model
 from tests.malora.test_methods import randomise
 
-METHODS_TO_STACK = ("asylora", "molora", "malora", "malora-fixed-s", "malora-unshared-s", "malora-decomposed-b")
+METHODS_TO_STACK = (
+    "asylora",
+    "molora",
+    "malora",
+    "malora-fixed-s",
+    "malora-unshared-s",
+    "malora-decomposed-b",
+    "molora-renormalized",
+)
 NAMES = ["a", "b", "c"]
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

@@ -54,3 +54,39 @@ def test_configs_saved_before_the_note_still_load(tmp_path):
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "requires"}))
     assert PeftConfig.from_pretrained(tmp_path).r == config.r
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"gating": "sofmax"}, "gating='sofmax' is unknown; choose one of 'softmax', 'uniform'"),
+    ({"gating": "uniform"}, "uses all experts, not top_k=2; set top_k=8"),
+    ({"gating": "uniform", "top_k": 1, "num_experts": 1}, "no effect with one expert"),
+    ({"gating": "uniform", "top_k": 8, "freeze": ["router"]}, r"freeze=\['router'\] has no effect"),
+    ({"gating": "uniform", "top_k": 8, "router_aux_loss_coef": 0.1}, "uniform gates, which has no router"),
+    ({"gating": "uniform", "top_k": 8, "match_scale": True}, "match_scale=True has no effect"),
+    ({"top_k": 8, "renormalize": True}, "renormalize=True has no effect"),
+    ({"renormalize": True, "match_scale": True}, "match_scale=True has no effect"),
+    ({"renormalize": "yes"}, "must be True or False"),
+    ({"mean_gate_sum": 0.3}, "needs match_scale=True"),
+    ({"mean_gate_sum": 0, "match_scale": True}, "must be a positive number"),
+])  # fmt: skip
+def test_gates_that_cannot_be_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        MaloraConfig(**PER_EXPERT, **options)
+
+
+def test_methods_with_uniform_gates_have_no_balance_loss():
+    config = METHODS["molora"](gating="uniform", top_k=8)
+    assert (config.router_aux_loss_coef, config.has_router, config.scaling) == (0, False, 2 / 8)
+
+
+def test_configs_saved_before_other_gates_still_load(tmp_path):
+    config = METHODS["malora"]()
+    config.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    new = {"gating", "renormalize", "match_scale", "mean_gate_sum"}
+    saved = json.loads(file.read_text())
+    assert new <= saved.keys()
+    file.write_text(json.dumps({k: v for k, v in saved.items() if k not in new}))
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    loaded.inference_mode = config.inference_mode
+    assert loaded == config

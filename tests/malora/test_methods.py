@@ -34,6 +34,8 @@ TRAINED = {
     "malora-unshared-s": {"malora_router", "malora_S", "malora_P", "malora_B"},
     "malora-frozen-p": {"malora_router", "malora_S", "malora_B"},
     "malora-decomposed-b": {"malora_router", "malora_A", "malora_Q", "malora_S_B"},
+    "molora-renormalized": {"malora_router", "malora_A", "malora_B"},
+    "malora-renormalized": {"malora_router", "malora_S", "malora_P", "malora_B"},
 }
 
 

@@ -3,7 +3,8 @@
 Forward, for each token and projection:
 
     probability = softmax(logits)
-    gate_t      = scaling · probability_t · [t is among the k most probable experts]
+    chosen_t    = [t is among the k most probable experts]
+    gate_t      = scaling · probability_t · chosen_t, over Σ probability ⊙ chosen if renormalised
     h_t         = gate_t · P_t z
 
 Backward, from dh and dprobability:
@@ -11,7 +12,8 @@ Backward, from dh and dprobability:
     gated_dh_t   = gate_t · dh_t
     dz           = Σ_t P_tᵀ gated_dh_t
     dgate_t      = scaling · dh_tᵀ (P_t z)
-    dprobability += dgate ⊙ [chosen]
+    dprobability += dgate ⊙ chosen, or if renormalised
+                    (dgate - Σ gate ⊙ dgate / scaling) ⊙ chosen / Σ probability ⊙ chosen
     dlogits      = probability ⊙ (dprobability - Σ probability ⊙ dprobability)
 
 (dP = gated_dhᵀ z is computed by `down_backward.py`.) Three layouts of z share the kernels: all experts read one z
@@ -109,6 +111,15 @@ def _top_k_mask(probability, experts, N: tl.constexpr, K: tl.constexpr, PAD_N: t
 
 
 @triton.jit
+def _gates(probability, chosen, RENORMALIZE: tl.constexpr):
+    """Return the gates without the scaling. Their sum over the experts is 1 if they are renormalised."""
+    gates = probability * chosen
+    if RENORMALIZE:
+        gates = gates / tl.sum(gates, 1)[:, None]
+    return gates
+
+
+@triton.jit
 def _gate_of_columns(gate, experts, columns, first, R: tl.constexpr, E_STEP: tl.constexpr):
     """Return each column's gate, [BLOCK_T, PAD_H].
 
@@ -142,10 +153,10 @@ def _load_P(
 @triton.jit
 def _gate_kernel(
     down_out_ptr, splits_ptr, p_ptr, h_ptr, probability_ptr, T, down_out_stride, split_stride, h_stride, h_group_stride,
-    p_group_stride, p_row_stride, SPLITS: tl.constexpr, SCALING: tl.constexpr, Z_GROUP: tl.constexpr,
-    L_GROUP: tl.constexpr, LOGITS_AT: tl.constexpr, Z_STEP: tl.constexpr, HAS_P: tl.constexpr, N: tl.constexpr,
-    K: tl.constexpr, R: tl.constexpr, D: tl.constexpr, E_STEP: tl.constexpr, PAD_N: tl.constexpr, PAD_H: tl.constexpr,
-    PAD_D: tl.constexpr, ACC: tl.constexpr, BLOCK_T: tl.constexpr,
+    p_group_stride, p_row_stride, SPLITS: tl.constexpr, SCALING: tl.constexpr, RENORMALIZE: tl.constexpr,
+    Z_GROUP: tl.constexpr, L_GROUP: tl.constexpr, LOGITS_AT: tl.constexpr, Z_STEP: tl.constexpr, HAS_P: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, D: tl.constexpr, E_STEP: tl.constexpr, PAD_N: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_D: tl.constexpr, ACC: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Write h and probability of a tile of tokens.
 
@@ -164,7 +175,7 @@ def _gate_kernel(
     logits = _load_or_sum(down_out_ptr, splits_ptr, l_offsets, l_mask, split_stride, SPLITS)
     probability = _softmax(logits, experts, N, ACC)
     tl.store(probability_ptr + (group * T + tokens[:, None]) * N + experts[None, :], probability, mask=l_mask)
-    gate = probability * _top_k_mask(probability, experts, N, K, PAD_N) * SCALING
+    gate = _gates(probability, _top_k_mask(probability, experts, N, K, PAD_N), RENORMALIZE) * SCALING
     if HAS_P and Z_STEP == 0:  # all experts read the same z
         z_mask = t_mask & (subspace < D)[None, :]
         z = _load_or_sum(down_out_ptr, splits_ptr, z_offsets + subspace[None, :], z_mask, split_stride, SPLITS)
@@ -189,9 +200,10 @@ def _gate_kernel(
 def _gate_backward_kernel(
     down_out_ptr, p_ptr, dh_ptr, dprobability_ptr, d_down_out_ptr, gated_dh_ptr, T, down_out_stride, d_down_out_stride,
     gated_dh_stride, h_stride, h_group_stride, p_group_stride, p_row_stride, HAS_DPROBABILITY: tl.constexpr,
-    SCALING: tl.constexpr, Z_GROUP: tl.constexpr, L_GROUP: tl.constexpr, LOGITS_AT: tl.constexpr, Z_STEP: tl.constexpr,
-    HAS_P: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, D: tl.constexpr, E_STEP: tl.constexpr,
-    PAD_N: tl.constexpr, PAD_H: tl.constexpr, PAD_D: tl.constexpr, ACC: tl.constexpr, BLOCK_T: tl.constexpr,
+    SCALING: tl.constexpr, RENORMALIZE: tl.constexpr, Z_GROUP: tl.constexpr, L_GROUP: tl.constexpr,
+    LOGITS_AT: tl.constexpr, Z_STEP: tl.constexpr, HAS_P: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    R: tl.constexpr, D: tl.constexpr, E_STEP: tl.constexpr, PAD_N: tl.constexpr, PAD_H: tl.constexpr,
+    PAD_D: tl.constexpr, ACC: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Write d_down_out and gated_dh of a tile of tokens.
 
@@ -211,7 +223,8 @@ def _gate_backward_kernel(
     logits = tl.load(down_out_ptr + tokens[:, None] * down_out_stride + l_columns, mask=l_mask, other=0.0)
     probability = _softmax(logits, experts, N, ACC)
     chosen = _top_k_mask(probability, experts, N, K, PAD_N)
-    gate = probability * chosen * SCALING
+    unscaled_gate = _gates(probability, chosen, RENORMALIZE)
+    gate = unscaled_gate * SCALING
     dgate = tl.zeros_like(probability)
     if HAS_P and Z_STEP == 0:
         z = tl.load(z_ptr + subspace[None, :], mask=t_mask & (subspace < D)[None, :], other=0.0)
@@ -246,6 +259,8 @@ def _gate_backward_kernel(
             tl.store(dz_ptr + first * R + columns[None, :], gated_dh, mask=h_mask)
     if HAS_P and Z_STEP == 0:  # columns that pad D to Z_GROUP are written too: zeros
         tl.store(dz_ptr + subspace[None, :], dz, mask=t_mask & (subspace < Z_GROUP)[None, :])
+    if RENORMALIZE:
+        dgate = (dgate - tl.sum(unscaled_gate * dgate, 1)[:, None]) / tl.sum(probability * chosen, 1)[:, None]
     dprobability = dgate * chosen
     if HAS_DPROBABILITY:
         dprobability_ptr += (group * T + tokens[:, None]) * N
@@ -273,6 +288,7 @@ class GateLayout:
         logits_at: First column of the logits.
         has_p: Whether there is a P.
         scaling: Factor of the gates, LoRA's alpha / r.
+        renormalize: Whether the gates of a token are divided by their sum.
     """
 
     N: int
@@ -285,6 +301,7 @@ class GateLayout:
     logits_at: int
     has_p: bool
     scaling: float
+    renormalize: bool = False
 
     @cache  # noqa: B019 - layouts are kept by `PackedLayout.from_sizes`, too
     def constants(self, dtype: torch.dtype, step_columns: int = MAX_STEP_COLUMNS) -> dict[str, Any]:
@@ -297,7 +314,7 @@ class GateLayout:
         steps = cdiv(self.N, max(1, step_columns // self.r))
         e_step = cdiv(self.N, steps)  # equal steps: of eight experts four and four, not five and three
         return {
-            "SCALING": self.scaling, "Z_GROUP": self.z_group, "L_GROUP": self.l_group,
+            "SCALING": self.scaling, "RENORMALIZE": self.renormalize, "Z_GROUP": self.z_group, "L_GROUP": self.l_group,
             "LOGITS_AT": self.logits_at, "Z_STEP": self.z_step, "HAS_P": self.has_p,
             "N": self.N, "K": self.top_k, "R": self.r, "D": self.D,
             "E_STEP": e_step, "PAD_N": next_power_of_2(self.N), "PAD_H": tile_size(e_step * self.r),

@@ -39,7 +39,7 @@ def plan(setting, *runs):
 
 DIFFERENT: tuple[Any, ...] = (
     ("lora", 0, 1e-2, {}),
-    ("malora", 1, 3e-3, {}),
+    ("malora", 1, 3e-3, {"match_scale": True}),
     ("molora", 0, 1e-2, {"r": 3, "top_k": 1}),
 )
 

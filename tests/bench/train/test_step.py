@@ -9,7 +9,7 @@ from peft import get_peft_model
 import malora
 from bench.train.batching import Encoded, collate
 from bench.train.fixed_shapes import FixedShapes
-from bench.train.step import TrainStep
+from bench.train.step import TrainStep, has_balance_loss
 from tests.bench.base_types import ALL, make_base
 from tests.conftest import SHAPES, make_model
 
@@ -161,3 +161,14 @@ def test_the_balance_loss_is_added_once():
         )
         assert [loss.item() for loss in losses] == [loss.item() for loss in expected]
         assert all(torch.equal(gradient, without[name]) for name, gradient in gradients.items())
+
+
+def test_a_frozen_router_has_no_balance_loss():
+    """It would change nothing but the tokens that reach the router."""
+    for method in ("molora", "molora-renormalized"):
+        _, (loss, balance), gradients = run_step(method=method, freeze=["router"], balance=10.0)
+        _, (plain, _), expected = run_step(method=method, freeze=["router"], balance=0.0)
+        assert balance == 0 and loss == plain and expected.keys() == gradients.keys()
+        assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
+        model, (_, balance), _ = run_step(method=method, balance=10.0)
+        assert balance > 0.5 and has_balance_loss(model, "default") and not has_balance_loss(model, "other")

@@ -134,6 +134,14 @@ def test_agrees_on_odd_numbers_of_tokens(shape, backend):
 
 
 @others
+@pytest.mark.parametrize("method", ["molora", "malora"])
+def test_uniform_gates_agree_with_the_reference(method, backend):
+    made = layer(METHODS[method](gating="uniform", top_k=8, lora_dropout=0.3))
+    assert made.router("default") is None
+    assert_agrees(made, backend, torch.randn(3, 11, 72, dtype=torch.float64))
+
+
+@others
 @pytest.mark.parametrize(
     "options",
     [
@@ -211,17 +219,28 @@ def test_16_bits_are_near_float64(backend):
     assert (rough - exact).norm() / exact.norm() < 2e-2
 
 
-def test_backends_compute_the_equations_of_the_paper():
-    """Equations 1 and 4 to 7 for one token, element by element."""
-    config = METHODS["malora"](num_experts=3, top_k=2, r=2, d=4, lora_alpha=6, lora_dropout=0.0)
+GATES = {
+    "the paper's": ({"top_k": 2}, lambda p, chosen: p),
+    "renormalised": ({"top_k": 2, "renormalize": True}, lambda p, chosen: p / p[chosen].sum()),
+    "dense": ({"top_k": 3}, lambda p, chosen: p),
+    "uniform": ({"top_k": 3, "gating": "uniform"}, lambda p, chosen: torch.full_like(p, 1 / 3)),
+}
+
+
+@pytest.mark.parametrize("options, gates", GATES.values(), ids=GATES)
+def test_backends_compute_the_equations_of_the_paper(options, gates):
+    """Equations 1 and 4 to 7 for one token, element by element; and other gates than the paper's."""
+    config = METHODS["malora"](num_experts=3, r=2, d=4, lora_alpha=6, lora_dropout=0.0, **options)
     made = layer(config, n=5, m=3)
     x = torch.randn(5, dtype=torch.float64)
     W, b = made.base_layer.weight, made.base_layer.bias
-    router, S, P, B = (made.get_parameter(f"malora_{name}.default") for name in ("router", "S", "P", "B"))
+    S, P, B = (made.get_parameter(f"malora_{name}.default") for name in ("S", "P", "B"))
+    router = made.router("default") if config.has_router else torch.zeros(3, 5, dtype=torch.float64)
     p = torch.exp(router @ x) / torch.exp(router @ x).sum()
     y = W @ x + b
-    for t in p.argsort(descending=True)[:2]:
-        y = y + 6 / 2 * p[t] * (B[t].T @ (P[t] @ (S @ x)))
+    chosen = p.argsort(descending=True)[: config.top_k]
+    for t in chosen:
+        y = y + 6 / 2 * gates(p, chosen)[t] * (B[t].T @ (P[t] @ (S @ x)))
     for backend in EXACT:
         made.settings["default"].backend = backend
         torch.testing.assert_close(made(x[None, None])[0, 0], y, rtol=1e-12, atol=1e-12)

@@ -5,6 +5,7 @@ import torch
 from peft import get_peft_model
 
 from malora import METHODS
+from malora.fused.eligibility import reason_not_fused
 from tests.conftest import make_model
 
 pytest.importorskip("triton")
@@ -50,6 +51,14 @@ def test_a_backward_hook_on_the_frozen_layer_runs(ids):
     layer.base_layer.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0].shape))
     model(input_ids=ids, labels=ids).loss.backward()
     assert seen == [(*ids.shape, layer.out_features)]
+
+
+def test_uniform_gates_over_a_subspace_are_no_work_for_the_kernels():
+    for method, reason in {"molora": None, "malora": "uniform gates with down='P_t S'"}.items():
+        config = METHODS[method](backend="fused", gating="uniform", top_k=8)
+        layer = get_peft_model(make_model(), config).base_model.malora_layers[0]
+        found = reason_not_fused(layer, [config], is_sharded=False)
+        assert found == reason or (reason is None and found and "Triton" in found)
 
 
 def test_a_removed_hook_gives_the_fused_path_back():

@@ -3,6 +3,8 @@
 Covered are split sums that they add, missing gradients, and padding that they leave untouched.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -31,6 +33,8 @@ LAYOUTS = {
     "molora": make_layout(8, 8, 8, 8, False),
     "odd malora": make_layout(3, 5, 7, 0, True),
     "odd molora": make_layout(3, 5, 5, 5, False),
+    "renormalised malora": replace(make_layout(3, 5, 7, 0, True), renormalize=True),
+    "renormalised molora": replace(make_layout(3, 5, 5, 5, False), renormalize=True),
 }
 all_layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES)
@@ -125,7 +129,10 @@ def test_outputs_and_gradients_equal_those_of_autograd(layout):
     size = layout.N * layout.D if layout.z_step else layout.D
     expert_z = z[..., :size].reshape(G, T, -1, layout.D).expand(G, T, layout.N, layout.D)
     expert_out = torch.einsum("gtnd,gnrd->gtnr", expert_z, P[..., : layout.D]) if layout.has_p else expert_z
-    expected_h = (expert_out * (probability * chosen * layout.scaling)[..., None]).flatten(2)
+    gates = probability * chosen
+    if layout.renormalize:
+        gates = gates / gates.sum(-1, keepdim=True)
+    expected_h = (expert_out * (gates * layout.scaling)[..., None]).flatten(2)
     H = expected_h.shape[2]
     ((expected_h * dh[..., :H]).sum() + (probability * dprobability).sum()).backward()
     d_down_out = torch.zeros_like(down_out)
