@@ -109,6 +109,6 @@ def _report(options: argparse.Namespace) -> int:
     cells = read_cells(options.out)
     for name in (options.first, options.second):
         if name not in cells[0].students:
-            raise UserError(f"the cells have no {unknown_name('student', name, cells[0].students)}.")
+            raise UserError(f"{options.out}: {unknown_name('student', name, cells[0].students)}")
     print(report(cells, options.first, options.second))
     return 0

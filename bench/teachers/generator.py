@@ -131,7 +131,8 @@ def make_teacher(shape: Shape, rho_down: float, rho_up: float, seed: int) -> Tea
 
 def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     """Draw a matrix with orthonormal columns, float64."""
-    return torch.linalg.qr(torch.randn(rows, columns, dtype=torch.float64, generator=generator)).Q
+    columns_Q: Tensor = torch.linalg.qr(torch.randn(rows, columns, dtype=torch.float64, generator=generator)).Q
+    return columns_Q
 
 
 def _blend(bases: Tensor, shape: Shape, rho: float, generator: torch.Generator) -> Tensor:
@@ -150,7 +151,8 @@ def principal_cosines(spaces_Trn: Tensor) -> Tensor:
         spaces_Trn: Matrices with orthonormal rows.
     """
     first, second = torch.triu_indices(len(spaces_Trn), len(spaces_Trn), offset=1)
-    return torch.linalg.svdvals(spaces_Trn[first] @ spaces_Trn[second].mT)
+    cosines: Tensor = torch.linalg.svdvals(spaces_Trn[first] @ spaces_Trn[second].mT)
+    return cosines
 
 
 def cosine_error(teacher: Teacher) -> float:
@@ -165,7 +167,7 @@ def shared_energy(teacher: Teacher, d: int) -> float:
     For d = r and T tasks it is (1 + (T - 1) ρ) / T.
     """
     energy = torch.linalg.svdvals(teacher.down_Trn.flatten(0, 1)).square()
-    return (energy[:d].sum() / energy.sum()).item()
+    return float(energy[:d].sum() / energy.sum())
 
 
 @dataclass(frozen=True)
@@ -202,5 +204,10 @@ def draw_samples(teacher: Teacher, samples: int, seed: int, stream: int = TRAINI
 
 def residuals(teacher: Teacher, samples: Samples) -> Tensor:
     """Compute y - W x = ΔW*_t x + σ ε of each sample, [T·N, m], float64."""
-    x_TNn = samples.x_Xn.double().unflatten(0, (teacher.shape.tasks, -1))
+    x_TNn = by_task(samples, teacher)
     return (x_TNn @ teacher.delta().mT).flatten(0, 1) + samples.noise_Xm
+
+
+def by_task(samples: Samples, teacher: Teacher) -> Tensor:
+    """Return the inputs of each task, [T, N, n], float64."""
+    return torch.unflatten(samples.x_Xn.double(), 0, (teacher.shape.tasks, -1))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.errors import UserError
-from bench.teachers.generator import Samples, Shape, Teacher, cosine_error, residuals
+from bench.teachers.generator import Samples, Shape, Teacher, by_task, cosine_error, residuals
 
 MAX_COSINE_ERROR = 1e-6  # the protocol's
 # The sum over m·r ≥ 1,000 squared normal estimates is within a few percent of its expectation.
@@ -35,8 +35,8 @@ def per_task_estimate(teacher: Teacher, samples: Samples) -> Tensor:
     projected to the r leading directions of its fitted outputs (Izenman 1975).
     """
     found = []
-    y_TNm = residuals(teacher, samples).unflatten(0, (teacher.shape.tasks, -1))
-    for x, y in zip(_by_task(samples, teacher), y_TNm, strict=True):
+    y_TNm = torch.unflatten(residuals(teacher, samples), 0, (teacher.shape.tasks, -1))
+    for x, y in zip(by_task(samples, teacher), y_TNm, strict=True):
         weights_nm = _least_squares(x, y)
         fitted = x @ weights_nm
         leading = torch.linalg.eigh(fitted.T @ fitted).eigenvectors[:, -teacher.shape.r :]
@@ -44,20 +44,26 @@ def per_task_estimate(teacher: Teacher, samples: Samples) -> Tensor:
     return torch.stack(found)
 
 
-def shared_estimate(teacher: Teacher, samples: Samples, d: int) -> Tensor:
+def shared_estimate(teacher: Teacher, samples: Samples, d: int, own_Tmn: Tensor | None = None) -> Tensor:
     """Fit all tasks with one space of d inputs, and return the matrices, [T, m, n].
 
     The space has the d leading input directions of the tasks' own estimates, taken together. The up projections are
     then fitted again by least squares.
+
+    Args:
+        teacher: The teacher.
+        samples: Its samples.
+        d: Dimensions of the shared space.
+        own_Tmn: The tasks' own estimates, if they are known.
     """
-    own = per_task_estimate(teacher, samples)
-    S_dn = torch.linalg.svd(own.flatten(0, 1), full_matrices=False).Vh[:d]
+    own = per_task_estimate(teacher, samples) if own_Tmn is None else own_Tmn
+    S_dn: Tensor = torch.linalg.svd(own.flatten(0, 1), full_matrices=False).Vh[:d]
     return _fit_up(S_dn.expand(teacher.shape.tasks, -1, -1), teacher, samples) @ S_dn
 
 
 def known_shared_estimate(teacher: Teacher, samples: Samples, d: int) -> Tensor:
     """Fit the up projections on the teachers' best shared space of d inputs, [T, m, n]."""
-    S_dn = torch.linalg.svd(teacher.delta().flatten(0, 1), full_matrices=False).Vh[:d]
+    S_dn: Tensor = torch.linalg.svd(teacher.delta().flatten(0, 1), full_matrices=False).Vh[:d]
     return _fit_up(S_dn.expand(teacher.shape.tasks, -1, -1), teacher, samples) @ S_dn
 
 
@@ -112,19 +118,20 @@ def check_teacher(teacher: Teacher, samples: Samples) -> dict[str, float]:
             f"the closed-form solution has the error {reached:.4f}, and {expected:.4f} is expected with {count} "
             f"samples per task and the noise floor {shape.noise_floor}; samples and teacher do not belong together."
         )
+    own = per_task_estimate(teacher, samples)
     return {
         "cosine_error": off,
         "known_down": reached,
-        "per_task": relative_error(teacher, per_task_estimate(teacher, samples)),
-        "shared": relative_error(teacher, shared_estimate(teacher, samples, shape.r)),
+        "per_task": relative_error(teacher, own),
+        "shared": relative_error(teacher, shared_estimate(teacher, samples, shape.r, own)),
         "known_shared": relative_error(teacher, known_shared_estimate(teacher, samples, shape.r)),
     }
 
 
 def _fit_up(down_Tdn: Tensor, teacher: Teacher, samples: Samples) -> Tensor:
     """Fit the residuals by least squares on D_t x, and return the up projections [T, m, d]."""
-    y_TNm = residuals(teacher, samples).unflatten(0, (teacher.shape.tasks, -1))
-    z_TNd = _by_task(samples, teacher) @ down_Tdn.mT
+    y_TNm = torch.unflatten(residuals(teacher, samples), 0, (teacher.shape.tasks, -1))
+    z_TNd = by_task(samples, teacher) @ down_Tdn.mT
     return torch.stack([_least_squares(z, y).T for z, y in zip(z_TNd, y_TNm, strict=True)])
 
 
@@ -133,8 +140,3 @@ def _least_squares(x_Nn: Tensor, y_Nm: Tensor) -> Tensor:
     if len(x_Nn) < x_Nn.shape[1]:
         return x_Nn.T @ torch.cholesky_solve(y_Nm, torch.linalg.cholesky(x_Nn @ x_Nn.T))
     return torch.cholesky_solve(x_Nn.T @ y_Nm, torch.linalg.cholesky(x_Nn.T @ x_Nn))
-
-
-def _by_task(samples: Samples, teacher: Teacher) -> Tensor:
-    """Return the inputs of each task, [T, N, n], float64."""
-    return samples.x_Xn.double().unflatten(0, (teacher.shape.tasks, -1))

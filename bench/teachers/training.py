@@ -118,10 +118,9 @@ def train(
         settings: How to train.
     """
     shape, device, seed_of_K = members.shape, members.device, members.seed_of_K
-    own_seeds = [seeds[s] for s in seed_of_K.tolist()]
     weights = {
-        name: weight.detach().to(device).requires_grad_(weight.requires_grad)
-        for name, weight in start_weights(config, shape.n, shape.m, own_seeds).items()
+        name: weight.detach().to(device)[seed_of_K].requires_grad_(weight.requires_grad)
+        for name, weight in start_weights(config, shape.n, shape.m, seeds).items()
     }
     trained = [weight for weight in weights.values() if weight.requires_grad]
     optimizer, views = _optimizer(trained, rates, settings)
