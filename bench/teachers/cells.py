@@ -43,12 +43,14 @@ class Grid:
     Attributes:
         tasks: Numbers of tasks, T.
         samples: Numbers of samples per task, N.
-        rhos: Values of each dial.
+        rhos_down: Values of the down projections' dial.
+        rhos_up: Values of the up projections' dial.
     """
 
     tasks: Sequence[int] = (2, 4, 8, 16)
     samples: Sequence[int] = (256, 512, 1024, 2048, 4096)
-    rhos: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    rhos_down: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    rhos_up: Sequence[float] = rhos_down
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ def run_cells(
         [teacher for of_cell in teachers for teacher in of_cell], list(range(len(seeds))) * len(dials), device
     )
     data = SeedData(by_seed, device)
+    del by_seed  # a copy of the data, which may have gigabytes
     fresh = SeedData.draw(teachers[0], settings.fresh, seeds, TEST, device)
     results: list[dict[str, StudentResult]] = [{} for _ in dials]
     for name, rate in rates.items():
@@ -205,7 +208,7 @@ def run_grid(
     for tasks, samples in ((T, N) for T in grid.tasks for N in grid.samples):
         paths = {
             (down, up): records.cell_path(folder, tasks, samples, down, up)
-            for up, down in product(grid.rhos, grid.rhos)
+            for up, down in product(grid.rhos_up, grid.rhos_down)
         }
         missing = [dials for dials, path in paths.items() if records.read(path, TeacherCell, wanted) is None]
         if not missing:

@@ -15,8 +15,9 @@ from collections.abc import Callable
 
 import torch
 
-from bench.command_line import Parser, folder, positive, require_folder, seed_number, short
+from bench.command_line import MAX_COUNT, Parser, folder, positive, require_folder, short
 from bench.errors import UserError, unknown_name
+from bench.experiments.profiles import TUNING_SEED
 from bench.records.teacher_cells import FOLDER, read_cells
 from bench.report.teachers import report
 from bench.teachers.cells import CellSettings, Grid, run_grid
@@ -48,11 +49,16 @@ def make_parser() -> Parser:
     shape, training, grid, cells = Shape(tasks=2), TrainingSettings(), Grid(), CellSettings()
     run.add_argument("--tasks", type=_some(positive), default=grid.tasks, metavar="T,...", help="numbers of tasks")
     run.add_argument("--samples", type=_some(positive), default=grid.samples, metavar="N,...", help="samples per task")
-    run.add_argument("--rho", type=_some(_cosine), default=grid.rhos, metavar="RHO,...", help="values of both dials")
-    run.add_argument("--seeds", type=_some(seed_number), default=cells.seeds, metavar="SEED,...", help="seeds")
+    run.add_argument(
+        "--rho", type=_some(_share), default=grid.rhos_down, metavar="RHO,...", help="cosines between down projections"
+    )
+    run.add_argument(
+        "--rho-up", type=_some(_share), default=grid.rhos_up, metavar="RHO,...", help="cosines between up projections"
+    )
+    run.add_argument("--seeds", type=_some(_seed), default=cells.seeds, metavar="SEED,...", help="seeds")
     run.add_argument("--students", type=_some(_student), default=cells.students, metavar="A,B", help="methods")
-    run.add_argument("--explained", type=_cosine, default=shape.explained, help="teacher's share of the variance")
-    run.add_argument("--separation", type=float, default=shape.separation, help="norm of each task's mean input")
+    run.add_argument("--explained", type=_share, default=shape.explained, help="teacher's share of the variance")
+    run.add_argument("--separation", type=_norm, default=shape.separation, help="norm of each task's mean input")
     run.add_argument("--steps", type=positive, default=training.steps, help="optimizer steps")
     run.add_argument("--batch", type=positive, default=training.batch, help="samples per batch")
     run.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
@@ -67,18 +73,44 @@ def make_parser() -> Parser:
 
 
 def _some(kind: Callable[[str], object]) -> Callable[[str], tuple[object, ...]]:
-    """Return an argument type for values with commas between them."""
-    return lambda value: tuple(kind(one) for one in value.split(","))
+    """Return an argument type for different values with commas between them."""
+
+    def parse(value: str) -> tuple[object, ...]:
+        values = tuple(kind(one) for one in value.split(","))
+        if len(set(values)) < len(values):
+            raise argparse.ArgumentTypeError(f"{short(value)} has a value twice; give each once")
+        return values
+
+    return parse
 
 
-def _cosine(value: str) -> float:
+def _share(value: str) -> float:
+    return _number(value, 1)
+
+
+def _norm(value: str) -> float:
+    return _number(value, 1000)  # float32 inputs keep three digits of their unit variance
+
+
+def _number(value: str, highest: float) -> float:
     try:
         number = float(value)
     except ValueError:
         number = -1.0
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{short(value)} must be from 0 to 1")
+    if not 0 <= number <= highest:
+        raise argparse.ArgumentTypeError(f"{short(value)} must be from 0 to {highest:g}")
     return number
+
+
+def _seed(value: str) -> int:
+    seed = int(value) if value.isdecimal() and len(value) <= len(str(MAX_COUNT)) else -1
+    if not 0 <= seed <= MAX_COUNT:
+        raise argparse.ArgumentTypeError(f"{short(value)} is not a whole number from 0 to {MAX_COUNT:,}")
+    if seed == TUNING_SEED:
+        raise argparse.ArgumentTypeError(
+            f"{seed} is the seed of the learning rates, which is not reported; take another"
+        )
+    return seed
 
 
 def _student(value: str) -> str:
@@ -99,9 +131,9 @@ def _run(options: argparse.Namespace) -> int:
     )
     for tasks in options.tasks:
         settings.shape(tasks)  # refuses what cannot be made before anything is trained
-    grid = Grid(options.tasks, options.samples, options.rho)
+    grid = Grid(options.tasks, options.samples, options.rho, options.rho_up)
     done = run_grid(settings, grid, options.out, torch.device(options.device), options.together)
-    print(f"{done} cells written to {options.out}")
+    print(f"cells written to {options.out}: {done}")
     return 0
 
 

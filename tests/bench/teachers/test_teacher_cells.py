@@ -9,7 +9,21 @@ from bench.records.teacher_cells import TeacherRates, cell_path, rates_path, rea
 from bench.teachers.cells import choose_rate
 from bench.teachers.cli import main
 
-CELL = ["run", "--tasks", "2", "--samples", "32", "--rho", "0,1", "--seeds", "0,1", "--students", "molora,malora-d16"]
+CELL = [
+    "run",
+    "--tasks",
+    "2",
+    "--samples",
+    "32",
+    "--rho",
+    "0,1",
+    "--rho-up",
+    "0,1",
+    "--seeds",
+    "0,1",
+    "--students",
+    "molora,malora-d16",
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +53,7 @@ def test_a_second_run_adds_only_what_is_missing(made, folder, capsys):
     missing = cell_path(folder, 2, 32, 1.0, 0.0)
     missing.unlink()
     assert main([*CELL, "--steps", "2", "--batch", "4", "--out", str(folder)]) == 0
-    assert "1 cells written" in capsys.readouterr().out
+    assert ": 1\n" in capsys.readouterr().out
     again = json.loads(missing.read_bytes())
     before = json.loads(made[missing.name])
     # Trained by itself now, and not with three other cells: other dropout masks, same data.
@@ -68,6 +82,22 @@ def test_errors_name_what_to_do(tmp_path, capsys):
     (tmp_path / "cell-T2-N32-down0-up0.json").write_text("{}", encoding="utf-8")
     assert main(["report", "--out", str(tmp_path)]) == 2
     assert "is not a record of teachers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--seeds 0,99", "99 is the seed of the learning rates"),
+        ("--seeds 1,1", "has a value twice"),
+        ("--rho 1.5", "must be from 0 to 1"),
+        ("--separation nan", "must be from 0 to 1000"),
+        ("--students molora,malora", "unknown student 'malora'"),
+    ],
+)
+def test_bad_values_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["run", *arguments.split()])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_rate_is_the_one_that_the_protocols_search_finds():
