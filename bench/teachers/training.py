@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
-from bench.teachers.generator import ORDER, TRAINING, Samples, Shape, Teacher, draw_samples, random_numbers
+from bench.teachers.generator import ORDER, Samples, Shape, Teacher, draw_samples, random_numbers
 from bench.teachers.students import Weights, predict, start_weights
 from malora import MaloraConfig
 from malora.routing import top_k_mask
@@ -224,6 +224,3 @@ def _clip_by_member(gradients: Sequence[Tensor], max_norm: float) -> None:
     scale_K = (max_norm / (norm_K + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         gradient.mul_(scale_K.view(-1, *[1] * (gradient.dim() - 1)))
-
-
-__all__ = ["TRAINING", "Members", "SeedData", "TrainingSettings", "errors", "train"]
