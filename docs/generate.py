@@ -55,6 +55,7 @@ def _command_lines() -> str:
     from bench.cli.parser import make_parser
     from bench.regress import cli as regress_cli
     from bench.speed import cli as speed_cli
+    from bench.teachers import cli as teachers_cli
 
     bench = make_parser()
     lines = [
@@ -70,8 +71,13 @@ def _command_lines() -> str:
         if isinstance(action, argparse._SubParsersAction):
             for parser in action.choices.values():
                 lines += [f"### {parser.prog}", parser.text, _example(parser), _options(parser)]
-    for other in (speed_cli.make_parser(), regress_cli.make_parser()):
+    for other in (speed_cli.make_parser(), regress_cli.make_parser(), teachers_cli.make_parser()):
         lines += [f"## {other.prog}", other.text, _example(other), _options(other)]
+        for action in other._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                lines += [
+                    f"### {parser.prog}\n\n{parser.text}\n\n{_options(parser)}" for parser in action.choices.values()
+                ]
     return "\n\n".join(line for line in lines if line) + "\n"
 
 

@@ -11,6 +11,7 @@ from bench.cli.parser import main, make_parser
 from bench.experiments.registry import EXPERIMENTS
 from bench.regress import cli as regress_cli
 from bench.speed import cli as speed_cli
+from bench.teachers import cli as teachers_cli
 
 
 def commands():
@@ -27,7 +28,12 @@ def test_every_command_and_option_has_a_help_line_and_a_default():
             assert not action.required or action.dest in ("adapter", "what", "task")
 
 
-PARSERS = {"bench": make_parser, "bench.speed": speed_cli.make_parser, "bench.regress": regress_cli.make_parser}
+PARSERS = {
+    "bench": make_parser,
+    "bench.speed": speed_cli.make_parser,
+    "bench.regress": regress_cli.make_parser,
+    "bench.teachers": teachers_cli.make_parser,
+}
 
 
 @pytest.mark.parametrize("parser", [*(make() for make in PARSERS.values()), *commands().values()], ids=lambda p: p.prog)
