@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from bench.errors import UserError, unknown_name
-
-MAX_NAME = 255  # bytes of a file's name, on all usual file systems
 
 MAX_COUNT = 1_000_000_000
 MAX_SEED = 10**18 - 1
@@ -79,6 +78,28 @@ def positive(value: str) -> int:
     return number
 
 
+def number_from(lowest: float, highest: float, *, above: bool = False) -> Callable[[str], float]:
+    """Return an argument type for numbers in a range.
+
+    Args:
+        lowest: The lowest number.
+        highest: The highest one.
+        above: Whether the lowest one is excluded.
+    """
+
+    def check(value: str) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not lowest <= number <= highest or (above and number == lowest):
+            between = f"above {lowest:g}, and at most {highest:g}" if above else f"from {lowest:g} to {highest:g}"
+            raise argparse.ArgumentTypeError(f"{short(value)} must be a number {between}")
+        return number
+
+    return check
+
+
 def seed_number(value: str) -> int:
     """Parse a seed, which PyTorch stores in 64 bits."""
     try:
@@ -144,8 +165,8 @@ def require_folder(option: str, path: Path) -> None:
     Raises:
         UserError: It is a file, is below one, may not be written to, or is no name for a folder.
     """
-    if long := next((part for part in path.parts if len(os.fsencode(part)) > MAX_NAME), None):
-        raise UserError(f"{option}: the name {long[:20]}... has over {MAX_NAME} bytes; name another folder.")
+    if long := next((part for part in path.parts if len(os.fsencode(part)) > MAX_NAME_BYTES), None):
+        raise UserError(f"{option}: the name {long[:20]}... has over {MAX_NAME_BYTES} bytes; name another folder.")
     first = next(one for one in (path, *path.absolute().parents) if one.exists() or one.is_symlink())
     if not first.is_dir():
         what = "a file" if first == path else f"below {first}, which is a file"

@@ -24,7 +24,18 @@ from bench.cli.commands import (
 from bench.cli.engines import ENGINES
 from bench.cli.exports import export_records
 from bench.cli.lists import LISTS, print_list
-from bench.command_line import Parser, file_name, file_path, folder, one_of, positive, seed_number, short, storage_url
+from bench.command_line import (
+    Parser,
+    file_name,
+    file_path,
+    folder,
+    number_from,
+    one_of,
+    positive,
+    seed_number,
+    short,
+    storage_url,
+)
 from bench.errors import UserError
 from bench.experiments.profiles import PROFILES, default_profile
 from bench.experiments.registry import EXPERIMENTS, Experiment
@@ -193,7 +204,7 @@ def _add_table_options(parser: argparse.ArgumentParser, experiment: Experiment) 
     )
     parser.add_argument(
         "--gpus-per-run",
-        type=_gpu_share,
+        type=number_from(MIN_SHARE, 1),
         metavar="F",
         help="with --engine ray: share of a GPU that a run takes, such as 0.25 for four runs per GPU (default: 1)",
     )
@@ -233,7 +244,12 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seed of initialisation, order of the examples and dropout",
     )
-    parser.add_argument("--learning-rate", type=_learning_rate, metavar="R", help="(default: the paper's)")
+    parser.add_argument(
+        "--learning-rate",
+        type=number_from(0, MAX_LEARNING_RATE, above=True),
+        metavar="R",
+        help="(default: the paper's)",
+    )
     parser.add_argument(
         "--set",
         type=_option,
@@ -253,7 +269,7 @@ def _add_making(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=positive, metavar="N", help="passes over the data (default: the profile's)")
     parser.add_argument(
         "--warmup-ratio",
-        type=_share,
+        type=number_from(0, 1),
         metavar="X",
         help="share of the steps in which the learning rate rises (default: the profile's, 0.1)",
     )
@@ -370,36 +386,6 @@ def _seeds(value: str) -> int:
     if (number := positive(value)) > MAX_SEEDS:
         raise argparse.ArgumentTypeError(f"{number} runs per row are more than {MAX_SEEDS}")
     return number
-
-
-def _gpu_share(value: str) -> float:
-    try:
-        share = float(value)
-    except ValueError:
-        share = 0.0
-    if not MIN_SHARE <= share <= 1:
-        raise argparse.ArgumentTypeError(f"{short(value)} must be a number from {MIN_SHARE} to 1")
-    return share
-
-
-def _learning_rate(value: str) -> float:
-    try:
-        rate = float(value)
-    except ValueError:
-        rate = 0.0
-    if not 0 < rate <= MAX_LEARNING_RATE:
-        raise argparse.ArgumentTypeError(f"{short(value)} must be a number above 0, and at most {MAX_LEARNING_RATE:g}")
-    return rate
-
-
-def _share(value: str) -> float:
-    try:
-        share = float(value)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"{short(value)} must be a number from 0 to 1")
-    return share
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -19,7 +19,7 @@ from tasks import MIXTURES, Generator, Hub, Source
 
 SWEEP_SEED = 0  # of sweeps that try all rates; these runs are also runs of the table
 TUNING_SEED = 99  # of sweeps that search, and of floors; these runs are in no row of a table
-# From docs/notes/protocol-2026-12-01.md. The ratio is constant, so that the neighbours of any method's best rate are
+# From docs/notes/protocol-2026-12-01.md. The ratio is constant, so that the rates next to any method's best rate are
 # equally close to it.
 GRID = (1.2e-4, 1.8e-4, 2.7e-4, 4e-4, 6e-4, 9e-4, 1.35e-3, 2e-3, 3e-3, 4.5e-3)
 OF_CLASSES = ("classify", "clinc", "procedural-classify")  # mixtures of texts to classify

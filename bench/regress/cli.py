@@ -17,8 +17,8 @@ from collections.abc import Callable
 
 import torch
 
-from bench.command_line import Parser, file_path
-from bench.errors import UserError, unknown_name
+from bench.command_line import Parser, file_path, one_of
+from bench.errors import UserError
 from bench.records import store
 from bench.records.provenance import provenance
 from bench.records.regressions import (
@@ -77,12 +77,11 @@ def make_parser() -> Parser:
     return parser
 
 
+_part = one_of("part", PARTS)
+
+
 def _parts(value: str) -> tuple[str, ...]:
-    names = value.split(",")
-    for name in names:
-        if name not in PARTS:
-            raise argparse.ArgumentTypeError(unknown_name("part", name, PARTS))
-    return tuple(names)
+    return tuple(map(_part, value.split(",")))
 
 
 def _measure_here(parts: tuple[str, ...]) -> Figures:

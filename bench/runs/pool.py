@@ -71,7 +71,7 @@ def split_recorded(runs: Runs) -> tuple[list[Record], Runs]:
 
 
 def _run_in_pool(runs: Runs, jobs: int, out_of_memory: Runs) -> Generator[Record]:
-    """Make runs in worker processes and yield their records as they come.
+    """Make runs in worker processes and yield each record once it is there.
 
     If it is left early, by Ctrl-C or an error, no run begins any more, and no worker lives when it returns.
 

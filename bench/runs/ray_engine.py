@@ -91,7 +91,7 @@ class RaySweep:
         return self.ray.remote(max_retries=MAX_LOST_WORKERS, **calls)(make_in_worker)
 
     def places(self) -> int:
-        """Return how many runs the cluster has room for now; at least 1."""
+        """Return how many runs the cluster has places for now; at least 1."""
         return min(self.max_runs or sys.maxsize, max(1, sum(map(self._places_of, self.ray.nodes()))))
 
     def _places_of(self, node: dict[str, Any]) -> int:
@@ -138,11 +138,11 @@ def connected(
         device: Kind of device that the runs need; this machine must have one.
         gpus_per_run: GPUs of a run; None for one on a GPU, and none on a CPU.
         cpus_per_run: CPUs of a run.
-        max_runs: Runs at a time; None for as many as there is room for.
+        max_runs: Runs at a time; None for as many as the cluster has places for.
         remote: The folder that all machines reach; None if they mount the folder of results.
 
     Raises:
-        UserError: There is no such cluster, or it has no room for any run.
+        UserError: There is no such cluster, or it has no place for any run.
     """
     ray = _import_ray()
     address = os.environ.get("RAY_ADDRESS") or "local"
@@ -243,14 +243,14 @@ class _Batch:
                 ray.cancel(reference, force=True)
 
     def _look_and_submit(self) -> Iterator[Record]:
-        """Submit runs while there is room; yield records that other sweeps have written meanwhile."""
+        """Submit runs while places are free; yield records that other sweeps have written meanwhile."""
         if time.monotonic() - self.last_look >= SECONDS_PER_LOOK:
             self.last_look = time.monotonic()
             elsewhere, self.elsewhere = self.elsewhere, []
             for run_id in elsewhere:
                 yield from self._look(run_id, is_new=False)
-        room = self.sweep.places() * SUBMITTED_PER_PLACE if self.sweep.max_runs is None else self.sweep.places()
-        while self.queue and len(self.submitted) < room:
+        limit = self.sweep.places() * SUBMITTED_PER_PLACE if self.sweep.max_runs is None else self.sweep.places()
+        while self.queue and len(self.submitted) < limit:
             yield from self._look(self.queue.popleft(), is_new=True)
 
     def _look(self, run_id: str, is_new: bool) -> Iterator[Record]:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.command_line import MAX_COUNT, Parser, folder, positive, require_folder, short
+from bench.command_line import MAX_COUNT, Parser, folder, number_from, one_of, positive, require_folder, short
 from bench.errors import UserError, unknown_name
 from bench.experiments.profiles import TUNING_SEED
 from bench.records.teacher_cells import FOLDER, read_cells
@@ -24,6 +24,10 @@ from bench.teachers.cells import CellSettings, Grid, run_grid
 from bench.teachers.generator import Shape
 from bench.teachers.students import STUDENTS
 from bench.teachers.training import TrainingSettings
+
+_share = number_from(0, 1)
+_norm = number_from(0, 1000)  # float32 inputs keep three digits of their unit variance
+_student = one_of("student", STUDENTS)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,24 +88,6 @@ def _some(kind: Callable[[str], object]) -> Callable[[str], tuple[object, ...]]:
     return parse
 
 
-def _share(value: str) -> float:
-    return _number(value, 1)
-
-
-def _norm(value: str) -> float:
-    return _number(value, 1000)  # float32 inputs keep three digits of their unit variance
-
-
-def _number(value: str, highest: float) -> float:
-    try:
-        number = float(value)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number <= highest:
-        raise argparse.ArgumentTypeError(f"{short(value)} must be from 0 to {highest:g}")
-    return number
-
-
 def _seed(value: str) -> int:
     seed = int(value) if value.isdecimal() and len(value) <= len(str(MAX_COUNT)) else -1
     if not 0 <= seed <= MAX_COUNT:
@@ -111,12 +97,6 @@ def _seed(value: str) -> int:
             f"{seed} is the seed of the learning rates, which is not reported; take another"
         )
     return seed
-
-
-def _student(value: str) -> str:
-    if value not in STUDENTS:
-        raise argparse.ArgumentTypeError(unknown_name("student", value, STUDENTS))
-    return value
 
 
 def _run(options: argparse.Namespace) -> int:

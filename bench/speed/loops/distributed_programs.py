@@ -17,16 +17,21 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 import malora
-from bench.speed.loops.programs import LEARNING_RATE, Batches, compile_layers, decoder_layers, on_device
+from bench.speed.loops.programs import (
+    LEARNING_RATE,
+    Batches,
+    compile_layers,
+    decoder_layers,
+    train_captured,
+    with_malora,
+)
 
 
 def malora_ddp(
     base: PreTrainedModel, config: PeftConfig, batches: Batches, checkpointing: str = "none", compiled: bool = False
 ) -> Generator[Tensor]:
     """Train our adapter under `DistributedDataParallel`, with its decoder layers compiled or not."""
-    model = on_device(base, config)
-    malora.optimize_backbone(model, padding=checkpointing in ("none", "lean"))
-    malora.set_checkpointing(model, checkpointing)
+    model = with_malora(base, config, checkpointing)
     if compiled:
         compile_layers(model)
     yield from train_ddp(model, batches)
@@ -36,22 +41,11 @@ def malora_captured_ddp(
     base: PreTrainedModel, config: PeftConfig, batches: Batches, checkpointing: str = "none"
 ) -> Generator[Tensor]:
     """Train our adapter with passes captured as CUDA graphs, and average the gradients after them."""
-    model = on_device(base, config)
-    malora.optimize_backbone(model, padding=checkpointing in ("none", "lean"))
-    malora.set_checkpointing(model, checkpointing)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for parameter in parameters:
-        distributed.broadcast(parameter.data, src=0)  # all processes start with the first one's weights
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
-    step = malora.capture_step(model)
-    for micro_batches in batches:
-        with torch.autocast(parameters[0].device.type, torch.bfloat16):
-            losses = step(micro_batches, scale=1 / len(micro_batches))
-        step.average_gradients()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        yield losses[-1]
+    model = with_malora(base, config, checkpointing)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            distributed.broadcast(parameter.data, src=0)  # all processes start with the first one's weights
+    yield from train_captured(model, batches, averages=True)
 
 
 def malora_fsdp(

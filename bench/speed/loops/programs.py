@@ -98,9 +98,7 @@ def malora_plain(
     base: PreTrainedModel, config: PeftConfig, batches: Batches, checkpointing: str = "none", compiled: bool = False
 ) -> Generator[Tensor]:
     """Train our adapter in a plain loop, with its decoder layers compiled or not."""
-    model = on_device(base, config)
-    malora.optimize_backbone(model, padding=checkpointing in ("none", "lean"))
-    malora.set_checkpointing(model, checkpointing)
+    model = with_malora(base, config, checkpointing)
     if compiled:
         compile_layers(model)
     yield from train(model, batches)
@@ -110,20 +108,34 @@ def malora_captured(
     base: PreTrainedModel, config: PeftConfig, batches: Batches, checkpointing: str = "none"
 ) -> Generator[Tensor]:
     """Train our adapter with forward and backward captured as CUDA graphs."""
-    model = on_device(base, config)
-    malora.optimize_backbone(model, padding=checkpointing in ("none", "lean"))
-    malora.set_checkpointing(model, checkpointing)
+    model = with_malora(base, config, checkpointing)
     yield from train_captured(model, batches)
 
 
-def train_captured(model: nn.Module, batches: Batches) -> Generator[Tensor]:
-    """Train an adapter with forward and backward captured as CUDA graphs."""
+def with_malora(base: PreTrainedModel, config: PeftConfig, checkpointing: str) -> nn.Module:
+    """Return the model with our adapter, a faster backbone, and a mode of checkpointing."""
+    model = on_device(base, config)
+    malora.optimize_backbone(model, padding=checkpointing in ("none", "lean"))  # else memory counts more
+    malora.set_checkpointing(model, checkpointing)
+    return model
+
+
+def train_captured(model: nn.Module, batches: Batches, *, averages: bool = False) -> Generator[Tensor]:
+    """Train an adapter with forward and backward captured as CUDA graphs.
+
+    Args:
+        model: The adapted model.
+        batches: The micro-batches of each step.
+        averages: Whether to average the gradients over the processes of `torch.distributed`.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
     step = malora.capture_step(model)
     for micro_batches in batches:
         with torch.autocast(parameters[0].device.type, torch.bfloat16):
             losses = step(micro_batches, scale=1 / len(micro_batches))
+        if averages:
+            step.average_gradients()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -293,7 +293,7 @@ def test_a_phone_scrolls_tables_and_not_the_page(open_page, published_page):
     tab.wait_for_function("!document.querySelector('.leaderboard .scroll').classList.contains('more')")
     assert wide.evaluate("box => getComputedStyle(box).maskImage") == "none"
     name = wide.locator("tbody tr > :first-child").first.bounding_box()
-    assert name["x"] >= 0 and name["width"] < 390 / 2  # stays visible, and leaves room for the others
+    assert name["x"] >= 0 and name["width"] < 390 / 2  # stays visible, and leaves space for the others
     wide.evaluate("box => box.scrollTo(0, 0)")
     tab.locator(".leaderboard tbody a").first.click()
     assert tab.locator("dialog[open]").bounding_box()["width"] <= 390

@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("fresh_accelerat
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A cluster without runs on the head, and with room for one run on each of two other machines."""
+    """A cluster without runs on the head, and with a place for one run on each of two other machines."""
     variables = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_health_check_period_ms": "500", "OMP_NUM_THREADS": "1"}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():

@@ -89,8 +89,8 @@ def test_errors_name_what_to_do(tmp_path, capsys):
     [
         ("--seeds 0,99", "99 is the seed of the learning rates"),
         ("--seeds 1,1", "has a value twice"),
-        ("--rho 1.5", "must be from 0 to 1"),
-        ("--separation nan", "must be from 0 to 1000"),
+        ("--rho 1.5", "must be a number from 0 to 1"),
+        ("--separation nan", "must be a number from 0 to 1000"),
         ("--students molora,malora", "unknown student 'malora'"),
     ],
 )
@@ -101,7 +101,7 @@ def test_bad_values_are_refused(arguments, message, capsys):
 
 
 def test_rate_is_the_one_that_the_protocols_search_finds():
-    # The search begins with 4e-4, 9e-4 and 2e-3, and stops where both neighbours of the best are worse.
+    # The search begins with 4e-4, 9e-4 and 2e-3, and stops where both rates next to the best are worse.
     losses = {rate: abs(place - 6) + 1.0 for place, rate in enumerate(GRID)}
     assert choose_rate(losses) == GRID[6]
     two_valleys = losses | {GRID[0]: 0.1}

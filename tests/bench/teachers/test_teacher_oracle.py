@@ -48,7 +48,7 @@ def test_without_noise_each_task_is_found_exactly():
     shape = dataclasses.replace(SMALL, explained=1.0)
     teacher, samples = setting(0.25, 100, shape)
     assert relative_error(teacher, per_task_estimate(teacher, samples)) == pytest.approx(0, abs=1e-9)
-    # One space of 16 = r (T + 1) inputs has room for all tasks.
+    # One space of 16 = r (T + 1) inputs holds all tasks.
     assert relative_error(teacher, shared_estimate(teacher, samples, 16)) == pytest.approx(0, abs=1e-9)
 
 

@@ -82,7 +82,7 @@ for line in sys.stdin:
     rank = command.get("rank", globals().get("rank"))
     if command["do"] == "step" and rank == 0:
         time.sleep(60)  # in a collective, for the other process
-    answer = {"error": "OutOfMemoryError: no room", "out_of_memory": True} if command["do"] == "step" else {}
+    answer = {"error": "OutOfMemoryError: no memory", "out_of_memory": True} if command["do"] == "step" else {}
     print(json.dumps(answer), flush=True)
 """
 
@@ -93,7 +93,7 @@ def test_a_process_that_fails_ends_the_others_and_the_next_row_has_new_ones(tmp_
     with Ranks(2, "toy", 1, WORK, CPU) as group:
         row = DistributedRow(all_rows()["malora-plain-ddp"], group)
         start = time.monotonic()
-        with pytest.raises(torch.OutOfMemoryError, match="no room"), row.opened() as program:
+        with pytest.raises(torch.OutOfMemoryError, match="no memory"), row.opened() as program:
             running = [worker.process for worker in group.workers]
             program.step()
         assert time.monotonic() - start < 30 and all(process.returncode is not None for process in running)

@@ -9,7 +9,7 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 
 from bench.models.backbone import SHAPES, backbone
-from bench.speed.loops import distributed_programs
+from bench.speed.loops import distributed_programs, programs
 from bench.speed.loops.rounds import batches
 from bench.speed.loops.rows import all_rows
 from bench.speed.steps import Workload
@@ -20,7 +20,7 @@ WORK = Workload("train", batch=2, length=16, tokens=64, dropout=0.0, vocab_size=
 
 
 def main(names):
-    distributed_programs.LEARNING_RATE = 1e-2
+    programs.LEARNING_RATE = distributed_programs.LEARNING_RATE = 1e-2
     distributed.init_process_group("gloo")
     rank, world = distributed.get_rank(), distributed.get_world_size()
     found = {}
